@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: ask test lint clean
+
+# Set everything up and answer a question about a video with the model in the package.
+ask: $(VENV)/ready examples/shapes.mp4
+	$(BIN)/vidlada ask examples/shapes.mp4 "which way does the red circle move ?"
+
+test: $(VENV)/ready-dev
+	$(BIN)/pytest
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(f"vidlada needs Python 3.11 or newer, this is {sys.version}" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/ready: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/ready
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,323 @@
+"""The front door: load a model, show it a video, ask."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidlada.checkpoint import load_model, load_tokenizer
+from vidlada.config import GenerationSettings
+from vidlada.decoding.sampler import Request, State, Statistics, denoise
+from vidlada.errors import InputError
+from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.processor import Message, VidLaDAProcessor, time_instruction
+from vidlada.video import Frames, Sampling, VideoInfo, sample_frames
+
+SHIPPED = "tiny"
+VideoSource = "str | Path | Frames | np.ndarray | EncodedVideo"
+
+
+@dataclass(frozen=True)
+class EncodedVideo:
+    """A video the model has seen: any number of questions may be asked about it at no further visual cost.
+
+    Attributes:
+        visual_tokens: (visual tokens, width).
+        times: seconds of each frame from the video's start.
+        info: what the file is; None for frames given as an array.
+        seconds: time spent in `video` (decoding) and `vision` (the tower).
+    """
+
+    visual_tokens: Tensor
+    times: tuple[float, ...]
+    info: VideoInfo | None
+    seconds: dict[str, float]
+
+    @property
+    def duration(self) -> float:
+        """Seconds the video lasts; for an array of frames, up to the last frame."""
+        return self.times[-1] if self.info is None else self.info.duration
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An answer in the making.
+
+    Attributes:
+        state: the decoding loop's snapshot.
+        pieces: text of every slot and whether it is final; None text where nothing was proposed yet.
+        text: the text so far, without undecided slots.
+    """
+
+    state: State
+    pieces: tuple[tuple[str | None, bool], ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: the answer.
+        token_ids: its tokens, without the end of turn.
+        finish_reason: `stop` when the model ended the answer, `length` when the slots ran out.
+        frame_times: seconds of the frames the model saw.
+        statistics: steps, forward passes, tokens, seconds per phase.
+        settings: how it was decoded.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    frame_times: tuple[float, ...]
+    statistics: Statistics
+    settings: GenerationSettings = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+class VidLaDA:
+    """A model and its processor.
+
+    Args:
+        model: in evaluation mode.
+        processor: that fits it.
+        name: how the model was asked for.
+    """
+
+    def __init__(self, model: VidLaDAForMaskedDiffusion, processor: VidLaDAProcessor, name: str):
+        self.model, self.processor, self.name = model, processor, name
+
+    def watch(
+        self,
+        video: "str | Path | Frames | np.ndarray | EncodedVideo",
+        frames: int = 64,
+        fps: float = 1.0,
+        force_sample: bool = False,
+    ) -> EncodedVideo:
+        """Sample a video and run the vision tower over it.
+
+        Args:
+            video: a file, a folder of images, an image, frames already sampled, or a uint8 array
+                (frames, height, width, 3) taken at `fps`.
+            frames: most frames to take.
+            fps: candidate frames a second.
+            force_sample: always take `frames` frames, evenly spaced.
+
+        Raises:
+            InputError: the video cannot be used.
+        """
+        if isinstance(video, EncodedVideo):
+            return video
+        started = time.perf_counter()
+        info = None
+        if isinstance(video, np.ndarray):
+            images, times = video, tuple(i / fps for i in range(len(video)))
+            if len(images) == 0:
+                raise InputError("the video array holds no frames")
+        else:
+            if not isinstance(video, Frames):
+                sampling = Sampling(fps=fps, max_frames=frames, force_sample=force_sample)
+                video = sample_frames(video, sampling, size=self.processor.image_size)
+            images, times, info = video.images, video.times, video.info
+        decoded = time.perf_counter()
+        with torch.inference_mode():
+            pixels = self.processor.pixel_values(images).to(self.model.device, self.model.dtype)
+            (visual_tokens,) = self.model.encode_videos(pixels, [len(pixels)])
+        seconds = {"video": decoded - started, "vision": time.perf_counter() - decoded}
+        return EncodedVideo(visual_tokens, tuple(times), info, seconds)
+
+    def settings(self, **generation: Any) -> GenerationSettings:
+        """This checkpoint's generation defaults with some of them changed."""
+        return GenerationSettings.from_dict(self.model.config.generation or {}).updated(**generation)
+
+    def ask(self, video: Any, question: str, **options: Any) -> Answer:
+        """Answer one question about a video.
+
+        Args:
+            video: what `watch` takes; an `EncodedVideo` is not encoded again.
+            question: text.
+            options: `frames`, `fps`, `force_sample` of `watch`; `time_instruction`, `system` of `Conversation`;
+                the rest are `GenerationSettings`.
+
+        Raises:
+            InputError: the video, the question or an option cannot be used.
+        """
+        return self.chat(video, **split_options(options)).ask(question)
+
+    def stream(self, video: Any, question: str, **options: Any) -> Iterator[Draft]:
+        """As `ask`, but yields a draft after every denoising step."""
+        return self.chat(video, **split_options(options)).stream(question)
+
+    def chat(self, video: Any, **options: Any) -> "Conversation":
+        """Several questions in one conversation about one video; options as for `ask`."""
+        options = split_options(options)
+        watching = {name: options[name] for name in WATCH_OPTIONS if name in options}
+        others = {name: value for name, value in options.items() if name not in WATCH_OPTIONS}
+        others["settings"] = self.settings(**others.pop("generation", {}))
+        return Conversation(self, self.watch(video, **watching), **others)
+
+    def ask_many(self, questions: Sequence[tuple[Any, str]], **options: Any) -> list[Answer]:
+        """Answer several questions, each about its own video, in one padded batch.
+
+        Args:
+            questions: pairs of a video (as for `watch`) and a question; a video given several times as the same
+                object is encoded once.
+            options: as for `ask`.
+        """
+        options = split_options(options)
+        seen: dict[int, EncodedVideo] = {}
+        for video, _ in questions:
+            if id(video) not in seen:
+                watching = {name: options[name] for name in WATCH_OPTIONS if name in options}
+                seen[id(video)] = self.watch(video, **watching)
+        chats = [self.chat(seen[id(video)], **options) for video, _ in questions]
+        requests = [chat.request(question) for chat, (_, question) in zip(chats, questions, strict=True)]
+        last: dict[int, State] = {}
+        for number, state in denoise(self.model, requests):
+            last[number] = state
+        return [chat.answer(last[number]) for number, chat in enumerate(chats)]
+
+
+WATCH_OPTIONS = ("frames", "fps", "force_sample")
+CHAT_OPTIONS = ("time_instruction", "system")
+
+
+def split_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Move every option that is not about the video or the prompt under `generation`."""
+    own = {name: value for name, value in options.items() if name in (*WATCH_OPTIONS, *CHAT_OPTIONS, "generation")}
+    rest = {name: value for name, value in options.items() if name not in own}
+    return {**own, "generation": {**own.get("generation", {}), **rest}}
+
+
+class Conversation:
+    """Questions and answers about one video.
+
+    Args:
+        vidlada: the model.
+        video: already encoded.
+        settings: of decoding.
+        time_instruction: tell the model when its frames were taken (the published sentence).
+        system: a system message instead of the checkpoint's own.
+    """
+
+    def __init__(
+        self,
+        vidlada: VidLaDA,
+        video: EncodedVideo,
+        settings: GenerationSettings,
+        time_instruction: bool = False,
+        system: str | None = None,
+    ):
+        self.vidlada, self.video, self.settings = vidlada, video, settings
+        self.time_instruction = time_instruction
+        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+
+    def request(self, question: str) -> Request:
+        """What the decoding loop needs to answer the next question."""
+        processor, model = self.vidlada.processor, self.vidlada.model
+        encoded = processor.encode([*self.messages, self._user(question)], [len(self.video.times)])
+        ids = torch.tensor([encoded.input_ids], device=model.device)
+        with torch.inference_mode():
+            prompt = model.embed(ids, self.video.visual_tokens)[0]
+        words = [tuple(processor.text_ids(word)) for word in self.settings.stop]
+        return Request(
+            prompt=prompt,
+            settings=self.settings,
+            stop_sequences=(*words, *((token,) for token in model.config.stop_token_ids)),
+            suffix_ids=tuple(processor.text_ids(self.settings.suffix)) if self.settings.suffix else (),
+        )
+
+    def _user(self, question: str) -> Message:
+        if not question or not question.strip():
+            raise InputError("the question is empty; ask something about the video")
+        if any(message["role"] == "user" for message in self.messages):
+            return {"role": "user", "content": question}
+        if self.time_instruction:
+            question = f"{time_instruction(self.video.times, self.video.duration)}\n{question.strip()}"
+        return {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}
+
+    def stream(self, question: str) -> Iterator[Draft]:
+        """Answer the next question, yielding a draft after every step; the conversation keeps the answer."""
+        request = self.request(question)
+        state = None
+        for _, state in denoise(self.vidlada.model, [request]):
+            yield self.draft(state)
+        assert state is not None
+        self.messages += [self._user(question), {"role": "assistant", "content": self.answer(state).text}]
+        self.last = self.answer(state)
+
+    def ask(self, question: str) -> Answer:
+        """Answer the next question."""
+        for _ in self.stream(question):
+            pass
+        return self.last
+
+    def draft(self, state: State) -> Draft:
+        """A state as text."""
+        decode = self.vidlada.processor.tokenizer.decode
+        mask = self.vidlada.model.config.mask_token_id
+        slots = zip(state.proposed.tolist(), state.committed.tolist(), strict=True)
+        pieces = [(None if token == mask else decode([token]), final) for token, final in slots]
+        if state.stop_at is not None:
+            pieces = pieces[: state.stop_at]
+        settled = [token for token in state.answer_ids() if token != mask]
+        return Draft(state, tuple(pieces), self.vidlada.processor.decode(settled).strip())
+
+    def answer(self, state: State) -> Answer:
+        """A finished state as an answer."""
+        ids = [*state.answer_ids()]
+        text = self.vidlada.processor.decode(ids).strip() + self.settings.suffix
+        return Answer(
+            text=text,
+            token_ids=ids,
+            finish_reason="length" if state.stop_at is None else "stop",
+            frame_times=self.video.times,
+            statistics=state.statistics.with_seconds(self.video.seconds),
+            settings=self.settings,
+        )
+
+
+def shipped_model() -> Path:
+    """Folder of the model that comes with the package."""
+    return Path(str(resources.files("vidlada"))) / "weights" / SHIPPED
+
+
+def load(
+    name_or_folder: str | Path = SHIPPED,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    device_map: Any = None,
+) -> VidLaDA:
+    """Load a model.
+
+    Args:
+        name_or_folder: `tiny`, the model in the package, or a folder in our, the published or LLaDA-V layout.
+        dtype: of the weights; `auto` is float32 on a CPU, and the stored type elsewhere.
+        device: `cuda`, `cpu`, …; the first GPU by default, else the CPU.
+        device_map: as in transformers, to spread a model over devices.
+
+    Raises:
+        InputError: there is no such folder, or it is not a checkpoint of this family.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = shipped_model() if str(name_or_folder) == SHIPPED else Path(name_or_folder)
+    if not folder.is_dir():
+        raise InputError(f"{name_or_folder}: no such model folder; give a folder, or {SHIPPED!r} for the shipped one")
+    if dtype == "auto" and device == "cpu":
+        dtype = torch.float32
+    model = load_model(folder, dtype=dtype, device=device, device_map=device_map).eval()
+    processor = VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
+    return VidLaDA(model, processor, str(name_or_folder))
