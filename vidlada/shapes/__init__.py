@@ -1,0 +1,1 @@
+"""A synthetic world of moving shapes: clips, frames, questions, and a benchmark."""

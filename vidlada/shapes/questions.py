@@ -1,0 +1,396 @@
+"""What can be asked about a clip, and what is true."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from vidlada.shapes.world import COLOURS, DIRECTIONS, MAX_SECONDS, MAX_THINGS, PLACES, SHAPES, SIZES, Clip, Event, Thing
+
+LETTERS = ("A", "B", "C", "D")
+STILL = "it stays still"
+NOTHING = "nothing"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answer.
+
+    Attributes:
+        family: of `FAMILIES`.
+        question, answer: words separated by single spaces; with choices the answer is a letter.
+        choices: what the letters stand for, or None for an open question.
+    """
+
+    family: str
+    question: str
+    answer: str
+    choices: tuple[str, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+Asked = tuple[str, str, list[str]]  # question, answer, wrong answers of the same kind
+Generator = np.random.Generator
+
+
+def pick(generator: Generator, options: Sequence[Any]) -> Any:
+    """One of several, at random."""
+    return options[int(generator.integers(len(options)))]
+
+
+def event_words(clip: Clip, event: Event) -> str:
+    """An event in words: "red circle turns blue"."""
+    what = f"turns {event.colour}" if event.kind == "turns" else event.kind
+    return f"{clip.things[event.thing].name} {what}"
+
+
+def asked_event(clip: Clip, event: Event) -> str:
+    """An event as asked after "does": "red circle turn blue"."""
+    verb = {"appears": "appear", "disappears": "disappear", "turns": f"turn {event.colour}"}[event.kind]
+    return f"{clip.things[event.thing].name} {verb}"
+
+
+def existence(clip: Clip, generator: Generator) -> Asked | None:
+    """Is there such a thing? Half of the answers are no, mostly about things that share a colour or shape."""
+    shown = {(colour, t.shape) for t in clip.things for colour in (t.colour, t.turns[1] if t.turns else t.colour)}
+    thing = pick(generator, clip.things)
+    if generator.random() < 0.5:
+        return f"is there a {thing.name} in the video ?", "yes", []
+    near = [(c, thing.shape) for c in COLOURS] + [(thing.colour, s) for s in SHAPES]
+    absent = [pair for pair in near if pair not in shown]
+    colour, shape = pick(generator, absent)
+    return f"is there a {colour} {shape} in the video ?", "no", []
+
+
+def count(clip: Clip, generator: Generator) -> Asked | None:
+    """How many things there are over the whole clip, of a colour (at the start) or shape or in all."""
+    kind = generator.integers(3)
+    if kind == 0:
+        number, what = len(clip.things), "things"
+    elif kind == 1:
+        shape = pick(generator, [t.shape for t in clip.things] if generator.random() < 0.8 else SHAPES)
+        number, what = sum(t.shape == shape for t in clip.things), plural(shape)
+    else:
+        if any(t.turns for t in clip.things):
+            return None
+        colour = pick(generator, [t.colour for t in clip.things] if generator.random() < 0.8 else list(COLOURS))
+        number, what = sum(t.colour == colour for t in clip.things), f"{colour} things"
+    wrong = [str(n) for n in range(MAX_THINGS + 1) if n != number]
+    return f"how many {what} are in the video ?", str(number), wrong
+
+
+def plural(shape: str) -> str:
+    """More than one of a shape."""
+    return shape + ("es" if shape == "cross" else "s")
+
+
+def colour(clip: Clip, generator: Generator) -> Asked | None:
+    """Colour of the only thing of its shape."""
+    alone = [t for t in clip.things if t.turns is None and sum(o.shape == t.shape for o in clip.things) == 1]
+    if not alone:
+        return None
+    thing = pick(generator, alone)
+    wrong = [t.colour for t in clip.things] + list(generator.permutation(list(COLOURS)))
+    return f"what colour is the {thing.shape} ?", thing.colour, wrong
+
+
+def shape(clip: Clip, generator: Generator) -> Asked | None:
+    """Shape of the only thing of its colour."""
+    colours = [c for t in clip.things for c in {t.colour, t.turns[1] if t.turns else t.colour}]
+    alone = [t for t in clip.things if t.turns is None and colours.count(t.colour) == 1]
+    if not alone:
+        return None
+    thing = pick(generator, alone)
+    wrong = [t.shape for t in clip.things] + list(generator.permutation(SHAPES))
+    return f"what shape is the {thing.colour} thing ?", thing.shape, wrong
+
+
+def direction(clip: Clip, generator: Generator) -> Asked | None:
+    """Which way a thing moves (at first, when it comes back)."""
+    moving = [t for t in clip.things if t.direction]
+    still = [t for t in clip.things if not t.direction]
+    pool = moving if moving and (not still or generator.random() < 0.85) else still
+    thing = pick(generator, pool)
+    if thing in still and generator.random() < 0.5:
+        return None
+    answer = thing.direction or STILL
+    return f"which way does the {thing.name} move first ?", answer, [*generator.permutation(list(DIRECTIONS)), STILL]
+
+
+def speed(clip: Clip, generator: Generator) -> Asked | None:
+    """Which of two things is faster, by at least 1.7 times."""
+    pairs = [
+        (one, other)
+        for one in clip.things
+        for other in clip.things
+        if one is not other and clip.speed(one) > 1.7 * clip.speed(other) and clip.speed(one) > 0
+    ]
+    if not pairs:
+        return None
+    moving = [pair for pair in pairs if clip.speed(pair[1]) > 0]
+    fast, slow = pick(generator, moving or pairs)
+    first, second = (fast, slow) if generator.integers(2) else (slow, fast)
+    return f"which is faster , the {first.name} or the {second.name} ?", fast.name, [slow.name]
+
+
+def order(clip: Clip, generator: Generator) -> Asked | None:
+    """What happens first, last, before or after."""
+    events = clip.events
+    if len(events) < 2:
+        return None
+    words = [event_words(clip, event) for event in events]
+    kind = generator.integers(5)
+    if kind == 0:
+        return "what happens first ?", words[0], words[1:]
+    if kind == 1:
+        return "what happens last ?", words[-1], words[:-1]
+    place = int(generator.integers(len(events) - 1))
+    if kind == 2:
+        return f"what happens after the {words[place]} ?", words[place + 1], words
+    if kind == 3:
+        return f"what happens before the {words[place + 1]} ?", words[place], words
+    earlier, later = sorted(generator.choice(len(events), 2, replace=False))
+    if generator.integers(2):
+        return f"does the {asked_event(clip, events[earlier])} before the {words[later]} ?", "yes", []
+    return f"does the {asked_event(clip, events[later])} before the {words[earlier]} ?", "no", []
+
+
+def at_second(clip: Clip, generator: Generator) -> Asked | None:
+    """What happens at a second."""
+    events = clip.events
+    words = [event_words(clip, event) for event in events]
+    if not events or generator.random() < 0.12:
+        quiet = sorted(set(range(1, clip.seconds)) - {event.second for event in events})
+        if not quiet or (not events and generator.random() < 0.8):
+            return None
+        return f"what happens at second {pick(generator, quiet)} ?", NOTHING, words
+    place = int(generator.integers(len(events)))
+    return f"what happens at second {events[place].second} ?", words[place], [*words, NOTHING]
+
+
+def when(clip: Clip, generator: Generator) -> Asked | None:
+    """At which second something happens."""
+    events = clip.events
+    if not events:
+        return None
+    event = pick(generator, events)
+    others = [str(second) for second in generator.permutation(np.arange(1, clip.seconds))]
+    return f"at which second does the {asked_event(clip, event)} ?", str(event.second), others
+
+
+def change(clip: Clip, generator: Generator) -> Asked | None:
+    """Whether a thing changes its colour, and to which."""
+    turning = [t for t in clip.things if t.turns]
+    kind = generator.integers(3)
+    if turning and kind:
+        thing = pick(generator, turning)
+        assert thing.turns
+        wrong = [c for c in generator.permutation(list(COLOURS)) if c != thing.turns[1]]
+        return f"which colour does the {thing.name} turn ?", thing.turns[1], wrong
+    thing = pick(generator, turning if turning and generator.random() < 0.5 else clip.things)
+    if not thing.turns and generator.random() < 0.5:
+        return None
+    return f"does the {thing.name} change colour ?", "yes" if thing.turns else "no", []
+
+
+def caption(clip: Clip, generator: Generator) -> Asked | None:
+    """Every thing with what it does."""
+    return "describe the video .", caption_of(clip), []
+
+
+def timeline(clip: Clip, generator: Generator) -> Asked | None:
+    """What is there at the start, every event, and what is there at the end."""
+    return "list the events in order .", timeline_of(clip), []
+
+
+def inventory(clip: Clip, generator: Generator) -> Asked | None:
+    """What is visible at a second, and where (training only)."""
+    second = int(generator.integers(clip.seconds))
+    return f"what is visible at second {second} ?", scene_of(clip, second), []
+
+
+def picture(clip: Clip, generator: Generator) -> Asked | None:
+    """A single frame's content; the frame is the clip's only one (training only)."""
+    return "describe the picture .", scene_of(clip, 0), []
+
+
+def where(clip: Clip, generator: Generator) -> Asked | None:
+    """Where a thing is at a second, at the start or at the end (training only)."""
+    thing = pick(generator, clip.things)
+    last = clip.last_second(thing)
+    second = int(generator.integers(thing.appear, last + 1))
+    kind = generator.integers(3)
+    if kind == 0:
+        return f"where is the {thing.name} at second {second} ?", clip.place(thing, second), []
+    if kind == 1:
+        return f"where is the {thing.name} at the start ?", clip.place(thing, thing.appear), []
+    return f"where is the {thing.name} at the end ?", clip.place(thing, last), []
+
+
+def path(clip: Clip, generator: Generator) -> Asked | None:
+    """Start, end and direction of a thing (training only)."""
+    thing = pick(generator, clip.things)
+    return f"how does the {thing.name} move ?", motion_of(clip, thing), []
+
+
+def scene_of(clip: Clip, second: float) -> str:
+    """All that is visible at a time, in reading order of the places."""
+    order = [place for row in PLACES for place in row]
+    seen = [t for t in clip.things if clip.visible(t, second)]
+    seen.sort(key=lambda t: (order.index(clip.place(t, second)), t.name))
+    listed = [f"{t.size} {t.colour_at(second)} {t.shape} at {clip.place(t, second)}" for t in seen]
+    return " , ".join(listed) + " ." if listed else f"{NOTHING} ."
+
+
+def motion_of(clip: Clip, thing: Thing) -> str:
+    """How a thing moves: "moves right from left to center"."""
+    start = clip.place(thing, thing.appear)
+    if thing.motion == "still":
+        return f"stays at {start}"
+    if thing.motion == "bounce":
+        return f"goes {thing.direction} from {start} and returns"
+    return f"moves {thing.direction} from {start} to {clip.place(thing, clip.last_second(thing))}"
+
+
+def caption_clauses(clip: Clip) -> list[str]:
+    """One clause for each thing, in order of appearance, then of place."""
+    order = [place for row in PLACES for place in row]
+    things = sorted(clip.things, key=lambda t: (t.appear, order.index(clip.place(t, t.appear)), t.name))
+    clauses = []
+    for thing in things:
+        clause = f"{thing.size} {thing.name} "
+        if thing.appear:
+            clause += f"appears at {thing.appear} and "
+        clause += motion_of(clip, thing)
+        if thing.turns:
+            clause += f" , turns {thing.turns[1]} at {thing.turns[0]}"
+        if thing.disappear is not None:
+            clause += f" , disappears at {thing.disappear}"
+        clauses.append(clause)
+    return clauses
+
+
+def timeline_clauses(clip: Clip) -> list[str]:
+    """The first scene, every event with its second, the last scene."""
+    last = clip.seconds - 1
+    events = [f"{event.second} : {event_words(clip, event)}" for event in clip.events]
+    scenes = [f"{second} : {scene_of(clip, second).removesuffix(' .')}" for second in (0, last)]
+    return [scenes[0], *events, scenes[1]]
+
+
+def caption_of(clip: Clip) -> str:
+    """The caption that is true of a clip."""
+    return " . ".join(caption_clauses(clip)) + " ."
+
+
+def timeline_of(clip: Clip) -> str:
+    """The timeline that is true of a clip."""
+    return " . ".join(timeline_clauses(clip)) + " ."
+
+
+def events_recovered(answer: str, clip: Clip) -> tuple[float, float, float]:
+    """How much of a clip a caption or timeline tells.
+
+    Args:
+        answer: the model's text.
+        clip: what was shown.
+
+    Returns:
+        Precision, recall and F1 over clauses that are exactly right, against the caption's or the timeline's
+        true clauses, whichever the answer fits better.
+    """
+    said = [clause.strip() for clause in answer.split(" .") if clause.strip()]
+    best = (0.0, 0.0, 0.0)
+    for truth in (caption_clauses(clip), timeline_clauses(clip)):
+        left = list(truth)
+        hits = 0
+        for clause in said:
+            if clause in left:
+                left.remove(clause)
+                hits += 1
+        precision, recall = hits / max(1, len(said)), hits / len(truth)
+        score = 2 * precision * recall / (precision + recall) if hits else 0.0
+        best = max(best, (precision, recall, score), key=lambda scores: scores[2])
+    return best
+
+
+BENCHMARK_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
+    "existence": existence, "count": count, "colour": colour, "shape": shape, "direction": direction,
+    "speed": speed, "order": order, "at": at_second, "when": when, "change": change,
+}  # fmt: skip
+LONG_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {"caption": caption, "timeline": timeline}
+TRAINING_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
+    "inventory": inventory, "picture": picture, "where": where, "path": path,
+}  # fmt: skip
+FAMILIES = BENCHMARK_FAMILIES | LONG_FAMILIES | TRAINING_FAMILIES
+
+
+def ask(clip: Clip, family: str, generator: Generator, choice_share: float = 0.0) -> Question | None:
+    """A question of a family, or None when the clip does not support one.
+
+    Args:
+        clip: what it is about.
+        family: a key of `FAMILIES`.
+        generator: of every choice.
+        choice_share: probability that a short question is asked as multiple choice.
+    """
+    asked = FAMILIES[family](clip, generator)
+    if asked is None:
+        return None
+    question, answer, wrong = asked
+    wrong = list(dict.fromkeys(str(w) for w in wrong if w != answer))
+    if family in BENCHMARK_FAMILIES and wrong and generator.random() < choice_share:
+        options = [answer, *wrong[: len(LETTERS) - 1]]
+        options = [options[i] for i in generator.permutation(len(options))]
+        listed = " , ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False))
+        letter = LETTERS[options.index(answer)]
+        return Question(family, f"{question} choices : {listed} . answer with the letter .", letter, tuple(options))
+    return Question(family, question, answer)
+
+
+def questions_for(
+    clip: Clip,
+    generator: Generator,
+    number: int,
+    families: Iterable[str] = tuple(BENCHMARK_FAMILIES),
+    choice_share: float = 0.3,
+) -> list[Question]:
+    """Several different questions about a clip, spread over the families that it supports.
+
+    Args:
+        clip: what they are about.
+        generator: of every choice.
+        number: most questions; fewer when the clip does not support so many.
+        families: to choose from; a family named twice is asked twice as often.
+        choice_share: share of short questions asked as multiple choice.
+    """
+    families = list(families)
+    found: dict[str, Question] = {}
+    for _ in range(4):
+        for family in generator.permutation(families):
+            question = ask(clip, str(family), generator, choice_share)
+            if question is not None and question.question not in found:
+                found[question.question] = question
+            if len(found) == number:
+                return list(found.values())
+    return list(found.values())
+
+
+def vocabulary() -> list[str]:
+    """Every word the world can say or ask, in a fixed order."""
+    words = """
+        a above after and answer any appear appears are at before between bounce bounces change choices clip color
+        colour count describe did disappear disappears do does end events faster first frame from go goes happen
+        happens how in into is it its kind large last letter list many move moves movie name nothing now object
+        objects of one or order other path picture returns scene second seconds see shape shapes show shown slower
+        small start stay stays still tell than that the then there thing things this time to turn turns two video
+        visible was way what when where which while with yes no you your please describe
+        left right up down center top bottom . , ? : ! ;
+    """.split()
+    names = [*COLOURS, *SHAPES, *(plural(shape) for shape in SHAPES), *SIZES, *LETTERS]
+    numbers = [str(number) for number in range(MAX_SECONDS + 1)]
+    return list(dict.fromkeys([*words, *names, *numbers]))
