@@ -218,6 +218,11 @@ def picture(clip: Clip, generator: Generator) -> Asked | None:
     return "describe the picture .", scene_of(clip, 0), []
 
 
+def clock(clip: Clip, generator: Generator) -> Asked | None:
+    """What a picture's clock shows (training only)."""
+    return "which second is it ?", str(clip.first_second), []
+
+
 def where(clip: Clip, generator: Generator) -> Asked | None:
     """Where a thing is at a second, at the start or at the end (training only)."""
     thing = pick(generator, clip.things)
@@ -324,7 +329,7 @@ BENCHMARK_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
 }  # fmt: skip
 LONG_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {"caption": caption, "timeline": timeline}
 TRAINING_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
-    "inventory": inventory, "picture": picture, "where": where, "path": path,
+    "inventory": inventory, "picture": picture, "where": where, "path": path, "clock": clock,
 }  # fmt: skip
 FAMILIES = BENCHMARK_FAMILIES | LONG_FAMILIES | TRAINING_FAMILIES
 
@@ -338,6 +343,8 @@ def ask(clip: Clip, family: str, generator: Generator, choice_share: float = 0.0
         generator: of every choice.
         choice_share: probability that a short question is asked as multiple choice.
     """
+    if not clip.things and family not in ("picture", "clock"):
+        return None
     asked = FAMILIES[family](clip, generator)
     if asked is None:
         return None

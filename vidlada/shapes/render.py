@@ -135,7 +135,7 @@ def render_frames(clip: Clip, seconds: Sequence[float], size: int) -> np.ndarray
                 _paint(frame, clip, thing, second)
         frame += tile[row : row + size, column : column + size]
         if clip.clock:
-            picture = _clock(second, size)
+            picture = _clock(clip.first_second + second, size)
             frame[: len(picture), : len(picture)] = picture
         frames[number] = np.clip(frame, 0, 255)
     return frames

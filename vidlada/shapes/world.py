@@ -1,6 +1,6 @@
 """A small world: coloured shapes that stand, move, bounce, overtake, appear, disappear and change colour."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -101,12 +101,14 @@ class Clip:
         seed: of background and noise.
         things: what is in it.
         clock: whether a running clock of whole seconds stands in the top left corner.
+        first_second: what the clock shows in the first frame.
     """
 
     seconds: int
     seed: int
     things: tuple[Thing, ...]
     clock: bool = True
+    first_second: int = 0
 
     def visible(self, thing: Thing, second: float) -> bool:
         """Whether a thing is in the picture at a time."""
@@ -164,7 +166,19 @@ class Clip:
             Thing(**{**t, "start": tuple(t["start"]), "end": tuple(t["end"]), "turns": t["turns"] and tuple(t["turns"])})
             for t in values["things"]
         ]
-        return cls(values["seconds"], values["seed"], tuple(things), values["clock"])
+        return cls(**{**values, "things": tuple(things)})
+
+
+def still(clip: Clip, second: int) -> Clip:
+    """One frame of a clip as a clip of its own: a picture with everything standing still."""
+    things = tuple(
+        replace(
+            thing, colour=thing.colour_at(second), motion="still", appear=0, disappear=None, turns=None,
+            start=clip.position(thing, second), end=clip.position(thing, second),
+        )
+        for thing in clip.things if clip.visible(thing, second)
+    )  # fmt: skip
+    return Clip(1, clip.seed, things, clip.clock, first_second=second + clip.first_second)
 
 
 def _third(coordinate: float) -> int:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vidlada.errors import InputError
 from vidlada.processor import END_OF_TURN, MASK, Message, VidLaDAProcessor
-from vidlada.shapes.questions import questions_for
+from vidlada.shapes.questions import BENCHMARK_FAMILIES, questions_for
 from vidlada.shapes.render import render_frames
-from vidlada.shapes.world import clip_for
+from vidlada.shapes.world import Clip, clip_for, still
 from vidlada.training.objective import IGNORED, conversation_mask, separate_samples_mask
 from vidlada.video import Sampling, sample_frames
 
@@ -50,41 +50,49 @@ class ShapesSource:
         seed: of the choice of clips and questions.
         frames_per_batch: a batch holds as many clips as fit into this many frames, all of one length.
         seconds: shortest and longest clip; None for the world's own distribution.
-        families: question families to choose from; None for the benchmark's.
+        families: question families to choose from; one named twice is asked twice as often.
         questions: exchanges a clip.
         choice_share: share of short questions asked as multiple choice.
         pictures: single frames at a random second instead of whole clips.
         max_things: most things in a clip.
-        separate: see `Sample`.
+        single_share: share of steps with one exchange a clip, where the video's tokens see the question.
+        text_only_share: share of clips left out, so that the model also learns to do without.
         image_size: pixels along a side.
-        no_video_share: share of clips whose frames are replaced by noise; 0 in training, 1 in a text-only run.
     """
 
     image_size: int
     seed: int = 0
     frames_per_batch: int = 256
     seconds: tuple[int, int] | None = None
-    families: tuple[str, ...] | None = None
+    families: tuple[str, ...] = tuple(BENCHMARK_FAMILIES)
     questions: int = 6
     choice_share: float = 0.3
     pictures: bool = False
     max_things: int = 4
-    separate: bool = True
+    single_share: float = 0.0
+    text_only_share: float = 0.0
 
     def batch(self, step: int) -> list[Sample]:
         """Clips of one random length, with fresh questions."""
         generator = np.random.default_rng([self.seed, step])
+        questions = 1 if generator.random() < self.single_share else self.questions
         seconds = None if self.seconds is None else int(generator.integers(self.seconds[0], self.seconds[1] + 1))
         first = self._clip(generator, seconds)
         count = self.frames_per_batch if self.pictures else max(1, self.frames_per_batch // first.seconds)
         clips = [first, *(self._clip(generator, first.seconds) for _ in range(count - 1))]
-        return [self._sample(clip, generator) for clip in clips]
+        return [self._sample(clip, questions, generator) for clip in clips]
 
-    def _clip(self, generator: np.random.Generator, seconds: int | None) -> Any:
+    def _clip(self, generator: np.random.Generator, seconds: int | None) -> Clip:
         return clip_for("train", int(generator.integers(2**62)), seconds=seconds, max_things=self.max_things)
 
-    def _sample(self, clip: Any, generator: np.random.Generator) -> Sample:
-        raise NotImplementedError
+    def _sample(self, clip: Clip, questions: int, generator: np.random.Generator) -> Sample:
+        seconds = list(range(clip.seconds))
+        if self.pictures:
+            clip, seconds = still(clip, int(generator.integers(clip.seconds))), [0]
+        asked = questions_for(clip, generator, questions, self.families, self.choice_share)
+        text_only = generator.random() < self.text_only_share
+        frames = None if text_only else render_frames(clip, seconds, self.image_size)
+        return Sample(frames, [(question.question, question.answer) for question in asked], separate=True)
 
 
 @dataclass(frozen=True)

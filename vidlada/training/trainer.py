@@ -42,7 +42,8 @@ def new_model(arguments: dict[str, Any], seed: int) -> tuple[VidLaDAForMaskedDif
     config = VidLaDAConfig(**{**role_tokens(tokenizer), **arguments})
     config.text_config.vocab_size = len(tokenizer)  # type: ignore[union-attr]
     set_seed(seed)
-    return VidLaDAForMaskedDiffusion(config), VidLaDAProcessor.from_config(tokenizer, config)
+    model = VidLaDAForMaskedDiffusion(config)
+    return model, VidLaDAProcessor.from_config(tokenizer, config)
 
 
 def role_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -116,6 +117,8 @@ def train(config: TrainingConfig, resume: bool = False, report: Any = print) -> 
     else:
         assert config.model is not None
         model, processor = new_model(config.model, config.seed)
+    # transformers' fused attention is several times slower than plain products in a CPU's bfloat16 backward pass
+    model.vision.tower.set_attn_implementation("eager" if accelerator.device.type == "cpu" else "sdpa")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(
@@ -183,7 +186,7 @@ def training_step(
     step: int,
 ) -> tuple[float, int]:
     """Mask, predict, update; returns the loss and the number of tokens in the batch."""
-    generator = torch.Generator().manual_seed(hash((config.seed, step, accelerator.process_index)))
+    generator = torch.Generator().manual_seed((config.seed * 1000 + accelerator.process_index) * 10**9 + step)
     labels, sample_index = batch["labels"], batch["sample_index"]
     masking = draw_masking(labels >= 0, sample_index, generator, batch["force"], config.stratified)
     mask_id = accelerator.unwrap_model(model).config.mask_token_id

@@ -1,0 +1,137 @@
+"""How well a model answers the questions of a shapes dataset."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vidlada.shapes.questions import BENCHMARK_FAMILIES, LONG_FAMILIES, events_recovered
+from vidlada.shapes.world import Clip
+
+# Answers to questions about one video; the path is None when the model must do without.
+Answerer = Callable[[Path | None, Sequence[str]], list[str]]
+
+
+@dataclass
+class Score:
+    """Answers of one family.
+
+    Attributes:
+        points: of each answer, 0 to 1: right or wrong, or the F1 of a long answer's clauses.
+        chance: of each question: one over the number of choices, or the share of the family's commonest answer.
+    """
+
+    points: list[float] = field(default_factory=list)
+    chance: list[float] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Percent."""
+        return 100 * sum(self.points) / max(1, len(self.points))
+
+    @property
+    def standard_error(self) -> float:
+        """Percent."""
+        count = len(self.points)
+        if count < 2:
+            return float("nan")
+        mean = sum(self.points) / count
+        return 100 * math.sqrt(sum((p - mean) ** 2 for p in self.points) / (count - 1) / count)
+
+    @property
+    def mean_chance(self) -> float:
+        """Percent."""
+        return 100 * sum(self.chance) / max(1, len(self.chance))
+
+
+@dataclass
+class Report:
+    """Scores by family, and every answer."""
+
+    families: dict[str, Score]
+    answers: list[dict[str, Any]]
+
+    @property
+    def short(self) -> Score:
+        """All short-answer questions together."""
+        chosen = [self.families[family] for family in BENCHMARK_FAMILIES if family in self.families]
+        return Score([p for score in chosen for p in score.points], [c for score in chosen for c in score.chance])
+
+    def table(self) -> str:
+        """Markdown."""
+        lines = ["| questions | number | right, % | standard error | chance, % |", "|---|---|---|---|---|"]
+        rows = [*self.families.items(), ("all short answers", self.short)]
+        for name, score in rows:
+            chance = f"{score.mean_chance:.1f}" if name not in LONG_FAMILIES else "–"
+            lines.append(f"| {name} | {len(score.points)} | {score.mean:.1f} | {score.standard_error:.1f} | {chance} |")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        rows = {**self.families, "all short answers": self.short}
+        return {
+            "scores": {
+                name: {
+                    "number": len(score.points),
+                    "percent": score.mean,
+                    "standard_error": score.standard_error,
+                    "chance": score.mean_chance,
+                }
+                for name, score in rows.items()
+            },
+            "answers": self.answers,
+        }
+
+
+def commonest_answers(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Share of the commonest open answer of each family."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for entry in entries:
+        if not entry["choices"]:
+            counts[entry["family"]][entry["conversations"][1]["value"]] += 1
+    return {family: max(counter.values()) / counter.total() for family, counter in counts.items()}
+
+
+def points(entry: dict[str, Any], answer: str) -> float:
+    """1 or 0 for a short answer; F1 of the clauses for a caption or timeline."""
+    if entry["family"] in LONG_FAMILIES:
+        return events_recovered(answer, Clip.from_dict(entry["clip"]))[2]
+    return float(answer.strip().rstrip(".").strip().lower() == entry["conversations"][1]["value"].lower())
+
+
+def evaluate(
+    entries: Sequence[dict[str, Any]],
+    folder: Path,
+    answerer: Answerer,
+    blind: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Report:
+    """Ask every question and score the answers.
+
+    Args:
+        entries: of a shapes dataset.
+        folder: where the dataset lies.
+        answerer: asks the model.
+        blind: ask without the video: what the questions give away by themselves.
+        progress: called with the number of answered questions.
+    """
+    by_video: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        by_video[entry["video"]].append(entry)
+    commonest = commonest_answers(entries)
+    families = {family: Score() for family in (*BENCHMARK_FAMILIES, *LONG_FAMILIES)}
+    answers: list[dict[str, Any]] = []
+    for video, asked in by_video.items():
+        questions = [entry["conversations"][0]["value"].removeprefix("<image>\n") for entry in asked]
+        said = answerer(None if blind else folder / video, questions)
+        for entry, question, answer in zip(asked, questions, said, strict=True):
+            score = families[entry["family"]]
+            score.points.append(points(entry, answer))
+            score.chance.append(1 / len(entry["choices"]) if entry["choices"] else commonest[entry["family"]])
+            truth = entry["conversations"][1]["value"]
+            answers.append({"id": entry["id"], "family": entry["family"], "question": question,
+                            "truth": truth, "answer": answer, "points": score.points[-1]})  # fmt: skip
+        progress(len(answers))
+    return Report({name: score for name, score in families.items() if score.points}, answers)
