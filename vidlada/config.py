@@ -67,6 +67,7 @@ class VidLaDAConfig(PreTrainedConfig):
         stop_token_ids: end the answer (end of turn in the published model).
         generation: defaults of `GenerationSettings` for this checkpoint.
         system_message: the system turn the model was trained with.
+        text_only: there is no visual half (LLaDA, the text-only ancestor).
     """
 
     model_type: ClassVar[str] = "vidlada"
@@ -106,6 +107,7 @@ class VidLaDAConfig(PreTrainedConfig):
         "user provides, and assist the user with a variety of tasks using natural language."
     )
     generation: dict[str, Any] | None = None
+    text_only: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -193,6 +195,8 @@ class GenerationSettings:
             raise InputError("threshold and factor exclude each other; give one of them")
         if self.steps is not None and (self.threshold is not None or self.factor is not None):
             raise InputError("steps is fixed in advance; it cannot be combined with threshold or factor")
+        if self.remasking == "random" and (self.threshold is not None or self.factor is not None):
+            raise InputError("threshold and factor compare probabilities; they need remasking low_confidence")
         object.__setattr__(self, "stop", tuple(self.stop))
         if any(not word for word in self.stop):
             raise InputError("a stop string must not be empty")

@@ -38,7 +38,8 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
         super().__init__(config)
         text_config = config.text_config
         assert isinstance(text_config, VidLaDATextConfig)
-        self.vision = Vision(config)
+        if not config.text_only:
+            self.vision = Vision(config)
         self.language_model = LanguageModel(text_config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
@@ -74,7 +75,12 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
 
         Returns:
             One (visual tokens, width) tensor a video.
+
+        Raises:
+            InputError: the model has no visual half.
         """
+        if self.config.text_only:
+            raise InputError("this checkpoint is text-only; it cannot see videos")
         pooled = self.vision(pixel_values)
         return [self.vision.with_newlines(frames) for frames in pooled.split(frame_counts)]
 

@@ -1,0 +1,335 @@
+"""The denoising loop: mask tokens to an answer, block by block (LLaDA sampling, as VidLaDA uses it).
+
+What is special about it:
+- which slots are still masked is a boolean tensor of the loop, never a comparison of embeddings or ids;
+- several requests run as one batch, padded on the left; each keeps its own settings, block, step and random
+  numbers, so it gives the same answer as alone, may end earlier, and another may join while it runs;
+- only the logits of the current blocks are computed.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidlada.config import GenerationSettings
+from vidlada.decoding.commit import above_threshold, by_factor, most_confident, spread
+from vidlada.errors import InputError
+from vidlada.model import VidLaDAForMaskedDiffusion
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to be decoded.
+
+    Args:
+        prompt: (tokens, width) embeddings, visual tokens spliced in.
+        settings: how to decode.
+        stop_sequences: token ids that end the answer; the earliest occurrence of any of them counts.
+        suffix_ids: fixed tokens after the answer slots, visible from the first step.
+        initial_ids: `gen_length` ids the slots start with, the mask id where they are open (infilling).
+    """
+
+    prompt: Tensor
+    settings: GenerationSettings = GenerationSettings()
+    stop_sequences: Sequence[tuple[int, ...]] = ()
+    suffix_ids: Sequence[int] = ()
+    initial_ids: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What an answer cost.
+
+    Attributes:
+        steps: denoising steps.
+        forward_passes: passes through the model; guidance takes two a step.
+        tokens: slots committed.
+        seconds: by phase; `denoising` is the wall time the request spent in the loop.
+    """
+
+    steps: int = 0
+    forward_passes: int = 0
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Slots committed in a forward pass, on average."""
+        return self.tokens / max(1, self.forward_passes)
+
+    def with_seconds(self, seconds: dict[str, float]) -> "Statistics":
+        """A copy with further phases in front."""
+        return replace(self, seconds={**seconds, **self.seconds})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "steps": self.steps,
+            "forward_passes": self.forward_passes,
+            "tokens": self.tokens,
+            "tokens_per_forward": round(self.tokens_per_forward, 4),
+            "seconds": {phase: round(seconds, 4) for phase, seconds in self.seconds.items()},
+        }
+
+
+@dataclass(frozen=True)
+class State:
+    """An answer after a step, on the CPU.
+
+    Attributes:
+        step: steps done.
+        proposed: (gen_length,) final tokens, this step's proposals in the current block, the mask id elsewhere.
+        committed: boolean (gen_length,): which of them are final.
+        confidence: (gen_length,) probability of each proposal of this step; 1 where final before, 0 where open.
+        stop_at: slot at which a stop sequence begins, if one was found.
+        done: the answer is complete.
+        statistics: so far.
+    """
+
+    step: int
+    proposed: Tensor
+    committed: Tensor
+    confidence: Tensor
+    stop_at: int | None
+    done: bool
+    statistics: Statistics
+
+    def answer_ids(self) -> list[int]:
+        """Final tokens before the stop, in order; open slots are left out."""
+        kept = self.proposed[: self.stop_at][self.committed[: self.stop_at]]
+        return [int(token) for token in kept]
+
+
+class Row:
+    """A request while it is decoded."""
+
+    def __init__(self, number: int, request: Request, model: VidLaDAForMaskedDiffusion):
+        config, settings = model.config, request.settings
+        self.number, self.request, self.settings = number, request, settings
+        self.mask_id = config.mask_token_id
+        device = request.prompt.device
+        initial = request.initial_ids if request.initial_ids is not None else [self.mask_id] * settings.gen_length
+        if len(initial) != settings.gen_length:
+            raise InputError(f"{len(initial)} initial ids were given for gen_length {settings.gen_length} answer slots")
+        self.ids = torch.tensor(initial, device=device)  # (gen_length,)
+        self.masked = self.ids == self.mask_id
+        self.suffix = torch.tensor(list(request.suffix_ids), dtype=torch.long, device=device)
+        length = len(request.prompt) + len(self.ids) + len(self.suffix)
+        if length > config.max_length:
+            raise InputError(
+                f"prompt, answer slots and suffix take {length} tokens, more than the model's {config.max_length}; "
+                f"use fewer frames or a smaller gen_length"
+            )
+        self.generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same numbers on every device
+        self.block, self.plan = -1, [0]
+        self.stop_at = self.find_stop()
+        self.statistics = Statistics()
+        self.started = time.perf_counter()
+        self.next_block()
+
+    @property
+    def slots(self) -> slice:
+        """The current block's slots."""
+        return slice(self.block * self.settings.block_length, (self.block + 1) * self.settings.block_length)
+
+    def open_slots(self) -> Tensor:
+        """Masked slots before the stop, (gen_length,)."""
+        open_slots = self.masked.clone()
+        if self.stop_at is not None:
+            open_slots[self.stop_at :] = False
+        return open_slots
+
+    @property
+    def done(self) -> bool:
+        """Nothing before the stop is masked."""
+        return not bool(self.open_slots().any())
+
+    def next_block(self) -> None:
+        """Move to the first block that has something to decide."""
+        open_slots = self.open_slots()
+        if self.done or (self.block >= 0 and bool(open_slots[self.slots].any())):
+            return
+        self.block = int(open_slots.nonzero()[0]) // self.settings.block_length
+        self.plan = spread(int(self.masked[self.slots].sum()), self.settings.steps_per_block)
+
+    def embeddings(self, model: VidLaDAForMaskedDiffusion, guided: bool) -> Tensor:
+        """The whole sequence, (tokens, width); with `guided` the prompt is hidden behind mask embeddings."""
+        embed = model.language_model.embed_tokens
+        answer = embed(torch.cat((self.ids, self.suffix)))
+        prompt = self.request.prompt.to(answer.dtype)
+        if guided:
+            prompt = embed(self.ids.new_tensor([self.mask_id])).expand_as(prompt)
+        return torch.cat((prompt, answer))
+
+    def commit(self, logits: Tensor, suppressed: Tensor, passes: int) -> State:
+        """Propose a token for every masked slot of the block and make some of them final.
+
+        Args:
+            logits: (block, vocabulary) float32.
+            suppressed: ids that are never proposed.
+            passes: forward passes this step took.
+        """
+        settings, slots = self.settings, self.slots
+        masked = self.masked[slots]
+        logits = logits.clone()
+        logits[:, suppressed] = -torch.inf
+        proposed = self.sample(logits).argmax(-1)  # (block,)
+        probability = logits.double().softmax(-1).gather(-1, proposed[:, None])[:, 0]
+        ranking = probability
+        if settings.remasking == "random":
+            ranking = torch.rand(1, len(proposed), generator=self.generator)[0].double().to(probability.device)
+        open_slots = self.open_slots()[slots]
+        if settings.threshold is not None:
+            chosen = above_threshold(ranking, open_slots, settings.threshold)
+        elif settings.factor is not None:
+            chosen = by_factor(ranking, open_slots, settings.factor)
+        else:
+            # steps left without a token to place (fewer masks than steps) would change nothing, so they are not taken
+            chosen = most_confident(ranking, open_slots, max(1, self.plan.pop(0) if self.plan else 1))
+        self.ids[slots] = torch.where(chosen, proposed, self.ids[slots])
+        self.masked[slots] = masked & ~chosen
+        self.stop_at = self.find_stop()
+        self.statistics = Statistics(
+            steps=self.statistics.steps + 1,
+            forward_passes=self.statistics.forward_passes + passes,
+            tokens=self.statistics.tokens + int(chosen.sum()),
+            seconds={"denoising": time.perf_counter() - self.started},
+        )
+        return self.snapshot(slots, torch.where(masked, proposed, self.ids[slots]), probability.where(masked, 1.0))
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """Add Gumbel noise in float64: exp(logits) / (-log u)^temperature; greedy at temperature 0."""
+        if self.settings.temperature == 0:
+            return logits
+        noise = torch.rand(1, *logits.shape, dtype=torch.float64, generator=self.generator)[0].to(logits.device)
+        return logits.double().exp() / (-noise.log()) ** self.settings.temperature
+
+    def find_stop(self) -> int | None:
+        """First slot at which a stop sequence stands in full.
+
+        The published loop lets the first listed sequence win and forgets the others after a first hit; here the
+        earliest occurrence of any of them counts, whatever their order.
+        """
+        found = None
+        for sequence in self.request.stop_sequences:
+            if len(sequence) > len(self.ids):
+                continue
+            windows = self.ids.unfold(0, len(sequence), 1)  # (places, sequence)
+            final = (~self.masked).unfold(0, len(sequence), 1).all(-1)
+            hits = ((windows == windows.new_tensor(sequence)).all(-1) & final).nonzero()
+            if len(hits) and (found is None or int(hits[0]) < found):
+                found = int(hits[0])
+        return found
+
+    def snapshot(self, slots: slice, proposed: Tensor, probability: Tensor) -> State:
+        """The state after a step; `proposed` and `probability` are of the block at `slots`."""
+        tokens = self.ids.masked_fill(self.masked, self.mask_id)
+        confidence = (~self.masked).float()
+        tokens[slots] = proposed
+        confidence[slots] = probability.float()
+        return State(
+            step=self.statistics.steps,
+            proposed=tokens.cpu(),
+            committed=(~self.masked).cpu(),
+            confidence=confidence.cpu(),
+            stop_at=self.stop_at,
+            done=self.done,
+            statistics=self.statistics,
+        )
+
+
+class Denoiser:
+    """Requests being decoded together, one step at a time.
+
+    Args:
+        model: in evaluation mode.
+    """
+
+    def __init__(self, model: VidLaDAForMaskedDiffusion):
+        self.model = model
+        self.rows: list[Row] = []
+        self.count = 0
+
+    def add(self, request: Request) -> tuple[int, State | None]:
+        """Let a request join from the next step on.
+
+        Returns:
+            Its number, and its final state if there is nothing to decode (every slot was given).
+        """
+        row = Row(self.count, request, self.model)
+        self.count += 1
+        if row.done:
+            return row.number, row.snapshot(slice(0, 0), row.ids[:0], row.ids[:0].float())
+        self.rows.append(row)
+        return row.number, None
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, State]]:
+        """One denoising step of every request; the finished ones leave.
+
+        Returns:
+            Number and state of each.
+        """
+        rows = self.rows
+        guided = [row for row in rows if row.settings.cfg_scale > 0]
+        logits = self.block_logits(rows)
+        if guided:
+            scales = torch.cat([row.ids.new_full((row.settings.block_length,), 1).float() * row.settings.cfg_scale
+                                for row in guided])[:, None]  # fmt: skip
+            unconditional = self.block_logits(guided, guided=True)
+            places = torch.cat([torch.full((row.settings.block_length,), row.settings.cfg_scale > 0) for row in rows])
+            conditional = logits[places]
+            logits[places] = unconditional + (scales + 1) * (conditional - unconditional)
+        suppressed = torch.tensor(list(self.model.config.suppressed_token_ids), device=logits.device)
+        parts = logits.split([row.settings.block_length for row in rows])
+        states = []
+        for row, part in zip(rows, parts, strict=True):
+            states.append((row.number, row.commit(part, suppressed, passes=2 if row in guided else 1)))
+            row.next_block()
+        self.rows = [row for row in rows if not row.done]
+        return states
+
+    def block_logits(self, rows: Sequence[Row], guided: bool = False) -> Tensor:
+        """Logits of every row's current block, one after another: (blocks, vocabulary)."""
+        sequences = [row.embeddings(self.model, guided) for row in rows]
+        longest = max(len(sequence) for sequence in sequences)
+        batch = sequences[0].new_zeros(len(rows), longest, sequences[0].shape[-1])
+        attention_mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=batch.device)
+        logits_at = torch.zeros_like(attention_mask)
+        for number, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
+            first = longest - len(sequence)
+            batch[number, first:] = sequence
+            attention_mask[number, first:] = True
+            answer = first + len(row.request.prompt)
+            logits_at[number, answer + row.slots.start : answer + row.slots.stop] = True
+        padded = any(len(sequence) < longest for sequence in sequences)
+        output = self.model(
+            inputs_embeds=batch, attention_mask=attention_mask if padded else None, logits_at=logits_at
+        )
+        return output.logits
+
+
+def denoise(model: VidLaDAForMaskedDiffusion, requests: Sequence[Request]) -> Iterator[tuple[int, State]]:
+    """Decode requests together.
+
+    Args:
+        model: in evaluation mode.
+        requests: any prompts and settings.
+
+    Yields:
+        Place of a request in `requests` and its state, after each of its steps; the last one has `done` set.
+
+    Raises:
+        InputError: a request does not fit the model.
+    """
+    denoiser = Denoiser(model)
+    for request in requests:
+        number, state = denoiser.add(request)
+        if state is not None:
+            yield number, state
+    while denoiser.rows:
+        yield from denoiser.step()
