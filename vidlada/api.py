@@ -20,7 +20,6 @@ from vidlada.processor import Message, VidLaDAProcessor, time_instruction
 from vidlada.video import Frames, Sampling, VideoInfo, sample_frames
 
 SHIPPED = "tiny"
-VideoSource = "str | Path | Frames | np.ndarray | EncodedVideo"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,9 @@ class EncodedVideo:
     @property
     def duration(self) -> float:
         """Seconds the video lasts; for an array of frames, up to the last frame."""
-        return self.times[-1] if self.info is None else self.info.duration
+        if self.info is not None:
+            return self.info.duration
+        return self.times[-1] if self.times else 0.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class VidLaDA:
 
     def watch(
         self,
-        video: "str | Path | Frames | np.ndarray | EncodedVideo",
+        video: "str | Path | Frames | np.ndarray | EncodedVideo | None",
         frames: int = 64,
         fps: float = 1.0,
         force_sample: bool = False,
@@ -111,7 +112,7 @@ class VidLaDA:
 
         Args:
             video: a file, a folder of images, an image, frames already sampled, or a uint8 array
-                (frames, height, width, 3) taken at `fps`.
+                (frames, height, width, 3) taken at `fps`; None for no video at all.
             frames: most frames to take.
             fps: candidate frames a second.
             force_sample: always take `frames` frames, evenly spaced.
@@ -121,6 +122,11 @@ class VidLaDA:
         """
         if isinstance(video, EncodedVideo):
             return video
+        if video is None:
+            width = self.model.language_model.config.hidden_size
+            return EncodedVideo(torch.empty(0, width, device=self.model.device), (), None, {})
+        if self.model.config.text_only:
+            raise InputError(f"{self.name} is a text-only checkpoint; it cannot see videos")
         started = time.perf_counter()
         info = None
         if isinstance(video, np.ndarray):
@@ -162,7 +168,7 @@ class VidLaDA:
         return self.chat(video, **split_options(options)).stream(question)
 
     def chat(self, video: Any, **options: Any) -> "Conversation":
-        """Several questions in one conversation about one video; options as for `ask`."""
+        """Several questions about one video, which is encoded once; options as for `ask`."""
         options = split_options(options)
         watching = {name: options[name] for name in WATCH_OPTIONS if name in options}
         others = {name: value for name, value in options.items() if name not in WATCH_OPTIONS}
@@ -228,7 +234,8 @@ class Conversation:
     def request(self, question: str) -> Request:
         """What the decoding loop needs to answer the next question."""
         processor, model = self.vidlada.processor, self.vidlada.model
-        encoded = processor.encode([*self.messages, self._user(question)], [len(self.video.times)])
+        counts = [len(self.video.times)] if self.video.times else []
+        encoded = processor.encode([*self.messages, self._user(question)], counts)
         ids = torch.tensor([encoded.input_ids], device=model.device)
         with torch.inference_mode():
             prompt = model.embed(ids, self.video.visual_tokens)[0]
@@ -243,21 +250,25 @@ class Conversation:
     def _user(self, question: str) -> Message:
         if not question or not question.strip():
             raise InputError("the question is empty; ask something about the video")
-        if any(message["role"] == "user" for message in self.messages):
+        if not self.video.times or any(message["role"] == "user" for message in self.messages):
             return {"role": "user", "content": question}
         if self.time_instruction:
             question = f"{time_instruction(self.video.times, self.video.duration)}\n{question.strip()}"
         return {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}
 
     def stream(self, question: str) -> Iterator[Draft]:
-        """Answer the next question, yielding a draft after every step; the conversation keeps the answer."""
+        """Answer the next question, yielding a draft after every step.
+
+        Models trained on conversations (`config.multi_turn`) see the earlier questions and answers.
+        """
         request = self.request(question)
         state = None
         for _, state in denoise(self.vidlada.model, [request]):
             yield self.draft(state)
         assert state is not None
-        self.messages += [self._user(question), {"role": "assistant", "content": self.answer(state).text}]
         self.last = self.answer(state)
+        if self.vidlada.model.config.multi_turn:
+            self.messages += [self._user(question), {"role": "assistant", "content": self.last.text}]
 
     def ask(self, question: str) -> Answer:
         """Answer the next question."""
@@ -267,21 +278,32 @@ class Conversation:
 
     def draft(self, state: State) -> Draft:
         """A state as text."""
-        decode = self.vidlada.processor.tokenizer.decode
+        decode = self.vidlada.processor.decode
         mask = self.vidlada.model.config.mask_token_id
-        slots = zip(state.proposed.tolist(), state.committed.tolist(), strict=True)
-        pieces = [(None if token == mask else decode([token]), final) for token, final in slots]
-        if state.stop_at is not None:
-            pieces = pieces[: state.stop_at]
-        settled = [token for token in state.answer_ids() if token != mask]
-        return Draft(state, tuple(pieces), self.vidlada.processor.decode(settled).strip())
+        pieces: list[tuple[str | None, bool]] = []
+        known: list[int] = []
+        text = ""
+        end = len(state.proposed) if state.stop_at is None else state.stop_at
+        for token, final in zip(state.proposed[:end].tolist(), state.committed[:end].tolist(), strict=True):
+            if token == mask:
+                pieces.append((None, False))
+                continue
+            # a token's own text depends on what stands before it (spaces, parts of a character)
+            known.append(token)
+            longer = decode(known)
+            pieces.append((longer[len(text) :], final))
+            text = longer
+        return Draft(state, tuple(pieces), decode(state.answer_ids()).strip())
 
     def answer(self, state: State) -> Answer:
         """A finished state as an answer."""
-        ids = [*state.answer_ids()]
-        text = self.vidlada.processor.decode(ids).strip() + self.settings.suffix
+        ids = state.answer_ids()
+        text = self.vidlada.processor.decode(ids)
+        # a stop string may stand inside other tokens than its own, where the loop cannot see it
+        for word in self.settings.stop:
+            text = text.split(word)[0]
         return Answer(
-            text=text,
+            text=text.strip() + self.settings.suffix,
             token_ids=ids,
             finish_reason="length" if state.stop_at is None else "stop",
             frame_times=self.video.times,
@@ -290,9 +312,14 @@ class Conversation:
         )
 
 
-def shipped_model() -> Path:
-    """Folder of the model that comes with the package."""
-    return Path(str(resources.files("vidlada"))) / "weights" / SHIPPED
+def model_folder(name_or_folder: str | Path) -> Path:
+    """Folder of a model given by name (`tiny`, in the package) or path; `InputError` if there is none."""
+    if str(name_or_folder) == SHIPPED:
+        return Path(str(resources.files("vidlada"))) / "weights" / SHIPPED
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        raise InputError(f"{name_or_folder}: no such model folder; give a folder, or {SHIPPED!r} for the shipped one")
+    return folder
 
 
 def load(
@@ -312,12 +339,21 @@ def load(
     Raises:
         InputError: there is no such folder, or it is not a checkpoint of this family.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = shipped_model() if str(name_or_folder) == SHIPPED else Path(name_or_folder)
-    if not folder.is_dir():
-        raise InputError(f"{name_or_folder}: no such model folder; give a folder, or {SHIPPED!r} for the shipped one")
+    device = usable_device(device)
+    folder = model_folder(name_or_folder)
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
     model = load_model(folder, dtype=dtype, device=device, device_map=device_map).eval()
     processor = VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
     return VidLaDA(model, processor, str(name_or_folder))
+
+
+def usable_device(device: str | None) -> str:
+    """The device asked for, or the first GPU, or the CPU; `InputError` if this machine lacks it."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device

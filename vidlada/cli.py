@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from vidlada import __version__
-from vidlada.errors import VidLaDAError
+from vidlada.errors import InputError, VidLaDAError
 
 
 def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,13 +105,10 @@ def ask(
 
     VIDEO is a video file, a folder of images, or an image.
     """
-    from vidlada.api import load
-
     if as_json and show:
         raise click.UsageError("--json and --show exclude each other")
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    with progress(f"loading {model}"):
-        vidlada = load(model, dtype=dtype, device=device)
+    vidlada = load_quietly(model, dtype, device)
     with progress(f"watching {video}"):
         conversation = vidlada.chat(video, **given)
     if show:
@@ -147,21 +144,30 @@ def show_drafts(conversation: Any, question: str) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    console = Console()
-    with Live(console=console, refresh_per_second=20) as live:
+    with Live(console=Console(), refresh_per_second=20) as live:
         for draft in conversation.stream(question):
             text = Text()
             for piece, final in draft.pieces:
                 if piece is None:
-                    text.append("· ", style="dim")
+                    text.append(" ·", style="dim")
                 else:
-                    text.append(f"{piece} ", style="bold" if final else "dim italic yellow")
+                    text.append(piece, style="bold" if final else "dim italic yellow")
             text.append(f"\nstep {draft.state.step}", style="dim")
             live.update(text)
         answer = conversation.last
-        rate = answer.statistics.tokens_per_forward
-        live.update(Text(f"{answer.text}\n").append(
-            f"{answer.statistics.steps} steps, {rate:.2f} tokens per forward pass", style="dim"))  # fmt: skip
+        counts = f"{answer.statistics.steps} steps, {answer.statistics.tokens_per_forward:.2f} tokens per forward pass"
+        live.update(Text(f"{answer.text}\n").append(counts, style="dim"))
+
+
+def load_quietly(model: str, dtype: str, device: str | None) -> Any:
+    """Load a model behind our own spinner instead of transformers' progress bars."""
+    from transformers.utils import logging
+
+    from vidlada.api import load
+
+    logging.disable_progress_bar()
+    with progress(f"loading {model}"):
+        return load(model, dtype=dtype, device=device)
 
 
 @main.command()
@@ -171,23 +177,17 @@ def show_drafts(conversation: Any, question: str) -> None:
 @model_option
 @one_line_errors
 def chat(video: str, show: bool, model: str, device: str | None, dtype: str, **options: Any) -> None:
-    """Ask VIDEO several questions, one a line; an empty line or end of input closes.
+    """Ask VIDEO several questions, one a line; an empty line or the end of input closes.
 
-    The video is decoded and encoded once. Every question stands alone: models of this size do not follow a
-    conversation unless they were trained on one, so pass --remember to keep earlier turns.
+    The video is decoded and encoded once. Models trained on conversations also see the earlier turns.
     """
-    from vidlada.api import load
-
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    with progress(f"loading {model}"):
-        vidlada = load(model, dtype=dtype, device=device)
+    vidlada = load_quietly(model, dtype, device)
     with progress(f"watching {video}"):
-        encoded = vidlada.watch(video, **{n: given.pop(n) for n in ("frames", "fps", "force_sample") if n in given})
-    interactive = sys.stdin.isatty()
-    click.echo(f"{video}: {len(encoded.times)} frames. Ask; an empty line ends.", err=True)
-    conversation = vidlada.chat(encoded, **given)
+        conversation = vidlada.chat(video, **given)
+    click.echo(f"{video}: {len(conversation.video.times)} frames. Ask; an empty line ends.", err=True)
     while True:
-        if interactive:
+        if sys.stdin.isatty():
             click.echo("> ", nl=False, err=True)
         question = sys.stdin.readline().strip()
         if not question:
@@ -196,3 +196,145 @@ def chat(video: str, show: bool, model: str, device: str | None, dtype: str, **o
             show_drafts(conversation, question)
         else:
             click.echo(conversation.ask(question).text)
+
+
+@main.command()
+@click.argument("model", default="tiny")
+@click.option("--frames", type=click.IntRange(1), default=64, show_default=True, help="Estimate memory for so many.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+              show_default=True, help="Estimate memory in this type.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@one_line_errors
+def info(model: str, frames: int, dtype: str, as_json: bool) -> None:
+    """Tell what checkpoint MODEL is, what memory a run needs, and what this machine has. Loads no weights."""
+    from vidlada.api import model_folder
+    from vidlada.checkpoint import describe
+    from vidlada.info import checkpoint_facts, machine_facts
+
+    facts = {"checkpoint": checkpoint_facts(describe(model_folder(model)), frames, dtype), "machine": machine_facts()}
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for group, values in facts.items():
+        click.echo(group)
+        for name, value in values.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {number}" for key, number in value.items())
+            elif isinstance(value, int) and not isinstance(value, bool):
+                value = f"{value:,}"
+            click.echo(f"  {name.replace('_', ' ')}: {value if value != [] else 'none'}")
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--to", "layout", type=click.Choice(["vidlada", "published", "llada"]), default="vidlada",
+              show_default=True, help="Layout to write.")  # fmt: skip
+@one_line_errors
+def convert(source: Path, target: Path, layout: Any) -> None:
+    """Write checkpoint SOURCE in another layout as TARGET, a new folder."""
+    from vidlada.checkpoint import convert as convert_checkpoint
+
+    with progress(f"converting {source}"):
+        convert_checkpoint(source, target, layout)
+    click.echo(f"{target}: written in the {layout} layout", err=True)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--output", help="Folder of checkpoints, logs and the model, instead of the config's.")
+@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in the output folder.")
+@one_line_errors
+def train(config: Path, output: str | None, resume: bool) -> None:
+    """Train as CONFIG (YAML) says. An interrupted run continues with --resume, on the same curve."""
+    from vidlada.training.config import load_config
+    from vidlada.training.trainer import train as run
+
+    folder = run(load_config(config, output=output), resume=resume, report=lambda line: click.echo(line, err=True))
+    click.echo(str(folder))
+
+
+@main.group()
+def shapes() -> None:
+    """The synthetic world the shipped model was trained on: write its clips and questions, score a model."""
+
+
+@shapes.command("write")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
+@click.option("--clips", type=click.IntRange(1), default=20, show_default=True, help="How many.")
+@click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="Number of the first clip.")
+@click.option("--questions", type=click.IntRange(0), default=10, show_default=True, help="Most short ones a clip.")
+@click.option("--seconds", type=click.IntRange(2, 60), help="Length of every clip; drawn by default.")
+@click.option("--size", type=click.IntRange(32), default=224, show_default=True, help="Pixels along a side.")
+@click.option("--no-clock", is_flag=True, help="Leave out the running clock in the corner.")
+@one_line_errors
+def shapes_write(folder: Path, no_clock: bool, **options: Any) -> None:
+    """Write H.264 clips and their questions, in the LLaVA json format, to FOLDER."""
+    from vidlada.shapes.dataset import write_dataset
+
+    with progress("writing clips"):
+        click.echo(str(write_dataset(folder, clock=not no_clock, **options)))
+
+
+@shapes.command("evaluate")
+@click.argument("questions", type=click.Path(path_type=Path))
+@click.option("--blind", is_flag=True, help="Ask without the videos: what the questions give away by themselves.")
+@click.option("--report", type=click.Path(path_type=Path), help="Also write scores and every answer as JSON here.")
+@answer_options
+@model_option
+@one_line_errors
+def shapes_evaluate(
+    questions: Path, blind: bool, report: Path | None, model: str, device: str | None, dtype: str, **options: Any
+) -> None:
+    """Ask a model every question of QUESTIONS (from `vidlada shapes write`) and print its scores by family."""
+    from vidlada.shapes.benchmark import evaluate, read_questions
+
+    entries = read_questions(questions)
+    if report is not None and report.exists():
+        raise InputError(f"{report} exists; choose another file")
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    vidlada = load_quietly(model, dtype, device)
+
+    def answers(video: Path | None, asked: Sequence[str]) -> list[str]:
+        return [answer.text for answer in vidlada.ask_many([(video, question) for question in asked], **given)]
+
+    def show(done: int) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"\r{done} of {len(entries)} questions", nl=done == len(entries), err=True)
+
+    result = evaluate(entries, questions.parent, answers, blind=blind, progress=show)
+    if report is not None:
+        report.write_text(json.dumps({"model": model, "blind": blind, **result.to_dict()}, indent=1))
+    click.echo(result.table())
+
+
+@main.group()
+def bench() -> None:
+    """Figures anyone can check: every ratio is to a baseline measured in the same run."""
+
+
+@bench.command("video")
+@click.option("--minutes", type=click.IntRange(1, 240), default=60, show_default=True, help="Length of the long file.")
+@click.option("--frames", type=click.IntRange(1), default=64, show_default=True, help="Frames to sample from it.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Interleaved repeats.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@one_line_errors
+def bench_video(minutes: int, frames: int, repeats: int, as_json: bool) -> None:
+    """Sampling frames from a long and a short file, against decoding everything and against seeking every frame."""
+    from vidlada.bench import video_figures, video_table
+
+    with progress("measuring"):
+        figures = video_figures(minutes, frames, repeats)
+    click.echo(json.dumps(figures) if as_json else video_table(figures))
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell, e.g. for bash: source <(vidlada completion bash)"""
+    from click.shell_completion import get_completion_class
+
+    script = get_completion_class(shell)
+    assert script is not None
+    click.echo(script(main, {}, "vidlada", "_VIDLADA_COMPLETE").source())

@@ -67,6 +67,7 @@ class VidLaDAConfig(PreTrainedConfig):
         stop_token_ids: end the answer (end of turn in the published model).
         generation: defaults of `GenerationSettings` for this checkpoint.
         system_message: the system turn the model was trained with.
+        multi_turn: the model was trained on conversations; if not, every question is asked by itself.
         text_only: there is no visual half (LLaDA, the text-only ancestor).
     """
 
@@ -107,6 +108,7 @@ class VidLaDAConfig(PreTrainedConfig):
         "user provides, and assist the user with a variety of tasks using natural language."
     )
     generation: dict[str, Any] | None = None
+    multi_turn: bool = True
     text_only: bool = False
     tie_word_embeddings: bool = False
 

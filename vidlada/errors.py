@@ -11,7 +11,3 @@ class InputError(VidLaDAError):
     """What the user gave cannot be used: a file, an option, a configuration value."""
 
     exit_code = 2
-
-
-class CheckpointError(InputError):
-    """A checkpoint folder is incomplete, of an unknown layout, or does not fit its configuration."""

@@ -1,5 +1,6 @@
 """How well a model answers the questions of a shapes dataset."""
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vidlada.errors import InputError
 from vidlada.shapes.questions import BENCHMARK_FAMILIES, LONG_FAMILIES, events_recovered
 from vidlada.shapes.world import Clip
 
@@ -83,6 +85,24 @@ class Report:
             },
             "answers": self.answers,
         }
+
+
+def read_questions(path: Path) -> list[dict[str, Any]]:
+    """Entries of a shapes dataset's json; `InputError` names the file and what is wrong with it."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid json: {error}") from error
+    needed = {"id", "video", "conversations", "family", "choices", "clip"}
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path}: expected a list of questions")
+    for number, entry in enumerate(entries):
+        lacking = sorted(needed - set(entry)) if isinstance(entry, dict) else sorted(needed)
+        if lacking:
+            raise InputError(f"{path}: entry {number} lacks {', '.join(lacking)}; write one with vidlada shapes write")
+    return entries
 
 
 def commonest_answers(entries: Sequence[dict[str, Any]]) -> dict[str, float]:

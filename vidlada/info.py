@@ -1,0 +1,120 @@
+"""What a checkpoint is, how much memory a run needs, what this machine can do."""
+
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vidlada.checkpoint import Checkpoint
+from vidlada.config import VidLaDAConfig
+
+STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+PROMPT_TOKENS = 128  # room for a question, its header and the system message, in estimates
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Estimated bytes of one run.
+
+    Attributes:
+        tokens: of the whole sequence.
+        weights: of the model.
+        vision: largest activations while the frames pass the tower.
+        denoising: largest activations of a denoising step.
+    """
+
+    tokens: int
+    weights: int
+    vision: int
+    denoising: int
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak: the two phases do not overlap."""
+        return self.weights + max(self.vision, self.denoising)
+
+
+def memory_need(config: VidLaDAConfig, parameters: int, frames: int, gen_length: int, value_bytes: int) -> MemoryNeed:
+    """Estimate the memory of answering about `frames` frames without a cache.
+
+    Counted are the tensors alive at once in the widest place of a layer: the residual stream, its normed float32
+    copy, and either queries, keys, values with the attention's output or the gate and up projections.
+
+    Args:
+        config: of the model.
+        parameters: how many weights it has.
+        frames: of the video.
+        gen_length: answer slots.
+        value_bytes: bytes a value in the type it runs in.
+    """
+    text, vision = config.text_config, config.vision_config
+    width, mlp = int(text.hidden_size), int(text.intermediate_size)  # type: ignore[union-attr]
+    tokens = config.visual_tokens(frames) + PROMPT_TOKENS + gen_length
+    layer = max(4 * width, 3 * mlp) * value_bytes + 2 * width * value_bytes + 4 * width
+    patches = frames * config.patches_per_side**2
+    tower_width, tower_mlp = int(vision.hidden_size), int(vision.intermediate_size)  # type: ignore[union-attr]
+    tower = max(4 * tower_width, 2 * tower_mlp, 2 * width) * value_bytes + 2 * tower_width * value_bytes
+    logits = gen_length * int(text.vocab_size) * (4 + 8)  # type: ignore[union-attr]
+    return MemoryNeed(tokens, parameters * value_bytes, patches * tower, tokens * layer + logits)
+
+
+def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto") -> dict[str, Any]:
+    """Plain values that describe a checkpoint and its memory need."""
+    config = checkpoint.config
+    text = config.text_config
+    entries = [*checkpoint.entries.values(), *checkpoint.tower.values()]
+    parameters = sum(torch.Size(entry.shape).numel() for entry in entries)
+    stored = sum(torch.Size(entry.shape).numel() * STORED_BYTES.get(entry.dtype, 4) for entry in entries)
+    value_bytes = STORED_BYTES.get(checkpoint.dtype, 4) if dtype == "auto" else getattr(torch, dtype).itemsize
+    gen_length = int((config.generation or {}).get("gen_length", 128))
+    need = memory_need(config, parameters, frames, gen_length, value_bytes)
+    facts: dict[str, Any] = {
+        "folder": str(checkpoint.folder),
+        "layout": checkpoint.layout,
+        "parameters": parameters,
+        "stored_as": checkpoint.dtype,
+        "stored_bytes": stored,
+        "layers": text.num_hidden_layers,  # type: ignore[union-attr]
+        "width": text.hidden_size,  # type: ignore[union-attr]
+        "heads": text.num_attention_heads,  # type: ignore[union-attr]
+        "key_value_heads": text.num_key_value_heads,  # type: ignore[union-attr]
+        "vocabulary": text.vocab_size,  # type: ignore[union-attr]
+        "max_length": config.max_length,
+    }
+    if not config.text_only:
+        facts["image_size"] = config.vision_config.image_size  # type: ignore[union-attr]
+        facts["tokens_per_frame"] = config.tokens_per_frame()
+    facts["memory_estimate"] = {
+        "frames": frames,
+        "tokens": need.tokens,
+        "bytes_per_value": value_bytes,
+        "weights_gib": round(need.weights / GIB, 3),
+        "vision_gib": round(need.vision / GIB, 3),
+        "denoising_gib": round(need.denoising / GIB, 3),
+        "total_gib": round(need.total / GIB, 3),
+    }
+    return facts
+
+
+def machine_facts() -> dict[str, Any]:
+    """Plain values that describe this machine."""
+    devices = [
+        {
+            "name": torch.cuda.get_device_name(number),
+            "memory_gib": round(torch.cuda.get_device_properties(number).total_memory / GIB, 1),
+            "bfloat16": torch.cuda.is_bf16_supported(),
+        }
+        for number in range(torch.cuda.device_count())
+    ]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory / GIB, 1),
+        "gpus": devices,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
