@@ -100,7 +100,7 @@ def write_clip(path: Path, seconds: int, width: int, height: int) -> Path:
         for picture in pattern(chunk * FPS, width, height):
             packets += stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))
         packets += stream.encode()
-        stamps = [(packet.pts, packet.dts, bytes(packet), packet.is_keyframe) for packet in packets]
+        stamps = [(packet.pts or 0, packet.dts or 0, bytes(packet), packet.is_keyframe) for packet in packets]
         for shift in range(0, seconds * FPS, chunk * FPS):
             for pts, dts, data, is_keyframe in stamps:
                 packet = av.Packet(data)

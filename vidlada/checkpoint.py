@@ -454,7 +454,7 @@ def convert(source: Path, target: Path, layout: Layout) -> None:
         shutil.copy(file, partial / file.name)
     if target.exists():
         target.rmdir()
-    os.replace(partial, target)
+    partial.replace(target)
 
 
 def write_shards(folder: Path, places: dict[str, tuple[str, Entry]], layout: Layout) -> None:

@@ -231,7 +231,7 @@ class GenerationSettings:
         given = {name: value for name, value in changes.items() if value is not None}
         paces = {"threshold", "factor", "steps"}
         if paces & set(given):
-            given = {name: None for name in paces} | given
+            given = dict.fromkeys(paces) | given
         gen_length = given.get("gen_length")
         if "block_length" not in given and isinstance(gen_length, int) and gen_length > 0:
             given["block_length"] = max(n for n in range(1, self.block_length + 1) if gen_length % n == 0)

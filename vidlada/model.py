@@ -15,7 +15,7 @@ from vidlada.vision import Vision
 
 
 @dataclass
-class VidLaDAOutput(ModelOutput):  # type: ignore[misc]
+class VidLaDAOutput(ModelOutput):
     """`logits` (batch, tokens, vocabulary) in float32, `hidden` (batch, tokens, width)."""
 
     logits: Tensor | None = None
@@ -60,7 +60,7 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.language_model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ def time_instruction(times: Sequence[float], duration: float) -> str:
     )
 
 
-class VidLaDAProcessor(ProcessorMixin):  # type: ignore[misc]
+class VidLaDAProcessor(ProcessorMixin):
     """Turns conversations with videos into the model's inputs.
 
     Args:
@@ -123,7 +123,7 @@ class VidLaDAProcessor(ProcessorMixin):  # type: ignore[misc]
         """The processor that fits a model."""
         return cls(
             tokenizer,
-            image_size=int(config.vision_config.image_size),  # type: ignore[union-attr, arg-type]
+            image_size=int(config.vision_config.image_size),  # type: ignore[union-attr]
             tokens_per_frame=config.tokens_per_frame(),
             closing_tokens=config.visual_tokens(0),
             video_token_id=config.video_token_id,
@@ -257,13 +257,14 @@ class VidLaDAProcessor(ProcessorMixin):  # type: ignore[misc]
             `input_ids`, `attention_mask`, `frame_index` (batch, tokens); with videos `pixel_values`
             (all frames, 3, size, size) and `frame_counts`, a list.
         """
-        batch = [conversations] if conversations and isinstance(conversations[0], dict) else conversations
+        alone = bool(conversations) and isinstance(conversations[0], dict)
+        batch = cast(Sequence[Sequence[Message]], [conversations] if alone else conversations)
         rows, videos = [], []
         for messages in batch:
-            parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]  # type: ignore[union-attr]
+            parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]
             own = [np.asarray(part["video"]) for part in parts if part.get("type") == "video"]
             videos.extend(own)
-            rows.append(self.encode(messages, [len(video) for video in own], add_generation_prompt))  # type: ignore[arg-type]
+            rows.append(self.encode(messages, [len(video) for video in own], add_generation_prompt))
         length = max((len(row.input_ids) for row in rows), default=0)
         input_ids = torch.full((len(rows), length), int(self.tokenizer.pad_token_id))
         frame_index = torch.full((len(rows), length), -1)

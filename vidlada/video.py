@@ -241,8 +241,8 @@ def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
-                kinds = sorted({stream.type for stream in container.streams}) or ["no"]
-                raise InputError(f"{path}: there is no video in it, only {' and '.join(kinds)} streams")
+                kinds = " and ".join(sorted({stream.type for stream in container.streams})) or "no"
+                raise InputError(f"{path}: there is no video in it, only {kinds} streams")
             streams[0].thread_type = "AUTO"
             yield container, streams[0]
     except av.error.FFmpegError as error:
@@ -289,9 +289,7 @@ def _info(path: Path, stream: VideoStream, frames: int, fps: float, duration: fl
     return VideoInfo(str(path), frames, fps, duration, context.width, context.height, context.name)
 
 
-def _refuse_truncated(
-    path: Path, container: InputContainer, stream: VideoStream, frames: int, seconds: float
-) -> None:
+def _refuse_truncated(path: Path, container: InputContainer, stream: VideoStream, frames: int, seconds: float) -> None:
     """Compare what is there with what the header announces: a silently shortened video gives wrong answers."""
     if stream.frames - frames > MOST_MISSING * stream.frames:
         raise InputError(f"{path}: the file is truncated: {frames} of {stream.frames} frames are there")

@@ -43,7 +43,7 @@ class Vision(nn.Module):
         self.config = config
         vision_width = config.vision_config.hidden_size  # type: ignore[union-attr]
         width = config.text_config.hidden_size  # type: ignore[union-attr]
-        self.tower = SiglipVisionModel(config.vision_config)  # type: ignore[arg-type]
+        self.tower = SiglipVisionModel(config.vision_config)
         self.projector = nn.Sequential(nn.Linear(vision_width, width), nn.GELU(), nn.Linear(width, width))
         self.newline = nn.Parameter(torch.zeros(width))
 

@@ -307,9 +307,7 @@ class Denoiser:
             answer = first + len(row.request.prompt)
             logits_at[number, answer + row.slots.start : answer + row.slots.stop] = True
         padded = any(len(sequence) < longest for sequence in sequences)
-        output = self.model(
-            inputs_embeds=batch, attention_mask=attention_mask if padded else None, logits_at=logits_at
-        )
+        output = self.model(inputs_embeds=batch, attention_mask=attention_mask if padded else None, logits_at=logits_at)
         return output.logits
 
 

@@ -1,7 +1,6 @@
 """Clips and questions as files: real mp4 and the LLaVA json format."""
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -96,5 +95,5 @@ def _write_json(path: Path, entries: list[dict[str, Any]]) -> Path:
         raise InputError(f"{path} exists with other questions; choose another folder, or move the file away")
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
     return path

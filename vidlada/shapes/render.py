@@ -167,7 +167,7 @@ def write_mp4(clip: Clip, path: Path, size: int = 224, fps: int = 8, crf: int = 
                 for image in render_frames(clip, times[start : start + 64], size):
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode())
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path

@@ -163,7 +163,9 @@ class Clip:
     def from_dict(cls, values: dict[str, Any]) -> "Clip":
         """The inverse of `to_dict`."""
         things = [
-            Thing(**{**t, "start": tuple(t["start"]), "end": tuple(t["end"]), "turns": t["turns"] and tuple(t["turns"])})
+            Thing(
+                **{**t, "start": tuple(t["start"]), "end": tuple(t["end"]), "turns": t["turns"] and tuple(t["turns"])}
+            )
             for t in values["things"]
         ]
         return cls(**{**values, "things": tuple(things)})

@@ -1,6 +1,7 @@
 """A training run as YAML: validated dataclasses."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -106,7 +107,6 @@ class TrainingConfig:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
-        import math
 
         stage, within = self.stage_at(step)
         last = stage.learning_rate if stage.final_learning_rate is None else stage.final_learning_rate

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -20,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from vidlada.config import VidLaDAConfig
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.model import VidLaDAForMaskedDiffusion
-from vidlada.processor import END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, BOS, VidLaDAProcessor
+from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, VidLaDAProcessor
 from vidlada.shapes.questions import vocabulary
 from vidlada.training.config import Stage, TrainingConfig
 from vidlada.training.data import Collator, LlavaSource, ShapesSource, Source, StepDataset, to_device
@@ -29,6 +28,7 @@ from vidlada.training.tokenizer import word_tokenizer
 from vidlada.video import Sampling
 
 STATE_FILE = "trainer_state.json"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def new_model(arguments: dict[str, Any], seed: int) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
@@ -81,7 +81,7 @@ def make_source(stage: Stage, image_size: int, seed: int) -> Source:
     raise InputError(f"stage {stage.name}: data.kind must be shapes or llava, not {kind!r}")
 
 
-class Interrupted(VidLaDAError):
+class Interrupted(VidLaDAError):  # noqa: N818 - not an error: it went as asked
     """The run was asked to stop and has saved a checkpoint."""
 
     exit_code = 130
@@ -136,12 +136,13 @@ def train(config: TrainingConfig, resume: bool = False, report: Any = print) -> 
         report(f"resumed from {checkpoint.name}")
 
     stop_requested: list[int] = []
-    previous = {number: signal.signal(number, lambda n, _: stop_requested.append(n)) for number in (15, 2)}
+    previous = {number: signal.signal(number, lambda n, _: stop_requested.append(n)) for number in STOP_SIGNALS}
     model.train()
     window: list[float] = []
     tokens, started = 0, time.monotonic()
     try:
-        for step, batch in training_batches(config, processor, step):
+        for number, batch in training_batches(config, processor, step):
+            step = number
             rate = config.learning_rate(step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -228,10 +229,17 @@ def training_batches(
                 sampler=steps,
                 num_workers=config.workers,
                 prefetch_factor=4 if config.workers else None,
+                worker_init_fn=leave_signals_to_main,
             )
             for within, batch in zip(steps, loader, strict=True):
                 yield start + within, batch
         start += stage.steps
+
+
+def leave_signals_to_main(worker: int) -> None:
+    """Ctrl-C and a killed process group reach workers too, but they must go on until the checkpoint is written."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def save_checkpoint(
@@ -249,7 +257,7 @@ def save_checkpoint(
         (partial / STATE_FILE).write_text(json.dumps({"step": step, "config": asdict(config)}, indent=1))
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(partial, folder)
+        partial.replace(folder)
         for old in checkpoints(Path(config.output))[: -config.keep_checkpoints]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
