@@ -1,0 +1,114 @@
+"""The model against transformers' own modules, and as a Hugging Face citizen."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
+
+from vidlada.config import VidLaDAConfig, VidLaDATextConfig
+from vidlada.errors import InputError
+from vidlada.language_model import LanguageModel, rotary_angles
+from vidlada.model import VidLaDAForMaskedDiffusion
+
+SHAPE = {"vocab_size": 60, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "max_position_embeddings": 128, "rms_norm_eps": 1e-5}  # fmt: skip
+
+
+@pytest.mark.parametrize("key_value_heads", [4, 2, 1])
+def test_language_model_is_llama_without_a_causal_mask(key_value_heads):
+    torch.manual_seed(0)
+    ours = LanguageModel(VidLaDATextConfig(**SHAPE, num_key_value_heads=key_value_heads, rope_theta=500000.0)).eval()
+    config = LlamaConfig(**SHAPE, num_key_value_heads=key_value_heads, pad_token_id=None,
+                         rope_parameters={"rope_type": "default", "rope_theta": 500000.0})  # fmt: skip
+    llama = LlamaModel(config).eval()
+    llama.load_state_dict(ours.state_dict())
+    ids = torch.randint(0, 60, (2, 37))
+    with torch.no_grad():
+        expected = llama(input_ids=ids, attention_mask=torch.zeros(2, 1, 37, 37)).last_hidden_state
+        hidden = ours(ours.embed_tokens(ids))
+    assert torch.allclose(hidden, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(small, side):
+    model = small.model
+    ids = torch.randint(10, 200, (1, 20))
+    padding = torch.full((1, 7), 1)
+    parts = (padding, ids) if side == "left" else (ids, padding)
+    mask = torch.cat([torch.full_like(part, int(part is ids)) for part in parts], 1)
+    with torch.no_grad():
+        alone = model(input_ids=ids).logits
+        padded = model(input_ids=torch.cat(parts, 1), attention_mask=mask).logits[mask.bool()]
+    assert torch.allclose(padded, alone[0], atol=1e-5)
+
+
+def test_every_position_sees_every_other(small):
+    ids = torch.randint(10, 200, (1, 12))
+    with torch.no_grad():
+        base = small.model(input_ids=ids).hidden
+        for place in range(12):
+            other = ids.clone()
+            other[0, place] = 5
+            changed = (small.model(input_ids=other).hidden - base).abs().amax(-1)[0]
+            assert (changed > 0).all()
+
+
+def test_rotary_angles_are_exact_far_out_in_bfloat16():
+    position = torch.tensor([[13_000]])
+    cos, _ = rotary_angles(position, 128, 500000.0, torch.bfloat16)
+    exact = (13_000 * 500000.0 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)).cos()
+    assert (cos[0, 0, 0, :64].double() - exact).abs().max() < 0.01  # the published module, cast, is off by up to 1.97
+
+
+def test_only_chosen_logits(small):
+    ids = torch.randint(10, 200, (2, 9))
+    chosen = torch.rand(2, 9) < 0.4
+    with torch.no_grad():
+        assert torch.equal(small.model(input_ids=ids, logits_at=chosen).logits, small.model(input_ids=ids).logits[chosen])
+
+
+def test_visual_tokens_must_fit_their_places(small):
+    ids = torch.full((1, 8), small.model.config.video_token_id)
+    with pytest.raises(InputError, match="places for 8 visual tokens, but 3"):
+        small.model.embed(ids, torch.zeros(3, 32))
+
+
+def test_videos_of_different_length_are_encoded_as_alone(small):
+    pixels = torch.randn(5, 3, 36, 36)
+    with torch.no_grad():
+        first, second = small.model.encode_videos(pixels, [2, 3])
+        (alone,) = small.model.encode_videos(pixels[2:], [3])
+    assert first.shape == (12, 32)
+    assert torch.allclose(second, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("position", "mode", "count"),
+    [("grid", "bilinear", 2 * 6), ("frame", "bilinear", 2 * 5), ("one_token", "bilinear", 9), ("no_token", "bilinear", 8),
+     ("grid", "average", 2 * 2), ("grid", "max", 2 * 2)],
+)  # fmt: skip
+def test_layouts_of_visual_tokens(small, position, mode, count):
+    config = VidLaDAConfig(**{**small.model.config.to_dict(), "newline_position": position, "spatial_pool_mode": mode})
+    model = VidLaDAForMaskedDiffusion(config)
+    (visual,) = model.encode_videos(torch.zeros(2, 3, 36, 36), [2])
+    assert len(visual) == config.visual_tokens(2) == count
+
+
+def test_auto_classes_and_round_trip(small, small_folder, tmp_path):
+    assert isinstance(AutoConfig.from_pretrained(small_folder), VidLaDAConfig)
+    model = AutoModel.from_pretrained(small_folder, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    again = VidLaDAForMaskedDiffusion.from_pretrained(tmp_path)
+    for key, tensor in small.model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_agrees_with_cpu(small, small_folder):
+    import vidlada
+
+    ids = torch.randint(10, 200, (2, 30))
+    with torch.no_grad():
+        expected = small.model(input_ids=ids).logits
+        found = vidlada.load(small_folder, device="cuda", dtype="float32").model(input_ids=ids.cuda()).logits.cpu()
+    assert torch.allclose(found, expected, atol=1e-3)

@@ -1,0 +1,133 @@
+"""Run descriptions: the shipped one, what is refused, and the learning rate over a run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vidlada.errors import InputError
+from vidlada.training.config import Stage, TrainingConfig, load_config
+from vidlada.training.trainer import make_source
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+
+def write(folder, stage=None, **changes):
+    """A run description with some entries replaced; None leaves an entry out."""
+    first = {"name": "a", "steps": 10, "learning_rate": 0.1, "data": {"kind": "shapes"}, **(stage or {})}
+    values = {"output": "out", "model": {}, "stages": [first], **changes}
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}))
+    return path
+
+
+def test_the_shipped_run():
+    config = load_config(TINY, output="elsewhere")
+    written = yaml.safe_load(TINY.read_text())
+    assert config.output == "elsewhere"
+    assert load_config(TINY).output == written["output"]
+    assert [stage.name for stage in config.stages] == [stage["name"] for stage in written["stages"]]
+    assert config.total_steps == sum(stage["steps"] for stage in written["stages"])
+    assert config.stages[-1].collate.end_slots == written["stages"][-1]["collate"]["end_slots"]
+    for stage in config.stages:
+        assert make_source(stage, 24, 0).batch(0)
+
+
+REFUSED = {
+    "unknown": {"learning_rat": 1},
+    "unknown in a stage": {"stage": {"step": 1}, "match": r"stages\[0\].*step\b"},
+    "unknown in collate": {"stage": {"collate": {"force": 1}}, "match": r"stages\[0\]\.collate.*force\b"},
+    "no output": {"output": None, "match": "output"},
+    "no stages": {"stages": [], "match": "stages"},
+    "stages of text": {"stages": ["a"], "match": r"stages\[0\]"},
+    "two origins": {"init_from": "folder", "match": "init_from"},
+    "no origin": {"model": None, "match": "model"},
+    "checkpoint_every": {"checkpoint_every": 0},
+    "keep_checkpoints": {"keep_checkpoints": 0},
+    "log_every": {"log_every": -1},
+    "steps": {"stage": {"steps": 0}, "match": "steps"},
+    "learning_rate": {"stage": {"learning_rate": -1.0}, "match": "learning_rate"},
+    "schedule": {"stage": {"schedule": "step"}, "match": "schedule"},
+}
+NOT_REFUSED_WELL = {
+    "precision": {"precision": "float8", "match": "precision"},
+    "workers": {"workers": -1, "match": "workers"},
+    "warmup_steps": {"warmup_steps": "few", "match": "warmup_steps"},
+    "checkpoint_every": {"checkpoint_every": "often", "match": "checkpoint_every"},
+    "stages": {"stages": 5, "match": "stages"},
+    "steps": {"stage": {"steps": 1.5}, "match": "steps"},
+    "learning_rate": {"stage": {"learning_rate": "1e-3"}, "match": "learning_rate"},  # YAML reads 1e-3 as text
+    "end_targets": {"stage": {"collate": {"end_targets": -5}}, "match": "end_targets"},
+    "data": {"stage": {"data": 5}, "match": "data"},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(tmp_path, case):
+    changes = dict(REFUSED[case])
+    match = changes.pop("match", next(iter(changes)))
+    with pytest.raises(InputError, match=match):
+        load_config(write(tmp_path, **changes))
+
+
+@pytest.mark.xfail(strict=True, reason="values are barely checked when the file is read")
+@pytest.mark.parametrize("case", NOT_REFUSED_WELL)
+def test_refused_by_name(tmp_path, case):
+    changes = dict(NOT_REFUSED_WELL[case])
+    match = changes.pop("match")
+    with pytest.raises(InputError, match=match):
+        load_config(write(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", ""])
+def test_malformed_files_are_named(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match="run.yaml"):
+        load_config(path)
+
+
+@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="only OSError and YAMLError are caught")
+def test_a_binary_file_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(InputError, match="run.yaml"):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="none.yaml"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [({}, "data.kind"), ({"kind": "movies"}, "movies"), ({"kind": "shapes", "speed": 1}, "speed")],
+)
+def test_sources_are_refused_by_name(data, match):
+    with pytest.raises(InputError, match=match):
+        make_source(Stage("a", 1, 0.1, data), 24, 0)
+
+
+def run(**changes):
+    stages = (Stage("a", 4, 1.0, {}), Stage("b", 8, 0.5, {}, final_learning_rate=0.1, **changes))
+    return TrainingConfig("out", stages, model={}, warmup_steps=2)
+
+
+def test_stages_at_their_boundaries():
+    config = run()
+    found = [(stage.name, within) for stage, within in map(config.stage_at, range(config.total_steps))]
+    assert found == [("a", n) for n in range(4)] + [("b", n) for n in range(8)]
+    with pytest.raises(InputError, match="past the end"):
+        config.stage_at(12)
+
+
+def test_learning_rate_at_boundaries():
+    linear, cosine = run(), run(schedule="cosine")
+    assert [linear.learning_rate(step) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]  # warm-up of two steps
+    for config in (linear, cosine):
+        assert config.learning_rate(4) == pytest.approx(0.5)
+        assert config.learning_rate(8) == pytest.approx(0.3)
+    assert linear.learning_rate(6) == pytest.approx(0.4)
+    assert cosine.learning_rate(6) == pytest.approx(0.5 - 0.4 * (1 - 2**-0.5) / 2)
+    assert linear.learning_rate(11) == pytest.approx(0.15)
