@@ -266,7 +266,7 @@ def shapes() -> None:
 @click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="Number of the first clip.")
 @click.option("--questions", type=click.IntRange(0), default=10, show_default=True, help="Most short ones a clip.")
 @click.option("--seconds", type=click.IntRange(2, 60), help="Length of every clip; drawn by default.")
-@click.option("--size", type=click.IntRange(32), default=224, show_default=True, help="Pixels along a side.")
+@click.option("--size", type=click.IntRange(49), default=224, show_default=True, help="Pixels along a side.")
 @click.option("--no-clock", is_flag=True, help="Leave out the running clock in the corner.")
 @one_line_errors
 def shapes_write(folder: Path, no_clock: bool, **options: Any) -> None:

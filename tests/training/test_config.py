@@ -30,7 +30,7 @@ def test_the_shipped_run():
     assert config.total_steps == sum(stage["steps"] for stage in written["stages"])
     assert config.stages[-1].collate.end_slots == written["stages"][-1]["collate"]["end_slots"]
     for stage in config.stages:
-        assert make_source(stage, 24, 0).batch(0)
+        assert len(make_source(stage, config.model["vision_config"]["image_size"], 0).batch(0)) > 1
 
 
 REFUSED = {
@@ -106,7 +106,7 @@ def test_a_missing_file_is_named(tmp_path):
 )
 def test_sources_are_refused_by_name(data, match):
     with pytest.raises(InputError, match=match):
-        make_source(Stage("a", 1, 0.1, data), 24, 0)
+        make_source(Stage("a", 1, 0.1, data), 84, 0)
 
 
 def run(**changes):

@@ -9,7 +9,7 @@ from media import number_of, write_video
 
 from vidlada.errors import InputError
 from vidlada.processor import END_OF_TURN, MASK
-from vidlada.training.data import Collator, CollateSettings, LlavaSource, Sample, ShapesSource, StepDataset, read_llava
+from vidlada.training.data import CollateSettings, Collator, LlavaSource, Sample, ShapesSource, StepDataset, read_llava
 from vidlada.training.objective import IGNORED, separate_samples_mask
 from vidlada.training.trainer import new_model
 from vidlada.video import Sampling
@@ -26,6 +26,7 @@ ARGUMENTS = {
     "system_message": "",
     "max_length": 512,
 }  # fmt: skip
+SHAPES_SIZE = 56  # below 50 pixels the clock does not fit
 SHORT, LONG = ("Where is the red ball?", "left"), ("What happens?", "the red ball moves left and stops.")
 
 
@@ -118,6 +119,13 @@ def test_control_targets_of_packed_samples(made):
     collate(made, [Sample(video(2), [SHORT, LONG], separate=True)], control_targets=True)
 
 
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="a clip that supports no question has no exchange")
+def test_packed_samples_without_exchanges(made):
+    """Sixty pictures of which some do not support a question about a colour."""
+    samples = ShapesSource(SHAPES_SIZE, frames_per_batch=60, pictures=True, families=("colour",)).batch(0)
+    collate(made, samples)
+
+
 def test_end_targets_and_slots_follow_the_answer(made):
     _, processor = made
     eot, mask = processor.token_id(END_OF_TURN), processor.token_id(MASK)
@@ -140,13 +148,11 @@ def test_short_answers_are_forced(made):
 
 
 def test_the_conversation_mask_hides_later_turns(made):
-    same_start = [Sample(video(2), [SHORT, second]) for second in (LONG, ("Is there a cube?", "no"))]
+    first_turn = len(collate(made, [Sample(video(2), [SHORT])])["input_ids"][0])
+    samples = [Sample(video(2), [SHORT, second]) for second in (LONG, ("Is there a cube?", "no"))]
     for on in (True, False):
-        batches = [collate(made, [sample], conversation_mask=on) for sample in same_start]
-        turns = [logits(made, batch)[0, : batches[0]["labels"][0].tolist().index(IGNORED, 40)] for batch in batches]
-        first_turn = len(collate(made, [Sample(video(2), [SHORT])])["input_ids"][0])
-        difference = (turns[0][:first_turn] - turns[1][:first_turn]).abs().max()
-        assert (difference < 1e-4) == on
+        one, other = (logits(made, collate(made, [sample], conversation_mask=on))[0, :first_turn] for sample in samples)
+        assert ((one - other).abs().max() < 1e-4) == on
 
 
 def write_llava(folder, entries, name="data.json"):
@@ -167,7 +173,7 @@ def test_llava_reads_videos_and_sees_every_sample_once_a_pass(tmp_path, name):
     write_video(tmp_path / "videos" / "clip.mp4", frames=50)
     entries = [entry(str(number), **({} if number == 4 else {"video": "clip.mp4"})) for number in range(5)]
     path = write_llava(tmp_path, entries, name)
-    source = LlavaSource(path, 96, tmp_path / "videos", batch_size=2, sampling=Sampling(fps=5, max_frames=4))
+    source = LlavaSource(path, 96, tmp_path / "videos", batch_size=2, sampling=Sampling(fps=5))
     samples = [sample for step in range(5) for sample in source.batch(step)]
     passes = [[sample.exchanges[0][1] for sample in part] for part in (samples[:5], samples[5:])]
     assert sorted(passes[0]) == sorted(passes[1]) == ["0", "1", "2", "3", "4"]
@@ -177,8 +183,8 @@ def test_llava_reads_videos_and_sees_every_sample_once_a_pass(tmp_path, name):
         if sample.exchanges[0][1] == "4":
             assert sample.frames is None
         else:
-            assert sample.frames.shape == (4, 96, 96, 3)
-            assert [number_of(frame) for frame in sample.frames] == [0, 15, 30, 45]
+            assert sample.frames.shape == (10, 96, 96, 3)
+            assert [number_of(frame) for frame in sample.frames] == list(range(0, 50, 5))
 
 
 def test_llava_paths_start_at_the_json(tmp_path):
@@ -254,7 +260,7 @@ def same(first, second):
 
 def test_steps_are_the_same_in_any_order(made):
     def dataset(seed):
-        source = ShapesSource(24, seed=seed, frames_per_batch=4, questions=2, seconds=(2, 2))
+        source = ShapesSource(SHAPES_SIZE, seed=seed, frames_per_batch=4, questions=2, seconds=(2, 2))
         return StepDataset(source, Collator(made[1], CollateSettings(end_targets=2, end_slots=5)), seed)
 
     forward, backward = dataset(1), dataset(1)
@@ -265,7 +271,7 @@ def test_steps_are_the_same_in_any_order(made):
 
 
 def test_shapes_batches_hold_what_was_asked_for():
-    source = ShapesSource(24, frames_per_batch=7, seconds=(2, 3), questions=3)
+    source = ShapesSource(SHAPES_SIZE, frames_per_batch=7, seconds=(2, 3), questions=3)
     lengths = set()
     for step in range(12):
         samples = source.batch(step)
@@ -274,7 +280,7 @@ def test_shapes_batches_hold_what_was_asked_for():
         assert all(len(sample.exchanges) == 3 and sample.separate for sample in samples)
         lengths.add(seconds)
     assert lengths == {2, 3}
-    pictures = ShapesSource(24, frames_per_batch=7, pictures=True, families=("picture", "count")).batch(0)
-    assert [sample.frames.shape for sample in pictures] == [(1, 24, 24, 3)] * 7
-    assert all(sample.frames is None for sample in ShapesSource(24, text_only_share=1.0, frames_per_batch=4).batch(0))
-    assert all(len(sample.exchanges) == 1 for sample in ShapesSource(24, single_share=1.0).batch(0))
+    pictures = ShapesSource(SHAPES_SIZE, frames_per_batch=7, pictures=True, families=("picture", "count")).batch(0)
+    assert [sample.frames.shape for sample in pictures] == [(1, SHAPES_SIZE, SHAPES_SIZE, 3)] * 7
+    blind = ShapesSource(SHAPES_SIZE, frames_per_batch=4, text_only_share=1.0, single_share=1.0).batch(0)
+    assert all(sample.frames is None and len(sample.exchanges) == 1 for sample in blind)

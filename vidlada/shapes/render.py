@@ -13,6 +13,7 @@ from vidlada.errors import InputError
 from vidlada.shapes.world import COLOURS, SIZES, Clip, Thing
 
 NOISE_LEVELS = 3.0  # standard deviation of the noise, out of 255
+MIN_SIZE = 49  # pixels along a side: fewer do not hold the clock's digits
 CLOCK_SIDE = 1 / 7  # of the frame: the clock fills one patch of the tiny model's 7 × 7 grid
 DIGITS = (
     "111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001",
@@ -122,7 +123,12 @@ def render_frames(clip: Clip, seconds: Sequence[float], size: int) -> np.ndarray
 
     Returns:
         (frames, size, size, 3) uint8 RGB.
+
+    Raises:
+        InputError: `size` is below `MIN_SIZE`.
     """
+    if size < MIN_SIZE:
+        raise InputError(f"frames of the shapes world have at least {MIN_SIZE} pixels a side, not {size}")
     behind = background(clip, size)
     tile = _noise_tile(size)
     generator = np.random.default_rng([clip.seed, 1])

@@ -1,0 +1,133 @@
+"""The front door on real files, with a small model of random weights: batches, reuse, streaming, errors."""
+
+import numpy as np
+import pytest
+import torch
+from media import write_video
+
+import vidlada
+from vidlada.errors import InputError
+from vidlada.video import sample_frames
+
+FAST = {"gen_length": 16, "block_length": 8}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    return [write_video(folder / f"{seconds}.mp4", frames=25 * seconds) for seconds in (2, 7, 4)]
+
+
+def test_ask(small, clips):
+    answer = small.ask(clips[1], "which way does it move ?", **FAST)
+    assert answer.frame_times == tuple(float(second) for second in range(7))
+    assert answer.text == small.processor.decode(answer.token_ids).strip()
+    assert answer.finish_reason in ("stop", "length")
+    assert set(answer.statistics.seconds) == {"video", "vision", "denoising"}
+    assert answer.settings.gen_length == 16
+    assert answer.to_dict()["text"] == str(answer)
+
+
+def test_a_padded_batch_of_videos_answers_as_one_by_one(small, clips):
+    asked = [(clips[0], "is it red ?"), (clips[1], "how many things are in the video ?"), (None, "which way ?"),
+             (clips[2], "what colour is the circle ?"), (clips[1], "is it red ?")]  # fmt: skip
+    together = small.ask_many(asked, **FAST)
+    for (video, question), answer in zip(asked, together, strict=True):
+        assert answer.token_ids == small.ask(video, question, **FAST).token_ids
+
+
+def test_the_video_changes_the_answer(small, clips):
+    answers = {tuple(small.ask(video, "is it red ?", **FAST).token_ids) for video in (*clips, None)}
+    assert len(answers) > 1
+
+
+def test_several_questions_pay_for_the_video_once(small, clips, monkeypatch):
+    calls = []
+    encode = small.model.encode_videos
+    monkeypatch.setattr(small.model, "encode_videos", lambda *a: calls.append(1) or encode(*a))
+    seen = small.watch(clips[0])
+    for question in ("is it red ?", "is it small ?"):
+        assert small.ask(seen, question, **FAST).token_ids == small.ask(clips[0], question, **FAST).token_ids
+    assert len(calls) == 1 + 2
+
+
+def test_arrays_and_sampled_frames(small, clips):
+    frames = sample_frames(clips[0])
+    array = small.ask(frames.images, "is it red ?", fps=1.0, **FAST)
+    assert array.token_ids == small.ask(frames, "is it red ?", **FAST).token_ids
+    assert array.token_ids == small.ask(clips[0], "is it red ?", **FAST).token_ids
+    with pytest.raises(InputError, match="no frames"):
+        small.watch(np.zeros((0, 4, 4, 3), np.uint8))
+    with pytest.raises(InputError, match="uint8"):
+        small.watch(np.zeros((1, 4, 4, 3)))
+
+
+def test_streaming_ends_at_the_answer(small, clips):
+    drafts = list(small.stream(clips[0], "is it red ?", **FAST))
+    assert [draft.state.step for draft in drafts] == list(range(1, len(drafts) + 1))
+    assert drafts[-1].text == small.ask(clips[0], "is it red ?", **FAST).text
+    texts, finals = zip(*drafts[-1].pieces, strict=True)
+    assert all(finals)
+    assert "".join(texts).strip() == drafts[-1].text
+    assert any(piece is None for piece, _ in drafts[0].pieces)
+
+
+def test_a_conversation_is_remembered_only_if_trained_for(small, clips, monkeypatch):
+    monkeypatch.setattr(small.model.config, "multi_turn", True)
+    chat = small.chat(clips[0], **FAST)
+    first = chat.ask("is it red ?")
+    assert [message["content"] for message in chat.messages][1] == first.text
+    chat.ask("is it small ?")
+    assert len(chat.messages) == 4
+    monkeypatch.setattr(small.model.config, "multi_turn", False)
+    chat = small.chat(clips[0], **FAST)
+    assert chat.ask("is it red ?").token_ids == chat.ask("is it red ?").token_ids
+    assert chat.messages == []
+
+
+def test_stop_string_cuts_the_text(small, clips):
+    free = small.ask(clips[0], "is it red ?", **FAST).text
+    word = free.split()[2]
+    stopped = small.ask(clips[0], "is it red ?", stop=(word,), **FAST)
+    assert word not in stopped.text.split()
+
+
+def test_suffix_comes_back_with_the_answer(small, clips):
+    assert small.ask(clips[0], "is it red ?", suffix=" red circle", **FAST).text.endswith(" red circle")
+
+
+def test_time_instruction_is_seen(small, clips):
+    plain = small.chat(clips[1], **FAST).request("is it red ?").prompt
+    timed = small.chat(clips[1], time_instruction=True, **FAST).request("is it red ?").prompt
+    assert len(timed) > len(plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gen_lenght": 3}, "unknown generation setting gen_lenght"),
+        ({"frames": 0}, "number of frames"),
+        ({"fps": -1}, "fps"),
+        ({"block_length": 5}, "does not divide"),
+    ],
+)
+def test_bad_options(small, clips, options, message):
+    with pytest.raises(InputError, match=message):
+        small.ask(clips[0], "is it red ?", **options)
+
+
+def test_bad_questions_and_models(small, clips, tmp_path):
+    with pytest.raises(InputError, match="question is empty"):
+        small.ask(clips[0], "  ")
+    with pytest.raises(InputError, match="no such model folder"):
+        vidlada.load(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"no config\.json"):
+        vidlada.load(tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="device 'cuda' cannot be used"):
+            vidlada.load(device="cuda")
+
+
+def test_bfloat16_answers(small_folder, clips):
+    model = vidlada.load(small_folder, dtype="bfloat16")
+    assert model.ask(clips[0], "is it red ?", **FAST).statistics.tokens == 16

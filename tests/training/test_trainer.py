@@ -1,0 +1,257 @@
+"""Whole runs of a minuscule model: what they write, and that stopping them in any way changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import vidlada.training.trainer as trainer
+from vidlada.checkpoint import load_model
+from vidlada.errors import InputError, VidLaDAError
+from vidlada.processor import VidLaDAProcessor
+from vidlada.training.config import Stage, TrainingConfig
+from vidlada.training.data import CollateSettings
+from vidlada.training.trainer import Interrupted, train
+
+MODEL = {
+    "text_config": {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    },
+    "vision_config": {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56,
+        "patch_size": 28, "vision_use_head": False,
+    },
+    "system_message": "",
+    "max_length": 512,
+}  # fmt: skip
+PICTURES = {"kind": "shapes", "pictures": True, "frames_per_batch": 3, "questions": 2, "families": ["picture", "count"]}
+CLIPS = {"kind": "shapes", "seconds": [2, 2], "frames_per_batch": 4, "questions": 2}
+STEPS = 7
+
+# A run that ends itself: after a step, or half way through writing a checkpoint.
+KILLED_RUN = """
+import os, signal, sys, json
+import vidlada.training.trainer as trainer
+from vidlada.training.config import Stage, TrainingConfig
+from vidlada.training.data import CollateSettings
+
+where, values = sys.argv[1], json.loads(sys.argv[2])
+stages = tuple(Stage(**{**stage, "collate": CollateSettings(**stage["collate"])}) for stage in values.pop("stages"))
+
+def report(line):
+    if where == "step" and line.startswith("step 5/"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def save_model(model, processor, folder):
+    model.save_pretrained(folder)
+    if where == "checkpoint" and "0000004" in str(folder):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.save_model = save_model
+trainer.train(TrainingConfig(**values, stages=stages), report=report)
+"""
+
+
+def run(output, **changes):
+    stages = (
+        Stage("pictures", 3, 1e-2, PICTURES, collate=CollateSettings(end_targets=1, end_slots=2)),
+        Stage("clips", 4, 1e-2, CLIPS, final_learning_rate=1e-3, collate=CollateSettings(force_up_to=2)),
+    )
+    values = {"precision": "no", "warmup_steps": 2, "weight_decay": 0.01, "checkpoint_every": 2, "log_every": 1}
+    return TrainingConfig(str(output), stages, MODEL, **{**values, "workers": 0, **changes})
+
+
+def weights(folder):
+    return load_model(Path(folder)).state_dict()
+
+
+def assert_same(folder, expected):
+    found = weights(folder)
+    assert found.keys() == expected.keys()
+    different = [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])]
+    assert not different
+
+
+def quietly(line):
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    lines = []
+    final = train(run(output), report=lines.append)
+    return output, final, lines
+
+
+@pytest.fixture(scope="module")
+def expected(whole):
+    return weights(whole[1])
+
+
+def names(output):
+    return sorted(path.name for path in output.glob("checkpoint-*"))
+
+
+def test_a_run_writes_checkpoints_logs_and_a_model(whole, expected):
+    output, final, lines = whole
+    assert final == output / "model"
+    assert names(output) == ["checkpoint-0000006", "checkpoint-0000007"]  # only the newest two are kept
+    assert [line.split()[1] for line in lines] == [f"{step}/{STEPS}" for step in range(1, STEPS + 1)]
+    assert [line.split()[2] for line in lines] == ["pictures"] * 3 + ["clips"] * 4
+    assert list(output.glob("logs/**/events.*"))
+    assert not list(output.glob("*.partial"))
+    assert json.loads((output / "checkpoint-0000006" / "trainer_state.json").read_text())["step"] == 6
+    initial, _ = trainer.new_model(MODEL, 0)
+    unused = ("vision.tower.post_layernorm",)
+    changed = {name for name, tensor in initial.state_dict().items() if not torch.equal(tensor, expected[name])}
+    assert changed == {name for name in expected if not name.startswith(unused)}
+
+
+def test_the_model_folder_is_complete(whole):
+    processor = VidLaDAProcessor.from_pretrained(whole[1])
+    model = load_model(whole[1])
+    encoded = processor.encode([{"role": "user", "content": "Where is it?"}], [])
+    logits = model(input_ids=torch.tensor([encoded.input_ids])).logits
+    assert logits.shape[-1] == len(processor.tokenizer)
+    assert_same(whole[0] / "checkpoint-0000007" / "model", model.state_dict())
+
+
+def test_training_learns(tmp_path):
+    losses = []
+    stage = Stage("a", 40, 2e-2, {**PICTURES, "families": ["clock"], "frames_per_batch": 8, "choice_share": 0.0})
+    config = replace(run(tmp_path / "run"), stages=(stage,), log_every=10, checkpoint_every=100)
+    train(config, report=lambda line: losses.append(float(line.split("loss ")[1].split()[0])))
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 5])
+def test_an_interrupted_run_continues_as_if_nothing_had_been(tmp_path, expected, stop_at):
+    def terminate(line):
+        if line.startswith(f"step {stop_at}/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = [signal.getsignal(number) for number in trainer.STOP_SIGNALS]
+    with pytest.raises(Interrupted, match=f"after step {stop_at};") as caught:
+        train(run(tmp_path / "run"), report=terminate)
+    assert caught.value.exit_code == 130
+    assert [signal.getsignal(number) for number in trainer.STOP_SIGNALS] == handlers
+    assert names(tmp_path / "run")[-1] == f"checkpoint-{stop_at:07d}"
+    assert not (tmp_path / "run" / "model").exists()
+    lines = []
+    final = train(run(tmp_path / "run"), resume=True, report=lines.append)
+    assert lines[0] == f"resumed from checkpoint-{stop_at:07d}"
+    assert lines[1].startswith(f"step {stop_at + 1}/")
+    assert_same(final, expected)
+
+
+def run_and_wait(code, where, config, errors):
+    """Run KILLED_RUN in a process group of its own; its errors go to a file, which orphaned workers do not block."""
+    values = json.dumps(asdict(config))
+    command = [sys.executable, "-c", code, where, values]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with errors.open("w") as stderr:
+        ended = subprocess.run(
+            command, env=environment, timeout=120, stdout=stderr, stderr=stderr, start_new_session=True
+        )
+    return ended.returncode, errors.read_text()
+
+
+@pytest.mark.parametrize(("where", "newest"), [("step", 4), ("checkpoint", 2)])
+def test_a_killed_run_continues_as_if_nothing_had_been(tmp_path, expected, where, newest):
+    output = tmp_path / "run"
+    code, errors = run_and_wait(KILLED_RUN, where, run(output, workers=1), tmp_path / "errors")
+    assert code == -signal.SIGKILL, errors
+    leftover = ["checkpoint-0000004.partial"] if where == "checkpoint" else []
+    assert [name for name in names(output) if name.endswith(".partial")] == leftover
+    lines = []
+    final = train(run(output), resume=True, report=lines.append)
+    assert lines[0] == f"resumed from checkpoint-{newest:07d}"
+    assert_same(final, expected)
+    assert not list(output.glob("*.partial"))
+
+
+def test_signals_to_the_whole_group_leave_workers_at_work(tmp_path, expected):
+    """As with Ctrl-C in a terminal: the loader's processes get the signal too."""
+    output = tmp_path / "run"
+    source = KILLED_RUN.replace("os.kill(os.getpid(), signal.SIGKILL)", "os.killpg(0, signal.SIGINT)")
+    _, errors = run_and_wait(source, "step", run(output, workers=1), tmp_path / "errors")
+    assert errors.strip().splitlines()[-1].startswith("vidlada.training.trainer.Interrupted: stopped by signal 2")
+    assert names(output)[-1] == "checkpoint-0000005"
+    assert_same(train(run(output), resume=True, report=quietly), expected)
+
+
+def test_resuming_a_finished_run_writes_the_same_model(tmp_path, expected):
+    train(run(tmp_path / "run"), report=quietly)
+    assert_same(train(run(tmp_path / "run"), resume=True, report=quietly), expected)
+
+
+def test_partial_and_empty_checkpoints_are_ignored(tmp_path):
+    for name, complete in (("0000001", True), ("0000002", False), ("0000003.partial", True)):
+        (tmp_path / f"checkpoint-{name}").mkdir()
+        if complete:
+            (tmp_path / f"checkpoint-{name}" / trainer.STATE_FILE).write_text("{}")
+    assert trainer.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-0000001"
+
+
+def test_an_output_in_use_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        train(run(tmp_path / "run"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "notes.txt"]
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_nothing_to_resume_is_refused(tmp_path, exists):
+    if exists:
+        (tmp_path / "run" / "checkpoint-0000001.partial").mkdir(parents=True)
+    before = list(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="no checkpoint"):
+        train(run(tmp_path / "run"), resume=True)
+    assert list(tmp_path.rglob("*")) == before
+
+
+def test_init_from_starts_at_a_model_folder(tmp_path, whole, expected):
+    """With a learning rate of almost nothing the weights stay where they started."""
+    stage = Stage("a", 1, 1e-30, PICTURES)
+    config = replace(run(tmp_path / "run"), model=None, init_from=str(whole[1]), stages=(stage,))
+    assert_same(train(config, report=quietly), expected)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, expected):
+    found = weights(train(run(tmp_path / "run", gradient_checkpointing=True), report=quietly))
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+    calls = []
+
+    def broken(*args):
+        calls.append(1)
+        return (float("nan") if len(calls) == 2 else 1.0), 1
+
+    monkeypatch.setattr(trainer, "training_step", broken)
+    with pytest.raises(VidLaDAError, match="step 1 is nan"):
+        train(run(tmp_path / "run"), report=quietly)
+    assert len(calls) == 2
+    assert "input_ids" in torch.load(tmp_path / "run" / "not_finite_1.pt")
