@@ -60,7 +60,9 @@ def test_ask_show(clip, small_folder):
 
 
 def test_chat(clip, small_folder):
-    code, out, err = run("chat", clip, "--model", small_folder, "--gen-length", 16, stdin="is it red ?\nis it small ?\n\n")
+    code, out, err = run(
+        "chat", clip, "--model", small_folder, "--gen-length", 16, stdin="is it red ?\nis it small ?\n\n"
+    )
     assert code == 0
     assert out.count("\n") == 2
     assert "3 frames" in err
@@ -87,7 +89,9 @@ def test_convert_and_ask_the_result(clip, small_folder, tmp_path):
 
 
 def test_shapes_write_and_evaluate(small_folder, tmp_path):
-    code, out, _ = run_here("shapes", "write", tmp_path / "set", "--clips", 2, "--seconds", 3, "--questions", 3, "--size", 64)
+    code, out, _ = run_here(
+        "shapes", "write", tmp_path / "set", "--clips", 2, "--seconds", 3, "--questions", 3, "--size", 64
+    )
     assert code == 0
     questions = out.strip()
     assert len(list((tmp_path / "set" / "videos").glob("*.mp4"))) == 2
@@ -115,14 +119,14 @@ model:
   vision_config: {hidden_size: 8, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2, image_size: 60, patch_size: 12, vision_use_head: false}
   generation: {gen_length: 8, block_length: 8}
 stages:
-  - {name: only, steps: 3, learning_rate: 1.0e-3, data: {kind: shapes, pictures: true, frames_per_batch: 2, questions: 1}}
+  - {name: only, steps: 3, learning_rate: 1.0e-3, data: {kind: shapes, pictures: true, frames_per_batch: 2, questions: 1, families: [picture]}}
 """  # noqa: E501
     )
-    code, out, err = run_here("train", config, "--output", tmp_path / "out")
+    code, out, err = run("train", config, "--output", tmp_path / "out")
     assert code == 0
     assert "step 3/3" in err
-    assert run_here("ask", clip, "is it red ?", "--model", out.strip())[0] == 0
-    code, _, err = run_here("train", config, "--output", tmp_path / "out")
+    assert run("ask", clip, "is it red ?", "--model", out.strip())[0] == 0
+    code, _, err = run("train", config, "--output", tmp_path / "out")
     assert code == 2
     assert "--resume" in err
 

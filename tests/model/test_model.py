@@ -63,7 +63,9 @@ def test_only_chosen_logits(small):
     ids = torch.randint(10, 200, (2, 9))
     chosen = torch.rand(2, 9) < 0.4
     with torch.no_grad():
-        assert torch.equal(small.model(input_ids=ids, logits_at=chosen).logits, small.model(input_ids=ids).logits[chosen])
+        assert torch.equal(
+            small.model(input_ids=ids, logits_at=chosen).logits, small.model(input_ids=ids).logits[chosen]
+        )
 
 
 def test_visual_tokens_must_fit_their_places(small):
@@ -83,8 +85,8 @@ def test_videos_of_different_length_are_encoded_as_alone(small):
 
 @pytest.mark.parametrize(
     ("position", "mode", "count"),
-    [("grid", "bilinear", 2 * 6), ("frame", "bilinear", 2 * 5), ("one_token", "bilinear", 9), ("no_token", "bilinear", 8),
-     ("grid", "average", 2 * 2), ("grid", "max", 2 * 2)],
+    [("grid", "bilinear", 2 * 6), ("frame", "bilinear", 2 * 5), ("one_token", "bilinear", 9),
+     ("no_token", "bilinear", 8), ("grid", "average", 2 * 2), ("grid", "max", 2 * 2)],
 )  # fmt: skip
 def test_layouts_of_visual_tokens(small, position, mode, count):
     config = VidLaDAConfig(**{**small.model.config.to_dict(), "newline_position": position, "spatial_pool_mode": mode})

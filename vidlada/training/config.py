@@ -1,20 +1,22 @@
 """A training run as YAML: validated dataclasses."""
 
-import dataclasses
+import difflib
 import math
-from dataclasses import dataclass, field
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
-from vidlada.training.data import CollateSettings
+from vidlada.training.data import STRICT, CollateSettings
 
 Built = TypeVar("Built")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Stage:
     """A part of a run with its own data and learning rate.
 
@@ -29,23 +31,15 @@ class Stage:
     """
 
     name: str
-    steps: int
-    learning_rate: float
+    steps: PositiveInt
+    learning_rate: PositiveFloat
     data: dict[str, Any]
-    final_learning_rate: float | None = None
+    final_learning_rate: NonNegativeFloat | None = None
     schedule: Literal["linear", "cosine"] = "linear"
     collate: CollateSettings = field(default_factory=CollateSettings)
 
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"stage {self.name}: steps must be at least 1, not {self.steps}")
-        if not self.learning_rate > 0:
-            raise InputError(f"stage {self.name}: learning_rate must be above 0, not {self.learning_rate}")
-        if self.schedule not in ("linear", "cosine"):
-            raise InputError(f"stage {self.name}: schedule must be linear or cosine, not {self.schedule!r}")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TrainingConfig:
     """One run.
 
@@ -56,7 +50,9 @@ class TrainingConfig:
         init_from: a model folder to start from.
         seed: of initial weights, data order and masking.
         precision: of the forward pass; weights and optimizer stay float32.
-        weight_decay, beta1, beta2, gradient_clip: of AdamW.
+        optimizer: `adamw`, or `muon`: the layers' matrices by Muon, everything else by AdamW, at one learning rate
+            (its updates are scaled to AdamW's size). Muon needs whole matrices: one process or DDP, not sharded.
+        weight_decay, beta1, beta2, gradient_clip: of the optimizer; the betas are AdamW's.
         warmup_steps: linear warm-up from 0 at the run's start.
         checkpoint_every, keep_checkpoints: in steps; older ones are deleted.
         log_every: in steps.
@@ -71,15 +67,16 @@ class TrainingConfig:
     init_from: str | None = None
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.98
-    gradient_clip: float = 1.0
-    warmup_steps: int = 100
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    log_every: int = 20
-    workers: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    gradient_clip: PositiveFloat = 1.0
+    warmup_steps: NonNegativeInt = 100
+    checkpoint_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 20
+    workers: NonNegativeInt = 1
     stratified: bool = True
     gradient_checkpointing: bool = False
 
@@ -88,9 +85,6 @@ class TrainingConfig:
             raise InputError("give either model (a new one) or init_from (a folder), and not both")
         if not self.stages:
             raise InputError("stages is empty; a run needs at least one")
-        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     @property
     def total_steps(self) -> int:
@@ -107,7 +101,6 @@ class TrainingConfig:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
-
         stage, within = self.stage_at(step)
         last = stage.learning_rate if stage.final_learning_rate is None else stage.final_learning_rate
         progress = within / stage.steps
@@ -118,17 +111,47 @@ class TrainingConfig:
 
 
 def build(kind: type[Built], values: Any, where: str) -> Built:
-    """A dataclass from a mapping; `InputError` names an unknown or missing entry and where it stands."""
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: expected a mapping, got {values!r}")
-    known = {entry.name for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(map(str, values)) - known)
-    if unknown:
-        raise InputError(f"{where}: unknown entry {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    """A validated dataclass from a mapping.
+
+    Args:
+        kind: the dataclass; its fields may be dataclasses too.
+        values: its entries.
+        where: what the error calls the mapping.
+
+    Raises:
+        InputError: an entry is unknown, missing or invalid; it names each with its place.
+    """
     try:
-        return kind(**values)
-    except TypeError as error:
-        raise InputError(f"{where}: {error}") from error
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise InputError(f"{where}: {'; '.join(problems(error, kind))}") from error
+
+
+def problems(error: ValidationError, kind: type) -> list[str]:
+    """A line for each invalid entry."""
+    lines = []
+    for problem in error.errors():
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+        if problem["type"] == "unexpected_keyword_argument":
+            known = [entry.name for entry in fields(_kind_at(kind, problem["loc"][:-1]))]
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            lines.append(f"{place}: unknown entry; {hint}")
+        elif problem["type"] == "missing_argument":
+            lines.append(f"{place}: missing")
+        else:
+            lines.append(f"{place}: {problem['msg']}, got {problem['input']!r}" if place else problem["msg"])
+    return lines
+
+
+def _kind_at(kind: Any, place: tuple[int | str, ...]) -> Any:
+    """The dataclass that stands at a place in another."""
+    for part in place:
+        if isinstance(part, str):
+            kind = next(entry.type for entry in fields(kind) if entry.name == part)
+        elif get_args(kind):
+            kind = get_args(kind)[0]
+    return kind
 
 
 def load_config(path: Path, output: str | None = None) -> TrainingConfig:
@@ -145,16 +168,10 @@ def load_config(path: Path, output: str | None = None) -> TrainingConfig:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of settings")
-    stages = []
-    for number, entry in enumerate(values.get("stages") or []):
-        where = f"{path}: stages[{number}]"
-        if isinstance(entry, dict) and "collate" in entry:
-            entry = {**entry, "collate": build(CollateSettings, entry["collate"], f"{where}.collate")}
-        stages.append(build(Stage, entry, where))
     if output is not None:
         values["output"] = output
-    return build(TrainingConfig, {**values, "stages": tuple(stages)}, str(path))
+    return build(TrainingConfig, values, str(path))

@@ -1,25 +1,32 @@
 """Where training samples come from, and how a batch of them becomes tensors."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from vidlada.errors import InputError
 from vidlada.processor import END_OF_TURN, MASK, Message, VidLaDAProcessor
-from vidlada.shapes.questions import BENCHMARK_FAMILIES, questions_for
+from vidlada.shapes.questions import BENCHMARK_FAMILIES, FAMILIES, questions_for
 from vidlada.shapes.render import render_frames
 from vidlada.shapes.world import Clip, clip_for, still
 from vidlada.training.objective import IGNORED, conversation_mask, separate_samples_mask
 from vidlada.video import Sampling, sample_frames
 
+STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+Share = Annotated[float, Field(ge=0, le=1)]
 
-@dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
     """One video and what is said about it.
 
@@ -42,7 +49,7 @@ class Source(Protocol):
         """The samples of one step."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ShapesSource:
     """Clips of the shapes world, rendered as they are needed and never repeated.
 
@@ -60,27 +67,38 @@ class ShapesSource:
         image_size: pixels along a side.
     """
 
-    image_size: int
-    seed: int = 0
-    frames_per_batch: int = 256
-    seconds: tuple[int, int] | None = None
+    image_size: PositiveInt
+    seed: NonNegativeInt = 0
+    frames_per_batch: PositiveInt = 256
+    seconds: tuple[PositiveInt, PositiveInt] | None = None
     families: tuple[str, ...] = tuple(BENCHMARK_FAMILIES)
-    questions: int = 6
-    choice_share: float = 0.3
+    questions: PositiveInt = 6
+    choice_share: Share = 0.3
     pictures: bool = False
-    max_things: int = 4
-    single_share: float = 0.0
-    text_only_share: float = 0.0
+    max_things: PositiveInt = 4
+    single_share: Share = 0.0
+    text_only_share: Share = 0.0
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.families) - set(FAMILIES))
+        if unknown or not self.families:
+            raise InputError(f"unknown question families {unknown}; use some of {', '.join(FAMILIES)}")
 
     def batch(self, step: int) -> list[Sample]:
-        """Clips of one random length, with fresh questions."""
+        """Clips of one random length, with fresh questions; those that no family fits are left out."""
         generator = np.random.default_rng([self.seed, step])
         questions = 1 if generator.random() < self.single_share else self.questions
         seconds = None if self.seconds is None else int(generator.integers(self.seconds[0], self.seconds[1] + 1))
         first = self._clip(generator, seconds)
         count = self.frames_per_batch if self.pictures else max(1, self.frames_per_batch // first.seconds)
         clips = [first, *(self._clip(generator, first.seconds) for _ in range(count - 1))]
-        return [self._sample(clip, questions, generator) for clip in clips]
+        samples = [self._sample(clip, questions, generator) for clip in clips]
+        samples = [sample for sample in samples if sample.exchanges]
+        if not samples:
+            raise InputError(
+                f"none of {len(clips)} clips supports a question of {', '.join(self.families)}; add families"
+            )
+        return samples
 
     def _clip(self, generator: np.random.Generator, seconds: int | None) -> Clip:
         return clip_for("train", int(generator.integers(2**62)), seconds=seconds, max_things=self.max_things)
@@ -95,7 +113,7 @@ class ShapesSource:
         return Sample(frames, [(question.question, question.answer) for question in asked], separate=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LlavaSource:
     """Videos and conversations in the LLaVA json or jsonl format.
 
@@ -109,23 +127,28 @@ class LlavaSource:
     """
 
     json_path: Path
-    size: int
+    size: PositiveInt
     video_folder: Path | None = None
-    batch_size: int = 8
-    seed: int = 0
+    batch_size: PositiveInt = 8
+    seed: NonNegativeInt = 0
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "entries", read_llava(self.json_path))
+        _ = self.entries  # a malformed file is refused before the run starts
+
+    @cached_property
+    def entries(self) -> list[dict[str, Any]]:
+        """The file's entries."""
+        return read_llava(self.json_path)
 
     def batch(self, step: int) -> list[Sample]:
         """The next samples of the shuffled list."""
-        entries: list[dict[str, Any]] = self.entries  # type: ignore[attr-defined]
+        entries = self.entries
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
         return [self.sample(entries[self._order(n // len(entries))[n % len(entries)]]) for n in numbers]
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.entries))  # type: ignore[attr-defined]
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.entries))
 
     def sample(self, entry: dict[str, Any]) -> Sample:
         """Decode one entry's video and split its conversation into exchanges."""
@@ -141,8 +164,10 @@ def read_llava(path: Path) -> list[dict[str, Any]]:
     """Entries of a LLaVA json or jsonl file; `InputError` names the file, and the entry that is malformed."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        entries = [json.loads(line) for line in text.splitlines() if line] if Path(path).suffix == ".jsonl" else None
-        entries = json.loads(text) if entries is None else entries
+        if Path(path).suffix == ".jsonl":
+            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            entries = json.loads(text)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -150,14 +175,19 @@ def read_llava(path: Path) -> list[dict[str, Any]]:
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path}: expected a list of at least one entry")
     for number, entry in enumerate(entries):
-        turns = entry.get("conversations") if isinstance(entry, dict) else None
-        speakers = [turn.get("from") for turn in turns] if isinstance(turns, list) else []
+        if not isinstance(entry, dict) or not isinstance(entry.get("video", ""), str):
+            raise InputError(f"{path}: entry {number}: expected a mapping whose video is a path, got {entry!r}")
+        turns = entry.get("conversations")
+        turns = [turn if isinstance(turn, dict) else {} for turn in turns] if isinstance(turns, list) else []
+        speakers = [turn.get("from") for turn in turns]
         if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
             raise InputError(f"{path}: entry {number}: conversations must alternate human and gpt, got {speakers}")
+        if not all(isinstance(turn.get("value"), str) for turn in turns):
+            raise InputError(f"{path}: entry {number}: every turn of its conversation needs a text as its value")
     return entries
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class CollateSettings:
     """How samples become tensors.
 
@@ -173,9 +203,9 @@ class CollateSettings:
 
     control_targets: bool = False
     conversation_mask: bool = False
-    end_targets: int = 0
-    end_slots: int = 0
-    force_up_to: int = 0
+    end_targets: NonNegativeInt = 0
+    end_slots: NonNegativeInt = 0
+    force_up_to: NonNegativeInt = 0
 
 
 class Collator:
@@ -238,6 +268,7 @@ class Collator:
                 shared = self._shared_length(alone["input_ids"])
                 row = {name: values[:shared] for name, values in alone.items()}
                 row["sample_index"] = [-1] * shared
+                row["labels"] = [IGNORED] * shared  # what all samples share is hidden in none
             for name, values in alone.items():
                 row[name] = row[name] + values[shared:]
         return row
