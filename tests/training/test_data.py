@@ -128,7 +128,7 @@ def test_end_targets_and_slots_follow_the_answer(made):
     _, processor = made
     eot, mask = processor.token_id(END_OF_TURN), processor.token_id(MASK)
     seen = set()
-    for seed in range(60):
+    for seed in range(200):
         batch = collate(made, [Sample(None, [SHORT])], seed, end_targets=2, end_slots=3)
         ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
         start = labels.index(processor.text_ids(SHORT[1])[0]) + len(processor.text_ids(SHORT[1])) + 1

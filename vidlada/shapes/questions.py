@@ -236,6 +236,22 @@ def where(clip: Clip, generator: Generator) -> Asked | None:
     return f"where is the {thing.name} at the end ?", clip.place(thing, last), []
 
 
+def spot(clip: Clip, generator: Generator) -> Asked | None:
+    """What is at a place at a second, mostly where something is (training only)."""
+    second = int(generator.integers(clip.seconds))
+    seen = [t for t in clip.things if clip.visible(t, second)]
+    places = [clip.place(t, second) for t in seen]
+    place = pick(generator, places) if places and generator.random() < 0.9 else pick(generator, pick(generator, PLACES))
+    if places.count(place) > 1:
+        return None
+    what = NOTHING
+    if place in places:
+        thing = seen[places.index(place)]
+        what = f"{thing.size} {thing.colour_at(second)} {thing.shape}"
+    moment = f" at second {second}" if clip.seconds > 1 else ""
+    return f"what is at {place}{moment} ?", what, []
+
+
 def path(clip: Clip, generator: Generator) -> Asked | None:
     """Start, end and direction of a thing (training only)."""
     thing = pick(generator, clip.things)
@@ -329,7 +345,7 @@ BENCHMARK_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
 }  # fmt: skip
 LONG_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {"caption": caption, "timeline": timeline}
 TRAINING_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
-    "inventory": inventory, "picture": picture, "where": where, "path": path, "clock": clock,
+    "inventory": inventory, "picture": picture, "where": where, "spot": spot, "path": path, "clock": clock,
 }  # fmt: skip
 FAMILIES = BENCHMARK_FAMILIES | LONG_FAMILIES | TRAINING_FAMILIES
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 
 from vidlada.errors import InputError
 from vidlada.shapes.world import COLOURS, SIZES, Clip, Thing
 
 NOISE_LEVELS = 3.0  # standard deviation of the noise, out of 255
 MIN_SIZE = 49  # pixels along a side: fewer do not hold the clock's digits
-CLOCK_SIDE = 1 / 7  # of the frame: the clock fills one patch of the tiny model's 7 × 7 grid
+CLOCK_SIDE = 1 / 7  # of the frame
+CLOCK_CELLS = 8  # along the clock's side; a digit is 3 × 5 of them
 DIGITS = (
     "111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001",
     "111100111001111", "111100111101111", "111001001001001", "111101111101111", "111101111001111",
@@ -100,16 +102,16 @@ def _paint(frame: np.ndarray, clip: Clip, thing: Thing, second: float) -> None:
     box += cover * (np.array(COLOURS[thing.colour_at(second)], np.float32) - box)
 
 
-def _clock(second: float, size: int) -> np.ndarray:
-    """The clock's picture, (side, side, 3): two white digits on black."""
-    side = int(size * CLOCK_SIDE)
-    cell = max(1, side // 8)
-    picture = np.zeros((side, side, 3), np.float32)
-    top = (side - 5 * cell) // 2
-    for place, digit in enumerate(divmod(int(second + 1e-6), 10)):
-        bitmap = np.array([int(bit) for bit in DIGITS[digit]], np.float32).reshape(5, 3)
-        left = (side - 7 * cell) // 2 + 4 * cell * place
-        picture[top : top + 5 * cell, left : left + 3 * cell] = 255 * np.kron(bitmap, np.ones((cell, cell)))[..., None]
+@cache
+def _clock(number: int, side: int) -> np.ndarray:
+    """The clock's picture, (side, side, 3): two white digits on black, alike at every size but for sharpness."""
+    cells = np.zeros((CLOCK_CELLS, CLOCK_CELLS), np.uint8)
+    for place, digit in enumerate(divmod(number, 10)):
+        bitmap = np.array([int(bit) for bit in DIGITS[digit]], np.uint8).reshape(5, 3)
+        cells[1:6, 4 * place : 4 * place + 3] = 255 * bitmap
+    large = Image.fromarray(np.kron(cells, np.ones((8, 8), np.uint8)))
+    picture = np.asarray(large.resize((side, side), Image.Resampling.BOX), np.float32)[..., None].repeat(3, axis=2)
+    picture.setflags(write=False)
     return picture
 
 
@@ -141,7 +143,7 @@ def render_frames(clip: Clip, seconds: Sequence[float], size: int) -> np.ndarray
                 _paint(frame, clip, thing, second)
         frame += tile[row : row + size, column : column + size]
         if clip.clock:
-            picture = _clock(clip.first_second + second, size)
+            picture = _clock(int(clip.first_second + second + 1e-6), int(size * CLOCK_SIDE))
             frame[: len(picture), : len(picture)] = picture
         frames[number] = np.clip(frame, 0, 255)
     return frames

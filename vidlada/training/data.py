@@ -197,7 +197,9 @@ class CollateSettings:
         conversation_mask: turn a attends to turn b only if b ≤ a.
         end_targets: at most this many extra end-of-turn targets follow an answer. Answers are decoded in a fixed
             number of slots, so the model must know that after the end comes nothing.
-        end_slots: at most this many further slots follow, always hidden and never a target.
+        end_slots: at most this many further slots follow, always hidden and never a target; their number is drawn
+            log-uniformly. At inference every answer has `gen_length` slots: a model that never saw more slots than
+            an answer needs reads the answer's length, and so its kind, from their number.
         force_up_to: answers of at most this many tokens (end of turn included) are always fully hidden.
     """
 
@@ -295,7 +297,7 @@ class Collator:
         ]
         labels = [t if is_target else IGNORED for t, is_target in zip(encoded.input_ids, targets, strict=True)]
         extra_targets = int(generator.integers(self.settings.end_targets + 1))
-        extra_slots = int(generator.integers(self.settings.end_slots + 1))
+        extra_slots = int((self.settings.end_slots + 1) ** generator.random()) - 1
         input_ids = encoded.input_ids + [self.end_of_turn] * extra_targets + [self.mask] * extra_slots
         labels += [self.end_of_turn] * extra_targets + [IGNORED] * extra_slots
         return {
