@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 .PHONY: ask test lint clean
 
 # Set everything up and answer a question about a video with the model in the package.
-ask: $(VENV)/ready examples/shapes.mp4
-	$(BIN)/vidlada ask examples/shapes.mp4 "which way does the red circle move ?"
+ask: $(VENV)/ready
+	$(BIN)/vidlada ask examples/shapes.mp4 "which way does the red star move first ?"
 
 test: $(VENV)/ready-dev
 	$(BIN)/pytest
