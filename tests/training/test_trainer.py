@@ -136,7 +136,7 @@ def test_the_model_folder_is_complete(whole):
 
 def test_training_learns(tmp_path):
     losses = []
-    stage = Stage("a", 40, 2e-2, {**PICTURES, "families": ["clock"], "frames_per_batch": 8, "choice_share": 0.0})
+    stage = Stage("a", 80, 2e-2, {**PICTURES, "families": ["clock"], "frames_per_batch": 8, "choice_share": 0.0})
     config = replace(run(tmp_path / "run"), stages=(stage,), log_every=10, checkpoint_every=100)
     train(config, report=lambda line: losses.append(float(line.split("loss ")[1].split()[0])))
     assert losses[-1] < losses[0] / 2

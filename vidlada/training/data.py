@@ -297,7 +297,7 @@ class Collator:
         ]
         labels = [t if is_target else IGNORED for t, is_target in zip(encoded.input_ids, targets, strict=True)]
         extra_targets = int(generator.integers(self.settings.end_targets + 1))
-        extra_slots = int((self.settings.end_slots + 1) ** generator.random()) - 1
+        extra_slots = int((self.settings.end_slots + 2) ** generator.random()) - 1
         input_ids = encoded.input_ids + [self.end_of_turn] * extra_targets + [self.mask] * extra_slots
         labels += [self.end_of_turn] * extra_targets + [IGNORED] * extra_slots
         return {
