@@ -23,12 +23,10 @@ from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, S
 from vidlada.shapes.questions import vocabulary
 from vidlada.training.config import Stage, TrainingConfig, build
 from vidlada.training.data import Collator, LlavaSource, ShapesSource, Source, StepDataset, to_device
+from vidlada.training.initialization import initialize
 from vidlada.training.objective import diffusion_loss, draw_masking
 from vidlada.training.tokenizer import word_tokenizer
 
-# Of a new tower's position embeddings. At SigLIP's own 1 / sqrt(width) they drown in the patch embeddings: after 100
-# steps on single frames, places are still at chance where this has 70 % of them right.
-POSITION_STD = 0.3
 SEEDS_PER_RUN = 1000  # stages of runs with different seeds never share one
 STATE_FILE = "trainer_state.json"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -46,8 +44,6 @@ def new_model(arguments: dict[str, Any], seed: int) -> tuple[VidLaDAForMaskedDif
     config.text_config.vocab_size = len(tokenizer)  # type: ignore[union-attr]
     set_seed(seed)
     model = VidLaDAForMaskedDiffusion(config)
-    if not config.text_only:
-        torch.nn.init.normal_(model.vision.tower.embeddings.position_embedding.weight, std=POSITION_STD)
     return model, VidLaDAProcessor.from_config(tokenizer, config)
 
 
@@ -129,6 +125,7 @@ def train(config: TrainingConfig, resume: bool = False, report: Any = print) -> 
     else:
         assert config.model is not None
         model, processor = new_model(config.model, config.seed)
+        initialize(model)
     # transformers' fused attention is several times slower than plain products in a CPU's bfloat16 backward pass
     model.vision.tower.set_attn_implementation("eager" if accelerator.device.type == "cpu" else "sdpa")
     if config.gradient_checkpointing:
