@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vidlada.checkpoint import load_model, load_tokenizer
 from vidlada.config import GenerationSettings
+from vidlada.decoding.policies import policy_from
 from vidlada.decoding.sampler import Request, State, Statistics, denoise
 from vidlada.errors import InputError
 from vidlada.model import VidLaDAForMaskedDiffusion
@@ -147,7 +148,9 @@ class VidLaDA:
 
     def settings(self, **generation: Any) -> GenerationSettings:
         """This checkpoint's generation defaults with some of them changed."""
-        return GenerationSettings.from_dict(self.model.config.generation or {}).updated(**generation)
+        settings = GenerationSettings.from_dict(self.model.config.generation or {}).updated(**generation)
+        policy_from(settings.cache)  # an unknown policy is refused before any work starts
+        return settings
 
     def ask(self, video: Any, question: str, **options: Any) -> Answer:
         """Answer one question about a video.
@@ -245,6 +248,7 @@ class Conversation:
             settings=self.settings,
             stop_sequences=(*words, *((token,) for token in model.config.stop_token_ids)),
             suffix_ids=tuple(processor.text_ids(self.settings.suffix)) if self.settings.suffix else (),
+            frame_index=encoded.frame_index,
         )
 
     def _user(self, question: str) -> Message:

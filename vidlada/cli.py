@@ -85,6 +85,8 @@ def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--stop", multiple=True, help="A string that ends the answer; may be repeated."),
         click.option("--suffix", help="Fixed text after the answer, visible from the first step."),
         click.option("--seed", type=int, help="Of every random choice."),
+        click.option("--cache", help="Reuse between steps: none, prefix, dual, frozen, interval, sparse or mars, with "
+                     "settings after a colon, e.g. mars:text=8,ratio=2."),
     ):  # fmt: skip
         command = option(command)
     return command

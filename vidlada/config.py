@@ -154,6 +154,8 @@ class GenerationSettings:
         stop: strings that end the answer, besides the checkpoint's end-of-turn token.
         suffix: fixed text after the answer slots, visible from the first step and returned with the answer.
         seed: of every random choice of this answer.
+        cache: what is reused between steps: `none`, or a policy of `vidlada.decoding.policies` by name, with settings
+            after a colon.
     """
 
     gen_length: int = 128
@@ -167,6 +169,7 @@ class GenerationSettings:
     stop: tuple[str, ...] = field(default=())
     suffix: str = ""
     seed: int = 0
+    cache: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("gen_length", "block_length", "steps"):

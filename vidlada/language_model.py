@@ -83,10 +83,14 @@ class Attention(nn.Module):
         """(batch, tokens, width) → (batch, heads, tokens, head_dim)."""
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, attention_mask: Tensor | None) -> Tensor:
+    def project(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (batch, heads, tokens, head_dim), and keys and values with the key/value heads; rotated."""
         queries = rotate(self.heads(self.q_proj(hidden)), rotation)
         keys = rotate(self.heads(self.k_proj(hidden)), rotation)
-        values = self.heads(self.v_proj(hidden))
+        return queries, keys, self.heads(self.v_proj(hidden))
+
+    def forward(self, hidden: Tensor, rotation: Rotation, attention_mask: Tensor | None) -> Tensor:
+        queries, keys, values = self.project(hidden, rotation)
         if self.groups > 1:
             keys, values = (states.repeat_interleave(self.groups, dim=1) for states in (keys, values))
         mixed = attend(queries, keys, values, attention_mask)

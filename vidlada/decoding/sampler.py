@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from vidlada.config import GenerationSettings
+from vidlada.decoding.cache import Cache
 from vidlada.decoding.commit import above_threshold, by_factor, most_confident, spread
+from vidlada.decoding.policies import policy_from
+from vidlada.decoding.store import renew
 from vidlada.errors import InputError
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model import VidLaDAForMaskedDiffusion, positions_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Request:
         stop_sequences: token ids that end the answer; the earliest occurrence of any of them counts.
         suffix_ids: fixed tokens after the answer slots, visible from the first step.
         initial_ids: `gen_length` ids the slots start with, the mask id where they are open (infilling).
+        frame_index: frame of each position of the prompt, -1 for text; none are frames by default. Only caches that
+            tell frames from text need it.
     """
 
     prompt: Tensor
@@ -38,6 +43,7 @@ class Request:
     stop_sequences: Sequence[tuple[int, ...]] = ()
     suffix_ids: Sequence[int] = ()
     initial_ids: Sequence[int] | None = None
+    frame_index: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,16 @@ class Statistics:
         steps: denoising steps.
         forward_passes: passes through the model; guidance takes two a step.
         tokens: slots committed.
+        layer_tokens: positions computed, by layer.
+        refreshes: how often the prompt's text and frames were recomputed; empty without a cache, where every pass does.
         seconds: by phase; `denoising` is the wall time the request spent in the loop.
     """
 
     steps: int = 0
     forward_passes: int = 0
     tokens: int = 0
+    layer_tokens: tuple[int, ...] = ()
+    refreshes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -72,6 +82,8 @@ class Statistics:
             "forward_passes": self.forward_passes,
             "tokens": self.tokens,
             "tokens_per_forward": round(self.tokens_per_forward, 4),
+            "layer_tokens": list(self.layer_tokens),
+            "refreshes": self.refreshes,
             "seconds": {phase: round(seconds, 4) for phase, seconds in self.seconds.items()},
         }
 
@@ -125,11 +137,33 @@ class Row:
                 f"use fewer frames or a smaller gen_length"
             )
         self.generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same numbers on every device
+        self.caches = self.make_caches(model)
         self.block, self.plan = -1, [0]
         self.stop_at = self.find_stop()
         self.statistics = Statistics()
         self.started = time.perf_counter()
         self.next_block()
+
+    def make_caches(self, model: VidLaDAForMaskedDiffusion) -> list[Cache]:
+        """One cache, or a second one for the guided pass; none without a policy."""
+        policy = policy_from(self.settings.cache)
+        if policy is None:
+            return []
+        prompt, config = self.request.prompt, model.language_model.config
+        given = self.request.frame_index
+        frame_index = torch.tensor([-1] * len(prompt) if given is None else list(given), device=prompt.device)
+        if len(frame_index) != len(prompt):
+            raise InputError(f"frame_index has {len(frame_index)} entries for a prompt of {len(prompt)} tokens")
+        tokens = len(prompt) + len(self.ids) + len(self.suffix)
+        prompts = [prompt]
+        if self.settings.cfg_scale > 0:
+            prompts.append(self.hidden_prompt(model))
+        return [Cache(config, policy, each, frame_index, len(self.ids), tokens) for each in prompts]
+
+    def hidden_prompt(self, model: VidLaDAForMaskedDiffusion) -> Tensor:
+        """The prompt behind mask embeddings, for guidance."""
+        mask = model.language_model.embed_tokens(self.ids.new_tensor([self.mask_id]))
+        return mask.expand(len(self.request.prompt), -1)
 
     @property
     def slots(self) -> slice:
@@ -160,18 +194,26 @@ class Row:
         """The whole sequence, (tokens, width); with `guided` the prompt is hidden behind mask embeddings."""
         embed = model.language_model.embed_tokens
         answer = embed(torch.cat((self.ids, self.suffix)))
-        prompt = self.request.prompt.to(answer.dtype)
-        if guided:
-            prompt = embed(self.ids.new_tensor([self.mask_id])).expand_as(prompt)
+        prompt = self.hidden_prompt(model) if guided else self.request.prompt.to(answer.dtype)
         return torch.cat((prompt, answer))
 
-    def commit(self, logits: Tensor, suppressed: Tensor, passes: int) -> State:
+    def layer_tokens(self, layers: int) -> tuple[int, ...]:
+        """Positions computed so far, by layer, this step's included."""
+        stores = [cache.store for cache in self.caches if cache.store is not None]
+        if stores:
+            return tuple(sum(counts) for counts in zip(*(store.work for store in stores), strict=True))
+        length = len(self.request.prompt) + len(self.ids) + len(self.suffix)
+        passes = 2 if self.settings.cfg_scale > 0 else 1
+        return (length * passes * (self.statistics.steps + 1),) * layers
+
+    def commit(self, logits: Tensor, suppressed: Tensor, passes: int, layers: int) -> State:
         """Propose a token for every masked slot of the block and make some of them final.
 
         Args:
             logits: (block, vocabulary) float32.
             suppressed: ids that are never proposed.
             passes: forward passes this step took.
+            layers: of the language model.
         """
         settings, slots = self.settings, self.slots
         masked = self.masked[slots]
@@ -197,6 +239,8 @@ class Row:
             steps=self.statistics.steps + 1,
             forward_passes=self.statistics.forward_passes + passes,
             tokens=self.statistics.tokens + int(chosen.sum()),
+            layer_tokens=self.layer_tokens(layers),
+            refreshes=dict(self.caches[0].refreshes) if self.caches else {},
             seconds={"denoising": time.perf_counter() - self.started},
         )
         return self.snapshot(slots, torch.where(masked, proposed, self.ids[slots]), probability.where(masked, 1.0))
@@ -284,31 +328,52 @@ class Denoiser:
             places = torch.cat([torch.full((row.settings.block_length,), row.settings.cfg_scale > 0) for row in rows])
             conditional = logits[places]
             logits[places] = unconditional + (scales + 1) * (conditional - unconditional)
+        layers = self.model.language_model.config.num_hidden_layers
         suppressed = torch.tensor(list(self.model.config.suppressed_token_ids), device=logits.device)
         parts = logits.split([row.settings.block_length for row in rows])
         states = []
         for row, part in zip(rows, parts, strict=True):
-            states.append((row.number, row.commit(part, suppressed, passes=2 if row in guided else 1)))
+            states.append((row.number, row.commit(part, suppressed, 2 if row in guided else 1, layers)))
             row.next_block()
         self.rows = [row for row in rows if not row.done]
         return states
 
     def block_logits(self, rows: Sequence[Row], guided: bool = False) -> Tensor:
         """Logits of every row's current block, one after another: (blocks, vocabulary)."""
+        hidden: dict[int, Tensor] = {}
+        for cached in (False, True):
+            chosen = [row for row in rows if bool(row.caches) == cached]
+            if chosen:
+                states = self.cached_states(chosen, guided) if cached else self.plain_states(chosen, guided)
+                sizes = [row.settings.block_length for row in chosen]
+                hidden.update(zip((row.number for row in chosen), states.split(sizes), strict=True))
+        return self.model.lm_head(torch.cat([hidden[row.number] for row in rows])).float()
+
+    def cached_states(self, rows: Sequence[Row], guided: bool) -> Tensor:
+        """Normed states of the rows' blocks, (blocks, width), recomputing what their policies say."""
+        caches = [row.caches[guided] for row in rows]
+        embed = self.model.language_model.embed_tokens
+        works = [c.work(embed(row.ids), embed(row.suffix), row.slots) for c, row in zip(caches, rows, strict=True)]
+        renew(self.model.language_model, works)
+        return torch.cat([cache.leaving(row.slots) for cache, row in zip(caches, rows, strict=True)])
+
+    def plain_states(self, rows: Sequence[Row], guided: bool) -> Tensor:
+        """The same by running every position through every layer, in one padded batch."""
         sequences = [row.embeddings(self.model, guided) for row in rows]
         longest = max(len(sequence) for sequence in sequences)
         batch = sequences[0].new_zeros(len(rows), longest, sequences[0].shape[-1])
         attention_mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=batch.device)
-        logits_at = torch.zeros_like(attention_mask)
+        in_block = torch.zeros_like(attention_mask)
         for number, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             first = longest - len(sequence)
             batch[number, first:] = sequence
             attention_mask[number, first:] = True
             answer = first + len(row.request.prompt)
-            logits_at[number, answer + row.slots.start : answer + row.slots.stop] = True
+            in_block[number, answer + row.slots.start : answer + row.slots.stop] = True
         padded = any(len(sequence) < longest for sequence in sequences)
-        output = self.model(inputs_embeds=batch, attention_mask=attention_mask if padded else None, logits_at=logits_at)
-        return output.logits
+        mask = attention_mask if padded else None
+        positions = positions_of(attention_mask) if padded else None
+        return self.model.language_model(batch, positions, mask)[in_block]
 
 
 def denoise(model: VidLaDAForMaskedDiffusion, requests: Sequence[Request]) -> Iterator[tuple[int, State]]:

@@ -1,0 +1,259 @@
+"""Caches: exact where they must be, and where they approximate, exactly the approximation they name."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from vectors import VARIANTS, arrays, load_reference_model
+
+from vidlada.config import GenerationSettings
+from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors
+from vidlada.decoding.policies import POLICIES, Mars, policy_from
+from vidlada.decoding.sampler import Request, denoise
+from vidlada.decoding.store import Store, Work, renew
+from vidlada.errors import InputError
+from vidlada.language_model import rotary_angles, rotate
+
+# Every policy as a way to recompute everything in every step.
+EXACT = [
+    "full", "prefix:every=1", "dual:every=1", "interval:prompt=1",
+    "mars:text=1,ratio=1,pyramid=1,window=-1", "mars:text=1,ratio=1,pyramid=1,window=-1,group=1",
+]  # fmt: skip
+APPROXIMATE = [
+    "prefix",
+    "dual",
+    "frozen",
+    "interval",
+    "sparse",
+    "mars:text=2,anchors=4",
+    "mars:text=2,group=1,anchors=4",
+]
+
+
+def decode(model, *requests):
+    """Last state of each request."""
+    last = {}
+    for number, state in denoise(model, requests):
+        last[number] = state
+    return [last[number] for number in range(len(requests))]
+
+
+def layout(before, frames, after):
+    """Frame index of a prompt; frames is a list of sizes."""
+    index = [number for number, size in enumerate(frames) for _ in range(size)]
+    return [-1] * before + index + [-1] * after
+
+
+def request(model, frame_index, seed=0, **changes):
+    width = model.config.text_config.hidden_size
+    prompt = torch.randn(len(frame_index), width, generator=torch.Generator().manual_seed(seed)) * 0.2
+    settings = GenerationSettings(gen_length=16, block_length=8).updated(**changes)
+    return Request(prompt, settings, frame_index=frame_index)
+
+
+@pytest.mark.parametrize("cache", EXACT)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recorded_answers(variant, cache):
+    found = arrays(variant)
+    prompt, frame_index = torch.from_numpy(found["splice.embeds"])[0], found["splice.frame_index"].reshape(-1).tolist()
+    for block_length, steps in ((8, 32), (32, 12)):
+        settings = GenerationSettings(gen_length=32, block_length=block_length, steps=steps, cache=cache)
+        (state,) = decode(load_reference_model(variant), Request(prompt, settings, frame_index=frame_index))
+        assert state.answer_ids() == found[f"generate.block{block_length}_steps{steps}"].reshape(-1).tolist()
+
+
+@given(
+    before=st.integers(1, 4), frames=st.lists(st.integers(1, 5), min_size=1, max_size=5), after=st.integers(0, 6),
+    cache=st.sampled_from(EXACT), cfg=st.sampled_from([0.0, 1.0]),
+)  # fmt: skip
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_recomputing_everything_changes_nothing(small, before, frames, after, cache, cfg):
+    index = layout(before, frames, after)
+    plain, cached = decode(
+        small.model, request(small.model, index, cfg_scale=cfg), request(small.model, index, cfg_scale=cfg, cache=cache)
+    )
+    assert cached.answer_ids() == plain.answer_ids()
+    assert cached.statistics.steps == plain.statistics.steps
+    assert cached.statistics.layer_tokens == plain.statistics.layer_tokens
+
+
+def test_a_cached_request_in_a_batch_gives_the_answer_it_gives_alone(small):
+    prompts = [layout(2, [4] * (2 + number), 3 + number) for number in range(len(APPROXIMATE))]
+    requests = [
+        request(small.model, index, seed, cache=cache)
+        for seed, (index, cache) in enumerate(zip(prompts, APPROXIMATE, strict=True))
+    ]
+    requests.insert(2, request(small.model, layout(1, [2], 1), 99))
+    for one, state in zip(requests, decode(small.model, *requests), strict=True):
+        (alone,) = decode(small.model, one)
+        assert state.answer_ids() == alone.answer_ids()
+        assert state.statistics.layer_tokens == alone.statistics.layer_tokens
+
+
+def naive_pass(model, embeddings, memory, active):
+    """One pass of the active positions by dense arithmetic; `memory` holds rotated keys and values of each layer."""
+    config = model.config.text_config
+    hidden = embeddings[active]
+    rotation = rotary_angles(active[None], config.head_dim, config.rope_theta, hidden.dtype)
+    for number, layer in enumerate(model.language_model.layers):
+        attention, normed = layer.self_attn, layer.input_layernorm(hidden)[None]
+        queries = rotate(attention.heads(attention.q_proj(normed)), rotation)[0]
+        fresh = (
+            rotate(attention.heads(attention.k_proj(normed)), rotation)[0],
+            attention.heads(attention.v_proj(normed))[0],
+        )
+        keys, values = memory.setdefault(
+            number, tuple(f.new_zeros(f.shape[0], len(embeddings), f.shape[2]) for f in fresh)
+        )
+        keys[:, active], values[:, active] = fresh
+        groups = len(queries) // len(keys)
+        scores = queries @ keys.repeat_interleave(groups, 0).transpose(1, 2) * config.head_dim**-0.5
+        mixed = scores.softmax(-1) @ values.repeat_interleave(groups, 0)
+        hidden = hidden + attention.o_proj(mixed.transpose(0, 1).flatten(1))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return model.language_model.norm(hidden)
+
+
+@torch.no_grad()
+def test_a_partial_pass_reads_the_rest_from_the_store(small):
+    model, tokens = small.model, 20
+    embeddings = torch.randn(2, tokens, 32, generator=torch.Generator().manual_seed(1)) * 0.3
+    active = torch.tensor([3, 4, 11, 19])
+    memory = {}
+    naive_pass(model, embeddings[0], memory, torch.arange(tokens))
+    changed = embeddings[0].clone()
+    changed[active] = embeddings[1][active]
+    expected = naive_pass(model, changed, memory, active)
+    store = Store(model.config.text_config, embeddings[0])
+    renew(model.language_model, [Work(store, {0: torch.arange(tokens)})])
+    store.hidden[0][active] = embeddings[1][active]
+    renew(model.language_model, [Work(store, {0: active})])
+    top = model.config.text_config.num_hidden_layers
+    torch.testing.assert_close(store.hidden[top][active], expected, atol=1e-5, rtol=1e-5)
+    for layer in range(top):
+        torch.testing.assert_close(store.keys[layer], memory[layer][0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_group_that_joins_later_starts_from_its_stored_states(small):
+    """Unchanged states below: joining at layer 1 must give what a pass from layer 0 gives."""
+    model, everything = small.model, torch.arange(12)
+    embeddings = torch.randn(12, 32, generator=torch.Generator().manual_seed(2)) * 0.3
+    stores = [Store(model.config.text_config, embeddings, entries=[1]) for _ in range(2)]
+    for store in stores:
+        renew(model.language_model, [Work(store, {0: everything})])
+        store.hidden[0][10:] = 0.5  # the answer changes
+    renew(model.language_model, [Work(stores[0], {0: everything[10:], 1: everything[:10]})])
+    memory = {0: (stores[1].keys[0].clone(), stores[1].values[0].clone())}
+    renew(model.language_model, [Work(stores[1], {0: everything[10:]})])
+    assert torch.equal(stores[0].keys[0][:, :10], memory[0][0][:, :10])  # layer 0 of the late group is untouched
+    assert not torch.equal(stores[0].hidden[2][:10], stores[1].hidden[2][:10])
+    assert stores[0].work == [12 + 2, 12 + 12]
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@given(
+    frames=st.lists(st.integers(1, 4), min_size=1, max_size=6), before=st.integers(0, 3), after=st.integers(1, 4),
+    window=st.integers(0, 3), anchors=st.integers(0, 3), seed=st.integers(0, 100),
+)  # fmt: skip
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_chunked_attention_is_full_attention_under_a_mask(per_head, frames, before, after, window, anchors, seed):
+    index = torch.tensor(layout(before, frames, after))
+    frame_map = FrameMap.from_frame_index(index)
+    visual = frame_map.visual
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(4, len(visual), 8, generator=generator)
+    keys, values = torch.randn(2, 2, len(index), 8, generator=generator)
+    chosen = None
+    if anchors:
+        chosen = visual[torch.stack([torch.randperm(len(visual), generator=generator)[:anchors] for _ in range(2)])]
+        chosen = chosen if per_head else chosen[0]
+    distance = (index[visual][:, None] - index[None]).abs()
+    mask = ((distance <= window) | (index == -1)).expand(2, -1, -1).clone()
+    if chosen is not None:
+        for head, positions in enumerate(chosen.expand(2, -1)):
+            mask[head, :, positions] = True
+    expected = F.scaled_dot_product_attention(
+        queries, keys.repeat_interleave(2, 0), values.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
+    )
+    found = chunked_attention(queries, keys, values, frame_map, window, chosen)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_anchors_are_what_the_sampled_queries_look_at():
+    keys = torch.eye(6)[None].repeat(2, 1, 1)
+    queries = torch.zeros(2, 3, 6)
+    queries[0, :, 4], queries[1, :, 1] = 30.0, 20.0
+    assert find_anchors(queries, keys, 2).tolist() == [1, 4]
+    assert find_anchors(queries, keys, 1, per_head=True).tolist() == [[4], [1]]
+
+
+def test_the_schedule_of_mars():
+    policy, layers = Mars(text=2, ratio=2, group=4, pyramid=2), 12
+    assert policy.entries(layers) == [4, 8]
+    starts = [policy.plan(step, 0, layers).start for step in range(1, 17)]
+    assert [plan.get("text") for plan in starts] == [None, 8, None, 4, None, 8, None, 0] * 2
+    assert [plan.get("visual") for plan in starts] == [None] * 3 + [8] + [None] * 3 + [4] + [None] * 3 + [8] + [
+        None
+    ] * 3 + [0]
+    assert all(plan[segment] == 0 for plan in starts for segment in ("before", "block", "after"))
+
+
+@given(policy=st.builds(Mars, st.integers(1, 5), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3)))
+def test_a_shallow_renewal_includes_the_deeper_groups(policy):
+    """Whatever is due at a group is due at every deeper one."""
+    for step in range(1, 60):
+        for interval in (policy.text, policy.text * policy.ratio):
+            due = policy._groups(16, step, interval)
+            firsts = [0, *policy.entries(16)]
+            assert due == list(reversed(firsts[len(firsts) - len(due) :]))
+
+
+def test_the_work_of_each_policy(small):
+    index = layout(2, [6] * 4, 4)
+    prompt, slots, steps = len(index), 16, 16
+    everything = prompt + slots
+    expected = {
+        "none": everything * steps,
+        "full": everything * steps,
+        "prefix": 2 * everything + 7 * 16 + 7 * 8,
+        "dual": 2 * everything + 14 * 8,
+        "frozen": everything + 15 * 16,
+        "sparse": 4 * everything + 12 * 8,
+    }
+    for cache, count in expected.items():
+        (state,) = decode(small.model, request(small.model, index, cache=cache))
+        assert state.statistics.layer_tokens == (count, count), cache
+    (state,) = decode(small.model, request(small.model, index, cache="mars:text=4,ratio=2,pyramid=1,anchors=4"))
+    assert state.statistics.refreshes == {"text": 4, "visual": 2}
+    (state,) = decode(small.model, request(small.model, index, cache="interval:prompt=8,response=4"))
+    assert state.statistics.layer_tokens == (2 * everything + 14 * 16, 2 * everything + 2 * 16 + 12 * 4)
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        ("lazy", "unknown cache 'lazy'"), ("none:x=1", "unknown cache"), ("mars:speed=2", "no setting 'speed'"),
+        ("mars:text=often", "must be a whole number"), ("mars:ratio=0", "ratio must be at least 1"),
+        ("mars:per_head=maybe", "true or false"), ("interval:share=0", "share"), ("sparse:keep=2", "keep"),
+        ("frozen:every=2", "no setting 'every'"), ("dual:every=-1", "every must be at least 0"),
+    ],
+)  # fmt: skip
+def test_bad_policies_are_refused(cache, message):
+    with pytest.raises(InputError, match=message):
+        policy_from(cache)
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [("mars:anchors=99", "99 anchors are more than the 8"), ("mars:window=2,anchors=1", "window of 2")],
+)
+def test_policies_that_do_not_fit_the_video_are_refused(small, cache, message):
+    with pytest.raises(InputError, match=message):
+        decode(small.model, request(small.model, layout(1, [4, 4], 1), cache=cache))
+
+
+def test_every_policy_is_tried_here():
+    assert {name.partition(":")[0] for name in (*EXACT, *APPROXIMATE)} == set(POLICIES)

@@ -1,0 +1,116 @@
+"""The cache of one request: its policy, its store, and what the next pass recomputes."""
+
+import torch
+from torch import Tensor
+
+from vidlada.config import VidLaDATextConfig
+from vidlada.decoding.attention import FrameMap
+from vidlada.decoding.patterns import FramePattern, SparsePattern
+from vidlada.decoding.policies import EVERYTHING, Mars, Plan, Policy, Sparse
+from vidlada.decoding.store import Pattern, Store, Work, see_everything
+from vidlada.errors import InputError
+
+
+class Cache:
+    """What one request keeps between steps.
+
+    Args:
+        config: of the language model.
+        policy: when to recompute what.
+        prompt: (tokens, width) embeddings, visual tokens spliced in.
+        frame_index: (tokens of the prompt,) frame of each position, -1 for text.
+        slots: answer slots.
+        tokens: length of the whole sequence, suffix included.
+
+    Raises:
+        InputError: the policy does not fit this request.
+    """
+
+    def __init__(
+        self, config: VidLaDATextConfig, policy: Policy, prompt: Tensor, frame_index: Tensor, slots: int, tokens: int
+    ):
+        self.config, self.policy, self.prompt = config, policy, prompt
+        rest = frame_index.new_full((tokens - len(frame_index),), -1)
+        self.frames = FrameMap.from_frame_index(torch.cat((frame_index, rest)))
+        self.answer = torch.arange(len(prompt), len(prompt) + slots, device=prompt.device)
+        is_answer = torch.zeros(tokens, dtype=torch.bool, device=prompt.device)
+        is_answer[self.answer] = True
+        self.text = self.frames.others[~is_answer[self.frames.others]]
+        self.store: Store | None = None
+        self.step, self.step_in_block, self.block = 0, -1, slice(0, 0)
+        self.refreshes = {"text": 0, "visual": 0}
+        self.frame_pattern = self._frame_pattern(policy)
+        self.sparse_pattern: SparsePattern | None = None
+
+    def _frame_pattern(self, policy: Policy) -> FramePattern | None:
+        if not isinstance(policy, Mars) or policy.window < 0 or not len(self.frames.positions):
+            return None
+        visual, frames = len(self.frames.visual), len(self.frames.positions)
+        if policy.anchors > visual:
+            raise InputError(
+                f"cache mars: {policy.anchors} anchors are more than the {visual} visual tokens; use fewer"
+            )
+        if policy.window and policy.window >= frames:
+            raise InputError(
+                f"cache mars: a window of {policy.window} is larger than the video of {frames} frames; "
+                f"use a smaller one, or -1 for full attention"
+            )
+        return FramePattern(self.frames, policy.window, policy.anchors, policy.queries, policy.per_head)
+
+    def segments(self) -> dict[str, Tensor]:
+        """Positions of each segment of `vidlada.decoding.policies.SEGMENTS`."""
+        return {
+            "text": self.text,
+            "visual": self.frames.visual,
+            "before": self.answer[: self.block.start],
+            "block": self.answer[self.block],
+            "after": self.answer[self.block.stop :],
+        }
+
+    def work(self, answer: Tensor, suffix: Tensor, block: slice) -> Work:
+        """What the next pass recomputes.
+
+        Args:
+            answer: (slots, width) embeddings of the answer as it stands.
+            suffix: (suffix tokens, width) embeddings.
+            block: slots of the current block.
+        """
+        self.step_in_block = self.step_in_block + 1 if block == self.block else 0
+        self.block = block
+        layers = self.config.num_hidden_layers
+        plan = self.policy.plan(self.step, self.step_in_block, layers)
+        if self.store is None:
+            embeddings = torch.cat((self.prompt.to(answer.dtype), answer, suffix))
+            self.store = Store(self.config, embeddings, self.policy.entries(layers))
+            plan = Plan(EVERYTHING, chunked=plan.chunked, search=plan.search, select=plan.select)
+        else:
+            self.store.hidden[0][self.answer] = answer
+        self.step += 1
+        for segment in self.refreshes:
+            self.refreshes[segment] += segment in plan.start
+        segments = self.segments()
+        joins: dict[int, list[Tensor]] = {}
+        for segment, start in plan.start.items():
+            joins.setdefault(start, []).append(segments[segment])
+        return Work(
+            self.store,
+            {start: torch.cat(positions) for start, positions in joins.items()},
+            self._pattern(plan, segments["block"]),
+            None if plan.narrow is None else max(1, round(plan.narrow * len(self.answer))),
+        )
+
+    def _pattern(self, plan: Plan, block: Tensor) -> Pattern:
+        if self.frame_pattern is not None:
+            self.frame_pattern.chunked, self.frame_pattern.search = plan.chunked, plan.search
+            return self.frame_pattern
+        if isinstance(self.policy, Sparse):
+            if self.step_in_block == 0 or self.sparse_pattern is None:
+                self.sparse_pattern = SparsePattern(self.policy.keep, block)
+            self.sparse_pattern.select = plan.select
+            return self.sparse_pattern
+        return see_everything
+
+    def leaving(self, block: slice) -> Tensor:
+        """Normed states of the block's positions as they left the top: (block, width)."""
+        assert self.store is not None
+        return self.store.hidden[self.config.num_hidden_layers][self.answer[block]]

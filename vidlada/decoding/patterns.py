@@ -1,0 +1,93 @@
+"""How the queries of a pass see the store, where that is not everything."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors
+from vidlada.decoding.store import attend_grouped
+
+
+@dataclass
+class FramePattern:
+    """Visual queries see their neighbourhood, anchors and text; all other queries see everything.
+
+    Attributes:
+        frames: where the frames stand.
+        window: neighbours on either side.
+        anchors: how many to keep; 0 for none.
+        queries: sampled in the search.
+        per_head: anchors of each key/value head instead of each layer.
+        chunked: restrict visual queries in this pass.
+        search: look for anchors in this pass.
+        found: layer → positions of its anchors, kept over steps.
+    """
+
+    frames: FrameMap
+    window: int
+    anchors: int
+    queries: int
+    per_head: bool
+    chunked: bool = False
+    search: bool = False
+    found: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
+        """See `vidlada.decoding.store.Pattern`."""
+        is_visual = self.frames.frame_of[active] >= 0
+        count = int(is_visual.sum())
+        if not count or not (self.chunked or self.search):
+            return attend_grouped(queries, keys, values)
+        visual_queries, visual = queries[:, is_visual], self.frames.visual
+        if self.search:
+            sampled = torch.linspace(0, count - 1, min(self.queries, count), device=active.device).long()
+            best = find_anchors(
+                visual_queries[:, sampled], keys[:, visual], min(self.anchors, len(visual)), self.per_head
+            )
+            self.found[layer] = visual[best]
+        if not self.chunked:
+            return attend_grouped(queries, keys, values)
+        mixed = torch.empty_like(queries)
+        mixed[:, is_visual] = chunked_attention(
+            visual_queries, keys, values, self.frames, self.window, self.found.get(layer)
+        )
+        if count < len(active):
+            mixed[:, ~is_visual] = attend_grouped(queries[:, ~is_visual], keys, values)
+        return mixed
+
+
+@dataclass
+class SparsePattern:
+    """The block sees itself and, of everything else, the keys it attended to most (Sparse-dLLM).
+
+    Attributes:
+        keep: share of the keys outside the block that stay in sight.
+        block: positions of the current block.
+        select: choose in this pass.
+        kept: layer → positions that stay in sight, the block's among them.
+    """
+
+    keep: float
+    block: Tensor
+    select: bool = False
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
+        """See `vidlada.decoding.store.Pattern`."""
+        if self.select:
+            in_block = torch.isin(active, self.block)
+            self.kept[layer] = self._most_attended(queries[:, in_block], keys)
+        elif layer in self.kept:
+            keys, values = keys[:, self.kept[layer]], values[:, self.kept[layer]]
+        return attend_grouped(queries, keys, values)
+
+    def _most_attended(self, queries: Tensor, keys: Tensor) -> Tensor:
+        groups = len(queries) // len(keys)
+        scores = queries.unflatten(0, (-1, groups)).float() @ keys[:, None].float().transpose(-1, -2)
+        received = scores.mean((0, 1, 2))  # (tokens,)
+        received = torch.nn.functional.max_pool1d(received[None], 3, stride=1, padding=1)[0]
+        received[self.block] = -torch.inf
+        outside = len(received) - len(self.block)
+        best = received.topk(max(1, round(self.keep * outside))).indices if outside else received.new_empty(0).long()
+        return torch.cat((best, self.block)).sort().values

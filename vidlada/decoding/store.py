@@ -1,0 +1,167 @@
+"""Keys, values and hidden states of one request, and the pass that renews a part of them.
+
+What is special about it:
+- a pass takes any positions from any layer up: a group that joins at layer l starts from the hidden states stored at
+  the entry of l and stays to the top, so the active set only grows with depth;
+- every active position's queries see the stored keys and values of all positions, its own freshly written;
+- requests of different lengths share the matrix products of a pass, packed one after another without padding; only
+  attention runs request by request, each against its own store. So an answer cannot depend on who else is served.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidlada.config import VidLaDATextConfig
+from vidlada.language_model import LanguageModel, Layer, Rotation, rotary_angles
+
+# Mixes one layer's values: queries (heads, active, head_dim), keys and values (key/value heads, tokens, head_dim), the
+# layer's number, the active positions → (heads, active, head_dim).
+Pattern = Callable[[Tensor, Tensor, Tensor, int, Tensor], Tensor]
+
+
+def see_everything(queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
+    """Full attention to all stored positions."""
+    return attend_grouped(queries, keys, values)
+
+
+def attend_grouped(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention over (…, heads, tokens, head_dim) where keys and values may have fewer heads."""
+    grouped = queries.shape[-3] != keys.shape[-3]
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+
+
+class Store:
+    """What is kept of one request between steps.
+
+    Args:
+        config: of the language model.
+        embeddings: (tokens, width) of the whole sequence; the store keeps a copy.
+        entries: layers at which positions may join later than layer 0. Hidden states are kept at their entries.
+
+    Attributes:
+        keys, values: (layers, key/value heads, tokens, head_dim).
+        hidden: entry layer → (tokens, width) states entering it; the number of layers → states leaving the top.
+        work: positions computed so far in each layer.
+    """
+
+    def __init__(self, config: VidLaDATextConfig, embeddings: Tensor, entries: Sequence[int] = ()):
+        tokens, width = embeddings.shape
+        shape = (config.num_hidden_layers, config.num_key_value_heads, tokens, config.head_dim)
+        self.keys, self.values = embeddings.new_empty(shape), embeddings.new_empty(shape)
+        kept = sorted({*entries, config.num_hidden_layers} - {0})
+        self.hidden = {0: embeddings.clone()} | {layer: embeddings.new_empty(tokens, width) for layer in kept}
+        self.work = [0] * config.num_hidden_layers
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence."""
+        return self.keys.shape[2]
+
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return self.keys.nbytes + self.values.nbytes + sum(states.nbytes for states in self.hidden.values())
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request's share of a pass.
+
+    Attributes:
+        store: read and renewed.
+        joins: layer → positions that are recomputed from that layer to the top.
+        pattern: how its queries see the store.
+        narrow: after the first layer only so many positions go on, those whose values there changed most since they
+            were last stored; None for all.
+    """
+
+    store: Store
+    joins: Mapping[int, Tensor]
+    pattern: Pattern = field(default=see_everything)
+    narrow: int | None = None
+
+
+@torch.inference_mode()
+def renew(language_model: LanguageModel, works: Sequence[Work]) -> None:
+    """Recompute the positions of every request's `joins`, and store what comes out.
+
+    Args:
+        language_model: whose layers run.
+        works: requests; each is computed as if it were alone.
+    """
+    config = language_model.config
+    active = [work.store.hidden[0].new_empty(0, dtype=torch.long) for work in works]
+    hidden = works[0].store.hidden[0][:0]  # (active positions of all requests, width)
+    rotation: Rotation | None = None
+    changed: list[Tensor] = []
+    for number, layer in enumerate(language_model.layers):
+        if number == 1 and any(work.narrow is not None for work in works):
+            hidden = _narrow(works, active, hidden, changed)
+        if number <= 1 or any(number in work.store.hidden for work in works):
+            hidden = _join(works, active, hidden, number)
+            positions = torch.cat(active)
+            rotation = rotary_angles(positions[None], config.head_dim, config.rope_theta, hidden.dtype)
+        if not len(hidden):
+            continue
+        assert rotation is not None
+        assert isinstance(layer, Layer)
+        sizes = [len(positions) for positions in active]
+        projected = layer.self_attn.project(layer.input_layernorm(hidden[None]), rotation)
+        queries, keys, values = ([*states[0].split(sizes, dim=1)] for states in projected)
+        if number == 0:
+            changed = [_changes(*parts) for parts in zip(works, active, values, strict=True)]
+        mixed = [
+            _attend(work, number, *parts) for work, *parts in zip(works, active, queries, keys, values, strict=True)
+        ]
+        hidden = hidden + layer.self_attn.o_proj(torch.cat(mixed))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    for work, positions, states in zip(works, active, hidden.split([len(a) for a in active]), strict=True):
+        work.store.hidden[config.num_hidden_layers][positions] = language_model.norm(states)
+
+
+def _join(works: Sequence[Work], active: list[Tensor], hidden: Tensor, number: int) -> Tensor:
+    """Store the states that enter a layer, and add those of the positions that join there."""
+    parts = []
+    for place, (work, states) in enumerate(zip(works, hidden.split([len(a) for a in active]), strict=True)):
+        entering = work.store.hidden.get(number)
+        if entering is not None and len(states):
+            entering[active[place]] = states
+        joining = work.joins.get(number)
+        if joining is not None and len(joining):
+            assert entering is not None, f"no hidden states are stored at layer {number}"
+            active[place] = torch.cat((active[place], joining))
+            states = torch.cat((states, entering[joining]))
+        parts.append(states)
+    return torch.cat(parts)
+
+
+def _changes(work: Work, active: Tensor, values: Tensor) -> Tensor:
+    """How far the first layer's fresh values of each active position are from the stored ones, as 1 - cosine."""
+    if work.narrow is None:
+        return values.new_empty(0)
+    stored = work.store.values[0][:, active]
+    similarity = F.cosine_similarity(values.transpose(0, 1).flatten(1), stored.transpose(0, 1).flatten(1), dim=-1)
+    return 1 - similarity
+
+
+def _narrow(works: Sequence[Work], active: list[Tensor], hidden: Tensor, changed: list[Tensor]) -> Tensor:
+    """Let only the positions that changed most go on."""
+    parts = []
+    for place, (work, states) in enumerate(zip(works, hidden.split([len(a) for a in active]), strict=True)):
+        if work.narrow is not None and work.narrow < len(states):
+            most = changed[place].topk(work.narrow).indices.sort().values
+            active[place], states = active[place][most], states[most]
+        parts.append(states)
+    return torch.cat(parts)
+
+
+def _attend(work: Work, layer: int, active: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Write one request's fresh keys and values, then let its queries look: (active, heads × head_dim)."""
+    store = work.store
+    store.keys[layer][:, active] = keys
+    store.values[layer][:, active] = values
+    store.work[layer] += len(active)
+    return work.pattern(queries, store.keys[layer], store.values[layer], layer, active).transpose(0, 1).flatten(1)
