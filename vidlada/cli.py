@@ -324,11 +324,51 @@ def bench() -> None:
 @one_line_errors
 def bench_video(minutes: int, frames: int, repeats: int, as_json: bool) -> None:
     """Sampling frames from a long and a short file, against decoding everything and against seeking every frame."""
-    from vidlada.bench import video_figures, video_table
+    from vidlada.bench.video import video_figures, video_table
 
     with progress("measuring"):
         figures = video_figures(minutes, frames, repeats)
     click.echo(json.dumps(figures) if as_json else video_table(figures))
+
+
+@bench.command("decode")
+@click.option(
+    "--size",
+    type=click.Choice(["mid", "8b"]),
+    default="mid",
+    show_default=True,
+    help="Shape of the random model: about 25 million weights for a CPU, or VidLaDA-8B's for a GPU.",
+)
+@click.option("--frames", type=click.IntRange(1), help="Of the video: 30 of 200 tokens (mid), 64 of 210 (8b).")
+@click.option("--cache", "caches", multiple=True, help="May be repeated; all policies and MARS ablations by default.")
+@click.option("--gen-length", type=click.IntRange(1), default=64, show_default=True, help="Answer tokens.")
+@click.option("--block-length", type=click.IntRange(1), default=32, show_default=True, help="Decoded together.")
+@click.option("--steps", type=click.IntRange(1), help="For the whole answer; one token a step by default.")
+@click.option("--repeats", type=click.IntRange(1), default=1, show_default=True, help="Interleaved repeats.")
+@click.option("--device", help="cpu, cuda …; the first GPU by default, else the CPU.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Type of the weights.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@one_line_errors
+def bench_decode(
+    size: str, caches: tuple[str, ...], device: str | None, dtype: str, as_json: bool, **options: Any
+) -> None:
+    """Decoding with every cache, against recomputing everything in each step."""
+    import torch
+
+    from vidlada.api import usable_device
+    from vidlada.bench.decoding import CACHES, decoding_figures, decoding_table
+
+    figures = decoding_figures(
+        size, caches=caches or CACHES, device=usable_device(device), dtype=getattr(torch, dtype),
+        progress=lambda what: click.echo(what, err=True), **options,
+    )  # fmt: skip
+    click.echo(json.dumps(figures) if as_json else decoding_table(figures))
 
 
 @main.command()

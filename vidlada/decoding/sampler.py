@@ -329,7 +329,7 @@ class Denoiser:
             conditional = logits[places]
             logits[places] = unconditional + (scales + 1) * (conditional - unconditional)
         layers = self.model.language_model.config.num_hidden_layers
-        suppressed = torch.tensor(list(self.model.config.suppressed_token_ids), device=logits.device)
+        suppressed = logits.new_tensor(list(self.model.config.suppressed_token_ids), dtype=torch.long)
         parts = logits.split([row.settings.block_length for row in rows])
         states = []
         for row, part in zip(rows, parts, strict=True):

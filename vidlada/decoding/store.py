@@ -119,7 +119,7 @@ def renew(language_model: LanguageModel, works: Sequence[Work]) -> None:
         hidden = hidden + layer.self_attn.o_proj(torch.cat(mixed))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     for work, positions, states in zip(works, active, hidden.split([len(a) for a in active]), strict=True):
-        work.store.hidden[config.num_hidden_layers][positions] = language_model.norm(states)
+        work.store.hidden[config.num_hidden_layers].index_copy_(0, positions, language_model.norm(states))
 
 
 def _join(works: Sequence[Work], active: list[Tensor], hidden: Tensor, number: int) -> Tensor:
@@ -128,12 +128,12 @@ def _join(works: Sequence[Work], active: list[Tensor], hidden: Tensor, number: i
     for place, (work, states) in enumerate(zip(works, hidden.split([len(a) for a in active]), strict=True)):
         entering = work.store.hidden.get(number)
         if entering is not None and len(states):
-            entering[active[place]] = states
+            entering.index_copy_(0, active[place], states)
         joining = work.joins.get(number)
         if joining is not None and len(joining):
             assert entering is not None, f"no hidden states are stored at layer {number}"
             active[place] = torch.cat((active[place], joining))
-            states = torch.cat((states, entering[joining]))
+            states = torch.cat((states, entering.index_select(0, joining)))
         parts.append(states)
     return torch.cat(parts)
 
@@ -161,7 +161,7 @@ def _narrow(works: Sequence[Work], active: list[Tensor], hidden: Tensor, changed
 def _attend(work: Work, layer: int, active: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Write one request's fresh keys and values, then let its queries look: (active, heads × head_dim)."""
     store = work.store
-    store.keys[layer][:, active] = keys
-    store.values[layer][:, active] = values
+    store.keys[layer].index_copy_(1, active, keys)
+    store.values[layer].index_copy_(1, active, values)
     store.work[layer] += len(active)
     return work.pattern(queries, store.keys[layer], store.values[layer], layer, active).transpose(0, 1).flatten(1)

@@ -1,4 +1,4 @@
-"""Figures anyone can check: interleaved repeats, medians, and ratios to a baseline measured in the same run."""
+"""Sampling frames from a long and a short file, against decoding everything and against seeking every frame."""
 
 import platform
 import statistics
