@@ -371,6 +371,29 @@ def bench_decode(
     click.echo(json.dumps(figures) if as_json else decoding_table(figures))
 
 
+@bench.command("drift")
+@click.argument("video", type=click.Path())
+@click.argument("question")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@answer_options
+@model_option
+@one_line_errors
+def bench_drift(
+    video: str, question: str, as_json: bool, model: str, device: str | None, dtype: str, **options: Any
+) -> None:
+    """How far states move between steps while QUESTION about VIDEO is answered, layer by layer.
+
+    Tells what a cache may leave alone, and for how long; and where visual tokens look.
+    """
+    from vidlada.bench.drift import drift_figures, drift_table
+
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    vidlada = load_quietly(model, dtype, device)
+    with progress("measuring"):
+        figures = drift_figures(vidlada.model, vidlada.chat(video, **given).request(question))
+    click.echo(json.dumps(figures) if as_json else drift_table(figures))
+
+
 @main.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:

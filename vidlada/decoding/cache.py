@@ -41,6 +41,7 @@ class Cache:
         self.refreshes = {"text": 0, "visual": 0}
         self.frame_pattern = self._frame_pattern(policy)
         self.sparse_pattern: SparsePattern | None = None
+        self.pattern: Pattern = see_everything  # of policies that bring none
 
     def _frame_pattern(self, policy: Policy) -> FramePattern | None:
         if not isinstance(policy, Mars) or policy.window < 0 or not len(self.frames.positions):
@@ -108,7 +109,7 @@ class Cache:
                 self.sparse_pattern = SparsePattern(self.policy.keep, block)
             self.sparse_pattern.select = plan.select
             return self.sparse_pattern
-        return see_everything
+        return self.pattern
 
     def leaving(self, block: slice) -> Tensor:
         """Normed states of the block's positions as they left the top: (block, width)."""

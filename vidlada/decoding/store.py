@@ -31,6 +31,8 @@ def see_everything(queries: Tensor, keys: Tensor, values: Tensor, layer: int, ac
 def attend_grouped(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention over (…, heads, tokens, head_dim) where keys and values may have fewer heads."""
     grouped = queries.shape[-3] != keys.shape[-3]
+    if queries.ndim == 3:  # the fused kernels know batches only; without one, the score matrix is built
+        return attend_grouped(queries[None], keys[None], values[None], mask)[0]
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
 
 
