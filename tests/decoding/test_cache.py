@@ -10,7 +10,7 @@ from vectors import VARIANTS, arrays, load_reference_model
 
 from vidlada.config import GenerationSettings
 from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors
-from vidlada.decoding.policies import POLICIES, Mars, policy_from
+from vidlada.decoding.policies import POLICIES, Mars, Moment, policy_from
 from vidlada.decoding.sampler import Request, denoise
 from vidlada.decoding.store import Store, Work, renew
 from vidlada.errors import InputError
@@ -193,7 +193,7 @@ def test_anchors_are_what_the_sampled_queries_look_at():
 def test_the_schedule_of_mars():
     policy, layers = Mars(text=2, ratio=2, group=4, pyramid=2), 12
     assert policy.entries(layers) == [4, 8]
-    starts = [policy.plan(step, 0, layers).start for step in range(1, 17)]
+    starts = [policy.plan(Moment(step, 0, layers)).start for step in range(1, 17)]
     assert [plan.get("text") for plan in starts] == [None, 8, None, 4, None, 8, None, 0] * 2
     assert [plan.get("visual") for plan in starts] == [None] * 3 + [8] + [None] * 3 + [4] + [None] * 3 + [8] + [
         None
@@ -209,6 +209,27 @@ def test_a_shallow_renewal_includes_the_deeper_groups(policy):
             due = policy._groups(16, step, interval)
             firsts = [0, *policy.entries(16)]
             assert due == list(reversed(firsts[len(firsts) - len(due) :]))
+
+
+def test_drift_decides_where_a_renewal_starts():
+    policy = Mars(group=4, drift=0.1)
+    drift = {"text": [0.0, 0.2, 0.3], "visual": [0.05, 0.1, 0.1]}
+    assert policy.plan(Moment(5, 0, 12, drift)).start.get("text") == 4
+    assert "visual" not in policy.plan(Moment(5, 0, 12, drift)).start
+    assert "text" not in policy.plan(Moment(16, 0, 12)).start  # the clock is off
+
+
+def test_drift_above_nothing_renews_everything_that_moved(small):
+    """A threshold that any movement passes renews often, an unreachable one never; both probe in every step."""
+    index = layout(2, [6] * 4, 4)
+    states = {}
+    for drift in (1e-9, 2.0):
+        cache = f"mars:drift={drift},probes=3,anchors=4,group=1"
+        (states[drift],) = decode(small.model, request(small.model, index, cache=cache))
+    assert states[2.0].statistics.refreshes == {"text": 1, "visual": 1}
+    prompt, probes = len(index), 2 * 3
+    assert states[2.0].statistics.layer_tokens == (prompt + 16 + 15 * (16 + probes),) * 2
+    assert states[1e-9].statistics.refreshes["text"] >= 8
 
 
 def test_the_work_of_each_policy(small):

@@ -1,12 +1,15 @@
 """The cache of one request: its policy, its store, and what the next pass recomputes."""
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vidlada.config import VidLaDATextConfig
 from vidlada.decoding.attention import FrameMap
 from vidlada.decoding.patterns import FramePattern, SparsePattern
-from vidlada.decoding.policies import EVERYTHING, Mars, Plan, Policy, Sparse
+from vidlada.decoding.policies import EVERYTHING, Mars, Moment, Plan, Policy, Sparse
 from vidlada.decoding.store import Pattern, Store, Work, see_everything
 from vidlada.errors import InputError
 
@@ -39,6 +42,10 @@ class Cache:
         self.store: Store | None = None
         self.step, self.step_in_block, self.block = 0, -1, slice(0, 0)
         self.refreshes = {"text": 0, "visual": 0}
+        self.probed: dict[str, Tensor] = {}
+        self.renewed: dict[str, int] = {}
+        self.references: dict[str, Tensor] = {}
+        self.drift: dict[str, list[float]] = {}
         self.frame_pattern = self._frame_pattern(policy)
         self.sparse_pattern: SparsePattern | None = None
         self.pattern: Pattern = see_everything  # of policies that bring none
@@ -79,11 +86,12 @@ class Cache:
         self.step_in_block = self.step_in_block + 1 if block == self.block else 0
         self.block = block
         layers = self.config.num_hidden_layers
-        plan = self.policy.plan(self.step, self.step_in_block, layers)
+        self.measure_drift()
+        plan = self.policy.plan(Moment(self.step, self.step_in_block, layers, self.drift))
         if self.store is None:
             embeddings = torch.cat((self.prompt.to(answer.dtype), answer, suffix))
             self.store = Store(self.config, embeddings, self.policy.entries(layers))
-            plan = Plan(EVERYTHING, chunked=plan.chunked, search=plan.search, select=plan.select)
+            plan = replace(plan, start=EVERYTHING, narrow=None)
         else:
             self.store.hidden[0][self.answer] = answer
         self.step += 1
@@ -93,12 +101,37 @@ class Cache:
         joins: dict[int, list[Tensor]] = {}
         for segment, start in plan.start.items():
             joins.setdefault(start, []).append(segments[segment])
+        self.probe(plan, joins)
         return Work(
             self.store,
             {start: torch.cat(positions) for start, positions in joins.items()},
             self._pattern(plan, segments["block"]),
             None if plan.narrow is None else max(1, round(plan.narrow * len(self.answer))),
         )
+
+    def probe(self, plan: Plan, joins: dict[int, list[Tensor]]) -> None:
+        """Let a few positions of the segments that rest run along, and note which segments are renewed."""
+        self.renewed = {segment: plan.start[segment] for segment in self.refreshes if segment in plan.start}
+        for segment in self.refreshes if plan.probes else ():
+            positions = self.segments()[segment]
+            spread = torch.linspace(0, len(positions) - 1, min(plan.probes, len(positions)), device=positions.device)
+            self.probed[segment] = positions[spread.long()]
+            if segment not in self.renewed:
+                joins.setdefault(0, []).append(self.probed[segment])
+
+    def measure_drift(self) -> None:
+        """Compare the probed values of the last pass with those of their renewal, at every entry."""
+        entries = [0, *self.policy.entries(self.config.num_hidden_layers)]
+        for segment, positions in self.probed.items():
+            assert self.store is not None
+            values = (
+                self.store.values[entries][:, :, positions].transpose(1, 2).flatten(2).float()
+            )  # (entries, probes, …)
+            if segment in self.renewed:  # from some layer up; what lies below rests since an earlier renewal
+                rests = sum(entry < self.renewed[segment] for entry in entries)
+                self.references[segment] = torch.cat((self.references.get(segment, values)[:rests], values[rests:]))
+            similarity = F.cosine_similarity(values, self.references[segment], dim=-1)  # (entries, probes)
+            self.drift[segment] = (1 - similarity.mean(1)).tolist()
 
     def _pattern(self, plan: Plan, block: Tensor) -> Pattern:
         if self.frame_pattern is not None:

@@ -36,10 +36,10 @@ class FramePattern:
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
         """See `vidlada.decoding.store.Pattern`."""
         is_visual = self.frames.frame_of[active] >= 0
-        count = int(is_visual.sum())
-        if not count or not (self.chunked or self.search):
+        count, visual = int(is_visual.sum()), self.frames.visual
+        if count < len(visual) or not (self.chunked or self.search):  # single probed positions see everything
             return attend_grouped(queries, keys, values)
-        visual_queries, visual = queries[:, is_visual], self.frames.visual
+        visual_queries = queries[:, is_visual]
         if self.search:
             sampled = torch.linspace(0, count - 1, min(self.queries, count), device=active.device).long()
             best = find_anchors(

@@ -4,7 +4,8 @@ A policy is only a schedule. It does not know what tokens mean, and the loop doe
 Policies are chosen by name, with settings after a colon: `dual`, `interval:prompt=25,response=7`, `mars:ratio=2`.
 """
 
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Protocol, get_type_hints
 
 from vidlada.errors import InputError
@@ -24,6 +25,7 @@ class Plan:
         search: look for anchors while the visual tokens are recomputed.
         select: choose the keys that the following steps see.
         narrow: share of the answer's positions that go on after the first layer, those whose values changed most.
+        probes: positions of each segment of the prompt that are recomputed just to see how far they moved.
     """
 
     start: dict[str, int]
@@ -31,6 +33,25 @@ class Plan:
     search: bool = False
     select: bool = False
     narrow: float | None = None
+    probes: int = 0
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a plan is asked for.
+
+    Attributes:
+        step: counted over the request, from 0.
+        step_in_block: counted within the current block, from 0.
+        layers: of the language model.
+        drift: segment → for each entry of the policy, 0 included, how far the probed positions' values there have moved
+            since the segment was renewed (1 - cosine). Only of policies with probes.
+    """
+
+    step: int
+    step_in_block: int
+    layers: int
+    drift: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 EVERYTHING = dict.fromkeys(SEGMENTS, 0)
@@ -42,14 +63,8 @@ class Policy(Protocol):
 
     name: ClassVar[str]
 
-    def plan(self, step: int, step_in_block: int, layers: int) -> Plan:
-        """The plan of a step.
-
-        Args:
-            step: counted over the request, from 0.
-            step_in_block: counted within the current block, from 0.
-            layers: of the language model.
-        """
+    def plan(self, moment: Moment) -> Plan:
+        """The plan of a step."""
 
     def entries(self, layers: int) -> list[int]:
         """Layers above 0 at which segments may join."""
@@ -69,7 +84,7 @@ class Full(_FromTheBottom):
 
     name: ClassVar[str] = "full"
 
-    def plan(self, step: int, step_in_block: int, layers: int) -> Plan:
+    def plan(self, moment: Moment) -> Plan:
         """Everything."""
         return Plan(EVERYTHING)
 
@@ -88,9 +103,9 @@ class Prefix(_FromTheBottom):
     def __post_init__(self) -> None:
         _at_least(self, 0, "every")
 
-    def plan(self, step: int, step_in_block: int, layers: int) -> Plan:
+    def plan(self, moment: Moment) -> Plan:
         """All, or block and after."""
-        if step_in_block == 0 or (self.every and step_in_block % self.every == 0):
+        if moment.step_in_block % (self.every or moment.step_in_block + 1) == 0:
             return Plan(EVERYTHING)
         return Plan({"block": 0, "after": 0})
 
@@ -109,9 +124,9 @@ class Dual(_FromTheBottom):
     def __post_init__(self) -> None:
         _at_least(self, 0, "every")
 
-    def plan(self, step: int, step_in_block: int, layers: int) -> Plan:
+    def plan(self, moment: Moment) -> Plan:
         """All, or the block."""
-        if step_in_block == 0 or (self.every and step_in_block % self.every == 0):
+        if moment.step_in_block % (self.every or moment.step_in_block + 1) == 0:
             return Plan(EVERYTHING)
         return Plan({"block": 0})
 
@@ -122,9 +137,9 @@ class Frozen(_FromTheBottom):
 
     name: ClassVar[str] = "frozen"
 
-    def plan(self, step: int, step_in_block: int, layers: int) -> Plan:
+    def plan(self, moment: Moment) -> Plan:
         """All at first, then the answer."""
-        return Plan(ANSWER if step else EVERYTHING)
+        return Plan(ANSWER if moment.step else EVERYTHING)
 
 
 @dataclass(frozen=True)
@@ -150,11 +165,11 @@ class Interval(_FromTheBottom):
         if not 0 < self.share <= 1:
             raise InputError(f"cache interval: share must be above 0 and at most 1, not {self.share}")
 
-    def plan(self, step: int, step_in_block: int, layers: int) -> Plan:
+    def plan(self, moment: Moment) -> Plan:
         """Whatever is due."""
-        if step % self.prompt == 0:
+        if moment.step % self.prompt == 0:
             return Plan(EVERYTHING)
-        if step % self.response == 0 or self.share == 1:
+        if moment.step % self.response == 0 or self.share == 1:
             return Plan(ANSWER)
         return Plan(ANSWER, narrow=self.share)
 
@@ -174,10 +189,10 @@ class Sparse(_FromTheBottom):
         if not 0 < self.keep <= 1:
             raise InputError(f"cache sparse: keep must be above 0 and at most 1, not {self.keep}")
 
-    def plan(self, step: int, step_in_block: int, layers: int) -> Plan:
+    def plan(self, moment: Moment) -> Plan:
         """All twice, selecting in the second, then the block."""
-        if step_in_block < 2:
-            return Plan(EVERYTHING, select=step_in_block == 1)
+        if moment.step_in_block < 2:
+            return Plan(EVERYTHING, select=moment.step_in_block == 1)
         return Plan({"block": 0})
 
 
@@ -199,6 +214,10 @@ class Mars:
         queries: visual queries sampled in the search for anchors.
         per_head: anchors of each key/value head instead of each layer.
         chunk_first: restrict visual queries in the first step too.
+        drift: above 0, renew by measurement instead of by the clock: a few probed positions are recomputed in every
+            step, and a segment is renewed from the lowest group where their values moved further than this (1 -
+            cosine) since it was last renewed.
+        probes: positions probed in each segment.
     """
 
     name: ClassVar[str] = "mars"
@@ -211,27 +230,36 @@ class Mars:
     queries: int = 32
     per_head: bool = False
     chunk_first: bool = False
+    drift: float = 0.0
+    probes: int = 8
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "text", "ratio", "group", "pyramid", "queries")
-        _at_least(self, 0, "anchors")
+        _at_least(self, 1, "text", "ratio", "group", "pyramid", "queries", "probes")
+        _at_least(self, 0, "anchors", "drift")
         _at_least(self, -1, "window")
 
     def entries(self, layers: int) -> list[int]:
         """Where the groups begin."""
         return list(range(self.group, layers, self.group))
 
-    def plan(self, step: int, step_in_block: int, layers: int) -> Plan:
+    def plan(self, moment: Moment) -> Plan:
         """Answer always; text and frames from the lowest group that is due."""
-        if step == 0:
-            chunked = self.chunk_first and self.window >= 0
-            return Plan(EVERYTHING, chunked=chunked, search=self.anchors > 0 and self.window >= 0)
+        probes = self.probes if self.drift else 0
+        if moment.step == 0:
+            chunked, search = self.chunk_first and self.window >= 0, self.anchors > 0 and self.window >= 0
+            return Plan(EVERYTHING, chunked=chunked, search=search, probes=probes)
         start = dict(ANSWER)
         for segment, interval in (("text", self.text), ("visual", self.text * self.ratio)):
-            due = self._groups(layers, step, interval)
+            due = self._moved(moment, segment) if self.drift else self._groups(moment.layers, moment.step, interval)
             if due:
                 start[segment] = min(due)
-        return Plan(start, chunked=self.window >= 0)
+        return Plan(start, chunked=self.window >= 0, probes=probes)
+
+    def _moved(self, moment: Moment, segment: str) -> list[int]:
+        """Entries of the groups where a segment has drifted too far."""
+        entries = [0, *self.entries(moment.layers)]
+        drifts = moment.drift.get(segment, [0.0] * len(entries))
+        return [entry for entry, drift in zip(entries, drifts, strict=True) if drift > self.drift]
 
     def _groups(self, layers: int, step: int, interval: int) -> list[int]:
         """Entries of the groups that are due at a step."""
