@@ -6,7 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from vidlada.shapes.world import COLOURS, DIRECTIONS, MAX_SECONDS, MAX_THINGS, PLACES, SHAPES, SIZES, Clip, Event, Thing
+from vidlada.shapes.world import (
+    COLOURS,
+    DIRECTIONS,
+    HELD_OUT,
+    MAX_SECONDS,
+    MAX_THINGS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Clip,
+    Event,
+    Thing,
+)
 
 LETTERS = ("A", "B", "C", "D")
 STILL = "it stays still"
@@ -55,13 +67,16 @@ def asked_event(clip: Clip, event: Event) -> str:
 
 
 def existence(clip: Clip, generator: Generator) -> Asked | None:
-    """Is there such a thing? Half of the answers are no, mostly about things that share a colour or shape."""
+    """Is there such a thing? Half of the answers are no, mostly about things that share a colour or shape.
+
+    No is never the answer for a pair that only the test split shows: training would teach that there are none.
+    """
     shown = {(colour, t.shape) for t in clip.things for colour in (t.colour, t.turns[1] if t.turns else t.colour)}
     thing = pick(generator, clip.things)
     if generator.random() < 0.5:
         return f"is there a {thing.name} in the video ?", "yes", []
     near = [(c, thing.shape) for c in COLOURS] + [(thing.colour, s) for s in SHAPES]
-    absent = [pair for pair in near if pair not in shown]
+    absent = [pair for pair in near if pair not in shown | HELD_OUT]
     colour, shape = pick(generator, absent)
     return f"is there a {colour} {shape} in the video ?", "no", []
 
