@@ -163,13 +163,18 @@ def show_drafts(conversation: Any, question: str) -> None:
 
 def load_quietly(model: str, dtype: str, device: str | None) -> Any:
     """Load a model behind our own spinner instead of transformers' progress bars."""
-    from transformers.utils import logging
-
     from vidlada.api import load
 
-    logging.disable_progress_bar()
+    without_progress_bars()
     with progress(f"loading {model}"):
         return load(model, dtype=dtype, device=device)
+
+
+def without_progress_bars() -> None:
+    """Silence transformers' bars for every shard it reads or writes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 @main.command()
@@ -252,6 +257,7 @@ def train(config: Path, output: str | None, resume: bool) -> None:
     from vidlada.training.config import load_config
     from vidlada.training.trainer import train as run
 
+    without_progress_bars()
     folder = run(load_config(config, output=output), resume=resume, report=lambda line: click.echo(line, err=True))
     click.echo(str(folder))
 
