@@ -1,0 +1,67 @@
+"""`vidlada shapes`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vidlada.cli.options import answer_options, given_options, load_quietly, model_option, one_line_errors, progress
+from vidlada.errors import InputError
+
+
+@click.group()
+def shapes() -> None:
+    """The synthetic world the shipped model was trained on: write its clips and questions, score a model."""
+
+
+@shapes.command("write")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
+@click.option("--clips", type=click.IntRange(1), default=20, show_default=True, help="How many.")
+@click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="Number of the first clip.")
+@click.option("--questions", type=click.IntRange(0), default=10, show_default=True, help="Most short ones a clip.")
+@click.option("--seconds", type=click.IntRange(2, 60), help="Length of every clip; drawn by default.")
+@click.option("--size", type=click.IntRange(49), default=224, show_default=True, help="Pixels along a side.")
+@click.option("--no-clock", is_flag=True, help="Leave out the running clock in the corner.")
+@one_line_errors
+def shapes_write(folder: Path, no_clock: bool, **options: Any) -> None:
+    """Write H.264 clips and their questions, in the LLaVA json format, to FOLDER."""
+    from vidlada.shapes.dataset import write_dataset
+
+    with progress("writing clips"):
+        click.echo(str(write_dataset(folder, clock=not no_clock, **options)))
+
+
+@shapes.command("evaluate")
+@click.argument("questions", type=click.Path(path_type=Path))
+@click.option("--blind", is_flag=True, help="Ask without the videos: what the questions give away by themselves.")
+@click.option("--report", type=click.Path(path_type=Path), help="Also write scores and every answer as JSON here.")
+@answer_options
+@model_option
+@one_line_errors
+def shapes_evaluate(
+    questions: Path, blind: bool, report: Path | None, model: str, device: str | None, dtype: str, **options: Any
+) -> None:
+    """Ask a model every question of QUESTIONS (from `vidlada shapes write`) and print its scores by family."""
+    from vidlada.shapes.benchmark import evaluate, read_questions
+
+    entries = read_questions(questions)
+    if report is not None and report.exists():
+        raise InputError(f"{report} exists; choose another file")
+    given = given_options(options)
+    vidlada = load_quietly(model, dtype, device)
+
+    def answers(video: Path | None, asked: Sequence[str]) -> list[str]:
+        return [answer.text for answer in vidlada.ask_many([(video, question) for question in asked], **given)]
+
+    def show(done: int) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"\r{done} of {len(entries)} questions", nl=done == len(entries), err=True)
+
+    result = evaluate(entries, questions.parent, answers, blind=blind, progress=show)
+    if report is not None:
+        report.write_text(json.dumps({"model": model, "blind": blind, **result.to_dict()}, indent=1))
+    click.echo(result.table())
