@@ -17,10 +17,11 @@ from vidlada.decoding.policies import policy_from
 from vidlada.decoding.sampler import Request, State, Statistics, denoise
 from vidlada.errors import InputError
 from vidlada.model import VidLaDAForMaskedDiffusion
-from vidlada.processor import Message, VidLaDAProcessor, time_instruction
+from vidlada.processor import EncodedConversation, Message, VidLaDAProcessor, time_instruction
 from vidlada.video import Frames, Sampling, VideoInfo, sample_frames
 
 SHIPPED = "tiny"
+PIECE_CONTEXT = 8  # tokens before a token that may change its text
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,43 @@ class VidLaDA:
         seconds = {"video": decoded - started, "vision": time.perf_counter() - decoded}
         return EncodedVideo(visual_tokens, tuple(times), info, seconds)
 
+    def request(self, encoded: EncodedConversation, visual_tokens: Tensor, settings: GenerationSettings) -> Request:
+        """What the decoding loop needs to go on with a conversation.
+
+        Args:
+            encoded: as the processor encodes it.
+            visual_tokens: (visual tokens, width) of all its videos, in order.
+            settings: of decoding.
+        """
+        processor, model = self.processor, self.model
+        ids = torch.tensor([encoded.input_ids], device=model.device)
+        with torch.inference_mode():
+            prompt = model.embed(ids, visual_tokens)[0]
+        words = [tuple(processor.text_ids(word)) for word in settings.stop]
+        return Request(
+            prompt=prompt,
+            settings=settings,
+            stop_sequences=(*words, *((token,) for token in model.config.stop_token_ids)),
+            suffix_ids=tuple(processor.text_ids(settings.suffix)) if settings.suffix else (),
+            frame_index=encoded.frame_index,
+        )
+
+    def draft(self, state: State) -> Draft:
+        """A state as text."""
+        decode = self.processor.decode
+        pieces: list[tuple[str | None, bool]] = []
+        known: list[int] = []
+        end = len(state.proposed) if state.stop_at is None else state.stop_at
+        for token, final in zip(state.proposed[:end].tolist(), state.committed[:end].tolist(), strict=True):
+            if token == self.model.config.mask_token_id:
+                pieces.append((None, False))
+                continue
+            # a token's own text depends on the few that stand before it (spaces, parts of a character)
+            before = known[-PIECE_CONTEXT:]
+            known.append(token)
+            pieces.append((decode([*before, token])[len(decode(before)) :], final))
+        return Draft(state, tuple(pieces), decode(state.answer_ids()).strip())
+
     def settings(self, **generation: Any) -> GenerationSettings:
         """This checkpoint's generation defaults with some of them changed."""
         settings = GenerationSettings.from_dict(self.model.config.generation or {}).updated(**generation)
@@ -236,20 +274,9 @@ class Conversation:
 
     def request(self, question: str) -> Request:
         """What the decoding loop needs to answer the next question."""
-        processor, model = self.vidlada.processor, self.vidlada.model
         counts = [len(self.video.times)] if self.video.times else []
-        encoded = processor.encode([*self.messages, self._user(question)], counts)
-        ids = torch.tensor([encoded.input_ids], device=model.device)
-        with torch.inference_mode():
-            prompt = model.embed(ids, self.video.visual_tokens)[0]
-        words = [tuple(processor.text_ids(word)) for word in self.settings.stop]
-        return Request(
-            prompt=prompt,
-            settings=self.settings,
-            stop_sequences=(*words, *((token,) for token in model.config.stop_token_ids)),
-            suffix_ids=tuple(processor.text_ids(self.settings.suffix)) if self.settings.suffix else (),
-            frame_index=encoded.frame_index,
-        )
+        encoded = self.vidlada.processor.encode([*self.messages, self._user(question)], counts)
+        return self.vidlada.request(encoded, self.video.visual_tokens, self.settings)
 
     def _user(self, question: str) -> Message:
         if not question or not question.strip():
@@ -282,22 +309,7 @@ class Conversation:
 
     def draft(self, state: State) -> Draft:
         """A state as text."""
-        decode = self.vidlada.processor.decode
-        mask = self.vidlada.model.config.mask_token_id
-        pieces: list[tuple[str | None, bool]] = []
-        known: list[int] = []
-        text = ""
-        end = len(state.proposed) if state.stop_at is None else state.stop_at
-        for token, final in zip(state.proposed[:end].tolist(), state.committed[:end].tolist(), strict=True):
-            if token == mask:
-                pieces.append((None, False))
-                continue
-            # a token's own text depends on what stands before it (spaces, parts of a character)
-            known.append(token)
-            longer = decode(known)
-            pieces.append((longer[len(text) :], final))
-            text = longer
-        return Draft(state, tuple(pieces), decode(state.answer_ids()).strip())
+        return self.vidlada.draft(state)
 
     def answer(self, state: State) -> Answer:
         """A finished state as an answer."""
