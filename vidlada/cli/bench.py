@@ -1,6 +1,8 @@
 """`vidlada bench`."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,44 +30,120 @@ def bench_video(minutes: int, frames: int, repeats: int, as_json: bool) -> None:
     click.echo(json.dumps(figures) if as_json else video_table(figures))
 
 
-@bench.command("decode")
-@click.option(
-    "--size",
-    type=click.Choice(["mid", "8b"]),
-    default="mid",
-    show_default=True,
-    help="Shape of the random model: about 25 million weights for a CPU, or VidLaDA-8B's for a GPU.",
-)
-@click.option("--frames", type=click.IntRange(1), help="Of the video: 30 of 200 tokens (mid), 64 of 210 (8b).")
-@click.option("--cache", "caches", multiple=True, help="May be repeated; all policies and MARS ablations by default.")
-@click.option("--gen-length", type=click.IntRange(1), default=64, show_default=True, help="Answer tokens.")
-@click.option("--block-length", type=click.IntRange(1), default=32, show_default=True, help="Decoded together.")
-@click.option("--steps", type=click.IntRange(1), help="For the whole answer; one token a step by default.")
-@click.option("--repeats", type=click.IntRange(1), default=1, show_default=True, help="Interleaved repeats.")
-@click.option("--device", help="cpu, cuda …; the first GPU by default, else the CPU.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Type of the weights.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@one_line_errors
-def bench_decode(
-    size: str, caches: tuple[str, ...], device: str | None, dtype: str, as_json: bool, **options: Any
-) -> None:
-    """Decoding with every cache, against recomputing everything in each step."""
+def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say what model is measured, and where."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
+                     show_default=True, help="Type of the weights."),
+        click.option("--device", help="cpu, cuda …; the first GPU by default, else the CPU."),
+        click.option("--size", type=click.Choice(["tiny", "mid", "8b"]), default="mid", show_default=True,
+                     help="The shipped model; or random weights: 25 million for a CPU, or VidLaDA-8B's shape."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def measuring(size: str, device: str | None, dtype: str) -> dict[str, Any]:
+    """What every benchmark of a model takes."""
     import torch
 
     from vidlada.api import usable_device
-    from vidlada.bench.decoding import CACHES, decoding_figures, decoding_table
 
-    figures = decoding_figures(
-        size, caches=caches or CACHES, device=usable_device(device), dtype=getattr(torch, dtype),
-        progress=lambda what: click.echo(what, err=True), **options,
-    )  # fmt: skip
+    return {
+        "size": size,
+        "device": usable_device(device),
+        "dtype": getattr(torch, dtype),
+        "progress": lambda what: click.echo(what, err=True),
+    }
+
+
+@bench.command("decode")
+@click.option(
+    "--frames", type=click.IntRange(1), help="Of the video: 60 of 12 tokens (tiny), 30 of 200 (mid), 64 of 210 (8b)."
+)
+@click.option("--cache", "caches", multiple=True, help="May be repeated; all policies and MARS ablations by default.")
+@click.option("--gen-length", type=click.IntRange(1), default=64, show_default=True, help="Answer tokens.")
+@click.option("--block-length", type=click.IntRange(1), default=32, show_default=True, help="Decoded together.")
+@click.option("--threshold", type=float, default=0.9, show_default=True, help="Of the faster pace of tiny.")
+@click.option(
+    "--tokens-per-step",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Stands in for a threshold where weights are random and never confident.",
+)
+@click.option("--repeats", type=click.IntRange(1), default=1, show_default=True, help="Interleaved repeats.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Also draw the totals, to this new file (png, svg …).")
+@size_options
+@one_line_errors
+def bench_decode(
+    caches: tuple[str, ...], size: str, device: str | None, dtype: str, plot: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Decoding with every cache, against recomputing everything in each step."""
+    from vidlada.bench.decoding import CACHES, decoding_figures, decoding_table
+    from vidlada.bench.plots import decoding_plot, new_plot
+
+    if plot is not None:
+        new_plot(plot)
+    figures = decoding_figures(caches=caches or CACHES, **measuring(size, device, dtype), **options)
+    if plot is not None:
+        decoding_plot(figures, plot)
     click.echo(json.dumps(figures) if as_json else decoding_table(figures))
+
+
+@bench.command("pass")
+@click.option("--frames", type=click.IntRange(1), help="Of the video, as for decode.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Interleaved repeats.")
+@size_options
+@one_line_errors
+def bench_pass(size: str, device: str | None, dtype: str, as_json: bool, **options: Any) -> None:
+    """One pass over a whole prompt, against transformers' Llama of the same shape and weights."""
+    from vidlada.bench.passes import pass_figures, pass_table
+
+    figures = pass_figures(**measuring(size, device, dtype), **options)
+    click.echo(json.dumps(figures) if as_json else pass_table(figures))
+
+
+@bench.command("scaling")
+@click.option(
+    "--frames",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(5, 10, 20, 40),
+    show_default=True,
+    help="May be repeated.",
+)
+@size_options
+@one_line_errors
+def bench_scaling(size: str, device: str | None, dtype: str, as_json: bool, **options: Any) -> None:
+    """A cached step as the video grows, against what it has to read."""
+    from vidlada.bench.passes import scaling_figures, scaling_table
+
+    figures = scaling_figures(**measuring(size, device, dtype), **options)
+    click.echo(json.dumps(figures) if as_json else scaling_table(figures))
+
+
+@bench.command("quality")
+@click.argument("questions", type=click.Path(path_type=Path))
+@click.option("--cache", "caches", multiple=True, help="May be repeated; all policies and MARS ablations by default.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@answer_options
+@model_option
+@one_line_errors
+def bench_quality(
+    questions: Path, caches: tuple[str, ...], model: str, device: str | None, dtype: str, as_json: bool, **options: Any
+) -> None:
+    """What every cache costs in right answers to QUESTIONS (from `vidlada shapes write`), and saves in work."""
+    from vidlada.bench.quality import CACHES, quality_figures, quality_table
+    from vidlada.shapes.benchmark import read_questions
+
+    entries = read_questions(questions)
+    figures = quality_figures(
+        load_quietly(model, dtype, device), entries, questions.parent, caches or CACHES,
+        progress=lambda what: click.echo(what, err=True), **given_options(options),
+    )  # fmt: skip
+    click.echo(json.dumps(figures) if as_json else quality_table(figures))
 
 
 @bench.command("drift")

@@ -36,6 +36,11 @@ def attend_grouped(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor |
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
 
 
+def key_value_bytes(config: VidLaDATextConfig, tokens: int, value_bytes: int) -> int:
+    """Memory of the keys and values of a sequence."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * value_bytes
+
+
 class Store:
     """What is kept of one request between steps.
 

@@ -1,0 +1,52 @@
+"""The machine a figure was measured on: its name, its clock, its memory."""
+
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+RESET_PEAK = "5"  # proc(5): resets the peak resident set size
+GIB = 2**30
+
+
+def machine(device: str) -> str:
+    """Name of what computes."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    """The processor's name; Linux keeps it where Python does not look."""
+    listing = Path("/proc/cpuinfo")
+    names = (
+        [line for line in listing.read_text().splitlines() if line.startswith("model name")] if listing.exists() else []
+    )
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+def now(device: str) -> float:
+    """Seconds, once all that was asked of the device is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def reset_peak_memory(device: str) -> None:
+    """Forget the peak so far, where the system can."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_REFS.exists():
+        CLEAR_REFS.write_text(RESET_PEAK)
+
+
+def peak_memory(device: str) -> int | None:
+    """Bytes at the peak since the reset: allocated on a GPU, resident of the process on Linux, unknown elsewhere."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if not (CLEAR_REFS.exists() and STATUS.exists()):
+        return None
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
