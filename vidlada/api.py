@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vidlada.checkpoint import load_model, load_tokenizer
 from vidlada.config import GenerationSettings
+from vidlada.decoding.cache import VisualStates
 from vidlada.decoding.policies import policy_from
 from vidlada.decoding.sampler import Request, State, Statistics, denoise
 from vidlada.errors import InputError
@@ -270,13 +271,14 @@ class Conversation:
     ):
         self.vidlada, self.video, self.settings = vidlada, video, settings
         self.time_instruction = time_instruction
+        self.visual: VisualStates | None = None  # left by the last answer, where the settings say so
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 
     def request(self, question: str) -> Request:
         """What the decoding loop needs to answer the next question."""
         counts = [len(self.video.times)] if self.video.times else []
         encoded = self.vidlada.processor.encode([*self.messages, self._user(question)], counts)
-        return self.vidlada.request(encoded, self.video.visual_tokens, self.settings)
+        return replace(self.vidlada.request(encoded, self.video.visual_tokens, self.settings), visual=self.visual)
 
     def _user(self, question: str) -> Message:
         if not question or not question.strip():
@@ -297,7 +299,7 @@ class Conversation:
         for _, state in denoise(self.vidlada.model, [request]):
             yield self.draft(state)
         assert state is not None
-        self.last = self.answer(state)
+        self.last, self.visual = self.answer(state), state.visual
         if self.vidlada.model.config.multi_turn:
             self.messages += [self._user(question), {"role": "assistant", "content": self.last.text}]
 

@@ -156,6 +156,8 @@ class GenerationSettings:
         seed: of every random choice of this answer.
         cache: what is reused between steps: `none`, or a policy of `vidlada.decoding.policies` by name, with settings
             after a colon.
+        reuse: let further questions about a video start from the frames' keys and values of the question before, which
+            were computed beside another question; needs a cache.
     """
 
     gen_length: int = 128
@@ -170,6 +172,7 @@ class GenerationSettings:
     suffix: str = ""
     seed: int = 0
     cache: str = "none"
+    reuse: bool = False
 
     def __post_init__(self) -> None:
         for name in ("gen_length", "block_length", "steps"):
@@ -202,6 +205,8 @@ class GenerationSettings:
             raise InputError("steps is fixed in advance; it cannot be combined with threshold or factor")
         if self.remasking == "random" and (self.threshold is not None or self.factor is not None):
             raise InputError("threshold and factor compare probabilities; they need remasking low_confidence")
+        if self.reuse and self.cache == "none":
+            raise InputError("reuse takes over what a cache has kept; choose a cache, e.g. mars")
         object.__setattr__(self, "stop", tuple(self.stop))
         if any(not word for word in self.stop):
             raise InputError("a stop string must not be empty")

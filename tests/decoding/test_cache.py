@@ -1,5 +1,7 @@
 """Caches: exact where they must be, and where they approximate, exactly the approximation they name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 from vectors import VARIANTS, arrays, load_reference_model
 
 from vidlada.config import GenerationSettings
-from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors
+from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors, scenes_of
 from vidlada.decoding.policies import POLICIES, Mars, Moment, policy_from
-from vidlada.decoding.sampler import Request, denoise
+from vidlada.decoding.sampler import Denoiser, Request, denoise
 from vidlada.decoding.store import Store, Work, renew
 from vidlada.errors import InputError
 from vidlada.language_model import rotary_angles, rotate
@@ -278,3 +280,57 @@ def test_policies_that_do_not_fit_the_video_are_refused(small, cache, message):
 
 def test_every_policy_is_tried_here():
     assert {name.partition(":")[0] for name in (*EXACT, *APPROXIMATE)} == set(POLICIES)
+
+
+def test_scenes_are_cut_where_frames_change_abruptly():
+    frames = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [-1.0, 0.0]])
+    sizes = torch.tensor([2, 1, 3, 1, 2])
+    assert [scene.tolist() for scene in scenes_of(frames, sizes, 0.5)] == [[0, 1, 2], [3, 4, 5, 6], [7, 8]]
+    assert [scene.tolist() for scene in scenes_of(frames, sizes, 0.0)] == [list(range(9))]
+    assert [scene.tolist() for scene in scenes_of(frames[:1], sizes[:1], 0.5)] == [[0, 1]]
+
+
+def test_every_scene_has_its_own_anchors():
+    model = load_reference_model("gqa")
+    index = layout(3, [5, 5, 5, 5], 4)
+    asked = request(model, index, cache="mars:scene=0.5,anchors=4")
+    direction = torch.randn(asked.prompt.shape[1])
+    with_scenes = asked.prompt.clone()
+    with_scenes[3:13], with_scenes[13:23] = direction, -direction  # two scenes of two frames
+    denoiser = Denoiser(model)
+    denoiser.add(replace(asked, prompt=with_scenes))
+    denoiser.step()
+    found = denoiser.rows[0].caches[0].frame_pattern.found
+    for anchors in found.values():
+        assert ((anchors >= 3) & (anchors < 13)).sum() == ((anchors >= 13) & (anchors < 23)).sum() == 2
+
+
+@pytest.mark.parametrize("cache", ["frozen", "mars:text=2,ratio=1,anchors=4", "mars:text=2,drift=0.01,anchors=4"])
+def test_a_further_question_reuses_the_frames(cache):
+    model = load_reference_model("gqa")
+    index = layout(3, [5, 5, 5], 4)
+    first = request(model, index, cache=cache, reuse=True)
+    (left,) = decode(model, first)
+    assert left.visual is not None
+    (again,) = decode(model, replace(first, visual=left.visual))
+    assert again.statistics.refreshes["visual"] == left.statistics.refreshes["visual"] - 1
+    denoiser = Denoiser(model)
+    denoiser.add(replace(first, visual=left.visual))
+    denoiser.step()
+    store = denoiser.rows[0].caches[0].store
+    probed = 8 if "drift" in cache else 0
+    assert store.work == [len(index) + 16 - 15 + probed] * len(store.work)
+    kept = (store.keys[:, :, 3:18] == left.visual.keys).all(-1).all(0).all(0)
+    assert kept.sum() >= 15 - probed
+
+
+def test_what_does_not_fit_is_not_reused():
+    model = load_reference_model("gqa")
+    (left,) = decode(model, request(model, layout(3, [5, 5], 4), cache="frozen", reuse=True))
+    elsewhere = request(model, layout(4, [5, 5], 4), cache="frozen", reuse=True)
+    (alone,) = decode(model, elsewhere)
+    (given,) = decode(model, replace(elsewhere, visual=left.visual))
+    assert given.statistics.refreshes == alone.statistics.refreshes
+    assert torch.equal(given.proposed, alone.proposed)
+    with pytest.raises(InputError, match="choose a cache"):
+        GenerationSettings(reuse=True)

@@ -81,6 +81,12 @@ def show_drafts(conversation: Any, question: str) -> None:
 @click.command()
 @click.argument("video", type=click.Path())
 @click.option("--show", is_flag=True, help="Draw the answers denoising live.")
+@click.option(
+    "--reuse",
+    is_flag=True,
+    help="Let later questions start from the frames' keys and values of the one "
+    "before; needs --cache, and approximates.",
+)
 @answer_options
 @model_option
 @one_line_errors

@@ -7,6 +7,7 @@ No (visual tokens × visual tokens) matrix is built: each frame's keys are gathe
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vidlada.decoding.store import attend_grouped
@@ -101,6 +102,25 @@ def chunked_attention(
         mask.transpose(0, 1).repeat_interleave(groups, dim=1)[:, :, None],
     )
     return mixed.transpose(0, 1)[:, frames.valid]
+
+
+def scenes_of(frame_embeddings: Tensor, sizes: Tensor, threshold: float) -> tuple[Tensor, ...]:
+    """Cut a video where its frames change abruptly.
+
+    Args:
+        frame_embeddings: (frames, width) mean of every frame's tokens.
+        sizes: (frames,) visual tokens of every frame.
+        threshold: a scene begins where 1 - cosine to the frame before is above it; 0 leaves the video whole.
+
+    Returns:
+        Numbers of the visual tokens of every scene.
+    """
+    numbers = torch.arange(int(sizes.sum()), device=sizes.device)
+    if threshold == 0:
+        return (numbers,)
+    similarity = F.cosine_similarity(frame_embeddings[1:].float(), frame_embeddings[:-1].float(), dim=-1)
+    cuts = (1 - similarity > threshold).nonzero()[:, 0] + 1
+    return numbers.tensor_split(sizes.cumsum(0)[cuts - 1].cpu())
 
 
 def find_anchors(queries: Tensor, keys: Tensor, count: int, per_head: bool = False) -> Tensor:

@@ -1,17 +1,35 @@
 """The cache of one request: its policy, its store, and what the next pass recomputes."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vidlada.config import VidLaDATextConfig
-from vidlada.decoding.attention import FrameMap
+from vidlada.decoding.attention import FrameMap, scenes_of
 from vidlada.decoding.patterns import FramePattern, SparsePattern
 from vidlada.decoding.policies import EVERYTHING, Mars, Moment, Plan, Policy, Sparse
 from vidlada.decoding.store import Pattern, Store, Work, see_everything
 from vidlada.errors import InputError
+
+
+@dataclass(frozen=True)
+class VisualStates:
+    """What a request leaves of its frames, for a further question about the same video.
+
+    Attributes:
+        positions: (visual tokens,) places in the sequence; the same in every request that may take them over.
+        keys, values: (layers, key/value heads, visual tokens, head_dim).
+        hidden: layer → (visual tokens, width) states entering it.
+        anchors: layer → positions of its anchors.
+    """
+
+    positions: Tensor
+    keys: Tensor
+    values: Tensor
+    hidden: dict[int, Tensor]
+    anchors: dict[int, Tensor]
 
 
 class Cache:
@@ -24,13 +42,22 @@ class Cache:
         frame_index: (tokens of the prompt,) frame of each position, -1 for text.
         slots: answer slots.
         tokens: length of the whole sequence, suffix included.
+        visual: left by an earlier request; the first step then leaves the frames alone. Ignored where the frames stand
+            elsewhere or the policy keeps other layers.
 
     Raises:
         InputError: the policy does not fit this request.
     """
 
     def __init__(
-        self, config: VidLaDATextConfig, policy: Policy, prompt: Tensor, frame_index: Tensor, slots: int, tokens: int
+        self,
+        config: VidLaDATextConfig,
+        policy: Policy,
+        prompt: Tensor,
+        frame_index: Tensor,
+        slots: int,
+        tokens: int,
+        visual: VisualStates | None = None,
     ):
         self.config, self.policy, self.prompt = config, policy, prompt
         rest = frame_index.new_full((tokens - len(frame_index),), -1)
@@ -49,6 +76,12 @@ class Cache:
         self.frame_pattern = self._frame_pattern(policy)
         self.sparse_pattern: SparsePattern | None = None
         self.pattern: Pattern = see_everything  # of policies that bring none
+        layers = {*policy.entries(config.num_hidden_layers), config.num_hidden_layers}
+        if visual is not None and (
+            visual.hidden.keys() != layers or not torch.equal(visual.positions, self.frames.visual)
+        ):
+            visual = None
+        self.given = visual
 
     def _frame_pattern(self, policy: Policy) -> FramePattern | None:
         if not isinstance(policy, Mars) or policy.window < 0 or not len(self.frames.positions):
@@ -63,7 +96,10 @@ class Cache:
                 f"cache mars: a window of {policy.window} is larger than the video of {frames} frames; "
                 f"use a smaller one, or -1 for full attention"
             )
-        return FramePattern(self.frames, policy.window, policy.anchors, policy.queries, policy.per_head)
+        sizes = self.frames.valid.sum(1)
+        means = torch.stack([part.mean(0) for part in self.prompt[self.frames.visual].split(sizes.tolist())])
+        scenes = scenes_of(means, sizes, policy.scene)
+        return FramePattern(self.frames, policy.window, policy.anchors, policy.queries, policy.per_head, scenes)
 
     def segments(self) -> dict[str, Tensor]:
         """Positions of each segment of `vidlada.decoding.policies.SEGMENTS`."""
@@ -91,7 +127,7 @@ class Cache:
         if self.store is None:
             embeddings = torch.cat((self.prompt.to(answer.dtype), answer, suffix))
             self.store = Store(self.config, embeddings, self.policy.entries(layers))
-            plan = replace(plan, start=EVERYTHING, narrow=None)
+            plan = replace(plan, start=self.take_over(self.store), narrow=None)
         else:
             self.store.hidden[0][self.answer] = answer
         self.step += 1
@@ -107,6 +143,29 @@ class Cache:
             {start: torch.cat(positions) for start, positions in joins.items()},
             self._pattern(plan, segments["block"]),
             None if plan.narrow is None else max(1, round(plan.narrow * len(self.answer))),
+        )
+
+    def take_over(self, store: Store) -> dict[str, int]:
+        """Fill the store with what an earlier request left, and tell what the first step has still to compute."""
+        if self.given is None:
+            return EVERYTHING
+        positions = self.given.positions
+        store.keys[:, :, positions], store.values[:, :, positions] = self.given.keys, self.given.values
+        for layer, states in self.given.hidden.items():
+            store.hidden[layer][positions] = states
+        if self.frame_pattern is not None:
+            self.frame_pattern.found = dict(self.given.anchors)
+        return {segment: start for segment, start in EVERYTHING.items() if segment != "visual"}
+
+    def visual_states(self) -> VisualStates | None:
+        """What this request leaves of its frames; None before its first step."""
+        if self.store is None:
+            return None
+        positions = self.frames.visual
+        hidden = {layer: states[positions] for layer, states in self.store.hidden.items() if layer}
+        anchors = {} if self.frame_pattern is None else dict(self.frame_pattern.found)
+        return VisualStates(
+            positions, self.store.keys[:, :, positions], self.store.values[:, :, positions], hidden, anchors
         )
 
     def probe(self, plan: Plan, joins: dict[int, list[Tensor]]) -> None:
@@ -127,8 +186,10 @@ class Cache:
             values = (
                 self.store.values[entries][:, :, positions].transpose(1, 2).flatten(2).float()
             )  # (entries, probes, …)
-            if segment in self.renewed:  # from some layer up; what lies below rests since an earlier renewal
-                rests = sum(entry < self.renewed[segment] for entry in entries)
+            if (
+                segment in self.renewed or segment not in self.references
+            ):  # from some layer up; what lies below rests since an earlier renewal
+                rests = sum(entry < self.renewed.get(segment, 0) for entry in entries)
                 self.references[segment] = torch.cat((self.references.get(segment, values)[:rests], values[rests:]))
             similarity = F.cosine_similarity(values, self.references[segment], dim=-1)  # (entries, probes)
             self.drift[segment] = (1 - similarity.mean(1)).tolist()

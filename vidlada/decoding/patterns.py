@@ -19,6 +19,7 @@ class FramePattern:
         anchors: how many to keep; 0 for none.
         queries: sampled in the search.
         per_head: anchors of each key/value head instead of each layer.
+        scenes: numbers of the visual tokens of every scene; each gets an equal share of anchors and queries.
         chunked: restrict visual queries in this pass.
         search: look for anchors in this pass.
         found: layer → positions of its anchors, kept over steps.
@@ -29,6 +30,7 @@ class FramePattern:
     anchors: int
     queries: int
     per_head: bool
+    scenes: tuple[Tensor, ...]
     chunked: bool = False
     search: bool = False
     found: dict[int, Tensor] = field(default_factory=dict)
@@ -41,11 +43,10 @@ class FramePattern:
             return attend_grouped(queries, keys, values)
         visual_queries = queries[:, is_visual]
         if self.search:
-            sampled = torch.linspace(0, count - 1, min(self.queries, count), device=active.device).long()
-            best = find_anchors(
-                visual_queries[:, sampled], keys[:, visual], min(self.anchors, len(visual)), self.per_head
+            best = [self._anchors(visual_queries[:, scene], keys[:, visual[scene]]) for scene in self.scenes]
+            self.found[layer] = torch.cat(
+                [visual[scene][chosen] for scene, chosen in zip(self.scenes, best, strict=True)], dim=-1
             )
-            self.found[layer] = visual[best]
         if not self.chunked:
             return attend_grouped(queries, keys, values)
         mixed = torch.empty_like(queries)
@@ -55,6 +56,12 @@ class FramePattern:
         if count < len(active):
             mixed[:, ~is_visual] = attend_grouped(queries[:, ~is_visual], keys, values)
         return mixed
+
+    def _anchors(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Anchors of one scene, as numbers of its tokens."""
+        tokens, share = keys.shape[1], len(self.scenes)
+        sampled = torch.linspace(0, tokens - 1, min(max(1, self.queries // share), tokens), device=keys.device).long()
+        return find_anchors(queries[:, sampled], keys, min(max(1, self.anchors // share), tokens), self.per_head)
 
 
 @dataclass

@@ -218,6 +218,8 @@ class Mars:
             step, and a segment is renewed from the lowest group where their values moved further than this (1 -
             cosine) since it was last renewed.
         probes: positions probed in each segment.
+        scene: above 0, a scene begins where a frame's mean embedding differs by more than this (1 - cosine) from that
+            of the frame before, and every scene has anchors of its own, found by queries of its own.
     """
 
     name: ClassVar[str] = "mars"
@@ -232,10 +234,11 @@ class Mars:
     chunk_first: bool = False
     drift: float = 0.0
     probes: int = 8
+    scene: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "text", "ratio", "group", "pyramid", "queries", "probes")
-        _at_least(self, 0, "anchors", "drift")
+        _at_least(self, 0, "anchors", "drift", "scene")
         _at_least(self, -1, "window")
 
     def entries(self, layers: int) -> list[int]:

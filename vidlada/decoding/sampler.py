@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vidlada.config import GenerationSettings
-from vidlada.decoding.cache import Cache
+from vidlada.decoding.cache import Cache, VisualStates
 from vidlada.decoding.commit import above_threshold, by_factor, most_confident, spread
 from vidlada.decoding.policies import policy_from
 from vidlada.decoding.store import renew
@@ -36,6 +36,7 @@ class Request:
         initial_ids: `gen_length` ids the slots start with, the mask id where they are open (infilling).
         frame_index: frame of each position of the prompt, -1 for text; none are frames by default. Only caches that
             tell frames from text need it.
+        visual: what an earlier request about the same video left (`State.visual`); needs a cache.
     """
 
     prompt: Tensor
@@ -44,6 +45,7 @@ class Request:
     suffix_ids: Sequence[int] = ()
     initial_ids: Sequence[int] | None = None
     frame_index: Sequence[int] | None = None
+    visual: VisualStates | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class State:
-    """An answer after a step, on the CPU.
+    """An answer after a step; all but `visual` on the CPU.
 
     Attributes:
         step: steps done.
@@ -100,6 +102,7 @@ class State:
         stop_at: slot at which a stop sequence begins, if one was found.
         done: the answer is complete.
         statistics: so far.
+        visual: when done and asked for by the settings, what a further question about the video may reuse.
     """
 
     step: int
@@ -109,6 +112,7 @@ class State:
     stop_at: int | None
     done: bool
     statistics: Statistics
+    visual: VisualStates | None = None
 
     def answer_ids(self) -> list[int]:
         """Final tokens before the stop, in order; open slots are left out."""
@@ -150,15 +154,19 @@ class Row:
         if policy is None:
             return []
         prompt, config = self.request.prompt, model.language_model.config
-        given = self.request.frame_index
-        frame_index = torch.tensor([-1] * len(prompt) if given is None else list(given), device=prompt.device)
+        frames = self.request.frame_index
+        frame_index = torch.tensor([-1] * len(prompt) if frames is None else list(frames), device=prompt.device)
         if len(frame_index) != len(prompt):
             raise InputError(f"frame_index has {len(frame_index)} entries for a prompt of {len(prompt)} tokens")
         tokens = len(prompt) + len(self.ids) + len(self.suffix)
         prompts = [prompt]
         if self.settings.cfg_scale > 0:
             prompts.append(self.hidden_prompt(model))
-        return [Cache(config, policy, each, frame_index, len(self.ids), tokens) for each in prompts]
+        given = [self.request.visual if self.settings.reuse else None, None]  # a hidden prompt has no frames
+        return [
+            Cache(config, policy, each, frame_index, len(self.ids), tokens, visual)
+            for each, visual in zip(prompts, given, strict=False)
+        ]
 
     def hidden_prompt(self, model: VidLaDAForMaskedDiffusion) -> Tensor:
         """The prompt behind mask embeddings, for guidance."""
@@ -283,6 +291,7 @@ class Row:
             stop_at=self.stop_at,
             done=self.done,
             statistics=self.statistics,
+            visual=self.caches[0].visual_states() if self.done and self.settings.reuse else None,
         )
 
 
