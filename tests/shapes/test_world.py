@@ -28,11 +28,12 @@ def thing(**changes):
     return Thing(**{**values, **changes})
 
 
-def test_held_out_pairs_are_seen_in_every_test_clip_and_nowhere_else():
+def test_held_out_pairs_are_seen_in_half_of_the_test_clips_and_nowhere_else():
+    unseen = sum(bool(looks(clip_for("test", index)) & HELD_OUT) for index in range(150))
+    assert 55 <= unseen <= 95
     for index in range(150):
         assert not looks(clip_for("train", index)) & HELD_OUT
         assert not looks(clip_for("validation", index)) & HELD_OUT
-        assert {(t.colour, t.shape) for t in clip_for("test", index).things} & HELD_OUT
 
 
 def test_splits_never_share_a_clip():

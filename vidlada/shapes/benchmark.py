@@ -10,10 +10,13 @@ from typing import Any
 
 from vidlada.errors import InputError
 from vidlada.shapes.questions import BENCHMARK_FAMILIES, LONG_FAMILIES, events_recovered
-from vidlada.shapes.world import Clip
+from vidlada.shapes.world import HELD_OUT, Clip
 
 # Answers to questions about one video; the path is None when the model must do without.
 Answerer = Callable[[Path | None, Sequence[str]], list[str]]
+
+
+SEEN, UNSEEN = "short, of pairs seen in training", "short, of clips with an unseen pair"
 
 
 @dataclass
@@ -50,9 +53,10 @@ class Score:
 
 @dataclass
 class Report:
-    """Scores by family, and every answer."""
+    """Scores by family and of clips with and without pairs unseen in training, and every answer."""
 
     families: dict[str, Score]
+    unseen: dict[str, Score]
     answers: list[dict[str, Any]]
 
     @property
@@ -61,18 +65,20 @@ class Report:
         chosen = [self.families[family] for family in BENCHMARK_FAMILIES if family in self.families]
         return Score([p for score in chosen for p in score.points], [c for score in chosen for c in score.chance])
 
+    def rows(self) -> dict[str, Score]:
+        """Scores in the order they are shown."""
+        return {**self.families, "all short answers": self.short, **self.unseen}
+
     def table(self) -> str:
         """Markdown."""
         lines = ["| questions | number | right, % | standard error | chance, % |", "|---|---|---|---|---|"]
-        rows = [*self.families.items(), ("all short answers", self.short)]
-        for name, score in rows:
+        for name, score in self.rows().items():
             chance = f"{score.mean_chance:.1f}" if name not in LONG_FAMILIES else "–"
             lines.append(f"| {name} | {len(score.points)} | {score.mean:.1f} | {score.standard_error:.1f} | {chance} |")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        rows = {**self.families, "all short answers": self.short}
         return {
             "scores": {
                 name: {
@@ -81,7 +87,7 @@ class Report:
                     "standard_error": score.standard_error,
                     "chance": score.mean_chance,
                 }
-                for name, score in rows.items()
+                for name, score in self.rows().items()
             },
             "answers": self.answers,
         }
@@ -114,6 +120,11 @@ def commonest_answers(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {family: max(counter.values()) / counter.total() for family, counter in counts.items()}
 
 
+def shows_unseen(clip: Clip) -> bool:
+    """Whether something in a clip has a colour and shape that training never shows together."""
+    return any((thing.colour, thing.shape) in HELD_OUT for thing in clip.things)
+
+
 def points(entry: dict[str, Any], answer: str) -> float:
     """1 or 0 for a short answer; F1 of the clauses for a caption or timeline."""
     if entry["family"] in LONG_FAMILIES:
@@ -142,6 +153,7 @@ def evaluate(
         by_video[entry["video"]].append(entry)
     commonest = commonest_answers(entries)
     families = {family: Score() for family in (*BENCHMARK_FAMILIES, *LONG_FAMILIES)}
+    unseen = {SEEN: Score(), UNSEEN: Score()}
     answers: list[dict[str, Any]] = []
     for video, asked in by_video.items():
         questions = [entry["conversations"][0]["value"].removeprefix("<image>\n") for entry in asked]
@@ -150,8 +162,13 @@ def evaluate(
             score = families[entry["family"]]
             score.points.append(points(entry, answer))
             score.chance.append(1 / len(entry["choices"]) if entry["choices"] else commonest[entry["family"]])
+            if entry["family"] in BENCHMARK_FAMILIES:
+                part = unseen[UNSEEN if shows_unseen(Clip.from_dict(entry["clip"])) else SEEN]
+                part.points.append(score.points[-1])
+                part.chance.append(score.chance[-1])
             truth = entry["conversations"][1]["value"]
             answers.append({"id": entry["id"], "family": entry["family"], "question": question,
                             "truth": truth, "answer": answer, "points": score.points[-1]})  # fmt: skip
         progress(len(answers))
-    return Report({name: score for name, score in families.items() if score.points}, answers)
+    families, unseen = ({name: score for name, score in part.items() if score.points} for part in (families, unseen))
+    return Report(families, unseen, answers)
