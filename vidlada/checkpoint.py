@@ -69,6 +69,7 @@ TOWER_PREFIX = "vision_model."  # of a vision tower in a folder of its own
 TOWER_FOLDER_VARIABLE = "VISION_TOWER_CACHE_DIR"
 SIGLIP_HEAD_DIM = 72  # of the so400m tower, whose head count no published config records
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 MOST_NAMED_KEYS = 5  # an error names this many keys and counts the rest
 
 
@@ -367,7 +368,7 @@ def load_model(
     """Load a checkpoint of any layout. The weights are read shard by shard into one copy.
 
     Args:
-        folder: of the checkpoint.
+        folder: of the checkpoint, or of a LoRA adapter, which is merged into its base.
         dtype: of the weights; `auto` keeps the stored type.
         device: where to put it; the CPU by default.
         device_map: as in transformers, to spread it over devices; excludes `device`.
@@ -375,6 +376,10 @@ def load_model(
     Raises:
         InputError: the folder is not a checkpoint of this family, or a tensor is missing, unknown or mis-shaped.
     """
+    if (folder / ADAPTER_CONFIG).is_file():
+        from vidlada.adapter import load_with_adapter
+
+        return load_with_adapter(folder, dtype=dtype, device=device, device_map=device_map)
     checkpoint = describe(folder)
     places = sources(checkpoint)
     if isinstance(dtype, str) and dtype != "auto":

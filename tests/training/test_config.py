@@ -30,7 +30,7 @@ def test_the_shipped_run():
     assert config.total_steps == sum(stage["steps"] for stage in written["stages"])
     assert config.stages[-1].collate.end_slots == written["stages"][-1]["collate"]["end_slots"]
     for stage in config.stages:
-        assert len(make_source(stage, config.model["vision_config"]["image_size"], 0).batch(0)) > 1
+        assert len(make_source(stage.data, config.model["vision_config"]["image_size"], 0, stage.name).plan(0)) > 1
 
 
 REFUSED = {
@@ -40,7 +40,6 @@ REFUSED = {
     "no output": {"output": None, "match": "output"},
     "no stages": {"stages": [], "match": "stages"},
     "stages of text": {"stages": ["a"], "match": r"stages\[0\]"},
-    "two origins": {"init_from": "folder", "match": "init_from"},
     "no origin": {"model": None, "match": "model"},
     "checkpoint_every": {"checkpoint_every": 0},
     "keep_checkpoints": {"keep_checkpoints": 0},
@@ -101,11 +100,11 @@ def test_a_missing_file_is_named(tmp_path):
 )
 def test_sources_are_refused_by_name(data, match):
     with pytest.raises(InputError, match=match):
-        make_source(Stage("a", 1, 0.1, data), 84, 0)
+        make_source(data, 84, 0, "stage a: data")
 
 
 def run(**changes):
-    stages = (Stage("a", 4, 1.0, {}), Stage("b", 8, 0.5, {}, final_learning_rate=0.1, **changes))
+    stages = (Stage("a", 1.0, {}, 4), Stage("b", 0.5, {}, 8, final_learning_rate=0.1, **changes))
     return TrainingConfig("out", stages, model={}, warmup_steps=2)
 
 

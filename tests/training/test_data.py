@@ -9,9 +9,13 @@ from media import number_of, write_video
 
 from vidlada.errors import InputError
 from vidlada.processor import END_OF_TURN, MASK
-from vidlada.training.data import CollateSettings, Collator, LlavaSource, Sample, ShapesSource, StepDataset, read_llava
+from vidlada.training.collate import CollateSettings, Collator, Part, StepDataset
+from vidlada.training.llava import LlavaSource
+from vidlada.training.mixture import read_llava
+from vidlada.training.models import new_model
 from vidlada.training.objective import IGNORED, separate_samples_mask
-from vidlada.training.trainer import new_model
+from vidlada.training.samples import Sample, batch
+from vidlada.training.shapes_source import ShapesSource
 from vidlada.video import Sampling
 
 ARGUMENTS = {
@@ -54,16 +58,16 @@ def logits(made, batch, **changes):
 
 def alone(made, sample, exchange):
     """What a packed exchange must reproduce: its own row, in which the shared part does not see the question."""
-    batch = collate(made, [Sample(sample.frames, [exchange], separate=True)])
+    batch = collate(made, [Sample(sample.videos, [exchange], separate=True)])
     mask = separate_samples_mask(batch["sample_index"], batch["sample_index"] != -2)
     return logits(made, batch, attention_mask=mask)[batch["labels"] != IGNORED]
 
 
 def test_a_packed_sample_is_the_sample_alone(made):
     samples = [
-        Sample(video(3), [SHORT, LONG, ("Is there a cube?", "no")], separate=True),
-        Sample(None, [LONG, SHORT], separate=True),
-        Sample(video(2, 1), [SHORT], separate=True),
+        Sample([video(3)], [SHORT, LONG, ("Is there a cube?", "no")], separate=True),
+        Sample([], [LONG, SHORT], separate=True),
+        Sample([video(2, 1)], [SHORT], separate=True),
     ]
     batch = collate(made, samples)
     packed = logits(made, batch)
@@ -80,14 +84,14 @@ def test_a_packed_sample_is_the_sample_alone(made):
 
 
 def test_a_packed_answer_sees_its_video(made):
-    first, second = (collate(made, [Sample(video(2, seed), [SHORT, LONG], separate=True)], seed=0) for seed in (1, 2))
+    first, second = (collate(made, [Sample([video(2, seed)], [SHORT, LONG], separate=True)], seed=0) for seed in (1, 2))
     place = first["labels"] != IGNORED
     assert (logits(made, first)[place] - logits(made, second)[place]).abs().amax(-1).min() > 1e-3
 
 
 def test_a_batch_with_padding_trains_every_part_with_finite_gradients():
     model, processor = new_model(ARGUMENTS, 0)
-    samples = [Sample(video(2), [SHORT, LONG], separate=True), Sample(None, [SHORT], separate=True)]
+    samples = [Sample([video(2)], [SHORT, LONG], separate=True), Sample([], [SHORT], separate=True)]
     batch = collate((model, processor), samples)
     logits((model, processor), batch)[batch["labels"] != IGNORED].sum().backward()
     unused = "vision.tower.post_layernorm"  # the published model reads features before it
@@ -97,7 +101,7 @@ def test_a_batch_with_padding_trains_every_part_with_finite_gradients():
 
 def test_targets_are_the_answers(made):
     _, processor = made
-    batch = collate(made, [Sample(video(2), [LONG, SHORT])])
+    batch = collate(made, [Sample([video(2)], [LONG, SHORT])])
     eot = processor.token_id(END_OF_TURN)
     answers = [*processor.text_ids(LONG[1]), eot, *processor.text_ids(SHORT[1]), eot]
     labels = batch["labels"]
@@ -108,19 +112,19 @@ def test_targets_are_the_answers(made):
 
 def test_control_targets_add_the_control_tokens_everywhere(made):
     _, processor = made
-    plain, quirk = (collate(made, [Sample(None, [SHORT])], control_targets=on) for on in (False, True))
+    plain, quirk = (collate(made, [Sample([], [SHORT])], control_targets=on) for on in (False, True))
     added = quirk["input_ids"][(quirk["labels"] != IGNORED) & (plain["labels"] == IGNORED)].tolist()
     controls = ["<|startoftext|>", *["<|start_header_id|>", "<|end_header_id|>"] * 2, END_OF_TURN]
     assert sorted(added) == sorted(map(processor.token_id, controls))
 
 
 def test_control_targets_of_packed_samples(made):
-    collate(made, [Sample(video(2), [SHORT, LONG], separate=True)], control_targets=True)
+    collate(made, [Sample([video(2)], [SHORT, LONG], separate=True)], control_targets=True)
 
 
 def test_packed_samples_without_exchanges(made):
     """Sixty pictures of which some do not support a question about a colour."""
-    samples = ShapesSource(SHAPES_SIZE, frames_per_batch=60, pictures=True, families=("colour",)).batch(0)
+    samples = batch(ShapesSource(SHAPES_SIZE, frames_per_batch=60, pictures=True, families=("colour",)), 0)
     collate(made, samples)
 
 
@@ -129,7 +133,7 @@ def test_end_targets_and_slots_follow_the_answer(made):
     eot, mask = processor.token_id(END_OF_TURN), processor.token_id(MASK)
     seen = set()
     for seed in range(200):
-        batch = collate(made, [Sample(None, [SHORT])], seed, end_targets=2, end_slots=3)
+        batch = collate(made, [Sample([], [SHORT])], seed, end_targets=2, end_slots=3)
         ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
         start = labels.index(processor.text_ids(SHORT[1])[0]) + len(processor.text_ids(SHORT[1])) + 1
         targets, slots = ids[start:].count(eot), ids[start:].count(mask)
@@ -140,14 +144,14 @@ def test_end_targets_and_slots_follow_the_answer(made):
 
 
 def test_short_answers_are_forced(made):
-    samples = [Sample(video(2), [LONG, SHORT], separate=True), Sample(None, [SHORT], separate=True)]
+    samples = [Sample([video(2)], [LONG, SHORT], separate=True), Sample([], [SHORT], separate=True)]
     assert collate(made, samples, force_up_to=2)["force"].tolist() == [False, True, True]
     assert collate(made, samples, force_up_to=1)["force"].tolist() == [False, False, False]
 
 
 def test_the_conversation_mask_hides_later_turns(made):
-    first_turn = len(collate(made, [Sample(video(2), [SHORT])])["input_ids"][0])
-    samples = [Sample(video(2), [SHORT, second]) for second in (LONG, ("Is there a cube?", "no"))]
+    first_turn = len(collate(made, [Sample([video(2)], [SHORT])])["input_ids"][0])
+    samples = [Sample([video(2)], [SHORT, second]) for second in (LONG, ("Is there a cube?", "no"))]
     for on in (True, False):
         one, other = (logits(made, collate(made, [sample], conversation_mask=on))[0, :first_turn] for sample in samples)
         assert ((one - other).abs().max() < 1e-4) == on
@@ -171,31 +175,31 @@ def test_llava_reads_videos_and_sees_every_sample_once_a_pass(tmp_path, name):
     write_video(tmp_path / "videos" / "clip.mp4", frames=50)
     entries = [entry(str(number), **({} if number == 4 else {"video": "clip.mp4"})) for number in range(5)]
     path = write_llava(tmp_path, entries, name)
-    source = LlavaSource(path, 96, tmp_path / "videos", batch_size=2, sampling=Sampling(fps=5))
-    samples = [sample for step in range(5) for sample in source.batch(step)]
+    source = LlavaSource(96, path, video_folder=tmp_path / "videos", batch_size=2, sampling=Sampling(fps=5))
+    samples = [sample for step in range(5) for sample in batch(source, step)]
     passes = [[sample.exchanges[0][1] for sample in part] for part in (samples[:5], samples[5:])]
     assert sorted(passes[0]) == sorted(passes[1]) == ["0", "1", "2", "3", "4"]
     assert passes[0] != passes[1]
     for sample in samples:
-        assert [question for question, _ in sample.exchanges] == ["What is it?"]
+        assert [question for question, _ in sample.exchanges] == ["<image>\nWhat is it?"]
         if sample.exchanges[0][1] == "4":
-            assert sample.frames is None
+            assert not sample.videos
         else:
-            assert sample.frames.shape == (10, 96, 96, 3)
-            assert [number_of(frame) for frame in sample.frames] == list(range(0, 50, 5))
+            assert sample.videos[0].shape == (10, 96, 96, 3)
+            assert [number_of(frame) for frame in sample.videos[0]] == list(range(0, 50, 5))
 
 
 def test_llava_paths_start_at_the_json(tmp_path):
     write_video(tmp_path / "clip.mp4", frames=25)
     path = write_llava(tmp_path, [entry("a", video="clip.mp4")])
-    assert len(LlavaSource(path, 24, batch_size=1).batch(0)[0].frames) == 1
+    assert len(batch(LlavaSource(24, path, batch_size=1), 0)[0].videos[0]) == 1
 
 
 def test_llava_conversations_of_several_turns(tmp_path):
     turns = [entry(answer)["conversations"] for answer in ("one", "two")]
     path = write_llava(tmp_path, [{"conversations": turns[0] + turns[1]}])
-    (sample,) = LlavaSource(path, 24, batch_size=1).batch(0)
-    assert sample.exchanges == [("What is it?", "one"), ("What is it?", "two")]
+    (sample,) = batch(LlavaSource(24, path, batch_size=1), 0)
+    assert sample.exchanges == [("<image>\nWhat is it?", "one"), ("<image>\nWhat is it?", "two")]
     assert not sample.separate
 
 
@@ -230,7 +234,7 @@ def test_malformed_llava_entries_are_named(tmp_path, text):
     path = tmp_path / "data.json"
     path.write_text(text)
     with pytest.raises(InputError, match="data.json"):
-        LlavaSource(path, 24, batch_size=1).batch(0)
+        batch(LlavaSource(24, path, batch_size=1), 0)
 
 
 def test_jsonl_lines_end_at_newlines_alone(tmp_path):
@@ -244,7 +248,7 @@ def test_missing_files_are_named(tmp_path):
         read_llava(tmp_path / "nothing.json")
     path = write_llava(tmp_path, [entry("a", video="gone.mp4")])
     with pytest.raises(InputError, match="gone.mp4"):
-        LlavaSource(path, 24, batch_size=1).batch(0)
+        batch(LlavaSource(24, path, batch_size=1), 0)
 
 
 def same(first, second):
@@ -260,23 +264,23 @@ def test_steps_are_the_same_in_any_order(made):
         return StepDataset(source, Collator(made[1], CollateSettings(end_targets=2, end_slots=5)), seed)
 
     forward, backward = dataset(1), dataset(1)
-    batches = [forward[step] for step in range(3)]
-    assert all(same(batches[step], backward[step]) for step in (2, 1, 0))
+    batches = [forward[Part(step)] for step in range(3)]
+    assert all(same(batches[step], backward[Part(step)]) for step in (2, 1, 0))
     assert not same(batches[0], batches[1])
-    assert not same(batches[0], dataset(2)[0])
+    assert not same(batches[0], dataset(2)[Part(0)])
 
 
 def test_shapes_batches_hold_what_was_asked_for():
     source = ShapesSource(SHAPES_SIZE, frames_per_batch=7, seconds=(2, 3), questions=3)
     lengths = set()
     for step in range(12):
-        samples = source.batch(step)
-        (seconds,) = {len(sample.frames) for sample in samples}
+        samples = batch(source, step)
+        (seconds,) = {len(sample.videos[0]) for sample in samples}
         assert len(samples) == 7 // seconds
         assert all(len(sample.exchanges) == 3 and sample.separate for sample in samples)
         lengths.add(seconds)
     assert lengths == {2, 3}
-    pictures = ShapesSource(SHAPES_SIZE, frames_per_batch=7, pictures=True, families=("picture", "count")).batch(0)
-    assert [sample.frames.shape for sample in pictures] == [(1, SHAPES_SIZE, SHAPES_SIZE, 3)] * 7
-    blind = ShapesSource(SHAPES_SIZE, frames_per_batch=4, text_only_share=1.0, single_share=1.0).batch(0)
-    assert all(sample.frames is None and len(sample.exchanges) == 1 for sample in blind)
+    pictures = batch(ShapesSource(SHAPES_SIZE, frames_per_batch=7, pictures=True, families=("picture", "count")), 0)
+    assert [sample.videos[0].shape for sample in pictures] == [(1, SHAPES_SIZE, SHAPES_SIZE, 3)] * 7
+    blind = batch(ShapesSource(SHAPES_SIZE, frames_per_batch=4, text_only_share=1.0, single_share=1.0), 0)
+    assert all(not sample.videos and len(sample.exchanges) == 1 for sample in blind)

@@ -14,6 +14,7 @@ from vidlada.training.objective import (
     conversation_mask,
     diffusion_loss,
     draw_masking,
+    draw_times,
     separate_samples_mask,
 )
 
@@ -76,7 +77,8 @@ def test_masked_share_follows_the_probability(stratified):
     sample_index = torch.arange(8).repeat_interleave(4000).reshape(2, -1)
     targets = torch.rand(sample_index.shape, generator=seeded(1)) < 0.7
     force = torch.arange(8) == 5
-    masking = draw_masking(targets, sample_index, seeded(2), force, stratified)
+    times = draw_times(8, seeded(3), stratified)
+    masking = draw_masking(targets, sample_index, times, seeded(2), force)
     assert not masking.masked[~targets].any()
     assert masking.masked[targets & (sample_index == 5)].all()
     for sample, probability in enumerate(masking.probability):
@@ -86,9 +88,9 @@ def test_masked_share_follows_the_probability(stratified):
 
 @given(samples=st.integers(1, 40), seed=st.integers(0, 2**31))
 def test_stratified_times_take_one_value_of_each_stratum(samples, seed):
+    times = draw_times(samples, seeded(seed))
     sample_index = torch.arange(samples)[None]
-    masking = draw_masking(torch.ones(1, samples, dtype=torch.bool), sample_index, seeded(seed))
-    times = (masking.probability.double() - MINIMUM_PROBABILITY) / (1 - MINIMUM_PROBABILITY)
+    masking = draw_masking(torch.ones(1, samples, dtype=torch.bool), sample_index, times, seeded(seed))
     lowest = torch.arange(samples) / samples
     found = times.sort().values
     assert (found > lowest - 1e-5).all()
@@ -99,7 +101,9 @@ def test_stratified_times_take_one_value_of_each_stratum(samples, seed):
 def test_draws_depend_on_the_generator_alone():
     sample_index = torch.arange(4).repeat_interleave(50)[None]
     targets = torch.ones_like(sample_index, dtype=torch.bool)
-    first, again, other = (draw_masking(targets, sample_index, seeded(seed)) for seed in (3, 3, 4))
+    first, again, other = (
+        draw_masking(targets, sample_index, draw_times(4, seeded(seed)), seeded(seed)) for seed in (3, 3, 4)
+    )
     assert torch.equal(first.masked, again.masked)
     assert torch.equal(first.probability, again.probability)
     assert not torch.equal(first.masked, other.masked)

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import vidlada.training.checkpoints as checkpoints
 import vidlada.training.trainer as trainer
 from vidlada.checkpoint import load_model
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.processor import VidLaDAProcessor
+from vidlada.training.collate import CollateSettings
 from vidlada.training.config import Stage, TrainingConfig
-from vidlada.training.data import CollateSettings
+from vidlada.training.models import new_model
 from vidlada.training.trainer import Interrupted, train
 
 MODEL = {
@@ -38,9 +40,10 @@ STEPS = 7
 # A run that ends itself: after a step, or half way through writing a checkpoint.
 KILLED_RUN = """
 import os, signal, sys, json
+import vidlada.training.checkpoints as checkpoints
 import vidlada.training.trainer as trainer
 from vidlada.training.config import Stage, TrainingConfig
-from vidlada.training.data import CollateSettings
+from vidlada.training.collate import CollateSettings
 
 where, values = sys.argv[1], json.loads(sys.argv[2])
 stages = tuple(Stage(**{**stage, "collate": CollateSettings(**stage["collate"])}) for stage in values.pop("stages"))
@@ -49,20 +52,20 @@ def report(line):
     if where == "step" and line.startswith("step 5/"):
         os.kill(os.getpid(), signal.SIGKILL)
 
-def save_model(model, processor, folder):
+def save_model(model, processor, folder, weights):
     model.save_pretrained(folder)
     if where == "checkpoint" and "0000004" in str(folder):
         os.kill(os.getpid(), signal.SIGKILL)
 
-trainer.save_model = save_model
+checkpoints.save_model = save_model
 trainer.train(TrainingConfig(**values, stages=stages), report=report)
 """
 
 
 def run(output, **changes):
     stages = (
-        Stage("pictures", 3, 1e-2, PICTURES, collate=CollateSettings(end_targets=1, end_slots=2)),
-        Stage("clips", 4, 1e-2, CLIPS, final_learning_rate=1e-3, collate=CollateSettings(force_up_to=2)),
+        Stage("pictures", 1e-2, PICTURES, 3, collate=CollateSettings(end_targets=1, end_slots=2)),
+        Stage("clips", 1e-2, CLIPS, 4, final_learning_rate=1e-3, collate=CollateSettings(force_up_to=2)),
     )
     values = {"precision": "no", "warmup_steps": 2, "weight_decay": 0.01, "checkpoint_every": 2, "log_every": 1}
     return TrainingConfig(str(output), stages, MODEL, **{**values, "workers": 0, **changes})
@@ -119,7 +122,7 @@ def test_a_run_writes_checkpoints_logs_and_a_model(whole, expected):
     assert list(output.glob("logs/**/events.*"))
     assert not list(output.glob("*.partial"))
     assert json.loads((output / "checkpoint-0000006" / "trainer_state.json").read_text())["step"] == 6
-    initial, _ = trainer.new_model(MODEL, 0)
+    initial, _ = new_model(MODEL, 0)
     unused = ("vision.tower.post_layernorm",)
     changed = {name for name, tensor in initial.state_dict().items() if not torch.equal(tensor, expected[name])}
     assert changed == {name for name in expected if not name.startswith(unused)}
@@ -136,7 +139,7 @@ def test_the_model_folder_is_complete(whole):
 
 def test_training_learns(tmp_path):
     losses = []
-    stage = Stage("a", 80, 2e-2, {**PICTURES, "families": ["clock"], "frames_per_batch": 8, "choice_share": 0.0})
+    stage = Stage("a", 2e-2, {**PICTURES, "families": ["clock"], "frames_per_batch": 8, "choice_share": 0.0}, 80)
     config = replace(run(tmp_path / "run"), stages=(stage,), log_every=10, checkpoint_every=100)
     train(config, report=lambda line: losses.append(float(line.split("loss ")[1].split()[0])))
     assert losses[-1] < losses[0] / 2
@@ -207,8 +210,8 @@ def test_partial_and_empty_checkpoints_are_ignored(tmp_path):
     for name, complete in (("0000001", True), ("0000002", False), ("0000003.partial", True)):
         (tmp_path / f"checkpoint-{name}").mkdir()
         if complete:
-            (tmp_path / f"checkpoint-{name}" / trainer.STATE_FILE).write_text("{}")
-    assert trainer.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-0000001"
+            (tmp_path / f"checkpoint-{name}" / checkpoints.STATE_FILE).write_text("{}")
+    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-0000001"
 
 
 def test_an_output_in_use_is_refused_and_left_alone(tmp_path):
@@ -232,7 +235,7 @@ def test_nothing_to_resume_is_refused(tmp_path, exists):
 
 def test_init_from_starts_at_a_model_folder(tmp_path, whole, expected):
     """With a learning rate of almost nothing the weights stay where they started."""
-    stage = Stage("a", 1, 1e-30, PICTURES)
+    stage = Stage("a", 1e-30, PICTURES, 1)
     config = replace(run(tmp_path / "run"), model=None, init_from=str(whole[1]), stages=(stage,))
     assert_same(train(config, report=quietly), expected)
 
@@ -243,15 +246,17 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, expected):
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run_and_changes_nothing(tmp_path, monkeypatch):
     calls = []
+    real = trainer.diffusion_loss
 
     def broken(*args):
         calls.append(1)
-        return (float("nan") if len(calls) == 2 else 1.0), 1
+        return real(*args) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(trainer, "training_step", broken)
-    with pytest.raises(VidLaDAError, match="step 1 is nan"):
+    monkeypatch.setattr(trainer, "diffusion_loss", broken)
+    with pytest.raises(VidLaDAError, match="step 3 is nan"):
         train(run(tmp_path / "run"), report=quietly)
-    assert len(calls) == 2
-    assert "input_ids" in torch.load(tmp_path / "run" / "not_finite_1.pt")
+    assert len(calls) == 4
+    assert "input_ids" in torch.load(tmp_path / "run" / "not_finite_3.pt")
+    assert names(tmp_path / "run") == ["checkpoint-0000002"]

@@ -7,7 +7,7 @@ from vidlada.cli.ask import ask, chat
 from vidlada.cli.bench import bench
 from vidlada.cli.checkpoint import convert, info
 from vidlada.cli.shapes import shapes
-from vidlada.cli.train import train
+from vidlada.cli.train import merge, train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -27,5 +27,5 @@ def completion(shell: str) -> None:
     click.echo(script(main, {}, "vidlada", "_VIDLADA_COMPLETE").source())
 
 
-for command in (ask, chat, info, convert, train, shapes, bench):
+for command in (ask, chat, info, convert, train, merge, shapes, bench):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""`vidlada train`."""
+"""`vidlada train` and `vidlada merge`."""
 
 from pathlib import Path
 
@@ -11,12 +11,38 @@ from vidlada.cli.options import one_line_errors, without_progress_bars
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--output", help="Folder of checkpoints, logs and the model, instead of the config's.")
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in the output folder.")
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in the output folder.")
+@click.option("--dry-run", is_flag=True, help="Check config and data files, print the schedule, train nothing.")
 @one_line_errors
-def train(config: Path, output: str | None, resume: bool) -> None:
-    """Train as CONFIG (YAML) says. An interrupted run continues with --resume, on the same curve."""
+def train(config: Path, output: str | None, resume: bool, overwrite: bool, dry_run: bool) -> None:
+    """Train as CONFIG (YAML) says. An interrupted run continues with --resume, on the same curve.
+
+    Several processes: torchrun --nproc-per-node N -m vidlada train CONFIG, or accelerate launch.
+    """
+    from vidlada.errors import InputError
     from vidlada.training.config import load_config
+    from vidlada.training.trainer import schedule
     from vidlada.training.trainer import train as run
 
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
     without_progress_bars()
-    folder = run(load_config(config, output=output), resume=resume, report=lambda line: click.echo(line, err=True))
+    settings = load_config(config, output=output)
+    if dry_run:
+        click.echo(schedule(settings))
+        return
+    folder = run(settings, resume=resume, overwrite=overwrite, report=lambda line: click.echo(line, err=True))
     click.echo(str(folder))
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@one_line_errors
+def merge(adapter: Path, target: Path) -> None:
+    """Write the model that LoRA folder ADAPTER and its base make together as TARGET, a new folder."""
+    from vidlada.adapter import merge as merge_adapter
+
+    without_progress_bars()
+    merge_adapter(adapter, target)
+    click.echo(f"{target}: written", err=True)

@@ -2,8 +2,11 @@
 
 import difflib
 import math
+import os
+import re
 from dataclasses import field, fields
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
@@ -11,9 +14,12 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
-from vidlada.training.data import STRICT, CollateSettings
+from vidlada.training.collate import CollateSettings
+from vidlada.training.samples import STRICT, Share
 
 Built = TypeVar("Built")
+VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")  # ${NAME} or ${NAME:-default}
+ModelPart = Literal["tower", "projector", "language_model"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -22,21 +28,83 @@ class Stage:
 
     Args:
         name: shown in the log.
-        steps: optimizer steps.
+        steps: optimizer steps; or
+        epochs: passes over the data.
         learning_rate: at the stage's start (after warm-up).
         final_learning_rate: at its end; the same as `learning_rate` by default.
+        tower_learning_rate, projector_learning_rate: at its start, where these parts differ from the language model;
+            they follow the same schedule.
+        frozen: parts that stay as they are.
         schedule: how the rate goes from one to the other.
         data: arguments of the source; `kind` is `shapes` or `llava`.
         collate: see `CollateSettings`.
     """
 
     name: str
-    steps: PositiveInt
     learning_rate: PositiveFloat
     data: dict[str, Any]
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
     final_learning_rate: NonNegativeFloat | None = None
+    tower_learning_rate: PositiveFloat | None = None
+    projector_learning_rate: PositiveFloat | None = None
+    frozen: tuple[ModelPart, ...] = ()
     schedule: Literal["linear", "cosine"] = "linear"
     collate: CollateSettings = field(default_factory=CollateSettings)
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise InputError(f"stage {self.name}: give either steps or epochs")
+        if set(self.frozen) >= set(get_args(ModelPart)):
+            raise InputError(f"stage {self.name}: frozen names every part; nothing is left to train")
+
+    @property
+    def length(self) -> int:
+        """Steps; known once epochs are resolved against the data."""
+        if self.steps is None:
+            raise InputError(f"stage {self.name}: its epochs are not resolved against its data yet")
+        return self.steps
+
+    def rate_ratio(self, part: ModelPart) -> float:
+        """Learning rate of a part over the language model's."""
+        own = {"tower": self.tower_learning_rate, "projector": self.projector_learning_rate}.get(part)
+        return 1.0 if own is None else own / self.learning_rate
+
+
+@dataclass(frozen=True, config=STRICT)
+class Evaluation:
+    """Loss on held-out samples during training, always of the same samples with the same masks.
+
+    Args:
+        data: arguments of the source, as in a stage; for shapes with `split: validation`.
+        every: steps between two evaluations; there is one after the last step too.
+        steps: batches of the source to use.
+        collate: see `CollateSettings`.
+    """
+
+    data: dict[str, Any]
+    every: PositiveInt = 500
+    steps: PositiveInt = 8
+    collate: CollateSettings = field(default_factory=CollateSettings)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Lora:
+    """Low-rank adapters in the language model's layers instead of training its weights.
+
+    Args:
+        rank: of the updates.
+        alpha: they are scaled by alpha / rank.
+        dropout: of their input.
+        modules: linear maps of a layer that get one.
+        train_projector: train the projector whole; the rest of the model is frozen.
+    """
+
+    rank: PositiveInt = 64
+    alpha: PositiveInt = 128
+    dropout: Share = 0.0
+    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    train_projector: bool = True
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -47,18 +115,32 @@ class TrainingConfig:
         output: folder of checkpoints, logs and the final model.
         stages: in order.
         model: arguments of `VidLaDAConfig`, for a model trained from nothing; or
-        init_from: a model folder to start from.
+        init_from: a model folder to start from. A folder of a Llama-family language model loses its causal mask and
+            gains the mask and control tokens; `model` then describes the vision half, or says `text_only: true`.
         seed: of initial weights, data order and masking.
         precision: of the forward pass; weights and optimizer stay float32.
         optimizer: `adamw`, or `muon`: the layers' matrices by Muon, everything else by AdamW, at one learning rate
             (its updates are scaled to AdamW's size). Muon needs whole matrices: one process or DDP, not sharded.
         weight_decay, beta1, beta2, gradient_clip: of the optimizer; the betas are AdamW's.
         warmup_steps: linear warm-up from 0 at the run's start.
+        warmup_share: the same as a share of the run's steps; it replaces `warmup_steps`.
         checkpoint_every, keep_checkpoints: in steps; older ones are deleted.
         log_every: in steps.
         workers: processes that prepare batches.
         stratified: spread the masking times of a batch evenly.
+        complementary: train each answer twice, with a mask and with its complement (LaViDa); twice the cost.
+        objective: `diffusion`, or `autoregressive`: the causal twin, next-token loss under a causal mask.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        compile: the layers by torch.compile.
+        per_device_batch: most samples of a forward pass on one device; a step takes as many passes as its samples
+            need over all devices. None: one pass for a device's whole share.
+        parallel: how several processes share the work. `auto`: as `accelerate launch` was configured, DDP under
+            torchrun. `fsdp` is FSDP2; `zero2` and `zero3` are DeepSpeed's.
+        max_skipped_share: the run ends when more than this share of the samples so far was broken.
+        lora: train adapters instead of the language model.
+        evaluation: on held-out samples.
+        tracker: where figures go besides the terminal.
+        layouts: the final model's; `published` is written as `model-published`, beside ours.
     """
 
     output: str
@@ -73,37 +155,64 @@ class TrainingConfig:
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
     gradient_clip: PositiveFloat = 1.0
     warmup_steps: NonNegativeInt = 100
+    warmup_share: Share | None = None
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 20
     workers: NonNegativeInt = 1
     stratified: bool = True
+    complementary: bool = False
+    objective: Literal["diffusion", "autoregressive"] = "diffusion"
     gradient_checkpointing: bool = False
+    compile: bool = False
+    per_device_batch: PositiveInt | None = None
+    parallel: Literal["auto", "ddp", "fsdp", "zero2", "zero3"] = "auto"
+    max_skipped_share: Share = 0.02
+    lora: Lora | None = None
+    evaluation: Evaluation | None = None
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    layouts: tuple[Literal["vidlada", "published"], ...] = ("vidlada",)
 
     def __post_init__(self) -> None:
-        if (self.model is None) == (self.init_from is None):
-            raise InputError("give either model (a new one) or init_from (a folder), and not both")
+        if self.model is None and self.init_from is None:
+            raise InputError("give either model (a new one) or init_from (a folder)")
         if not self.stages:
             raise InputError("stages is empty; a run needs at least one")
+        sharded = self.parallel in ("fsdp", "zero2", "zero3")
+        if sharded and self.optimizer == "muon":
+            raise InputError(f"optimizer: muon needs whole matrices, which {self.parallel} splits; use adamw or ddp")
+        if self.parallel in ("zero2", "zero3") and len({stage.frozen for stage in self.stages}) > 1:
+            raise InputError(f"{self.parallel} cannot freeze other parts in other stages; use fsdp, or freeze alike")
+        if self.objective == "autoregressive" and self.complementary:
+            raise InputError("complementary masks belong to objective: diffusion; autoregressive hides nothing")
+        if self.lora is not None and self.init_from is None:
+            raise InputError("lora adapts a trained model; give init_from")
+        if self.lora is not None and "published" in self.layouts:
+            raise InputError("layouts: an adapter has no published layout; merge it (vidlada merge), then convert")
 
     @property
     def total_steps(self) -> int:
         """Steps of all stages."""
-        return sum(stage.steps for stage in self.stages)
+        return sum(stage.length for stage in self.stages)
+
+    @property
+    def frozen(self) -> frozenset[ModelPart]:
+        """Parts that are frozen in every stage."""
+        return frozenset.intersection(*(frozenset(stage.frozen) for stage in self.stages))
 
     def stage_at(self, step: int) -> tuple[Stage, int]:
         """The stage of a step, and the step's number within it."""
         for stage in self.stages:
-            if step < stage.steps:
+            if step < stage.length:
                 return stage, step
-            step -= stage.steps
+            step -= stage.length
         raise InputError(f"step {step} is past the end of the run")
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
         stage, within = self.stage_at(step)
         last = stage.learning_rate if stage.final_learning_rate is None else stage.final_learning_rate
-        progress = within / stage.steps
+        progress = within / stage.length
         if stage.schedule == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2
         rate = stage.learning_rate + (last - stage.learning_rate) * progress
@@ -149,6 +258,7 @@ def _kind_at(kind: Any, place: tuple[int | str, ...]) -> Any:
     for part in place:
         if isinstance(part, str):
             kind = next(entry.type for entry in fields(kind) if entry.name == part)
+            kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind
         elif get_args(kind):
             kind = get_args(kind)[0]
     return kind
@@ -164,6 +274,14 @@ def load_config(path: Path, output: str | None = None) -> TrainingConfig:
     Raises:
         InputError: the file is missing or malformed, or an entry is unknown or invalid.
     """
+    values = expanded(read_yaml(path), str(path))
+    if output is not None:
+        values["output"] = output
+    return build(TrainingConfig, values, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping; `InputError` if the file is missing, malformed, or something else."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -172,6 +290,26 @@ def load_config(path: Path, output: str | None = None) -> TrainingConfig:
         raise InputError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of settings")
-    if output is not None:
-        values["output"] = output
-    return build(TrainingConfig, values, str(path))
+    return values
+
+
+def expanded(value: Any, where: str) -> Any:
+    """Values with `${NAME}` and `${NAME:-default}` replaced from the environment.
+
+    Raises:
+        InputError: a variable is not set and has no default.
+    """
+    if isinstance(value, dict):
+        return {name: expanded(entry, f"{where}: {name}") for name, entry in value.items()}
+    if isinstance(value, list):
+        return [expanded(entry, where) for entry in value]
+    if not isinstance(value, str):
+        return value
+
+    def of(found: re.Match[str]) -> str:
+        known = os.environ.get(found[1]) or found[2]
+        if known is None:
+            raise InputError(f"{where}: the environment variable {found[1]} is not set")
+        return known
+
+    return VARIABLE.sub(of, value)

@@ -23,28 +23,34 @@ class Masking:
     probability: Tensor
 
 
+def draw_times(samples: int, generator: torch.Generator, stratified: bool = True) -> Tensor:
+    """Masking times t ~ U(0, 1) of (samples,).
+
+    Args:
+        samples: how many.
+        generator: on the CPU.
+        stratified: spread them evenly over the samples, which lowers the variance of the loss.
+    """
+    times = torch.rand(samples, generator=generator)
+    if stratified:
+        order = torch.randperm(samples, generator=generator)
+        times = (order + times) / samples
+    return times
+
+
 def draw_masking(
-    targets: Tensor,
-    sample_index: Tensor,
-    generator: torch.Generator,
-    force: Tensor | None = None,
-    stratified: bool = True,
+    targets: Tensor, sample_index: Tensor, time: Tensor, generator: torch.Generator, force: Tensor | None = None
 ) -> Masking:
-    """Hide each sample's targets with a probability p = (1 - ε) t + ε of its own, t ~ U(0, 1).
+    """Hide each sample's targets with a probability p = (1 - ε) t + ε of its own.
 
     Args:
         targets: (batch, tokens) boolean: positions that may be hidden.
         sample_index: (batch, tokens) number of the sample a position belongs to, counted over the batch;
             negative where it belongs to none. A row may hold several samples that share a video.
-        generator: of every random draw, on the CPU.
+        time: (samples,) t of each, from `draw_times`.
+        generator: of what is hidden, on the CPU.
         force: (samples,) boolean: hide all targets of these samples (one-word answers).
-        stratified: spread t evenly over the samples of the batch, which lowers the variance of the loss.
     """
-    samples = int(sample_index.max()) + 1
-    time = torch.rand(samples, generator=generator)
-    if stratified:
-        order = torch.randperm(samples, generator=generator)
-        time = (order + time) / samples
     probability = (1 - MINIMUM_PROBABILITY) * time + MINIMUM_PROBABILITY
     if force is not None:
         probability = probability.masked_fill(force, 1.0)
@@ -52,7 +58,19 @@ def draw_masking(
     return Masking((draws < probability[sample_index.clamp(min=0)]) & targets, probability)
 
 
-def diffusion_loss(logits: Tensor, labels: Tensor, sample_index: Tensor, masking: Masking) -> Tensor:
+def complement(masking: Masking, targets: Tensor) -> Masking:
+    """The other half of a masking: what it leaves visible is hidden (LaViDa). Together they cover every target.
+
+    Args:
+        masking: what was hidden.
+        targets: (batch, tokens) boolean: positions that may be hidden.
+    """
+    return Masking(targets & ~masking.masked, (1 - masking.probability).clamp(min=MINIMUM_PROBABILITY))
+
+
+def diffusion_loss(
+    logits: Tensor, labels: Tensor, sample_index: Tensor, masking: Masking, total_samples: int | None = None
+) -> Tensor:
     """Mean over samples of Σ over hidden positions of cross-entropy / p / number of the sample's targets.
 
     Args:
@@ -60,6 +78,7 @@ def diffusion_loss(logits: Tensor, labels: Tensor, sample_index: Tensor, masking
         labels: (batch, tokens) token ids, `IGNORED` where there is no target.
         sample_index: (batch, tokens), as for `draw_masking`.
         masking: what was hidden.
+        total_samples: divide by this number instead of the batch's own: the batch is a part of so many.
 
     Returns:
         A scalar in float32.
@@ -71,7 +90,44 @@ def diffusion_loss(logits: Tensor, labels: Tensor, sample_index: Tensor, masking
     owner = sample_index[masking.masked]
     losses = F.cross_entropy(logits.float(), labels[masking.masked], reduction="none")
     weights = 1 / (masking.probability.to(logits.device)[owner] * counts[owner])
-    return (losses * weights).sum() / samples
+    return (losses * weights).sum() / (total_samples or samples)
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, sample_index: Tensor, total_samples: int | None = None) -> Tensor:
+    """The autoregressive twin's loss: mean over samples of the mean cross-entropy of the sample's targets.
+
+    Args:
+        logits: (targets, vocabulary) at `before_targets`: each predicts the token after it.
+        labels, sample_index, total_samples: as for `diffusion_loss`.
+    """
+    is_target = labels != IGNORED
+    owner = sample_index[is_target]
+    counts = torch.bincount(owner)
+    losses = F.cross_entropy(logits.float(), labels[is_target], reduction="none")
+    return (losses / counts[owner]).sum() / (total_samples or len(counts))
+
+
+def before_targets(labels: Tensor) -> Tensor:
+    """Positions whose next position is a target: (batch, tokens) → (batch, tokens) boolean."""
+    return F.pad(labels[:, 1:] != IGNORED, (0, 1))
+
+
+def causal_mask(attention_mask: Tensor | None, tokens: int) -> Tensor:
+    """A mask in which, besides what it already forbids, no position attends to a later one.
+
+    Args:
+        attention_mask: boolean (batch, tokens) or (batch, 1, tokens, tokens), or None.
+        tokens: length of a row.
+
+    Returns:
+        (batch or 1, 1, tokens, tokens) boolean.
+    """
+    earlier = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
+    if attention_mask is None:
+        return earlier
+    if attention_mask.ndim == 2:
+        attention_mask = attention_mask[:, None, None, :]
+    return earlier & attention_mask
 
 
 def separate_samples_mask(sample_index: Tensor, valid: Tensor) -> Tensor:

@@ -1,92 +1,52 @@
-"""The training loop: one function, on accelerate, so that one process, DDP, FSDP and DeepSpeed run the same code."""
+"""The training loop: one function, on accelerate, so that one process, DDP, FSDP2 and DeepSpeed run the same code."""
 
 import json
 import math
-import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
-from vidlada.config import VidLaDAConfig
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.model import VidLaDAForMaskedDiffusion
-from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, VidLaDAProcessor
-from vidlada.shapes.questions import vocabulary
-from vidlada.training.config import Stage, TrainingConfig, build
-from vidlada.training.data import Collator, LlavaSource, ShapesSource, Source, StepDataset, to_device
-from vidlada.training.initialization import initialize
-from vidlada.training.objective import diffusion_loss, draw_masking
-from vidlada.training.tokenizer import word_tokenizer
+from vidlada.training.checkpoints import (
+    STATE_FILE,
+    NotSaved,
+    newest_checkpoint,
+    prepare_output,
+    save_checkpoint,
+)
+from vidlada.training.collate import CollateSettings, Collator, Part, StepDataset, to_device
+from vidlada.training.config import TrainingConfig, build
+from vidlada.training.flops import FlopCount, peak_memory, peak_of
+from vidlada.training.llava import LlavaSource
+from vidlada.training.models import save_model, starting_config, starting_model, with_adapters
+from vidlada.training.objective import (
+    before_targets,
+    causal_mask,
+    complement,
+    diffusion_loss,
+    draw_masking,
+    draw_times,
+    next_token_loss,
+)
+from vidlada.training.optimizers import Optimizers, drop_gradients, make_optimizers
+from vidlada.training.parallel import is_sharded, make_accelerator, on_main, total
+from vidlada.training.samples import Source
+from vidlada.training.shapes_source import ShapesSource
 
 SEEDS_PER_RUN = 1000  # stages of runs with different seeds never share one
-STATE_FILE = "trainer_state.json"
+EVALUATION_SEED = SEEDS_PER_RUN - 1  # no stage has this number
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def new_model(arguments: dict[str, Any], seed: int) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
-    """A model with random weights and a word-level tokenizer of the shapes world.
-
-    Args:
-        arguments: of `VidLaDAConfig`; ids of tokens with a role come from the tokenizer.
-        seed: of the weights.
-    """
-    tokenizer = word_tokenizer(vocabulary())
-    config = VidLaDAConfig(**{**role_tokens(tokenizer), **arguments})
-    config.text_config.vocab_size = len(tokenizer)  # type: ignore[union-attr]
-    set_seed(seed)
-    model = VidLaDAForMaskedDiffusion(config)
-    return model, VidLaDAProcessor.from_config(tokenizer, config)
-
-
-def role_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The tokens with a role, as arguments of `VidLaDAConfig`."""
-    names = (BOS, END_OF_TEXT, START_HEADER, END_HEADER, MASK, END_OF_TURN)
-    bos, end_of_text, start_header, end_header, mask, end_of_turn = tokenizer.convert_tokens_to_ids(list(names))
-    return {
-        "bos_token_id": bos,
-        "eos_token_id": end_of_text,
-        "pad_token_id": end_of_text,
-        "mask_token_id": mask,
-        "suppressed_token_ids": [end_of_text, bos, start_header, end_header],
-        "stop_token_ids": [end_of_turn],
-    }
-
-
-def make_source(stage: Stage, image_size: int, seed: int) -> Source:
-    """The source a stage describes."""
-    kind = stage.data.get("kind")
-    arguments = {"seed": seed, **{name: value for name, value in stage.data.items() if name != "kind"}}
-    where = f"stage {stage.name}: data"
-    if kind == "shapes":
-        return build(ShapesSource, {"image_size": image_size, **arguments}, where)
-    if kind == "llava":
-        return build(LlavaSource, {"size": image_size, **arguments}, where)
-    raise InputError(f"stage {stage.name}: data.kind must be shapes or llava, not {kind!r}")
-
-
-def make_optimizers(model: VidLaDAForMaskedDiffusion, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers that share a model's parameters; the learning rate of a step is set on all of them."""
-    rate, decay = config.stages[0].learning_rate, config.weight_decay
-    matrices: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        is_matrix = config.optimizer == "muon" and parameter.ndim == 2 and ".layers." in name
-        (matrices if is_matrix else others).append(parameter)
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=rate, betas=(config.beta1, config.beta2), weight_decay=decay)
-    ]
-    if matrices:
-        made.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-    return made
+FEWEST_SEEN = 200  # samples before a share of broken ones means anything
 
 
 class Interrupted(VidLaDAError):  # noqa: N818 - not an error: it went as asked
@@ -95,149 +55,454 @@ class Interrupted(VidLaDAError):  # noqa: N818 - not an error: it went as asked
     exit_code = 130
 
 
-def train(config: TrainingConfig, resume: bool = False, report: Any = print) -> Path:
+@dataclass
+class Figures:
+    """What one step, or several, came to, over all processes."""
+
+    loss: float = 0.0
+    tokens: float = 0.0
+    flops: float = 0.0
+    skipped: float = 0.0
+    signals: float = 0.0
+    steps: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, other: "Figures") -> None:
+        """Count a step in."""
+        for name in ("loss", "tokens", "flops", "skipped", "steps"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass
+class Progress:
+    """Where a run stands, as checkpoints keep it.
+
+    Attributes:
+        step: finished steps.
+        seen, skipped: samples so far, and broken ones among them.
+    """
+
+    step: int = 0
+    seen: int = 0
+    skipped: int = 0
+
+
+def make_source(values: dict[str, Any], image_size: int, seed: int, where: str) -> Source:
+    """The source that a stage's or evaluation's `data` describes.
+
+    Args:
+        values: its arguments, and `kind`.
+        image_size: pixels along a side of a frame.
+        seed: unless the arguments bring one.
+        where: what errors call it.
+    """
+    kind = values.get("kind")
+    arguments = {"seed": seed, **{name: value for name, value in values.items() if name != "kind"}}
+    if kind == "shapes":
+        return build(ShapesSource, {"image_size": image_size, **arguments}, where)
+    if kind == "llava":
+        return build(LlavaSource, {"size": image_size, **arguments}, where)
+    raise InputError(f"{where}: data.kind must be shapes or llava, not {kind!r}")
+
+
+def stage_seed(config: TrainingConfig, number: int) -> int:
+    """Of a stage's data."""
+    return config.seed * SEEDS_PER_RUN + number
+
+
+def stage_sources(config: TrainingConfig, image_size: int) -> list[Source]:
+    """The sources of all stages; a missing or malformed data file is refused here, before anything is spent."""
+    return [
+        make_source(stage.data, image_size, stage_seed(config, number), f"stage {stage.name}: data")
+        for number, stage in enumerate(config.stages)
+    ]
+
+
+def resolved(config: TrainingConfig, sources: list[Source]) -> TrainingConfig:
+    """The run with epochs as steps, and the warm-up in steps."""
+    stages = tuple(
+        stage if stage.epochs is None else replace(stage, steps=source.steps_of(stage.epochs), epochs=None)
+        for stage, source in zip(config.stages, sources, strict=True)
+    )
+    config = replace(config, stages=stages)
+    if config.warmup_share is None:
+        return config
+    return replace(config, warmup_steps=math.ceil(config.warmup_share * config.total_steps), warmup_share=None)
+
+
+def train(
+    config: TrainingConfig, resume: bool = False, report: Callable[[str], Any] = print, overwrite: bool = False
+) -> Path:
     """Run every stage; returns the folder of the final model.
+
+    Every process of a launch calls this. The loss curve depends on how many parts a step is split into (processes
+    times passes), not on which process works on which part.
 
     Args:
         config: the run.
         resume: continue from the newest checkpoint in `config.output`; without it a non-empty folder is refused.
-        report: called with one line of text at every log step.
+        report: called with one line of text at every log step, in the main process.
+        overwrite: replace what an earlier run left in `config.output`.
 
     Raises:
-        InputError: the output folder is in use, or `resume` finds nothing to continue.
-        VidLaDAError: the loss is not finite.
+        InputError: the output folder is in use, `resume` finds nothing to continue, or the data cannot be used.
+        VidLaDAError: the loss is not finite, too many samples are broken, or nothing can be saved.
         Interrupted: SIGTERM or SIGINT; a checkpoint was saved first.
     """
     output = Path(config.output)
-    checkpoint = newest_checkpoint(output)
-    if not resume and output.exists() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty; continue that run with --resume, or choose another --output")
-    if resume and checkpoint is None:
-        raise InputError(f"{output} holds no checkpoint to resume from")
-    output.mkdir(parents=True, exist_ok=True)
-
-    accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard", project_dir=output)
-    if config.init_from is not None:
-        from vidlada.checkpoint import load_model
-
-        model = load_model(Path(config.init_from))
-        processor = VidLaDAProcessor.from_pretrained(config.init_from)
-    else:
-        assert config.model is not None
-        model, processor = new_model(config.model, config.seed)
-        initialize(model)
-    # transformers' fused attention is several times slower than plain products in a CPU's bfloat16 backward pass
-    model.vision.tower.set_attn_implementation("eager" if accelerator.device.type == "cpu" else "sdpa")
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    model, *optimizers = accelerator.prepare(model, *make_optimizers(model, config))
-    accelerator.init_trackers("logs")
-    step = 0
-    if resume and checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        step = json.loads((checkpoint / STATE_FILE).read_text())["step"]
-        report(f"resumed from {checkpoint.name}")
-
-    stop_requested: list[int] = []
-    previous = {number: signal.signal(number, lambda n, _: stop_requested.append(n)) for number in STOP_SIGNALS}
-    model.train()
-    window: list[float] = []
-    tokens, started = 0, time.monotonic()
+    accelerator = make_accelerator(config)
+    say = report if accelerator.is_main_process else (lambda line: None)
+    on_main(accelerator, lambda: prepare_output(output, resume, overwrite))
+    run = Run(config, accelerator, say)
+    progress = Progress()
+    if resume:
+        checkpoint = newest_checkpoint(output)
+        assert checkpoint is not None
+        progress = run.load(checkpoint)
+        say(f"resumed from {checkpoint.name}")
     try:
-        for number, batch in training_batches(config, processor, step):
-            step = number
-            rate = config.learning_rate(step)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = rate
-            loss, batch_tokens = training_step(accelerator, model, optimizers, batch, config, step)
-            window.append(loss)
-            tokens += batch_tokens
-            done = step + 1
-            if not math.isfinite(loss):
-                torch.save(batch, output / f"not_finite_{step}.pt")
-                raise VidLaDAError(f"the loss at step {step} is {loss}; its batch is saved in {output}")
-            if done % config.log_every == 0 or done == config.total_steps:
-                seconds = time.monotonic() - started
-                mean = sum(window) / len(window)
-                left = (config.total_steps - done) * seconds / len(window)
-                stage = config.stage_at(step)[0].name
-                report(
-                    f"step {done}/{config.total_steps} {stage} loss {mean:.4f} lr {rate:.2e} "
-                    f"{tokens / seconds:.0f} tokens/s {seconds / len(window):.2f} s/step left {left / 60:.0f} min"
-                )
-                accelerator.log({"loss": mean, "learning_rate": rate, "tokens_per_second": tokens / seconds}, step=done)
-                window, tokens, started = [], 0, time.monotonic()
-            if done % config.checkpoint_every == 0 or done == config.total_steps or stop_requested:
-                save_checkpoint(accelerator, model, processor, config, done)
-            if stop_requested:
-                raise Interrupted(f"stopped by signal {stop_requested[0]} after step {done}; continue with --resume")
+        run.steps(progress)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        accelerator.end_training()
+        with suppress(OSError):  # a full disk does not let the log be closed
+            accelerator.end_training()
     final = output / "model"
-    if accelerator.is_main_process:
-        save_model(accelerator.unwrap_model(model), processor, final)
+    run.save(final)
+    if progress.skipped:
+        say(f"{progress.skipped} of {progress.seen} samples were broken, and others taken; see {output}/skipped.jsonl")
     return final
 
 
-def training_step(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    batch: dict[str, Any],
-    config: TrainingConfig,
-    step: int,
-) -> tuple[float, int]:
-    """Mask, predict, update; returns the loss and the number of tokens in the batch."""
-    generator = torch.Generator().manual_seed((config.seed * 1000 + accelerator.process_index) * 10**9 + step)
-    labels, sample_index = batch["labels"], batch["sample_index"]
-    masking = draw_masking(labels >= 0, sample_index, generator, batch["force"], config.stratified)
-    mask_id = accelerator.unwrap_model(model).config.mask_token_id
-    inputs = to_device(
-        {
-            "input_ids": batch["input_ids"].masked_fill(masking.masked, mask_id),
-            "position_ids": batch["position_ids"],
-            "attention_mask": batch["attention_mask"],
-            "pixel_values": batch.get("pixel_values"),
-            "logits_at": masking.masked,
-        },
-        accelerator.device,
-    )
-    with accelerator.autocast():
-        output = model(frame_counts=batch.get("frame_counts"), **inputs)
-    loss = diffusion_loss(output.logits, labels, sample_index, masking)
-    accelerator.backward(loss)
-    accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    return float(loss.detach()), int((sample_index != -2).sum())
+class Run:
+    """A prepared run: model, optimizers, data.
+
+    Args:
+        config: as given; epochs are resolved here.
+        accelerator: of all processes.
+        say: takes lines for the user.
+    """
+
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator, say: Callable[[str], Any]):
+        self.accelerator, self.say = accelerator, say
+        model, self.processor = starting_model(config)
+        self.model_config = model.config
+        self.sources = stage_sources(config, self.processor.image_size)
+        self.config = config = resolved(config, self.sources)
+        if not model.config.text_only:
+            # transformers' fused attention is several times slower than plain products in a CPU's bfloat16 backward
+            kind = "eager" if accelerator.device.type == "cpu" else "sdpa"
+            model.vision.tower.set_attn_implementation(kind)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.compile:
+            for layer in model.language_model.layers:
+                layer.compile()
+        if config.lora is not None:
+            assert config.init_from is not None
+            model = with_adapters(model, config.lora, config.init_from, config.seed)
+        optimizers = make_optimizers(model, config)
+        self.flops = FlopCount(model, self.model_config)
+        self.model, *prepared = accelerator.prepare(model, *optimizers.optimizers)
+        self.optimizers = Optimizers(prepared, optimizers.parts)
+        if config.tracker != "none":
+            accelerator.init_trackers("logs")
+        self.evaluation_source: Source | None = None
+        if config.evaluation is not None:
+            seed = stage_seed(config, EVALUATION_SEED)
+            self.evaluation_source = make_source(
+                config.evaluation.data, self.processor.image_size, seed, "evaluation: data"
+            )
+
+    def load(self, checkpoint: Path) -> Progress:
+        """Continue from a checkpoint."""
+        self.accelerator.load_state(str(checkpoint))
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        return Progress(**{name: state[name] for name in ("step", "seen", "skipped") if name in state})
+
+    def save(self, folder: Path) -> None:
+        """Write the final model, in every layout asked for."""
+        weights = self.accelerator.get_state_dict(self.model)
+
+        def write() -> None:
+            save_model(self.accelerator.unwrap_model(self.model), self.processor, folder, weights)
+            if "published" in self.config.layouts:
+                from vidlada.checkpoint import convert
+
+                convert(folder, folder.with_name("model-published"), "published")
+
+        on_main(self.accelerator, write)
+
+    def steps(self, progress: Progress) -> None:
+        """Train from where `progress` stands to the end of the run; keeps `progress` up to date."""
+        config = self.config
+        stop_requested: list[int] = []
+        previous = {number: signal.signal(number, lambda n, _: stop_requested.append(n)) for number in STOP_SIGNALS}
+        self.model.train()
+        window = Figures()
+        try:
+            for step, passes, batches in self.batches(progress.step):
+                rate = self.optimizers.set_rate(config, step)
+                figures = self.step(step, passes, batches, progress, stop_requested)
+                window.add(figures)
+                progress.step = done = step + 1
+                last = done == config.total_steps
+                if done % config.log_every == 0 or last:
+                    self.log(window, rate, done)
+                    window = Figures()
+                if config.evaluation is not None and (done % config.evaluation.every == 0 or last):
+                    self.evaluate(done)
+                # several processes stop after the step in which all know of the signal
+                stop = figures.signals > 0 or (self.accelerator.num_processes == 1 and bool(stop_requested))
+                if done % config.checkpoint_every == 0 or last or stop:
+                    self.checkpoint(progress, needed=last or stop)
+                if stop:
+                    number = (stop_requested or [signal.SIGTERM])[0]
+                    raise Interrupted(f"stopped by signal {number} after step {done}; continue with --resume")
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def loader(self, source: Source, collate: CollateSettings, number: int, steps: range) -> DataLoader[dict[str, Any]]:
+        """Batches of this process's parts of some steps, prepared by workers that hold a bounded number of them.
+
+        Args:
+            source: of samples.
+            collate: how they become tensors.
+            number: of the stage; seeds the random choices.
+            steps: numbers within the stage.
+        """
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        in_step = (processes > 1 or is_sharded(self.accelerator)) and not self.model_config.text_only
+        collator = Collator(self.processor, collate, self.processor.image_size if in_step else None)
+        return DataLoader(
+            StepDataset(source, collator, stage_seed(self.config, number)),
+            batch_size=None,
+            sampler=PartSampler(steps, source, self.config.per_device_batch, processes, process),
+            num_workers=self.config.workers,
+            prefetch_factor=4 if self.config.workers else None,
+            worker_init_fn=leave_signals_to_main,
+        )
+
+    def batches(self, first: int) -> Iterator[tuple[int, int, Iterator[dict[str, Any]]]]:
+        """Step numbers, passes of this process and their batches, from `first` to the end of the run."""
+        start = 0
+        for number, (stage, source) in enumerate(zip(self.config.stages, self.sources, strict=True)):
+            steps = range(max(0, first - start), stage.length)
+            if len(steps):
+                batches = iter(self.loader(source, stage.collate, number, steps))
+                for within in steps:
+                    head = next(batches)
+                    passes = head["parts"] // self.accelerator.num_processes
+                    yield start + within, passes, chain([head], islice(batches, passes - 1))
+            start += stage.length
+
+    def step(
+        self,
+        step: int,
+        passes: int,
+        batches: Iterable[dict[str, Any]],
+        progress: Progress,
+        stop_requested: list[int],
+    ) -> Figures:
+        """Mask, predict, update.
+
+        Args:
+            step: its number.
+            passes: how many batches this process works on in this step.
+            batches: those.
+            progress: counts of samples are kept in it.
+            stop_requested: signals this process got.
+
+        Returns:
+            The step's figures over all processes.
+
+        Raises:
+            VidLaDAError: the loss is not finite (nothing was updated), or too many samples are broken.
+        """
+        accelerator, config = self.accelerator, self.config
+        accelerator.gradient_accumulation_steps, accelerator.step = passes, 0
+        own = Figures(steps=1)
+        for batch in batches:
+            with accelerator.accumulate(self.model):
+                loss = self.loss(batch, step)
+                # accelerate averages over passes and processes; losses are already shares of the step's mean
+                accelerator.backward(loss * (passes * accelerator.num_processes))
+            value = float(loss.detach())
+            own.loss += value
+            own.tokens += int((batch["sample_index"] >= -1).sum())
+            rows, length = batch["input_ids"].shape
+            own.flops += self.flops(rows, length, sum(batch.get("frame_counts", ())))
+            own.skipped += len(batch["skipped"])
+            self.note_skipped(step, batch["skipped"])
+            if not math.isfinite(value):
+                name = f"not_finite_{step}{rank_suffix(accelerator)}.pt"
+                torch.save(batch, Path(config.output) / name)
+            progress_seen = batch["total_samples"]
+        own.signals = float(len(stop_requested))
+        sums = total(accelerator, [own.loss, own.tokens, own.flops, own.skipped, own.signals])
+        figures = Figures(sums[0], sums[1], sums[2], sums[3], sums[4], steps=1)
+        if not math.isfinite(figures.loss):
+            raise VidLaDAError(f"the loss at step {step} is {figures.loss}; its batch is saved in {config.output}")
+        progress.seen += progress_seen
+        progress.skipped += int(figures.skipped)
+        if progress.skipped > config.max_skipped_share * max(progress.seen, FEWEST_SEEN):
+            raise VidLaDAError(
+                f"{progress.skipped} of {progress.seen} samples are broken, more than max_skipped_share "
+                f"{config.max_skipped_share}; see {config.output}/skipped.jsonl, and run vidlada data check"
+            )
+        drop_gradients(self.model, config.stage_at(step)[0].frozen)
+        accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        self.optimizers.step()
+        return figures
+
+    def loss(self, batch: dict[str, Any], step: int, stream: int = 0) -> Tensor:
+        """A batch's share of the step's mean loss.
+
+        Args:
+            batch: from `StepDataset`.
+            step: seeds what is hidden.
+            stream: another stream of random numbers, for evaluation.
+        """
+        config, device = self.config, self.accelerator.device
+        labels, sample_index = batch["labels"], batch["sample_index"]
+        if config.objective == "autoregressive":
+            mask = causal_mask(batch["attention_mask"], labels.shape[1])
+            logits = self.predict({**batch, "attention_mask": mask}, batch["input_ids"], before_targets(labels))
+            loss = next_token_loss(logits, labels.to(device), sample_index.to(device), batch["total_samples"])
+            return loss * batch["weight"]
+        # a step in one part draws its times and its masks from one stream; parts share only the times
+        seed = config.seed + stream
+        generator = masking_generator(seed, 0, step)
+        count = int(sample_index.max()) + 1
+        times = draw_times(batch["total_samples"], generator, config.stratified)
+        if batch["parts"] > 1:
+            generator = masking_generator(seed, batch["part"] + 1, step)
+        times = times[batch["first_sample"] : batch["first_sample"] + count]
+        targets = labels >= 0
+        maskings = [draw_masking(targets, sample_index, times, generator, batch["force"])]
+        if config.complementary:
+            maskings.append(complement(maskings[0], targets))
+        losses = []
+        for masking in maskings:
+            hidden = batch["input_ids"].masked_fill(masking.masked, self.model_config.mask_token_id)
+            logits = self.predict(batch, hidden, masking.masked)
+            placed = replace(masking, masked=masking.masked.to(device))
+            losses.append(
+                diffusion_loss(logits, labels.to(device), sample_index.to(device), placed, batch["total_samples"])
+            )
+        return torch.stack(losses).mean() * batch["weight"] if len(losses) > 1 else losses[0] * batch["weight"]
+
+    def predict(self, batch: dict[str, Any], input_ids: Tensor, logits_at: Tensor) -> Tensor:
+        """Logits (chosen positions, vocabulary) of a batch with other token ids."""
+        inputs = to_device(
+            {
+                "input_ids": input_ids,
+                "position_ids": batch["position_ids"],
+                "attention_mask": batch["attention_mask"],
+                "pixel_values": batch.get("pixel_values"),
+                "logits_at": logits_at,
+            },
+            self.accelerator.device,
+        )
+        with self.accelerator.autocast():
+            return self.model(frame_counts=batch.get("frame_counts"), **inputs).logits
+
+    def note_skipped(self, step: int, problems: list[str]) -> None:
+        """Add broken samples to the run's list."""
+        if problems:
+            path = Path(self.config.output) / f"skipped{rank_suffix(self.accelerator)}.jsonl"
+            with suppress(OSError), path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, "problem": problem}) + "\n" for problem in problems)
+
+    @torch.no_grad()
+    def evaluate(self, done: int) -> float:
+        """Loss on the held-out samples."""
+        config = self.config
+        assert config.evaluation is not None and self.evaluation_source is not None
+        self.model.eval()
+        loss = 0.0
+        steps = range(config.evaluation.steps)
+        loader = self.loader(self.evaluation_source, config.evaluation.collate, EVALUATION_SEED, steps)
+        for batch in loader:
+            loss += float(self.loss(batch, batch["step"], stream=EVALUATION_SEED))
+        self.model.train()
+        loss = total(self.accelerator, [loss])[0] / config.evaluation.steps
+        self.say(f"evaluation after step {done}: loss {loss:.4f}")
+        self.track({"evaluation_loss": loss}, done)
+        return loss
+
+    def log(self, window: Figures, rate: float, done: int) -> None:
+        """Tell how the steps since the last report went."""
+        config = self.config
+        seconds = time.monotonic() - window.started
+        left = (config.total_steps - done) * seconds / window.steps
+        flops = window.flops / seconds / self.accelerator.num_processes
+        peak, memory = peak_of(self.accelerator.device), peak_memory(self.accelerator.device) / 2**30
+        figures = {
+            "loss": window.loss / window.steps,
+            "learning_rate": rate,
+            "tokens_per_second": window.tokens / seconds,
+            "tflops_per_device": flops / 1e12,
+            "peak_memory_gib": memory,
+        }
+        speed = f"{flops / 1e12:.3g} TFLOP/s"
+        if peak is not None:
+            figures["mfu"] = flops / peak
+            speed += f" MFU {flops / peak:.1%}"
+        self.say(
+            f"step {done}/{config.total_steps} {config.stage_at(done - 1)[0].name} loss {figures['loss']:.4f} "
+            f"lr {rate:.2e} {window.tokens / seconds:.0f} tokens/s {seconds / window.steps:.2f} s/step {speed} "
+            f"peak {memory:.1f} GiB left {left / 60:.0f} min"
+        )
+        self.track(figures, done)
+
+    def track(self, figures: dict[str, float], done: int) -> None:
+        """Hand figures to the tracker."""
+        try:
+            self.accelerator.log(figures, step=done)
+        except OSError as error:
+            self.say(f"figures of step {done} were not logged: {error.strerror or error}")
+
+    def checkpoint(self, progress: Progress, needed: bool) -> None:
+        """Save; a failure ends the run only if there is no later chance."""
+        try:
+            save_checkpoint(self.accelerator, self.model, self.processor, self.config, vars(progress))
+        except NotSaved as error:
+            if needed:
+                raise
+            self.say(f"{error}; training goes on")
 
 
-def training_batches(
-    config: TrainingConfig, processor: VidLaDAProcessor, first: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Step numbers and batches from `first` to the end of the run, stage after stage."""
-    start = 0
-    for number, stage in enumerate(config.stages):
-        steps = range(max(0, first - start), stage.steps)
-        if len(steps):
-            seed = config.seed * SEEDS_PER_RUN + number
-            dataset = StepDataset(
-                make_source(stage, processor.image_size, seed), Collator(processor, stage.collate), seed
-            )
-            loader = DataLoader(
-                dataset,
-                batch_size=None,
-                sampler=steps,
-                num_workers=config.workers,
-                prefetch_factor=4 if config.workers else None,
-                worker_init_fn=leave_signals_to_main,
-            )
-            for within, batch in zip(steps, loader, strict=True):
-                yield start + within, batch
-        start += stage.steps
+def masking_generator(seed: int, part: int, step: int) -> torch.Generator:
+    """Of what is hidden in one part of one step."""
+    return torch.Generator().manual_seed((seed * 1000 + part) * 10**9 + step)
+
+
+def rank_suffix(accelerator: Accelerator) -> str:
+    """Keeps files of processes apart; empty in the main one."""
+    return "" if accelerator.is_main_process else f"-{accelerator.process_index}"
+
+
+class PartSampler:
+    """The parts of steps that one process works on, in order.
+
+    Args:
+        steps: numbers within the stage.
+        source: tells how many items a step has.
+        per_device_batch: most items of a part; None for one part a process.
+        processes, process: how many there are, and which this is.
+    """
+
+    def __init__(self, steps: range, source: Source, per_device_batch: int | None, processes: int, process: int):
+        self.all_steps, self.source, self.per_device_batch = steps, source, per_device_batch
+        self.processes, self.process = processes, process
+
+    def __iter__(self) -> Iterator[Part]:
+        for step in self.all_steps:
+            passes = 1
+            if self.per_device_batch is not None:
+                passes = math.ceil(len(self.source.plan(step)) / (self.per_device_batch * self.processes))
+            for number in range(passes):
+                yield Part(step, number * self.processes + self.process, passes * self.processes)
 
 
 def leave_signals_to_main(worker: int) -> None:
@@ -246,39 +511,26 @@ def leave_signals_to_main(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def save_checkpoint(
-    accelerator: Accelerator, model: Any, processor: VidLaDAProcessor, config: TrainingConfig, step: int
-) -> None:
-    """Write everything needed to continue, under a temporary name first; then delete the oldest checkpoints."""
-    folder = Path(config.output) / f"checkpoint-{step:07d}"
-    partial = folder.with_name(folder.name + ".partial")
-    if accelerator.is_main_process and partial.exists():
-        shutil.rmtree(partial)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    if accelerator.is_main_process:
-        save_model(accelerator.unwrap_model(model), processor, partial / "model")
-        (partial / STATE_FILE).write_text(json.dumps({"step": step, "config": asdict(config)}, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.replace(folder)
-        for old in checkpoints(Path(config.output))[: -config.keep_checkpoints]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+def schedule(config: TrainingConfig) -> str:
+    """A run's stages as a table: what a dry run prints. Model weights are not loaded, data files are read.
 
-
-def save_model(model: VidLaDAForMaskedDiffusion, processor: VidLaDAProcessor, folder: Path) -> None:
-    """Weights, configuration and processor, as `vidlada.load` reads them."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p for p in output.glob("checkpoint-*") if p.suffix != ".partial" and (p / STATE_FILE).is_file())
-
-
-def newest_checkpoint(output: Path) -> Path | None:
-    """The checkpoint to resume from, if any."""
-    found = checkpoints(output)
-    return found[-1] if found else None
+    Raises:
+        InputError: the model or the data cannot be used.
+    """
+    sources = stage_sources(config, starting_config(config).vision_config.image_size)  # type: ignore[union-attr]
+    config = resolved(config, sources)
+    lines = [
+        "| stage | steps | learning rate | at its end | tower | projector | frozen |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    start = 0
+    for stage in config.stages:
+        first, last = (config.learning_rate(step) for step in (start, start + stage.length - 1))
+        rates = [f"{stage.learning_rate * stage.rate_ratio(part):.1e}" for part in ("tower", "projector")]
+        lines.append(
+            f"| {stage.name} | {stage.length} | {stage.learning_rate:.1e} from {first:.1e} | {last:.1e} | "
+            f"{' | '.join(rates)} | {', '.join(stage.frozen) or 'nothing'} |"
+        )
+        start += stage.length
+    lines.append(f"\n{config.total_steps} steps, the first {config.warmup_steps} of them warm-up")
+    return "\n".join(lines)

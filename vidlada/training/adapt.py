@@ -1,0 +1,107 @@
+"""From an autoregressive language model to the start of a masked-diffusion one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vidlada.config import VidLaDAConfig
+from vidlada.errors import InputError
+from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, VidLaDAProcessor
+
+CONTROL_TOKENS = (BOS, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN, MASK)
+
+
+def is_llama(folder: Path) -> bool:
+    """Whether a folder holds a Llama-family language model: by its config.json, or a single GGUF file."""
+    if gguf_file(folder) is not None:
+        return True
+    try:
+        return json.loads((folder / "config.json").read_text()).get("model_type") == "llama"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def gguf_file(folder: Path) -> str | None:
+    """Name of the GGUF file, where a folder has one and no config.json."""
+    found = sorted(folder.glob("*.gguf"))
+    return found[0].name if len(found) == 1 and not (folder / "config.json").exists() else None
+
+
+def adapted_llama(
+    folder: Path, arguments: dict[str, Any], seed: int
+) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
+    """The same layers without the causal mask, rows for the control tokens added, a new vision half.
+
+    New rows of both embeddings start at the mean of the old ones: a token the model treats as any other.
+
+    Args:
+        folder: of the autoregressive model: Hugging Face files, or one GGUF file (needs the gguf package).
+        arguments: of `VidLaDAConfig` for everything but the language model; `text_only: true` for no vision.
+        seed: of the new weights.
+
+    Raises:
+        InputError: the model has something our layers do not.
+    """
+    named = {} if gguf_file(folder) is None else {"gguf_file": gguf_file(folder)}
+    try:
+        source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **named)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **named)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    llama = source.config
+    problems = [
+        what
+        for what, wrong in {
+            "attention biases": getattr(llama, "attention_bias", False),
+            "MLP biases": getattr(llama, "mlp_bias", False),
+            f"heads of {llama.head_dim}": llama.head_dim * llama.num_attention_heads != llama.hidden_size,
+            f"{llama.hidden_act} activations": llama.hidden_act != "silu",
+            "scaled rotary positions": (llama.rope_parameters or {}).get("rope_type", "default") != "default",
+        }.items()
+        if wrong
+    ]
+    if problems:
+        raise InputError(f"{folder}: a Llama with {' and '.join(problems)} cannot be adapted")
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS]},
+        replace_additional_special_tokens=False,
+    )
+    tokenizer.pad_token, tokenizer.mask_token = END_OF_TEXT, MASK
+    rows = max(len(tokenizer), llama.vocab_size)
+    from vidlada.training.models import role_tokens
+
+    config = VidLaDAConfig(
+        **{
+            **role_tokens(tokenizer),
+            "system_message": "",
+            "max_length": llama.max_position_embeddings,
+            **arguments,
+            "text_config": {
+                "vocab_size": rows,
+                **{name: getattr(llama, name) for name in (
+                    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "initializer_range",
+                )},
+                "rope_theta": llama.rope_parameters["rope_theta"],
+            },
+        }
+    )  # fmt: skip
+    set_seed(seed)
+    model = VidLaDAForMaskedDiffusion(config)
+    model.language_model.load_state_dict(
+        {name: grown(tensor, rows) if "embed" in name else tensor for name, tensor in source.model.state_dict().items()}
+    )
+    model.lm_head.load_state_dict({"weight": grown(source.lm_head.weight.detach(), rows)})
+    return model, VidLaDAProcessor.from_config(tokenizer, config)
+
+
+def grown(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """(vocabulary, width) with rows added at the mean of the others."""
+    mean = weight.mean(0, keepdim=True)
+    return torch.cat((weight, mean.expand(rows - len(weight), -1)))

@@ -1,0 +1,111 @@
+"""Checkpoints of a run: complete or not there at all, however many processes write them."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from vidlada.errors import InputError, VidLaDAError
+from vidlada.processor import VidLaDAProcessor
+from vidlada.training.config import TrainingConfig
+from vidlada.training.models import save_model
+from vidlada.training.parallel import any_process, on_main
+
+STATE_FILE = "trainer_state.json"
+WRITTEN_BY_A_RUN = ("checkpoint-*", "logs", "model", "model-published", "skipped*.jsonl", "not_finite_*.pt")
+# What a full disk shows up as: Python's own error, safetensors', torch.save's, and the sharded writer's.
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, CheckpointException)
+
+
+class NotSaved(VidLaDAError):  # noqa: N818 - what happened, and the run may go on
+    """A checkpoint could not be written; those before it are whole."""
+
+
+def save_checkpoint(
+    accelerator: Accelerator, model: Any, processor: VidLaDAProcessor, config: TrainingConfig, state: dict[str, Any]
+) -> None:
+    """Write everything needed to continue, under a temporary name first; then delete the oldest checkpoints.
+
+    Args:
+        accelerator: of all processes; each calls this.
+        model: wrapped.
+        processor, config: of the run.
+        state: plain values to keep; `step` names the checkpoint.
+
+    Raises:
+        NotSaved: the disk is full or cannot be written, in any process; nothing is left of the attempt.
+    """
+    folder = Path(config.output) / f"checkpoint-{state['step']:07d}"
+    partial = folder.with_name(folder.name + ".partial")
+    on_main(accelerator, lambda: shutil.rmtree(partial) if partial.exists() else None)
+
+    def write() -> None:
+        accelerator.save_state(str(partial))
+
+    def write_model() -> None:
+        if accelerator.is_main_process:
+            save_model(accelerator.unwrap_model(model), processor, partial / "model", weights)
+            (partial / STATE_FILE).write_text(json.dumps({**state, "config": asdict(config)}, indent=1, default=str))
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.replace(folder)
+            for old in checkpoints(Path(config.output))[: -config.keep_checkpoints]:
+                shutil.rmtree(old)
+
+    together(accelerator, write, folder, partial)
+    weights = accelerator.get_state_dict(model)
+    together(accelerator, write_model, folder, partial)
+
+
+def together(accelerator: Accelerator, write: Any, folder: Path, partial: Path) -> None:
+    """Write in every process; if that fails in one, clean up and raise in all."""
+    problem: BaseException | None = None
+    try:
+        write()
+    except WRITE_ERRORS as error:
+        problem = error
+    if any_process(accelerator, problem is not None):
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        reason = "another process could not write" if problem is None else str(problem).splitlines()[0]
+        raise NotSaved(f"{folder.name} was not written: {reason}; the checkpoints before it are kept") from problem
+
+
+def prepare_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Make the output folder ready.
+
+    Raises:
+        InputError: it is in use and neither `resume` nor `overwrite` is given, or there is nothing to resume.
+    """
+    if resume:
+        if newest_checkpoint(output) is None:
+            raise InputError(f"{output} holds no checkpoint to resume from")
+        return
+    in_use = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if in_use and not overwrite:
+        raise InputError(
+            f"{output} is not empty; continue that run with --resume, replace it with --overwrite, or choose another"
+        )
+    if in_use and not output.is_dir():
+        raise InputError(f"{output} is a file; choose another output")
+    output.mkdir(parents=True, exist_ok=True)
+    for pattern in WRITTEN_BY_A_RUN:
+        for path in output.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in output.glob("checkpoint-*") if p.suffix != ".partial" and (p / STATE_FILE).is_file())
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The checkpoint to resume from, if any."""
+    found = checkpoints(output)
+    return found[-1] if found else None

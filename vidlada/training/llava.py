@@ -1,0 +1,158 @@
+"""Training samples from files: conversations about videos and images, shuffled, decoded as they are needed."""
+
+import io
+from collections.abc import Callable
+from dataclasses import field
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from vidlada.errors import InputError
+from vidlada.processor import VIDEO_PLACE, time_instruction
+from vidlada.training.mixture import Dataset, Entry, TarMember, read_dataset, read_mixture
+from vidlada.training.samples import STRICT, BrokenMedia, Item, Sample
+from vidlada.video import IMAGE_SUFFIXES, Sampling, sample_frames
+
+GROUPED_BATCHES = 50  # lengths are sorted within so many batches at a time
+CHARACTERS_PER_TOKEN = 4  # roughly; only to put samples of like length together
+
+
+@dataclass(frozen=True, config=STRICT)
+class LlavaSource:
+    """Videos, images and conversations in the LLaVA format.
+
+    Args:
+        size: pixels along a side of a frame.
+        json_path: one json, jsonl or tar file, or a pattern; or
+        mixture: a YAML file of several, see `vidlada.training.mixture.Dataset`; or
+        datasets: the same, written here.
+        video_folder: where relative paths start; the data file's own folder by default.
+        batch_size: samples a step, over all devices.
+        seed: of the order, new for every pass over the data, and of random sampling strategies.
+        sampling: how frames are taken.
+        group_by_length: batches of samples of like length, which wastes less on padding.
+        time_instruction: tell the model when the frames of a video were taken (the published sentence).
+        think: also train on reasoning: questions with a `process` end in /think and their answer begins with it, all
+            others end in /no_think. Off, `process` is not used.
+    """
+
+    size: PositiveInt
+    json_path: Path | None = None
+    mixture: Path | None = None
+    datasets: tuple[Dataset, ...] = ()
+    video_folder: Path | None = None
+    batch_size: PositiveInt = 8
+    seed: NonNegativeInt = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    group_by_length: bool = False
+    time_instruction: bool = False
+    think: bool = False
+
+    def __post_init__(self) -> None:
+        if sum((self.json_path is not None, self.mixture is not None, bool(self.datasets))) != 1:
+            raise InputError("give one of json_path, mixture and datasets")
+        if not self.entries:  # a malformed file is refused before the run starts
+            raise InputError("the sampling strategies take no entry at all")
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """What the files hold, after sampling."""
+        datasets: list[Dataset] = list(self.datasets)
+        if self.json_path is not None:
+            datasets = [Dataset(self.json_path)]
+        elif self.mixture is not None:
+            datasets = read_mixture(self.mixture)
+        return [
+            entry
+            for number, dataset in enumerate(datasets)
+            for entry in read_dataset(dataset, self.video_folder, np.random.default_rng([self.seed, number, 2]))
+        ]
+
+    def plan(self, step: int) -> list[Item]:
+        """The next entries of the shuffled list."""
+        total = len(self.entries)
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self._item(int(self._order_of(n // total)[n % total])) for n in numbers]
+
+    def load(self, item: Item) -> Sample:
+        """Decode the videos and images of one entry."""
+        entry = self.entries[item.media]
+        exchanges = list(item.exchanges)
+        videos = []
+        for media in entry.media:
+            try:
+                if isinstance(media, TarMember):
+                    videos.append(decode_image(media.read(), self.size))
+                    continue
+                frames = sample_frames(media, self.sampling, size=self.size)
+            except (InputError, OSError, Image.DecompressionBombError) as error:
+                raise BrokenMedia(f"{media}: {error}" if isinstance(media, TarMember) else str(error)) from error
+            videos.append(frames.images)
+            if self.time_instruction and len(entry.media) == 1 and frames.info.codec != "image":
+                question = exchanges[0][0].replace(VIDEO_PLACE, "").strip()
+                exchanges[0] = (f"{time_instruction(frames.times, frames.info.duration)}\n{question}", exchanges[0][1])
+        return Sample(videos, exchanges)
+
+    def instead_of(self, item: Item, attempt: int) -> Item:
+        """An entry from anywhere: neighbours often share the broken video."""
+        generator = np.random.default_rng([self.seed, item.media, attempt, 3])
+        return self._item(int(generator.integers(len(self.entries))))
+
+    def steps_of(self, epochs: float) -> int:
+        """Steps of so many passes, the last one filled up from the next pass."""
+        return int(np.ceil(epochs * len(self.entries) / self.batch_size))
+
+    def _item(self, number: int) -> Item:
+        entry = self.entries[number]
+        questions, answers = list(entry.questions), list(entry.answers)
+        if self.think:
+            questions = [f"{question} /no_think" for question in questions]
+            if entry.process:
+                questions[-1] = f"{entry.questions[-1]} /think"
+                answers[-1] = f"<think>\n{entry.process}\n</think>\n{answers[-1]}"
+        return Item(list(zip(questions, answers, strict=True)), number)
+
+    @cached_property
+    def _order_of(self) -> Callable[[int], np.ndarray]:
+        return lru_cache(maxsize=2)(self._order)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Numbers of the entries in the order of one pass."""
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(len(self.entries))
+        if not self.group_by_length:
+            return order
+        window = GROUPED_BATCHES * self.batch_size
+        order = np.concatenate(
+            [
+                part[np.argsort(-self._lengths[part], kind="stable")]
+                for part in np.split(order, range(window, len(order), window))
+            ]
+        )
+        whole = len(order) // self.batch_size * self.batch_size
+        batches = generator.permutation(order[:whole].reshape(-1, self.batch_size))
+        return np.concatenate([batches.ravel(), order[whole:]])
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """Rough lengths; a video outweighs any text, so that text, images and videos are also kept apart."""
+        texts = [sum(map(len, (*entry.questions, *entry.answers, entry.process))) for entry in self.entries]
+        frames = [
+            sum(self.sampling.max_frames if is_video(media) else 1 for media in entry.media) for entry in self.entries
+        ]
+        return np.array(texts) / CHARACTERS_PER_TOKEN + np.array(frames) * 10**6
+
+
+def is_video(media: Path | TarMember) -> bool:
+    """Whether a path, by its name, is neither an image nor a member of a tar."""
+    return isinstance(media, Path) and media.suffix.lower() not in IMAGE_SUFFIXES
+
+
+def decode_image(content: bytes, size: int) -> np.ndarray:
+    """An image file's content as a video of one frame, (1, size, size, 3)."""
+    picture = Image.open(io.BytesIO(content)).convert("RGB")
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))[None]

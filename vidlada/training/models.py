@@ -1,0 +1,138 @@
+"""The model of a run: new, from a checkpoint, from an autoregressive ancestor, with adapters; and saving it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vidlada.config import VidLaDAConfig
+from vidlada.errors import InputError
+from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, VidLaDAProcessor
+from vidlada.shapes.questions import vocabulary
+from vidlada.training.config import Lora, TrainingConfig
+from vidlada.training.initialization import initialize
+from vidlada.training.tokenizer import word_tokenizer
+
+
+def starting_model(config: TrainingConfig) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
+    """The model a run starts from, and its processor.
+
+    Raises:
+        InputError: `init_from` is not a usable checkpoint.
+    """
+    from vidlada.training.adapt import adapted_llama, is_llama
+
+    if config.init_from is None:
+        assert config.model is not None
+        model, processor = new_model(config.model, config.seed)
+        initialize(model)
+        return model, processor
+    folder = Path(config.init_from)
+    if not folder.is_dir():
+        raise InputError(f"init_from: {folder} is not a folder; download the checkpoint and give its path")
+    if is_llama(folder):
+        return adapted_llama(folder, config.model or {"text_only": True}, config.seed)
+    if config.model is not None:
+        raise InputError(
+            f"init_from: {folder} is a whole model already; model goes with a Llama-family language model, or alone"
+        )
+    from vidlada.checkpoint import load_model, load_tokenizer
+
+    # frozen weights under adapters keep their stored type; what is trained is kept in float32
+    model = load_model(folder, dtype="auto" if config.lora is not None else torch.float32)
+    return model, VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
+
+
+def starting_config(config: TrainingConfig) -> VidLaDAConfig:
+    """The configuration of the model a run starts from, without its weights."""
+    from vidlada.training.adapt import is_llama
+
+    folder = Path(config.init_from or "")
+    if config.init_from is None or is_llama(folder):
+        return VidLaDAConfig(**(config.model or {"text_only": True}))
+    from vidlada.checkpoint import describe
+
+    return describe(folder).config
+
+
+def new_model(arguments: dict[str, Any], seed: int) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
+    """A model with random weights and a word-level tokenizer of the shapes world.
+
+    Args:
+        arguments: of `VidLaDAConfig`; ids of tokens with a role come from the tokenizer.
+        seed: of the weights.
+    """
+    tokenizer = word_tokenizer(vocabulary())
+    config = VidLaDAConfig(**{**role_tokens(tokenizer), **arguments})
+    config.text_config.vocab_size = len(tokenizer)  # type: ignore[union-attr]
+    set_seed(seed)
+    model = VidLaDAForMaskedDiffusion(config)
+    return model, VidLaDAProcessor.from_config(tokenizer, config)
+
+
+def role_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The tokens with a role, as arguments of `VidLaDAConfig`."""
+    names = (BOS, END_OF_TEXT, START_HEADER, END_HEADER, MASK, END_OF_TURN)
+    bos, end_of_text, start_header, end_header, mask, end_of_turn = tokenizer.convert_tokens_to_ids(list(names))
+    return {
+        "bos_token_id": bos,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
+        "mask_token_id": mask,
+        "suppressed_token_ids": [end_of_text, bos, start_header, end_header],
+        "stop_token_ids": [end_of_turn],
+    }
+
+
+def with_adapters(model: VidLaDAForMaskedDiffusion, settings: Lora, base: str, seed: int) -> Any:
+    """The model with fresh low-rank adapters; all other weights are frozen.
+
+    Args:
+        model: to adapt, in place.
+        settings: of the adapters.
+        base: folder of the model, recorded in the adapter for those who load it.
+        seed: of the adapters' weights.
+
+    Raises:
+        InputError: peft is not installed, or no module has a name that was given.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError("lora needs peft: pip install vidlada[train]") from error
+    set_seed(seed)
+    adapters = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=rf"language_model\.layers\.\d+\..*\.({'|'.join(settings.modules)})",
+        modules_to_save=["projector"] if settings.train_projector and not model.config.text_only else None,
+    )
+    try:
+        adapted = peft.get_peft_model(model, adapters)
+    except ValueError as error:
+        raise InputError(f"lora: no linear map is named {', '.join(settings.modules)}") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
+    return adapted
+
+
+def save_model(
+    model: Any, processor: VidLaDAProcessor, folder: Path, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Weights (of the adapters alone, if there are any), configuration and processor, as `vidlada.load` reads them.
+
+    Args:
+        model: unwrapped.
+        processor: of the model.
+        folder: new.
+        state_dict: the weights, where the model does not hold them whole.
+    """
+    model.save_pretrained(folder, state_dict=state_dict)
+    processor.save_pretrained(folder)

@@ -1,0 +1,87 @@
+"""Which parameters are trained, by which optimizer, at which learning rate."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vidlada.training.config import ModelPart, TrainingConfig
+
+# The published model reads the tower's features before its last norm, which therefore never gets a gradient.
+UNUSED = "vision.tower.post_layernorm"
+
+
+def part_of(name: str) -> ModelPart:
+    """The part of the model a parameter belongs to, by its name, adapters included."""
+    if "vision.tower." in name:
+        return "tower"
+    return "projector" if "vision." in name else "language_model"
+
+
+@dataclass
+class Optimizers:
+    """The optimizers that share a model's parameters.
+
+    Attributes:
+        optimizers: Muon's come second.
+        parts: for each optimizer, the part each of its groups belongs to.
+    """
+
+    optimizers: list[torch.optim.Optimizer]
+    parts: list[list[ModelPart]]
+
+    def set_rate(self, config: TrainingConfig, step: int) -> float:
+        """Set a step's learning rates; returns the language model's."""
+        stage, _ = config.stage_at(step)
+        rate = config.learning_rate(step)
+        for optimizer, parts in zip(self.optimizers, self.parts, strict=True):
+            for group, part in zip(optimizer.param_groups, parts, strict=True):
+                group["lr"] = rate * stage.rate_ratio(part)
+        return rate
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient, and forget the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def make_optimizers(model: nn.Module, config: TrainingConfig) -> Optimizers:
+    """The optimizers of a run; parts that no stage trains are frozen for good.
+
+    Args:
+        model: its parameters that do not require gradients are left out.
+        config: of the run.
+    """
+    one_rate = {stage.rate_ratio(part) for stage in config.stages for part in ("tower", "projector")} <= {1.0}
+    matrices: dict[ModelPart, list[nn.Parameter]] = defaultdict(list)
+    others: dict[ModelPart, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if part_of(name) in config.frozen:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            is_matrix = config.optimizer == "muon" and parameter.ndim == 2 and ".layers." in name
+            (matrices if is_matrix else others)["language_model" if one_rate else part_of(name)].append(parameter)
+        if UNUSED in name:
+            parameter.requires_grad_(False)
+    rate, decay = config.stages[0].learning_rate, config.weight_decay
+    made: list[tuple[Any, dict[ModelPart, list[nn.Parameter]], dict[str, Any]]] = [
+        (torch.optim.AdamW, others, {"betas": (config.beta1, config.beta2)}),
+        (torch.optim.Muon, matrices, {"adjust_lr_fn": "match_rms_adamw"}),
+    ]
+    built, parts = [], []
+    for kind, groups, options in made:
+        if groups:
+            listed = [{"params": parameters} for parameters in groups.values()]
+            built.append(kind(listed, lr=rate, weight_decay=decay, **options))
+            parts.append(list(groups))
+    return Optimizers(built, parts)
+
+
+def drop_gradients(model: nn.Module, frozen: tuple[ModelPart, ...]) -> None:
+    """Forget the gradients of parts that only this stage freezes: the optimizer then passes them over."""
+    for name, parameter in model.named_parameters():
+        if part_of(name) in frozen:
+            parameter.grad = None

@@ -1,0 +1,75 @@
+"""What training samples are, and what a source of them must do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+from pydantic import ConfigDict, Field
+
+from vidlada.errors import InputError
+
+STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class BrokenMedia(InputError):  # noqa: N818 - a kind of input, named for what it is
+    """A video or image of one sample is missing or unreadable; the run can go on without it."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Videos and what is said about them.
+
+    Attributes:
+        videos: each (frames, height, width, 3) uint8; an image is a video of one frame; empty for text alone.
+        exchanges: pairs of question and answer. Where the questions hold as many `<image>` marks as there are
+            videos, each stands at its mark, else all stand before the first question.
+        separate: each exchange is a sample of its own that shares the videos with the others, instead of one
+            conversation of several turns. Rendering and the vision tower are then paid once for all.
+    """
+
+    videos: Sequence[np.ndarray]
+    exchanges: Sequence[tuple[str, str]]
+    separate: bool = False
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample before its video is rendered or decoded: cheap, so that every process can hold those of a whole step.
+
+    Attributes:
+        exchanges, separate: as in `Sample`.
+        media: what the source needs to make the videos.
+    """
+
+    exchanges: Sequence[tuple[str, str]]
+    media: Any
+    separate: bool = False
+
+    @property
+    def samples(self) -> int:
+        """Samples of the objective: each has a masking time of its own."""
+        return len(self.exchanges) if self.separate else 1
+
+
+class Source(Protocol):
+    """Samples of any training step, always the same for the same step: a killed run continues where it was, and all
+    processes agree on what a step holds without talking to each other."""
+
+    def plan(self, step: int) -> list[Item]:
+        """All items of one step."""
+
+    def load(self, item: Item) -> Sample:
+        """Render or decode; `BrokenMedia` if a file is missing or unreadable."""
+
+    def instead_of(self, item: Item, attempt: int) -> Item:
+        """Another item for one that is broken, always the same for the same attempt."""
+
+    def steps_of(self, epochs: float) -> int:
+        """Steps that so many passes over the data take; `InputError` if the data never end."""
+
+
+def batch(source: Source, step: int) -> list[Sample]:
+    """All samples of one step."""
+    return [source.load(item) for item in source.plan(step)]
