@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidlada.checkpoint import load_model, load_tokenizer
+from vidlada.checkpoint import describe, load_model, load_tokenizer
 from vidlada.config import GenerationSettings
 from vidlada.decoding.cache import VisualStates
 from vidlada.decoding.policies import policy_from
 from vidlada.decoding.sampler import Request, State, Statistics, denoise
 from vidlada.errors import InputError
+from vidlada.info import check_memory, check_memory_of_weights, memory_need
 from vidlada.model import VidLaDAForMaskedDiffusion
 from vidlada.processor import EncodedConversation, Message, VidLaDAProcessor, time_instruction
 from vidlada.video import Frames, Sampling, VideoInfo, sample_frames
@@ -142,6 +143,7 @@ class VidLaDA:
                 video = sample_frames(video, sampling, size=self.processor.image_size)
             images, times, info = video.images, video.times, video.info
         decoded = time.perf_counter()
+        self._check_memory(len(images), self.settings())
         with torch.inference_mode():
             pixels = self.processor.pixel_values(images).to(self.model.device, self.model.dtype)
             (visual_tokens,) = self.model.encode_videos(pixels, [len(pixels)])
@@ -184,6 +186,12 @@ class VidLaDA:
             known.append(token)
             pieces.append((decode([*before, token])[len(decode(before)) :], final))
         return Draft(state, tuple(pieces), decode(state.answer_ids()).strip())
+
+    def _check_memory(self, frames: int, settings: GenerationSettings) -> None:
+        """Refuse a run that cannot fit."""
+        need = memory_need(self.model.config, 0, frames, settings.gen_length, self.model.dtype.itemsize, settings.cache)
+        instead = "use fewer frames, a smaller gen_length or a smaller type"
+        check_memory(need.working, self.model.device, f"answering about {frames} frames", instead)
 
     def settings(self, **generation: Any) -> GenerationSettings:
         """This checkpoint's generation defaults with some of them changed."""
@@ -277,6 +285,7 @@ class Conversation:
     def request(self, question: str) -> Request:
         """What the decoding loop needs to answer the next question."""
         counts = [len(self.video.times)] if self.video.times else []
+        self.vidlada._check_memory(sum(counts), self.settings)
         encoded = self.vidlada.processor.encode([*self.messages, self._user(question)], counts)
         return replace(self.vidlada.request(encoded, self.video.visual_tokens, self.settings), visual=self.visual)
 
@@ -361,6 +370,8 @@ def load(
     folder = model_folder(name_or_folder)
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
+    if device_map is None:
+        check_memory_of_weights(describe(folder), dtype, torch.device(device))
     model = load_model(folder, dtype=dtype, device=device, device_map=device_map).eval()
     processor = VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
     return VidLaDA(model, processor, str(name_or_folder))

@@ -3,12 +3,16 @@
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vidlada.checkpoint import Checkpoint
-from vidlada.config import VidLaDAConfig
+from vidlada.config import VidLaDAConfig, VidLaDATextConfig
+from vidlada.decoding.policies import policy_from
+from vidlada.decoding.store import key_value_bytes
+from vidlada.errors import InputError
 
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 PROMPT_TOKENS = 128  # room for a question, its header and the system message, in estimates
@@ -24,21 +28,30 @@ class MemoryNeed:
         weights: of the model.
         vision: largest activations while the frames pass the tower.
         denoising: largest activations of a denoising step.
+        cache: what is kept between steps.
     """
 
     tokens: int
     weights: int
     vision: int
     denoising: int
+    cache: int
+
+    @property
+    def working(self) -> int:
+        """Bytes at the peak besides the weights: the two phases do not overlap."""
+        return max(self.vision, self.denoising + self.cache)
 
     @property
     def total(self) -> int:
-        """Bytes at the peak: the two phases do not overlap."""
-        return self.weights + max(self.vision, self.denoising)
+        """Bytes at the peak."""
+        return self.weights + self.working
 
 
-def memory_need(config: VidLaDAConfig, parameters: int, frames: int, gen_length: int, value_bytes: int) -> MemoryNeed:
-    """Estimate the memory of answering about `frames` frames without a cache.
+def memory_need(
+    config: VidLaDAConfig, parameters: int, frames: int, gen_length: int, value_bytes: int, cache: str = "none"
+) -> MemoryNeed:
+    """Estimate the memory of answering about `frames` frames.
 
     Counted are the tensors alive at once in the widest place of a layer: the residual stream, its normed float32
     copy, and either queries, keys, values with the attention's output or the gate and up projections.
@@ -49,6 +62,7 @@ def memory_need(config: VidLaDAConfig, parameters: int, frames: int, gen_length:
         frames: of the video.
         gen_length: answer slots.
         value_bytes: bytes a value in the type it runs in.
+        cache: as `GenerationSettings.cache`.
     """
     text, vision = config.text_config, config.vision_config
     width, mlp = int(text.hidden_size), int(text.intermediate_size)  # type: ignore[union-attr]
@@ -58,19 +72,77 @@ def memory_need(config: VidLaDAConfig, parameters: int, frames: int, gen_length:
     tower_width, tower_mlp = int(vision.hidden_size), int(vision.intermediate_size)  # type: ignore[union-attr]
     tower = max(4 * tower_width, 2 * tower_mlp, 2 * width) * value_bytes + 2 * tower_width * value_bytes
     logits = gen_length * int(text.vocab_size) * (4 + 8)  # type: ignore[union-attr]
-    return MemoryNeed(tokens, parameters * value_bytes, patches * tower, tokens * layer + logits)
+    policy = policy_from(cache)
+    kept = 0
+    if policy is not None:
+        assert isinstance(text, VidLaDATextConfig)
+        states = 2 + len(policy.entries(text.num_hidden_layers))  # entering the first layer, leaving the last
+        kept = key_value_bytes(text, tokens, value_bytes) + states * tokens * width * value_bytes
+    return MemoryNeed(tokens, parameters * value_bytes, patches * tower, tokens * layer + logits, kept)
 
 
-def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto") -> dict[str, Any]:
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    listing = Path("/proc/meminfo")
+    if device.type != "cpu" or not listing.exists():
+        return None
+    found = [line for line in listing.read_text().splitlines() if line.startswith("MemAvailable:")]
+    return int(found[0].split()[1]) * 1024 if found else None
+
+
+def check_memory(need: int, device: torch.device, what: str, instead: str) -> None:
+    """Refuse what cannot fit before it starts.
+
+    Args:
+        need: bytes.
+        device: that must have them.
+        what: needs them, for the message.
+        instead: what to do.
+
+    Raises:
+        InputError: less is free.
+    """
+    free = free_memory(device)
+    if free is not None and need > free:
+        raise InputError(
+            f"{what} needs about {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free on {device}; {instead}"
+        )
+
+
+def parameter_count(checkpoint: Checkpoint) -> int:
+    """Weights of a checkpoint, its tower's included."""
+    return sum(torch.Size(e.shape).numel() for e in (*checkpoint.entries.values(), *checkpoint.tower.values()))
+
+
+def check_memory_of_weights(checkpoint: Checkpoint, dtype: str | torch.dtype, device: torch.device) -> None:
+    """Refuse to load what cannot fit.
+
+    Args:
+        checkpoint: to be loaded.
+        dtype: its weights' type once loaded; `auto` is the stored one.
+        device: where to.
+
+    Raises:
+        InputError: less memory is free.
+    """
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    value_bytes = dtype.itemsize if isinstance(dtype, torch.dtype) else STORED_BYTES.get(checkpoint.dtype, 4)
+    need = parameter_count(checkpoint) * value_bytes
+    check_memory(need, device, f"loading {checkpoint.folder}", "use a smaller type (bfloat16) or another device")
+
+
+def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto", cache: str = "none") -> dict[str, Any]:
     """Plain values that describe a checkpoint and its memory need."""
     config = checkpoint.config
     text = config.text_config
     entries = [*checkpoint.entries.values(), *checkpoint.tower.values()]
-    parameters = sum(torch.Size(entry.shape).numel() for entry in entries)
+    parameters = parameter_count(checkpoint)
     stored = sum(torch.Size(entry.shape).numel() * STORED_BYTES.get(entry.dtype, 4) for entry in entries)
     value_bytes = STORED_BYTES.get(checkpoint.dtype, 4) if dtype == "auto" else getattr(torch, dtype).itemsize
     gen_length = int((config.generation or {}).get("gen_length", 128))
-    need = memory_need(config, parameters, frames, gen_length, value_bytes)
+    need = memory_need(config, parameters, frames, gen_length, value_bytes, cache)
     facts: dict[str, Any] = {
         "folder": str(checkpoint.folder),
         "layout": checkpoint.layout,
@@ -94,6 +166,8 @@ def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto") -
         "weights_gib": round(need.weights / GIB, 3),
         "vision_gib": round(need.vision / GIB, 3),
         "denoising_gib": round(need.denoising / GIB, 3),
+        "cache": cache,
+        "cache_gib": round(need.cache / GIB, 3),
         "total_gib": round(need.total / GIB, 3),
     }
     return facts

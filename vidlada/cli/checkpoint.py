@@ -14,15 +14,19 @@ from vidlada.cli.options import one_line_errors, progress
 @click.option("--frames", type=click.IntRange(1), default=64, show_default=True, help="Estimate memory for so many.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
               show_default=True, help="Estimate memory in this type.")  # fmt: skip
+@click.option("--cache", default="none", show_default=True, help="Estimate memory with this cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @one_line_errors
-def info(model: str, frames: int, dtype: str, as_json: bool) -> None:
+def info(model: str, frames: int, dtype: str, cache: str, as_json: bool) -> None:
     """Tell what checkpoint MODEL is, what memory a run needs, and what this machine has. Loads no weights."""
     from vidlada.api import model_folder
     from vidlada.checkpoint import describe
     from vidlada.info import checkpoint_facts, machine_facts
 
-    facts = {"checkpoint": checkpoint_facts(describe(model_folder(model)), frames, dtype), "machine": machine_facts()}
+    facts = {
+        "checkpoint": checkpoint_facts(describe(model_folder(model)), frames, dtype, cache),
+        "machine": machine_facts(),
+    }
     if as_json:
         click.echo(json.dumps(facts))
         return
