@@ -1,0 +1,98 @@
+"""`vidlada serve`."""
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vidlada.cli.options import load_quietly, model_option, one_line_errors
+from vidlada.errors import InputError
+from vidlada.serve.limits import Limits
+
+KEYS_VARIABLE = "VIDLADA_API_KEYS"
+
+
+def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One option for every limit."""
+    for entry in reversed(fields(Limits)):
+        name = f"--{entry.name.replace('_', '-')}"
+        kind = type(entry.default)
+        command = click.option(
+            name, type=kind, default=entry.default, show_default=True, help=entry.metadata["help"]
+        )(command)  # fmt: skip
+    return command
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--name", help="Name the model is served under; its folder's name by default.")
+@click.option("--api-key-file", type=click.Path(), help=f"One key a line; also ${KEYS_VARIABLE}, separated by commas.")
+@click.option("--allow-dir", type=click.Path(), help="Folder whose files requests may name as file:///….")
+@click.option("--allow-private-urls", is_flag=True, help="Also fetch videos from private and local addresses.")
+@click.option("--log-content", is_flag=True, help="Log questions and answers; by default only counts and times.")
+@model_option
+@limit_options
+@one_line_errors
+def serve(
+    host: str, port: int, name: str | None, api_key_file: str | None, allow_dir: str | None, allow_private_urls: bool,
+    log_content: bool, model: str, device: str | None, dtype: str, **limits: Any,
+) -> None:  # fmt: skip
+    """Serve a model: OpenAI's chat interface, and a page that shows answers denoise.
+
+    SIGTERM and Ctrl-C let running requests end.
+    """
+    checked = Limits(**limits)
+    allowed = Path(allow_dir) if allow_dir is not None else None
+    if allowed is not None and not allowed.is_dir():
+        raise InputError(f"--allow-dir {allow_dir}: no such folder")
+    keys = api_keys(api_key_file)
+    listener = listen(host, port)
+    try:
+        import uvicorn
+
+        from vidlada.serve.app import ServerSettings, create_app
+    except ImportError as error:
+        raise InputError(f"the server needs more packages: pip install 'vidlada[serve]' ({error.name})") from error
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would log URLs
+    vidlada = load_quietly(model, dtype, device)
+    settings = ServerSettings(name or Path(model).name, keys, allowed, allow_private_urls, log_content)
+    config = uvicorn.Config(
+        create_app(vidlada, settings, checked), log_config=None, access_log=False, server_header=False, ws="none",
+        lifespan="on", timeout_graceful_shutdown=checked.drain_seconds,
+    )  # fmt: skip
+    address = f"[{host}]" if ":" in host else host
+    click.echo(f"{settings.name} at http://{address}:{listener.getsockname()[1]}", err=True)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def api_keys(file: str | None) -> list[str]:
+    """Keys from the environment and a file; an empty file is a mistake, not an open door."""
+    keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",")]
+    if file is not None:
+        try:
+            lines = Path(file).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--api-key-file {file}: cannot be read: {error}") from error
+        if not any(line.strip() for line in lines):
+            raise InputError(f"--api-key-file {file}: there is no key in it")
+        keys += [line.strip() for line in lines]
+    return [key for key in keys if key]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before anything slow begins."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        raise InputError(f"cannot listen at {host}:{port}: {error.strerror or error}") from error
+    return listener

@@ -1,0 +1,509 @@
+"""The HTTP interface: OpenAI's routes for models, chat and files, health, metrics, and the page."""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import io
+import json
+import logging
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from PIL import Image
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vidlada import __version__
+from vidlada.api import VidLaDA
+from vidlada.errors import InputError, VidLaDAError
+from vidlada.serve.completions import Completion
+from vidlada.serve.conversation import MediaReference, turn_of
+from vidlada.serve.errors import RequestError
+from vidlada.serve.files import Upload
+from vidlada.serve.limits import MEBI, Limits
+from vidlada.serve.metrics import Metrics
+from vidlada.serve.schema import ChatRequest
+from vidlada.serve.service import Service
+from vidlada.video import Frames, Sampling
+
+PAGE = Path(__file__).parent / "page"
+MULTIPART_BYTES = 2**16  # an upload's envelope may add
+SLOW_READER_SECONDS = 30  # a client may lag behind a finished answer
+RETRY_SECONDS = 1
+CLIENT_CLOSED = 499  # as nginx counts them; nobody reads it
+KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+         429: "rate_limit_error"}  # fmt: skip
+PAGE_HEADERS = [
+    (b"content-security-policy",
+     b"default-src 'self'; img-src 'self' data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
+     b"frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]  # fmt: skip
+
+log = logging.getLogger("vidlada.serve")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What a server is told, besides its limits.
+
+    Args:
+        name: the model is served under.
+        api_keys: one of them must be given as a bearer token; empty for no check.
+        allowed: folder that local paths (`file:///…`) must lie in; None refuses them.
+        private_urls: also fetch from addresses that are not public.
+        log_content: log questions and answers too.
+    """
+
+    name: str
+    api_keys: Sequence[str] = ()
+    allowed: Path | None = None
+    private_urls: bool = False
+    log_content: bool = False
+
+
+class Server:
+    """One model behind the routes."""
+
+    def __init__(self, vidlada: VidLaDA, settings: ServerSettings, service: Service):
+        self.vidlada, self.settings, self.service = vidlada, settings, service
+        self.limits = service.limits
+        self.metrics = Metrics(service)
+
+    def owner(self, request: Request) -> str:
+        """Who asks; 401 without a valid key."""
+        if not self.settings.api_keys:
+            return ""
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        valid = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in self.settings.api_keys]
+        if kind.lower() != "bearer" or not any(valid):
+            raise RequestError(401, "give a valid API key: Authorization: Bearer KEY", "invalid_api_key")
+        return hashlib.sha256(given.strip().encode()).hexdigest()
+
+    # --- chat ---
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        owner, started = self.owner(request), time.perf_counter()
+        deadline = asyncio.get_running_loop().time() + self.limits.request_seconds
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self.service.admit())
+            body = await read_body(request, self.limits.max_body_mb, self.limits.body_seconds)
+            order = parse(body)
+            del body
+            if order.model != self.settings.name:
+                message = f"the model {order.model[:80]!r} is not served here; use {self.settings.name!r}"
+                raise RequestError(404, message, "model_not_found", "model")
+            try:
+                async with asyncio.timeout_at(deadline):
+                    submitted = await unless_gone(request, self.service.submit(order, owner))
+                    stack.callback(submitted.ticket.cancel)
+                    completion = Completion(self.vidlada, self.settings.name, submitted, order.diffusing)
+                    if not order.stream:
+                        return await unless_gone(request, self.whole(completion, order, started))
+            except TimeoutError:
+                raise self.too_slow() from None
+            events = self.stream(completion, order, started, deadline)
+            limit = deadline + SLOW_READER_SECONDS
+            return EventStream(events, stack.pop_all(), limit)
+        raise AssertionError("unreachable")
+
+    def too_slow(self) -> RequestError:
+        """The refusal after the deadline."""
+        return RequestError(504, f"the request took longer than {self.limits.request_seconds:g} s", "timeout")
+
+    async def whole(self, completion: Completion, order: ChatRequest, started: float) -> Response:
+        """The answer at once."""
+        async for update in completion.submitted.ticket.updates():
+            completion.last = update
+        self.finish(completion, order, started)
+        assert completion.last is not None
+        return JSONResponse(completion.whole(completion.last))
+
+    async def stream(
+        self, completion: Completion, order: ChatRequest, started: float, deadline: float
+    ) -> AsyncIterator[bytes]:
+        """The answer as it settles."""
+        yield completion.opening()
+        try:
+            async for update in completion.submitted.ticket.updates(deadline):
+                events = completion.events(update)
+                if events:
+                    yield events
+        except TimeoutError:
+            yield completion.error(error_body(self.too_slow()))
+            return
+        except VidLaDAError as error:
+            yield completion.error(error_body(as_request_error(error)))
+            return
+        self.finish(completion, order, started)
+        yield completion.closing(order.stream_options is not None and order.stream_options.include_usage)
+
+    def finish(self, completion: Completion, order: ChatRequest, started: float) -> None:
+        """Count and log an answer."""
+        update = completion.last
+        assert update is not None
+        seconds = completion.seconds(update)
+        total = time.perf_counter() - started
+        self.metrics.observe({**seconds, "total": total})
+        usage = completion.usage(update)
+        line = (
+            f"{completion.id} prompt={usage['prompt_tokens']} completion={usage['completion_tokens']} "
+            f"steps={update.state.step} finish={update.settled.finish_reason} seconds={total:.3f}"
+        )
+        if self.settings.log_content:
+            line += f" question={turn_of(order.messages[-1])[1]!r} answer={completion.text(update)!r}"
+        log.info(line)
+
+    # --- models ---
+
+    def model(self) -> dict[str, Any]:
+        """What `/v1/models` says, and what the page needs to know."""
+        config, settings = self.vidlada.model.config, self.vidlada.settings()
+        return {
+            "id": self.settings.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "vidlada",
+            "vidlada": {
+                "version": __version__,
+                "gen_length": settings.gen_length,
+                "block_length": settings.block_length,
+                "max_length": config.max_length,
+                "tokens_per_frame": config.tokens_per_frame(),
+                "max_tokens": self.limits.max_tokens,
+                "max_frames": self.limits.max_frames,
+                "max_upload_mb": self.limits.max_upload_mb,
+                "text_only": config.text_only,
+            },
+        }
+
+    # --- files ---
+
+    async def upload(self, request: Request) -> Response:
+        """`POST /v1/files`, multipart with `file` and `purpose`."""
+        owner = self.owner(request)
+        self.service.files.reserve(0)
+        most = self.limits.max_upload_mb * MEBI + MULTIPART_BYTES
+        limited = Request(request.scope, limited_receive(request, most, self.limits.max_upload_mb))
+        try:
+            async with asyncio.timeout(self.limits.request_seconds):
+                async with limited.form(max_files=1, max_fields=20) as form:
+                    file = form.get("file")
+                    if not isinstance(file, UploadFile):
+                        message = "send multipart/form-data with the file in the field 'file'"
+                        raise RequestError(422, message, "missing_file", "file")
+                    purpose = str(form.get("purpose") or "user_data")[:64]
+                    self.service.files.reserve(file.size or 0)
+                    name = (file.filename or "video")[:255]
+                    upload = await asyncio.to_thread(self.service.files.write, file.file, name, purpose, owner)
+                    self.service.files.add(upload)
+        except TimeoutError:
+            raise self.too_slow() from None
+        return JSONResponse(self.file_object(upload))
+
+    def file_object(self, upload: Upload) -> dict[str, Any]:
+        """An upload as OpenAI describes one."""
+        return {
+            "id": upload.id,
+            "object": "file",
+            "bytes": upload.size,
+            "created_at": int(upload.created),
+            "expires_at": int(upload.created + self.limits.upload_seconds),
+            "filename": upload.name,
+            "purpose": upload.purpose,
+            "status": "processed",
+        }
+
+    async def frames(self, request: Request, file_id: str, frames: int, fps: float, force_sample: bool) -> Response:
+        """`GET /v1/files/{id}/frames`: what the model sees of an upload."""
+        owner = self.owner(request)
+        if frames > self.limits.max_frames:
+            message = f"{frames} frames are more than the {self.limits.max_frames} allowed"
+            raise RequestError(422, message, "too_many_frames", "frames")
+        sampling = Sampling(fps=fps, max_frames=frames, force_sample=force_sample)
+        with self.service.admit():
+            reference = MediaReference(file_id, is_image=False)
+            shown = await self.service.show(reference, sampling, owner, {"fetch": 0.0, "video": 0.0})
+            return JSONResponse(await asyncio.to_thread(strip, shown.frames))
+
+
+def strip(frames: Frames) -> dict[str, Any]:
+    """Frames as JPEG data URIs with their times."""
+    pictures = []
+    for image, seconds in zip(frames.images, frames.times, strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=80)
+        content = base64.b64encode(buffer.getvalue()).decode()
+        pictures.append({"time": round(seconds, 3), "image": f"data:image/jpeg;base64,{content}"})
+    info = frames.info
+    return {"duration": info.duration, "width": info.width, "height": info.height, "frames": pictures}
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that hold resources until the last byte is sent or the client is gone.
+
+    Args:
+        events: already formatted.
+        resources: to give back.
+        deadline: time of the event loop's clock after which a client that does not read is dropped.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], resources: AsyncExitStack, deadline: float):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.resources, self.deadline = resources, deadline
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send."""
+        async with self.resources:
+            try:
+                async with asyncio.timeout_at(self.deadline):
+                    await super().__call__(scope, receive, send)
+            except TimeoutError:
+                log.warning("a client read its answer too slowly and was dropped")
+
+
+# --- requests ---
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """Do some work, but cancel it when the client hangs up. The request's body must have been read."""
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(hang_up())
+    try:
+        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+def limited_receive(request: Request, most: int, mebibytes: int) -> Receive:
+    """The request's `receive`, which refuses more than `most` bytes of body."""
+    refusal = RequestError(413, f"the request is larger than the {mebibytes} MiB allowed", "request_too_large")
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > most:
+        raise refusal
+    seen = 0
+
+    async def receive() -> Message:
+        nonlocal seen
+        message = await request.receive()
+        seen += len(message.get("body", b""))
+        if seen > most:
+            raise refusal
+        return message
+
+    return receive
+
+
+async def read_body(request: Request, mebibytes: int, seconds: float) -> bytes:
+    """A request's body; 413 if it is too large, 408 if it comes too slowly."""
+    limited = Request(request.scope, limited_receive(request, mebibytes * MEBI, mebibytes))
+    try:
+        async with asyncio.timeout(seconds):
+            return await limited.body()
+    except TimeoutError:
+        raise RequestError(408, f"the request was not sent within {seconds:g} s", "request_timeout") from None
+
+
+def parse(body: bytes) -> ChatRequest:
+    """A chat request from JSON."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the request is not valid JSON: {error}", "invalid_json") from error
+    try:
+        return ChatRequest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = "it is not known here" if first["type"] == "extra_forbidden" else first["msg"]
+        raise RequestError(422, f"{where[:200]}: {reason}", "invalid_request", where[:200] or None) from error
+
+
+# --- errors ---
+
+
+def as_request_error(error: Exception) -> RequestError:
+    """Any error with a status."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, InputError):
+        return RequestError(422, str(error), "invalid_request")
+    if isinstance(error, VidLaDAError):
+        return RequestError(500, str(error), "model_failed")
+    return RequestError(500, "the server failed; its log tells why", "internal_error")
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_response(error: RequestError) -> Response:
+    """OpenAI's error object as a response."""
+    headers = {"Retry-After": str(RETRY_SECONDS)} if error.status in (429, 503) else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+class Outermost:
+    """Turns every error into OpenAI's object, counts responses, adds headers."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status = 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *PAGE_HEADERS]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, counted)
+        except ClientDisconnect:
+            status = status or CLIENT_CLOSED
+        except Exception as error:
+            if not isinstance(error, VidLaDAError):
+                log.exception("a request failed", exc_info=error)
+            if status:  # too late to say so: breaking the connection off tells the client
+                raise
+            await error_response(as_request_error(error))(scope, receive, counted)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            scope["app"].state.server.metrics.responses.labels(route, str(status)).inc()
+
+
+def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> FastAPI:
+    """The application that serves a model.
+
+    Args:
+        vidlada: the model; nobody else may run it from now on.
+        settings: names, keys, what may be read.
+        limits: of everything.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with tempfile.TemporaryDirectory(prefix="vidlada-serve-") as folder:
+            service = Service(vidlada, limits, Path(folder), settings.allowed, settings.private_urls)
+            app.state.server = Server(vidlada, settings, service)
+            try:
+                yield
+            finally:
+                await service.close()
+
+    app = FastAPI(title="vidlada", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+
+    def server() -> Server:
+        found: Server = app.state.server
+        return found
+
+    async def on_vidlada_error(request: Request, error: Exception) -> Response:
+        return error_response(as_request_error(error))
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return error_response(RequestError(error.status_code, str(error.detail), "http_error"))
+
+    async def on_bad_parameter(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return error_response(RequestError(422, f"{where}: {first['msg']}", "invalid_request", where))
+
+    app.add_exception_handler(VidLaDAError, on_vidlada_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_bad_parameter)
+    app.add_middleware(Outermost)
+
+    @app.get("/health")
+    async def health() -> Response:
+        alive = server().service.engine.alive
+        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        server().owner(request)
+        return PlainTextResponse(server().metrics.text())
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        server().owner(request)
+        return JSONResponse({"object": "list", "data": [server().model()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> Response:
+        server().owner(request)
+        if name != settings.name:
+            raise RequestError(404, f"the model {name[:80]!r} is not served here", "model_not_found", "model")
+        return JSONResponse(server().model())
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await server().chat(request)
+
+    @app.post("/v1/files")
+    async def upload(request: Request) -> Response:
+        return await server().upload(request)
+
+    @app.get("/v1/files")
+    async def files(request: Request) -> Response:
+        uploads = server().service.files.of(server().owner(request))
+        return JSONResponse({"object": "list", "data": [server().file_object(each) for each in uploads]})
+
+    @app.get("/v1/files/{file_id}")
+    async def file(request: Request, file_id: str) -> Response:
+        return JSONResponse(server().file_object(server().service.files.get(file_id, server().owner(request))))
+
+    @app.get("/v1/files/{file_id}/content")
+    async def content(request: Request, file_id: str) -> Response:
+        found = server().service.files.get(file_id, server().owner(request))
+        return FileResponse(found.path, filename=found.name, media_type="application/octet-stream")
+
+    @app.get("/v1/files/{file_id}/frames")
+    async def frames(
+        request: Request, file_id: str, frames: int = 64, fps: float = 1.0, force_sample: bool = False
+    ) -> Response:
+        return await server().frames(request, file_id, frames, fps, force_sample)
+
+    @app.delete("/v1/files/{file_id}")
+    async def delete(request: Request, file_id: str) -> Response:
+        server().service.files.delete(file_id, server().owner(request))
+        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+    app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    return app

@@ -1,0 +1,123 @@
+"""Worker processes that decode videos, so that a hostile file harms nobody but its own request."""
+
+import asyncio
+import json
+import os
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidlada.serve.errors import RequestError
+from vidlada.serve.limits import MEBI, Limits
+from vidlada.video import Frames, Sampling, VideoInfo
+
+MOST_HEADER_BYTES = 2**20
+KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")  # no keys or tokens
+
+
+class WorkerDeathError(Exception):
+    """The process ended before it answered."""
+
+
+class Decoders:
+    """A few worker processes, started when first needed and replaced when they die.
+
+    Args:
+        limits: of videos, time and memory.
+        size: pixels along a side of the decoded frames.
+    """
+
+    def __init__(self, limits: Limits, size: int):
+        self.limits, self.size = limits, size
+        self.idle: asyncio.Queue[Process | None] = asyncio.Queue()
+        for _ in range(limits.decode_workers):
+            self.idle.put_nowait(None)
+        self.processes: set[Process] = set()
+        self.deaths = 0
+
+    async def decode(self, path: Path, sampling: Sampling) -> Frames:
+        """Sample a file's frames.
+
+        Raises:
+            RequestError: it cannot be used (422), it took too long (504), or it killed its worker (422).
+        """
+        order = {
+            "path": str(path),
+            "sampling": asdict(sampling),
+            "size": self.size,
+            "max_duration": self.limits.max_duration,
+            "max_pixels": self.limits.max_pixels,
+        }
+        process = await self.idle.get()
+        try:
+            if process is None or process.returncode is not None:
+                process = await self._start()
+            async with asyncio.timeout(self.limits.decode_seconds):
+                header, pixels = await self._exchange(process, order)
+        except TimeoutError:
+            await self._kill(process)
+            seconds = self.limits.decode_seconds
+            raise RequestError(504, f"the video took longer than {seconds:g} s to decode", "decoding_timeout") from None
+        except WorkerDeathError:
+            self.deaths += 1
+            await self._kill(process)
+            message = "the video cannot be decoded: it crashed its decoder, or needs more memory than is allowed"
+            raise RequestError(422, message, "undecodable_video") from None
+        except BaseException:
+            await self._kill(process)
+            raise
+        finally:
+            self.idle.put_nowait(process if process is not None and process.returncode is None else None)
+        if "error" in header:
+            raise RequestError(422, f"the video cannot be used: {header['error']}", "unusable_video")
+        images = np.frombuffer(pixels, np.uint8).reshape(header["shape"])
+        return Frames(images, tuple(header["times"]), tuple(header["indices"]), VideoInfo(**header["info"]))
+
+    async def _exchange(self, process: Process, order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+            await process.stdin.drain()
+            line = await process.stdout.readline()
+            if not line.endswith(b"\n"):
+                raise WorkerDeathError
+            header = json.loads(line)
+            if "error" in header:
+                return header, b""
+            frames, height, width, channels = header["shape"]
+            most = order["sampling"]["max_frames"]
+            if not (0 < frames <= most and (height, width, channels) == (self.size, self.size, 3)):
+                raise WorkerDeathError
+            return header, await process.stdout.readexactly(frames * height * width * channels)
+        except (OSError, ValueError, asyncio.IncompleteReadError) as error:
+            raise WorkerDeathError from error
+
+    async def _start(self) -> Process:
+        environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "vidlada.serve.worker", str(self.limits.decode_memory_mb * MEBI),
+            stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment, limit=MOST_HEADER_BYTES,
+            start_new_session=True,  # a Ctrl-C in the terminal is the server's, which closes them in its own time
+        )  # fmt: skip
+        self.processes.add(process)
+        return process
+
+    async def _kill(self, process: Process | None) -> None:
+        if process is None:
+            return
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        self.processes.discard(process)
+
+    async def close(self) -> None:
+        """End all processes."""
+        for process in list(self.processes):
+            await self._kill(process)

@@ -1,0 +1,203 @@
+"""Where videos and images come from: data URIs, http(s) URLs, uploads, and files under an allowed folder."""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import ipaddress
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote, urljoin, urlsplit
+
+import httpx2
+
+from vidlada.serve.errors import RequestError
+from vidlada.serve.files import FileStore, suffix_of, too_large
+from vidlada.serve.limits import MEBI, Limits
+
+MOST_REDIRECTS = 5
+CHUNK = 2**18
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A file to be decoded.
+
+    Attributes:
+        path: where it lies; its suffix tells images from videos.
+        key: of its content.
+    """
+
+    path: Path
+    key: str
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address, or any address packed inside it, lies on the public internet."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        packed = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        if ip in NAT64:
+            packed.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+        if not all(is_public(str(inner)) for inner in packed if inner is not None):
+            return False
+        if ip.ipv4_mapped is not None:
+            return True
+    return ip.is_global and not ip.is_multicast
+
+
+class MediaSource:
+    """Turns references in requests into files.
+
+    Args:
+        folder: for temporary files.
+        limits: of size and time.
+        files: the uploads.
+        allowed: the folder local paths must lie in; None refuses them all.
+        private_urls: also fetch from private, loopback and link-local addresses.
+    """
+
+    def __init__(
+        self, folder: Path, limits: Limits, files: FileStore, allowed: Path | None = None, private_urls: bool = False
+    ):
+        self.folder, self.limits, self.files, self.private_urls = folder, limits, files, private_urls
+        self.allowed = allowed.resolve() if allowed is not None else None
+
+    @asynccontextmanager
+    async def open(self, reference: str, owner: str) -> AsyncIterator[Medium]:
+        """The file behind a reference, for as long as the context is open.
+
+        Args:
+            reference: `data:…;base64,…`, `http(s)://…`, `file:///…` or the id of an upload.
+            owner: whose uploads may be used.
+
+        Raises:
+            RequestError: it is malformed (422), not allowed (403), unknown (404), too large (413), or cannot be had
+                (422, 504).
+        """
+        scheme = reference.partition(":")[0].lower() if ":" in reference else ""
+        if scheme == "file":
+            yield self._local(reference)
+        elif scheme in ("data", "http", "https"):
+            descriptor, name = tempfile.mkstemp(dir=self.folder)
+            path = Path(name)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    if scheme == "data":
+                        content = await asyncio.to_thread(decode_data_uri, reference, self.limits.max_upload_mb * MEBI)
+                        await asyncio.to_thread(file.write, content)
+                        digest, head = hashlib.sha256(content).hexdigest(), content[:32]
+                        del content
+                    else:
+                        digest, head = await self._fetch(reference, file)
+                path = path.rename(path.with_name(path.name + suffix_of(head)))
+                yield Medium(path, digest)
+            finally:
+                path.unlink(missing_ok=True)
+        elif not scheme:
+            upload = self.files.get(reference, owner)
+            with self.files.in_use(upload):
+                yield Medium(upload.path, upload.digest)
+        else:
+            message = (
+                f"{scheme[:20]!r} URLs are not supported; use data:, http(s):, an upload's id, or file: if allowed"
+            )
+            raise RequestError(422, message, "unsupported_url")
+
+    def _local(self, reference: str) -> Medium:
+        """A file under the allowed folder; symbolic links are followed before it is judged."""
+        if self.allowed is None:
+            raise RequestError(403, "local files are not served here (--allow-dir)", "forbidden_path")
+        parts = urlsplit(reference)
+        try:
+            path = Path(os.path.realpath(unquote(parts.path)))
+        except ValueError as error:
+            raise RequestError(422, "the path is malformed", "malformed_path") from error
+        if parts.netloc not in ("", "localhost") or not path.is_relative_to(self.allowed):
+            raise RequestError(403, "the path lies outside the allowed folder", "forbidden_path")
+        if not path.is_file():
+            raise RequestError(404, "there is no such file in the allowed folder", "no_such_file")
+        facts = path.stat()
+        if facts.st_size > self.limits.max_upload_mb * MEBI:
+            raise too_large(self.limits.max_upload_mb)
+        return Medium(path, f"{facts.st_dev}:{facts.st_ino}:{facts.st_size}:{facts.st_mtime_ns}")
+
+    async def _fetch(self, url: str, file: BinaryIO) -> tuple[str, bytes]:
+        """Download into a file; digest and first bytes."""
+        try:
+            async with asyncio.timeout(self.limits.fetch_seconds):
+                return await self._download(url, file)
+        except TimeoutError:
+            seconds = self.limits.fetch_seconds
+            raise RequestError(504, f"fetching the URL took longer than {seconds:g} s", "fetch_timeout") from None
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+            reason = str(error) or type(error).__name__
+            raise RequestError(422, f"the URL cannot be fetched: {reason}", "unfetchable_url") from error
+
+    async def _download(self, url: str, file: BinaryIO) -> tuple[str, bytes]:
+        most = self.limits.max_upload_mb * MEBI
+        # proxies and credentials of this machine's environment are not for strangers' URLs
+        async with httpx2.AsyncClient(trust_env=False, follow_redirects=False, timeout=None) as client:
+            for _ in range(MOST_REDIRECTS + 1):
+                request = await self._checked_request(client, url)
+                response = await client.send(request, stream=True)
+                try:
+                    if response.is_redirect and "location" in response.headers:
+                        url = urljoin(url, response.headers["location"])
+                        continue
+                    if response.status_code != 200:
+                        raise RequestError(422, f"the URL answered {response.status_code}", "unfetchable_url")
+                    if response.headers.get("content-encoding", "identity") != "identity":
+                        raise RequestError(422, "the URL's answer is compressed", "unfetchable_url")
+                    digest, head, size = hashlib.sha256(), b"", 0
+                    if int(response.headers.get("content-length", 0)) > most:
+                        raise too_large(self.limits.max_upload_mb)
+                    async for chunk in response.aiter_raw(CHUNK):
+                        size += len(chunk)
+                        if size > most:
+                            raise too_large(self.limits.max_upload_mb)
+                        digest.update(chunk)
+                        head = head or chunk[:32]
+                        file.write(chunk)
+                    return digest.hexdigest(), head
+                finally:
+                    await response.aclose()
+        raise RequestError(422, f"the URL redirects more than {MOST_REDIRECTS} times", "unfetchable_url")
+
+    async def _checked_request(self, client: httpx2.AsyncClient, url: str) -> httpx2.Request:
+        """A request to an address that was looked up once and judged: a name cannot point elsewhere afterwards."""
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise RequestError(422, "the URL is malformed", "malformed_url") from error
+        if parts.scheme.lower() not in ("http", "https") or not host or parts.username is not None:
+            raise RequestError(422, "only plain http and https URLs are fetched, without credentials", "malformed_url")
+        found = await asyncio.get_running_loop().getaddrinfo(host, port or parts.scheme, type=socket.SOCK_STREAM)
+        addresses = sorted((str(entry[4][0]).partition("%")[0] for entry in found), key=lambda text: ":" in text)
+        if not self.private_urls and not all(is_public(address) for address in addresses):
+            raise RequestError(403, "the URL points to an address that is not public", "forbidden_url")
+        asked = httpx2.URL(url)
+        headers = {"Host": asked.netloc.decode(), "Accept-Encoding": "identity", "User-Agent": "vidlada"}
+        target, name = asked.copy_with(host=addresses[0]), asked.raw_host.decode()
+        return client.build_request("GET", target, headers=headers, extensions={"sni_hostname": name})
+
+
+def decode_data_uri(uri: str, most: int) -> bytes:
+    """The content of `data:[type];base64,…`."""
+    head, comma, content = uri.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise RequestError(422, "a data URI must have the form data:video/mp4;base64,…", "malformed_data_uri")
+    if len(content) * 3 // 4 > most:
+        raise too_large(most // MEBI)
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(422, f"the data URI is not valid base64: {error}", "malformed_data_uri") from error

@@ -1,0 +1,126 @@
+"""What `/v1/chat/completions` accepts. Unknown fields are refused: a setting that is silently ignored misleads."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Text = Annotated[str, Field(max_length=1_000_000)]
+
+
+class Strict(BaseModel):
+    """A model without further fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(Strict):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Reference(Strict):
+    """A URL, or the id of an upload. `detail` is accepted and has no effect."""
+
+    url: str
+    detail: str | None = None
+
+
+class VideoPart(Strict):
+    """A video, as vLLM's convention has it."""
+
+    type: Literal["video_url"]
+    video_url: Reference
+
+
+class ImagePart(Strict):
+    """An image; the model sees a video of one frame."""
+
+    type: Literal["image_url"]
+    image_url: Reference
+
+
+class FileReference(Strict):
+    """An upload."""
+
+    file_id: str
+
+
+class FilePart(Strict):
+    """An upload, as OpenAI's convention has it."""
+
+    type: Literal["file"]
+    file: FileReference
+
+
+Part = Annotated[TextPart | VideoPart | ImagePart | FilePart, Field(discriminator="type")]
+
+
+class ChatMessage(Strict):
+    """A turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[Part]
+    name: str | None = None
+
+
+class StreamOptions(Strict):
+    """Of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ChatRequest(Strict):
+    """OpenAI's request with the settings of denoising.
+
+    Args:
+        diffusing: also tell the draft: in a stream after every step.
+        gen_length: answer slots; by default what `max_tokens` needs, else the checkpoint's own number.
+        block_length, steps, threshold, factor, cfg_scale, remasking, cache, suffix: as `GenerationSettings`.
+        frames, fps, force_sample, time_instruction: as `vidlada ask` has them.
+        user, metadata, store, service_tier, prompt_cache_key, safety_identifier: accepted, without effect.
+        top_p and others: accepted with the value that has no effect.
+    """
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+
+    diffusing: bool = False
+    gen_length: int | None = Field(None, ge=1)
+    block_length: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1)
+    threshold: float | None = None
+    factor: float | None = None
+    cfg_scale: float | None = None
+    remasking: Literal["low_confidence", "random"] | None = None
+    cache: str | None = Field(None, max_length=200)
+    suffix: str | None = Field(None, max_length=10_000)
+    frames: int = Field(64, ge=1)
+    fps: float = Field(1.0, gt=0)
+    force_sample: bool = False
+    time_instruction: bool = False
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+
+    n: Literal[1] | None = None
+    top_p: float | None = Field(None, ge=1, le=1)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    logprobs: Literal[False] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    tools: None = None
+    tool_choice: Literal["none"] | None = None

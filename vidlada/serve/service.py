@@ -1,0 +1,150 @@
+"""From a client's request to a ticket of the engine: fetch, decode, encode the text, queue."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vidlada.api import VidLaDA
+from vidlada.decoding.policies import policy_from
+from vidlada.processor import time_instruction
+from vidlada.serve.conversation import MediaReference, conversation_of, settings_of
+from vidlada.serve.decoder import Decoders
+from vidlada.serve.engine import Engine, Job, Shown, Ticket
+from vidlada.serve.errors import RequestError
+from vidlada.serve.files import FileStore
+from vidlada.serve.limits import MEBI, Limits
+from vidlada.serve.media import MediaSource
+from vidlada.serve.schema import ChatRequest
+from vidlada.serve.store import BoundedStore
+from vidlada.video import Frames, Sampling
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A request on its way.
+
+    Attributes:
+        ticket: of the engine.
+        seconds: spent on fetching and on decoding media.
+    """
+
+    ticket: Ticket
+    seconds: dict[str, float]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, visual ones included."""
+        return len(self.ticket.job.encoded.input_ids)
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of the prompt."""
+        return sum(index >= 0 for index in self.ticket.job.encoded.frame_index)
+
+
+class Service:
+    """A model being served.
+
+    Args:
+        vidlada: the model.
+        limits: of everything.
+        folder: for temporary files.
+        allowed: folder that local paths must lie in; None refuses them.
+        private_urls: also fetch from addresses that are not public.
+    """
+
+    def __init__(
+        self, vidlada: VidLaDA, limits: Limits, folder: Path, allowed: Path | None = None, private_urls: bool = False
+    ):
+        self.vidlada, self.limits = vidlada, limits
+        self.engine = Engine(vidlada, limits)
+        self.decoders = Decoders(limits, vidlada.processor.image_size)
+        self.files = FileStore(folder, limits)
+        self.media = MediaSource(folder, limits, self.files, allowed, private_urls)
+        self.frames: BoundedStore[Frames] = BoundedStore(limits.frame_store_mb * MEBI)
+        self.decoding: dict[object, asyncio.Task[Frames]] = {}
+        self.admitted = 0
+
+    async def close(self) -> None:
+        """End the worker processes and the engine."""
+        await self.decoders.close()
+        await asyncio.to_thread(self.engine.close)
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """A place for one request, from its first byte to its last; 429 if there is none."""
+        if self.admitted >= self.limits.max_admitted:
+            raise RequestError(429, f"{self.admitted} requests are being answered or waiting; try later", "queue_full")
+        self.admitted += 1
+        try:
+            yield
+        finally:
+            self.admitted -= 1
+
+    async def submit(self, request: ChatRequest, owner: str = "") -> Submitted:
+        """Prepare a request and queue it.
+
+        Raises:
+            RequestError, InputError: it cannot be answered, and why.
+        """
+        base = self.vidlada.settings()
+        settings, max_tokens = settings_of(request, base, self.limits.max_tokens)
+        policy_from(settings.cache)
+        if request.frames > self.limits.max_frames:
+            message = f"{request.frames} frames are more than the {self.limits.max_frames} allowed"
+            raise RequestError(422, message, "too_many_frames", "frames")
+        messages, references = conversation_of(request.messages, self.vidlada.model.config.multi_turn)
+        if len(references) > self.limits.max_media:
+            message = f"{len(references)} videos and images are more than the {self.limits.max_media} allowed"
+            raise RequestError(422, message, "too_many_media", "messages")
+        if references and self.vidlada.model.config.text_only:
+            raise RequestError(422, "this model is text-only; it cannot see videos", "text_only", "messages")
+        if request.time_instruction and len(references) != 1:
+            message = f"time_instruction needs exactly one video, not {len(references)}"
+            raise RequestError(422, message, "bad_time_instruction", "time_instruction")
+        sampling = Sampling(fps=request.fps, max_frames=request.frames, force_sample=request.force_sample)
+        seconds = {"fetch": 0.0, "video": 0.0}
+        videos = [await self.show(reference, sampling, owner, seconds) for reference in references]
+        if request.time_instruction:
+            frames = videos[0].frames
+            (shown,) = [m for m in messages if isinstance(m["content"], list)]
+            text = shown["content"][-1]
+            text["text"] = f"{time_instruction(frames.times, frames.info.duration)}\n{text['text']}"
+        counts = [len(video.frames.times) for video in videos]
+        encoded = await asyncio.to_thread(self.vidlada.processor.encode, messages, counts)
+        job = Job(encoded, videos, settings, max_tokens)
+        most = self.vidlada.processor.max_length
+        if job.tokens > most:
+            message = f"prompt and answer slots take {job.tokens} tokens, more than the model's {most}"
+            raise RequestError(422, f"{message}; use fewer frames or a smaller max_tokens", "context_length_exceeded")
+        return Submitted(self.engine.submit(job), seconds)
+
+    async def show(self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float]) -> Shown:
+        """Sampled frames of a reference; decoded once, however many ask for them at the same time."""
+        if reference.is_image:
+            sampling = Sampling(max_frames=1)
+        started = time.perf_counter()
+        async with self.media.open(reference.url, owner) as medium:
+            fetched = time.perf_counter()
+            seconds["fetch"] += fetched - started
+            key = (medium.key, sampling)
+            frames = self.frames.get(key) or await self._decode(key, medium.path, sampling)
+            seconds["video"] += time.perf_counter() - fetched
+        return Shown(key, frames)
+
+    async def _decode(self, key: tuple[str, Sampling], path: Path, sampling: Sampling) -> Frames:
+        while (other := self.decoding.get(key)) is not None:
+            await asyncio.wait([other])
+            if not other.cancelled():  # else its client has gone, and it is our turn
+                return other.result()
+        task = asyncio.ensure_future(self.decoders.decode(path, sampling))
+        self.decoding[key] = task
+        try:
+            frames = await task
+        finally:
+            del self.decoding[key]
+        self.frames.put(key, frames, frames.images.nbytes)
+        return frames

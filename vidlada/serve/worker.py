@@ -1,0 +1,64 @@
+"""The process that opens videos nobody vouches for: `python -m vidlada.serve.worker`.
+
+It may be killed, run out of memory or crash; the server starts another. It reads one JSON line a video from its
+standard input and answers with one JSON line and the raw pixels, so that nothing it says can run code in the server.
+"""
+
+import json
+import resource
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from vidlada.errors import InputError
+from vidlada.video import Sampling, probe, sample_frames
+
+
+def confine(memory_bytes: int) -> None:
+    """No more memory than this, no files written, no core dumps."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def check(path: str, max_duration: float, max_pixels: int) -> None:
+    """Refuse what is too long or too large before a frame of it is decoded."""
+    info = probe(path)
+    if info.width * info.height > max_pixels:
+        raise InputError(f"it is {info.width} × {info.height} pixels, more than the {max_pixels} allowed")
+    if info.duration > max_duration:
+        raise InputError(f"it lasts {info.duration:.0f} s, more than the {max_duration:.0f} s allowed")
+
+
+def answer(order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """Header and pixels for one order."""
+    path = order["path"]
+    try:
+        check(path, order["max_duration"], order["max_pixels"])
+        frames = sample_frames(path, Sampling(**order["sampling"]), size=order["size"])
+    except InputError as error:
+        # paths of the server are nobody's business
+        return {"error": str(error).removeprefix(f"{path}: ").replace(path, "the file")}, b""
+    except MemoryError:
+        return {"error": "decoding it takes more memory than is allowed"}, b""
+    header = {
+        "shape": frames.images.shape,
+        "times": frames.times,
+        "indices": frames.indices,
+        "info": {**asdict(frames.info), "path": ""},
+    }
+    return header, frames.images.tobytes()
+
+
+def main() -> None:
+    """Serve orders until standard input ends."""
+    confine(int(sys.argv[1]))
+    for line in sys.stdin.buffer:
+        header, pixels = answer(json.loads(line))
+        sys.stdout.buffer.write(json.dumps(header).encode() + b"\n")
+        sys.stdout.buffer.write(pixels)
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()
