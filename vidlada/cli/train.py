@@ -1,5 +1,6 @@
 """`vidlada train` and `vidlada merge`."""
 
+import os
 from pathlib import Path
 
 import click
@@ -32,7 +33,8 @@ def train(config: Path, output: str | None, resume: bool, overwrite: bool, dry_r
         click.echo(schedule(settings))
         return
     folder = run(settings, resume=resume, overwrite=overwrite, report=lambda line: click.echo(line, err=True))
-    click.echo(str(folder))
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(str(folder))
 
 
 @click.command()

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     broadcast_object_list,
 )
 
@@ -52,13 +53,25 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
         plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
         plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+    on_cpu = not torch.accelerator.is_available()
+    zero = config.parallel in ("zero2", "zero3")
     accelerator = Accelerator(
         mixed_precision=config.precision,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output,
+        # without it, accelerate does not join processes on a machine without GPU; with it, it does not use DeepSpeed
+        cpu=on_cpu and not zero,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and zero else [],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         **arguments,
     )
+    plugin = arguments.get("fsdp_plugin")
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate shards over GPUs only, though what it does then works on CPUs too; so it is tested there
+        if config.precision != "no":
+            plugin.set_mixed_precision(config.precision)
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
     if config.optimizer == "muon" and is_sharded(accelerator):
         raise InputError("optimizer: muon needs whole matrices, which this launch splits; use adamw")
     return accelerator
@@ -67,6 +80,11 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether no process holds the whole model."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed runs backward passes, clips and updates."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:

@@ -39,7 +39,7 @@ from vidlada.training.objective import (
     next_token_loss,
 )
 from vidlada.training.optimizers import Optimizers, drop_gradients, make_optimizers
-from vidlada.training.parallel import is_sharded, make_accelerator, on_main, total
+from vidlada.training.parallel import is_deepspeed, is_sharded, make_accelerator, on_main, total
 from vidlada.training.samples import Source
 from vidlada.training.shapes_source import ShapesSource
 
@@ -160,13 +160,13 @@ def train(
         assert checkpoint is not None
         progress = run.load(checkpoint)
         say(f"resumed from {checkpoint.name}")
+    final = output / "model"
     try:
         run.steps(progress)
+        run.save(final)
     finally:
         with suppress(OSError):  # a full disk does not let the log be closed
-            accelerator.end_training()
-    final = output / "model"
-    run.save(final)
+            accelerator.end_training()  # ends the process group too
     if progress.skipped:
         say(f"{progress.skipped} of {progress.seen} samples were broken, and others taken; see {output}/skipped.jsonl")
     return final
@@ -320,12 +320,13 @@ class Run:
         """
         accelerator, config = self.accelerator, self.config
         accelerator.gradient_accumulation_steps, accelerator.step = passes, 0
+        # accelerate averages over processes and, except under DeepSpeed, over passes; losses are shares of a mean already
+        shares = accelerator.num_processes * (1 if is_deepspeed(accelerator) else passes)
         own = Figures(steps=1)
         for batch in batches:
             with accelerator.accumulate(self.model):
                 loss = self.loss(batch, step)
-                # accelerate averages over passes and processes; losses are already shares of the step's mean
-                accelerator.backward(loss * (passes * accelerator.num_processes))
+                accelerator.backward(loss * shares)
             value = float(loss.detach())
             own.loss += value
             own.tokens += int((batch["sample_index"] >= -1).sum())
