@@ -20,6 +20,7 @@ from vidlada.errors import InputError
 from vidlada.info import check_memory, check_memory_of_weights, memory_need
 from vidlada.model import VidLaDAForMaskedDiffusion
 from vidlada.processor import EncodedConversation, Message, VidLaDAProcessor, time_instruction
+from vidlada.quantization import Quantization, quantize
 from vidlada.video import Frames, Sampling, VideoInfo, sample_frames
 
 SHIPPED = "tiny"
@@ -354,6 +355,8 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | None = None,
     device_map: Any = None,
+    quantization: Quantization | None = None,
+    compiled: bool = False,
 ) -> VidLaDA:
     """Load a model.
 
@@ -362,6 +365,8 @@ def load(
         dtype: of the weights; `auto` is float32 on a CPU, and the stored type elsewhere.
         device: `cuda`, `cpu`, …; the first GPU by default, else the CPU.
         device_map: as in transformers, to spread a model over devices.
+        quantization: of the language model's projections; see `vidlada.quantization`.
+        compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
 
     Raises:
         InputError: there is no such folder, or it is not a checkpoint of this family.
@@ -373,6 +378,10 @@ def load(
     if device_map is None:
         check_memory_of_weights(describe(folder), dtype, torch.device(device))
     model = load_model(folder, dtype=dtype, device=device, device_map=device_map).eval()
+    if quantization is not None:
+        quantize(model.language_model, quantization)
+    if compiled:
+        model.language_model.compile_layers()
     processor = VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
     return VidLaDA(model, processor, str(name_or_folder))
 

@@ -89,12 +89,11 @@ class Attention(nn.Module):
         keys = rotate(self.heads(self.k_proj(hidden)), rotation)
         return queries, keys, self.heads(self.v_proj(hidden))
 
-    def forward(self, hidden: Tensor, rotation: Rotation, attention_mask: Tensor | None) -> Tensor:
-        queries, keys, values = self.project(hidden, rotation)
+    def mix(self, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """What every position sees of the others: (batch, tokens, width)."""
         if self.groups > 1:
             keys, values = (states.repeat_interleave(self.groups, dim=1) for states in (keys, values))
-        mixed = attend(queries, keys, values, attention_mask)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return attend(queries, keys, values, attention_mask).transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -120,9 +119,17 @@ class Layer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, attention_mask: Tensor | None) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, attention_mask)
+    def enter(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """All before positions meet: queries, keys and values of (batch, tokens, width) states."""
+        return self.self_attn.project(self.input_layernorm(hidden), rotation)
+
+    def leave(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """All after: what was seen, (batch, tokens, width), goes into the residual stream."""
+        hidden = hidden + self.self_attn.o_proj(mixed)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def forward(self, hidden: Tensor, rotation: Rotation, attention_mask: Tensor | None) -> Tensor:
+        return self.leave(hidden, self.self_attn.mix(*self.enter(hidden, rotation), attention_mask))
 
 
 class LanguageModel(nn.Module):
@@ -138,6 +145,15 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.enter, self.leave = Layer.enter, Layer.leave  # what a cached pass runs of every layer
+
+    def compile_layers(self) -> None:
+        """Let torch.compile fuse what a cached pass runs of every layer, once for all layers and any number of tokens.
+
+        The first passes then take seconds longer.
+        """
+        self.enter = torch.compile(Layer.enter, dynamic=True)
+        self.leave = torch.compile(Layer.leave, dynamic=True)
 
     def forward(
         self, hidden: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from vidlada.bench.decoding import decoding_figures, decoding_table
 from vidlada.bench.passes import PASSES, pass_figures, pass_table, scaling_figures, scaling_table
+from vidlada.bench.weights import Weights, weights_figures, weights_table
 from vidlada.cli import main
 from vidlada.errors import InputError
 
@@ -71,6 +72,14 @@ def test_scaling():
     assert (first["visual_tokens"], second["visual_tokens"]) == (200, 400)
     assert second["key_value_bytes"] - first["key_value_bytes"] == 200 * 8 * 2 * 512 * 4
     assert scaling_table(figures).count("\n| ") == 3
+
+
+def test_weights():
+    kinds = [Weights("float32"), Weights("float32", "int8"), Weights("bfloat16", "int8-dynamic")]
+    figures = weights_figures("mid", frames=1, kinds=kinds, repeats=1)
+    assert [row["weights"] for row in figures["rows"]] == ["float32", "float32, int8", "bfloat16, int8-dynamic"]
+    assert figures["rows"][0]["cached_times_faster"] == 1
+    assert weights_table(figures).count("\n| ") == 4
 
 
 def test_command_line(tmp_path):

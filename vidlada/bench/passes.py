@@ -1,4 +1,4 @@
-"""One full pass beside transformers' Llama of the same shape, and a cached step as the video grows."""
+"""Single passes: a full one beside transformers' Llama, and a cached one as the video grows."""
 
 import statistics
 from collections.abc import Callable, Sequence

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from vidlada.cli.options import answer_options, given_options, load_quietly, model_option, one_line_errors, progress
+from vidlada.cli.options import ModelSource, answer_options, given_options, model_option, one_line_errors, progress
 
 
 @click.command()
@@ -17,9 +17,7 @@ from vidlada.cli.options import answer_options, given_options, load_quietly, mod
 @answer_options
 @model_option
 @one_line_errors
-def ask(
-    video: str, question: str, as_json: bool, show: bool, model: str, device: str | None, dtype: str, **options: Any
-) -> None:
+def ask(video: str, question: str, as_json: bool, show: bool, source: ModelSource, **options: Any) -> None:
     """Ask VIDEO a QUESTION and print the answer.
 
     VIDEO is a video file, a folder of images, or an image.
@@ -27,7 +25,7 @@ def ask(
     if as_json and show:
         raise click.UsageError("--json and --show exclude each other")
     given = given_options(options)
-    vidlada = load_quietly(model, dtype, device)
+    vidlada = source.load()
     with progress(f"watching {video}"):
         conversation = vidlada.chat(video, **given)
     if show:
@@ -90,13 +88,13 @@ def show_drafts(conversation: Any, question: str) -> None:
 @answer_options
 @model_option
 @one_line_errors
-def chat(video: str, show: bool, model: str, device: str | None, dtype: str, **options: Any) -> None:
+def chat(video: str, show: bool, source: ModelSource, **options: Any) -> None:
     """Ask VIDEO several questions, one a line; an empty line or the end of input closes.
 
     The video is decoded and encoded once. Models trained on conversations also see the earlier turns.
     """
     given = given_options(options)
-    vidlada = load_quietly(model, dtype, device)
+    vidlada = source.load()
     with progress(f"watching {video}"):
         conversation = vidlada.chat(video, **given)
     click.echo(f"{video}: {len(conversation.video.times)} frames. Ask; an empty line ends.", err=True)

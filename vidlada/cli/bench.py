@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from vidlada.cli.options import answer_options, given_options, load_quietly, model_option, one_line_errors, progress
+from vidlada.cli.options import ModelSource, answer_options, given_options, model_option, one_line_errors, progress
 
 
 @click.group()
@@ -34,8 +34,6 @@ def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say what model is measured, and where."""
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
-        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
-                     show_default=True, help="Type of the weights."),
         click.option("--device", help="cpu, cuda …; the first GPU by default, else the CPU."),
         click.option("--size", type=click.Choice(["tiny", "mid", "8b"]), default="mid", show_default=True,
                      help="The shipped model; or random weights: 25 million for a CPU, or VidLaDA-8B's shape."),
@@ -44,18 +42,18 @@ def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def measuring(size: str, device: str | None, dtype: str) -> dict[str, Any]:
-    """What every benchmark of a model takes."""
+dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
+                            show_default=True, help="Type of the weights.")  # fmt: skip
+
+
+def measuring(device: str | None, dtype: str | None = None) -> dict[str, Any]:
+    """What every benchmark of a model takes besides its options."""
     import torch
 
     from vidlada.api import usable_device
 
-    return {
-        "size": size,
-        "device": usable_device(device),
-        "dtype": getattr(torch, dtype),
-        "progress": lambda what: click.echo(what, err=True),
-    }
+    kind = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    return {"device": usable_device(device), "progress": lambda what: click.echo(what, err=True), **kind}
 
 
 @bench.command("decode")
@@ -75,10 +73,11 @@ def measuring(size: str, device: str | None, dtype: str) -> dict[str, Any]:
 )
 @click.option("--repeats", type=click.IntRange(1), default=1, show_default=True, help="Interleaved repeats.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Also draw the totals, to this new file (png, svg …).")
+@dtype_option
 @size_options
 @one_line_errors
 def bench_decode(
-    caches: tuple[str, ...], size: str, device: str | None, dtype: str, plot: Path | None, as_json: bool, **options: Any
+    caches: tuple[str, ...], device: str | None, dtype: str, plot: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Decoding with every cache, against recomputing everything in each step."""
     from vidlada.bench.decoding import CACHES, decoding_figures, decoding_table
@@ -86,7 +85,7 @@ def bench_decode(
 
     if plot is not None:
         new_plot(plot)
-    figures = decoding_figures(caches=caches or CACHES, **measuring(size, device, dtype), **options)
+    figures = decoding_figures(caches=caches or CACHES, **measuring(device, dtype), **options)
     if plot is not None:
         decoding_plot(figures, plot)
     click.echo(json.dumps(figures) if as_json else decoding_table(figures))
@@ -95,13 +94,14 @@ def bench_decode(
 @bench.command("pass")
 @click.option("--frames", type=click.IntRange(1), help="Of the video, as for decode.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Interleaved repeats.")
+@dtype_option
 @size_options
 @one_line_errors
-def bench_pass(size: str, device: str | None, dtype: str, as_json: bool, **options: Any) -> None:
+def bench_pass(device: str | None, dtype: str, as_json: bool, **options: Any) -> None:
     """One pass over a whole prompt, against transformers' Llama of the same shape and weights."""
     from vidlada.bench.passes import pass_figures, pass_table
 
-    figures = pass_figures(**measuring(size, device, dtype), **options)
+    figures = pass_figures(**measuring(device, dtype), **options)
     click.echo(json.dumps(figures) if as_json else pass_table(figures))
 
 
@@ -114,14 +114,28 @@ def bench_pass(size: str, device: str | None, dtype: str, as_json: bool, **optio
     show_default=True,
     help="May be repeated.",
 )
+@dtype_option
 @size_options
 @one_line_errors
-def bench_scaling(size: str, device: str | None, dtype: str, as_json: bool, **options: Any) -> None:
+def bench_scaling(device: str | None, dtype: str, as_json: bool, **options: Any) -> None:
     """A cached step as the video grows, against what it has to read."""
     from vidlada.bench.passes import scaling_figures, scaling_table
 
-    figures = scaling_figures(**measuring(size, device, dtype), **options)
+    figures = scaling_figures(**measuring(device, dtype), **options)
     click.echo(json.dumps(figures) if as_json else scaling_table(figures))
+
+
+@bench.command("weights")
+@click.option("--frames", type=click.IntRange(1), help="Of the video, as for decode.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Interleaved repeats.")
+@size_options
+@one_line_errors
+def bench_weights(device: str | None, as_json: bool, **options: Any) -> None:
+    """Steps with 8-bit, bfloat16 and compiled weights, against float32."""
+    from vidlada.bench.weights import weights_figures, weights_table
+
+    figures = weights_figures(**measuring(device), **options)
+    click.echo(json.dumps(figures) if as_json else weights_table(figures))
 
 
 @bench.command("quality")
@@ -131,16 +145,14 @@ def bench_scaling(size: str, device: str | None, dtype: str, as_json: bool, **op
 @answer_options
 @model_option
 @one_line_errors
-def bench_quality(
-    questions: Path, caches: tuple[str, ...], model: str, device: str | None, dtype: str, as_json: bool, **options: Any
-) -> None:
+def bench_quality(questions: Path, caches: tuple[str, ...], source: ModelSource, as_json: bool, **options: Any) -> None:
     """What every cache costs in right answers to QUESTIONS (from `vidlada shapes write`), and saves in work."""
     from vidlada.bench.quality import CACHES, quality_figures, quality_table
     from vidlada.shapes.benchmark import read_questions
 
     entries = read_questions(questions)
     figures = quality_figures(
-        load_quietly(model, dtype, device), entries, questions.parent, caches or CACHES,
+        source.load(), entries, questions.parent, caches or CACHES,
         progress=lambda what: click.echo(what, err=True), **given_options(options),
     )  # fmt: skip
     click.echo(json.dumps(figures) if as_json else quality_table(figures))
@@ -153,9 +165,7 @@ def bench_quality(
 @answer_options
 @model_option
 @one_line_errors
-def bench_drift(
-    video: str, question: str, as_json: bool, model: str, device: str | None, dtype: str, **options: Any
-) -> None:
+def bench_drift(video: str, question: str, as_json: bool, source: ModelSource, **options: Any) -> None:
     """How far states move between steps while QUESTION about VIDEO is answered, layer by layer.
 
     Tells what a cache may leave alone, and for how long; and where visual tokens look.
@@ -163,7 +173,7 @@ def bench_drift(
     from vidlada.bench.drift import drift_figures, drift_table
 
     given = given_options(options)
-    vidlada = load_quietly(model, dtype, device)
+    vidlada = source.load()
     with progress("measuring"):
         figures = drift_figures(vidlada.model, vidlada.chat(video, **given).request(question))
     click.echo(json.dumps(figures) if as_json else drift_table(figures))

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -43,17 +44,52 @@ def progress(message: str) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """The model a command was asked to use.
+
+    Attributes:
+        model: its name or folder.
+        device, dtype, quantization, compiled: as `vidlada.load` takes them.
+    """
+
+    model: str
+    device: str | None
+    dtype: str
+    quantization: str | None
+    compiled: bool
+
+    def load(self) -> Any:
+        """Load it behind our own spinner instead of transformers' progress bars."""
+        from vidlada.api import load
+
+        without_progress_bars()
+        with progress(f"loading {self.model}"):
+            return load(self.model, self.dtype, self.device, quantization=self.quantization, compiled=self.compiled)  # type: ignore[arg-type]
+
+
 def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say which model runs where."""
+    """The options that say which model runs where; the command gets them as `source`."""
+
+    @wraps(command)
+    def wrapped(
+        model: str, device: str | None, dtype: str, quantization: str | None, compiled: bool, **options: Any
+    ) -> Any:
+        return command(source=ModelSource(model, device, dtype, quantization, compiled), **options)
+
     for option in (
+        click.option("--compile", "compiled", is_flag=True,
+                     help="Fuse what cached steps run (torch.compile); the first steps take seconds longer."),
+        click.option("--quantize", "quantization", type=click.Choice(["int8", "int8-dynamic"]),
+                     help="8-bit projections: weights only, or activations too."),
         click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
                      show_default=True, help="Type of the weights."),
         click.option("--device", help="cpu, cuda, cuda:1 …; the first GPU by default, else the CPU."),
         click.option("--model", default="tiny", show_default=True,
                      help="The shipped model 'tiny', or a checkpoint folder."),
     ):  # fmt: skip
-        command = option(command)
-    return command
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,15 +122,6 @@ def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def given_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value not in (None, ())}
-
-
-def load_quietly(model: str, dtype: str, device: str | None) -> Any:
-    """Load a model behind our own spinner instead of transformers' progress bars."""
-    from vidlada.api import load
-
-    without_progress_bars()
-    with progress(f"loading {model}"):
-        return load(model, dtype=dtype, device=device)
 
 
 def without_progress_bars() -> None:

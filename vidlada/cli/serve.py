@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from vidlada.cli.options import load_quietly, model_option, one_line_errors
+from vidlada.cli.options import ModelSource, model_option, one_line_errors
 from vidlada.errors import InputError
 from vidlada.serve.limits import Limits
 
@@ -41,7 +41,7 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @one_line_errors
 def serve(
     host: str, port: int, name: str | None, api_key_file: str | None, allow_dir: str | None, allow_private_urls: bool,
-    log_content: bool, model: str, device: str | None, dtype: str, **limits: Any,
+    log_content: bool, source: ModelSource, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve a model: OpenAI's chat interface, and a page that shows answers denoise.
 
@@ -61,8 +61,8 @@ def serve(
         raise InputError(f"the server needs more packages: pip install 'vidlada[serve]' ({error.name})") from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would log URLs
-    vidlada = load_quietly(model, dtype, device)
-    settings = ServerSettings(name or Path(model).name, keys, allowed, allow_private_urls, log_content)
+    vidlada = source.load()
+    settings = ServerSettings(name or Path(source.model).name, keys, allowed, allow_private_urls, log_content)
     config = uvicorn.Config(
         create_app(vidlada, settings, checked), log_config=None, access_log=False, server_header=False, ws="none",
         lifespan="on", timeout_graceful_shutdown=checked.drain_seconds,

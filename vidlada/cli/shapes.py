@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vidlada.cli.options import answer_options, given_options, load_quietly, model_option, one_line_errors, progress
+from vidlada.cli.options import ModelSource, answer_options, given_options, model_option, one_line_errors, progress
 from vidlada.errors import InputError
 
 
@@ -42,9 +42,7 @@ def shapes_write(folder: Path, no_clock: bool, **options: Any) -> None:
 @answer_options
 @model_option
 @one_line_errors
-def shapes_evaluate(
-    questions: Path, blind: bool, report: Path | None, model: str, device: str | None, dtype: str, **options: Any
-) -> None:
+def shapes_evaluate(questions: Path, blind: bool, report: Path | None, source: ModelSource, **options: Any) -> None:
     """Ask a model every question of QUESTIONS (from `vidlada shapes write`) and print its scores by family."""
     from vidlada.shapes.benchmark import evaluate, read_questions
 
@@ -52,7 +50,7 @@ def shapes_evaluate(
     if report is not None and report.exists():
         raise InputError(f"{report} exists; choose another file")
     given = given_options(options)
-    vidlada = load_quietly(model, dtype, device)
+    vidlada = source.load()
 
     def answers(video: Path | None, asked: Sequence[str]) -> list[str]:
         return [answer.text for answer in vidlada.ask_many([(video, question) for question in asked], **given)]
@@ -63,5 +61,5 @@ def shapes_evaluate(
 
     result = evaluate(entries, questions.parent, answers, blind=blind, progress=show)
     if report is not None:
-        report.write_text(json.dumps({"model": model, "blind": blind, **result.to_dict()}, indent=1))
+        report.write_text(json.dumps({"model": source.model, "blind": blind, **result.to_dict()}, indent=1))
     click.echo(result.table())

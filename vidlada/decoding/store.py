@@ -116,15 +116,14 @@ def renew(language_model: LanguageModel, works: Sequence[Work]) -> None:
         assert rotation is not None
         assert isinstance(layer, Layer)
         sizes = [len(positions) for positions in active]
-        projected = layer.self_attn.project(layer.input_layernorm(hidden[None]), rotation)
+        projected = language_model.enter(layer, hidden[None], rotation)
         queries, keys, values = ([*states[0].split(sizes, dim=1)] for states in projected)
         if number == 0:
             changed = [_changes(*parts) for parts in zip(works, active, values, strict=True)]
         mixed = [
             _attend(work, number, *parts) for work, *parts in zip(works, active, queries, keys, values, strict=True)
         ]
-        hidden = hidden + layer.self_attn.o_proj(torch.cat(mixed))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        hidden = language_model.leave(layer, hidden, torch.cat(mixed))
     for work, positions, states in zip(works, active, hidden.split([len(a) for a in active]), strict=True):
         work.store.hidden[config.num_hidden_layers].index_copy_(0, positions, language_model.norm(states))
 

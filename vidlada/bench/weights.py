@@ -1,0 +1,93 @@
+"""Steps with weights kept in 8 bits, in bfloat16, or run by compiled layers, beside float32."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vidlada.bench.decoding import Run, measure
+from vidlada.bench.machine import machine
+from vidlada.bench.sizes import Subject, subject
+from vidlada.config import GenerationSettings
+from vidlada.decoding.policies import Frozen
+from vidlada.quantization import Quantization, quantize
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How weights are kept and run."""
+
+    dtype: str
+    quantization: Quantization | None = None
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.dtype, self.quantization, "compiled" if self.compiled else "")))
+
+
+WEIGHTS = (
+    Weights("float32"), Weights("float32", "int8"), Weights("float32", "int8-dynamic"), Weights("float32", None, True),
+    Weights("bfloat16"), Weights("bfloat16", "int8"), Weights("bfloat16", "int8-dynamic"),
+    Weights("bfloat16", None, True), Weights("bfloat16", "int8", True),
+)  # fmt: skip
+
+
+def weights_figures(
+    size: str, frames: int | None = None, kinds: Sequence[Weights] = WEIGHTS, repeats: int = 3, device: str = "cpu",
+    progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:  # fmt: skip
+    """A full step and a cached one (a block of 32 answer tokens) with weights kept in several ways, interleaved.
+
+    Args:
+        size, frames, device: as in `vidlada.bench.decoding.decoding_figures`.
+        kinds: the first is what the others are compared with.
+        repeats: of each, after one that is not counted.
+        progress: called with what is measured next.
+
+    Raises:
+        InputError: an unknown size, or torchao is missing.
+    """
+    settings = GenerationSettings(gen_length=32, block_length=32, cache=Frozen.name)
+    subjects: dict[Weights, Subject] = {}
+    runs: dict[Weights, list[Run]] = {kind: [] for kind in kinds}
+    for kind in kinds:
+        progress(f"{kind}, warming up")
+        subjects[kind] = made = subject(size, frames, device, getattr(torch, kind.dtype))
+        if kind.quantization is not None:
+            quantize(made.model.language_model, kind.quantization)
+        if kind.compiled:
+            made.model.language_model.compile_layers()
+        measure(made.model, made.request(settings))
+    for repeat in range(repeats):
+        for kind, made in subjects.items():
+            progress(f"{kind}, {repeat + 1} of {repeats}")
+            runs[kind].append(measure(made.model, made.request(settings)))
+    full = {kind: statistics.median(run.seconds[0] for run in own) for kind, own in runs.items()}
+    cached = {kind: statistics.median(statistics.median(run.seconds[1:]) for run in own) for kind, own in runs.items()}
+    return {
+        "machine": machine(device), "size": size, "visual_tokens": subjects[kinds[0]].visual_tokens, "repeats": repeats,
+        "rows": [
+            {"weights": str(kind), "full_step_s": full[kind], "cached_step_s": cached[kind],
+             "full_times_faster": full[kinds[0]] / full[kind], "cached_times_faster": cached[kinds[0]] / cached[kind]}
+            for kind in kinds
+        ],
+    }  # fmt: skip
+
+
+def weights_table(figures: dict[str, Any]) -> str:
+    """Markdown of `weights_figures`."""
+    lines = [
+        f"{figures['machine']}; size {figures['size']}, {figures['visual_tokens']} visual tokens, 32 answer tokens, "
+        f"{figures['repeats']} interleaved repeats",
+        "",
+        "| weights | full step, s | cached step, s | full step, times faster | cached step, times faster |",
+        "|---|---|---|---|---|",
+    ]
+    for row in figures["rows"]:
+        lines.append(
+            f"| {row['weights']} | {row['full_step_s']:.3f} | {row['cached_step_s']:.4f} "
+            f"| {row['full_times_faster']:.2f} | {row['cached_times_faster']:.2f} |"
+        )
+    return "\n".join(lines)
