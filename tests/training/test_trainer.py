@@ -6,36 +6,19 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import vidlada.training.checkpoints as checkpoints
 import vidlada.training.trainer as trainer
+from runs import MODEL, PICTURES, STEPS, assert_same, quietly, run, weights
 from vidlada.checkpoint import load_model
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.processor import VidLaDAProcessor
-from vidlada.training.collate import CollateSettings
-from vidlada.training.config import Stage, TrainingConfig
+from vidlada.training.config import Stage
 from vidlada.training.models import new_model
 from vidlada.training.trainer import Interrupted, train
-
-MODEL = {
-    "text_config": {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-    },
-    "vision_config": {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56,
-        "patch_size": 28, "vision_use_head": False,
-    },
-    "system_message": "",
-    "max_length": 512,
-}  # fmt: skip
-PICTURES = {"kind": "shapes", "pictures": True, "frames_per_batch": 3, "questions": 2, "families": ["picture", "count"]}
-CLIPS = {"kind": "shapes", "seconds": [2, 2], "frames_per_batch": 4, "questions": 2}
-STEPS = 7
 
 # A run that ends itself: after a step, or half way through writing a checkpoint.
 KILLED_RUN = """
@@ -60,30 +43,6 @@ def save_model(model, processor, folder, weights):
 checkpoints.save_model = save_model
 trainer.train(TrainingConfig(**values, stages=stages), report=report)
 """
-
-
-def run(output, **changes):
-    stages = (
-        Stage("pictures", 1e-2, PICTURES, 3, collate=CollateSettings(end_targets=1, end_slots=2)),
-        Stage("clips", 1e-2, CLIPS, 4, final_learning_rate=1e-3, collate=CollateSettings(force_up_to=2)),
-    )
-    values = {"precision": "no", "warmup_steps": 2, "weight_decay": 0.01, "checkpoint_every": 2, "log_every": 1}
-    return TrainingConfig(str(output), stages, MODEL, **{**values, "workers": 0, **changes})
-
-
-def weights(folder):
-    return load_model(Path(folder)).state_dict()
-
-
-def assert_same(folder, expected):
-    found = weights(folder)
-    assert found.keys() == expected.keys()
-    different = [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])]
-    assert not different
-
-
-def quietly(line):
-    pass
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,6 +6,7 @@ from vidlada import __version__
 from vidlada.cli.ask import ask, chat
 from vidlada.cli.bench import bench
 from vidlada.cli.checkpoint import convert, info
+from vidlada.cli.data import data
 from vidlada.cli.serve import serve
 from vidlada.cli.shapes import shapes
 from vidlada.cli.train import merge, train
@@ -28,5 +29,5 @@ def completion(shell: str) -> None:
     click.echo(script(main, {}, "vidlada", "_VIDLADA_COMPLETE").source())
 
 
-for command in (ask, chat, info, convert, train, merge, shapes, bench, serve):
+for command in (ask, chat, info, convert, train, merge, data, shapes, bench, serve):
     main.add_command(command)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from vidlada.config import VidLaDAConfig
 from vidlada.errors import InputError
@@ -51,7 +51,6 @@ def adapted_llama(
     named = {} if gguf_file(folder) is None else {"gguf_file": gguf_file(folder)}
     try:
         source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **named)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **named)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
     llama = source.config
@@ -68,11 +67,7 @@ def adapted_llama(
     ]
     if problems:
         raise InputError(f"{folder}: a Llama with {' and '.join(problems)} cannot be adapted")
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS]},
-        replace_additional_special_tokens=False,
-    )
-    tokenizer.pad_token, tokenizer.mask_token = END_OF_TEXT, MASK
+    tokenizer = adapted_tokenizer(folder)
     rows = max(len(tokenizer), llama.vocab_size)
     from vidlada.training.models import role_tokens
 
@@ -99,6 +94,19 @@ def adapted_llama(
     )
     model.lm_head.load_state_dict({"weight": grown(source.lm_head.weight.detach(), rows)})
     return model, VidLaDAProcessor.from_config(tokenizer, config)
+
+
+def adapted_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer with the control tokens added; `InputError` if there is none."""
+    named = {} if gguf_file(folder) is None else {"gguf_file": gguf_file(folder)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **named)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    tokens = [AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    tokenizer.pad_token, tokenizer.mask_token = END_OF_TEXT, MASK
+    return tokenizer
 
 
 def grown(weight: torch.Tensor, rows: int) -> torch.Tensor:

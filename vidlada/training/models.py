@@ -47,6 +47,21 @@ def starting_model(config: TrainingConfig) -> tuple[VidLaDAForMaskedDiffusion, V
     return model, VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
 
 
+def starting_processor(config: TrainingConfig) -> VidLaDAProcessor:
+    """The processor of the model a run starts from, without its weights."""
+    from vidlada.checkpoint import load_tokenizer
+    from vidlada.training.adapt import adapted_tokenizer, is_llama
+
+    model_config = starting_config(config)
+    if config.init_from is None:
+        tokenizer = word_tokenizer(vocabulary())
+    elif is_llama(Path(config.init_from)):
+        tokenizer = adapted_tokenizer(Path(config.init_from))
+    else:
+        tokenizer = load_tokenizer(Path(config.init_from))
+    return VidLaDAProcessor.from_config(tokenizer, model_config)
+
+
 def starting_config(config: TrainingConfig) -> VidLaDAConfig:
     """The configuration of the model a run starts from, without its weights."""
     from vidlada.training.adapt import is_llama

@@ -320,7 +320,7 @@ class Run:
         """
         accelerator, config = self.accelerator, self.config
         accelerator.gradient_accumulation_steps, accelerator.step = passes, 0
-        # accelerate averages over processes and, except under DeepSpeed, over passes; losses are shares of a mean already
+        # accelerate averages over processes and, but for DeepSpeed, over passes; losses are shares of a mean already
         shares = accelerator.num_processes * (1 if is_deepspeed(accelerator) else passes)
         own = Figures(steps=1)
         for batch in batches:

@@ -1,0 +1,47 @@
+"""`vidlada data`."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from vidlada.cli.options import one_line_errors, progress
+
+
+@click.group()
+def data() -> None:
+    """Training data: check a run's files, build questions about long videos."""
+
+
+@data.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--most", type=click.IntRange(0), default=10, show_default=True, help="Lines of each kind of problem.")
+@click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="Threads that open files.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every finding.")
+@one_line_errors
+def check(config: Path, most: int, workers: int, as_json: bool) -> None:
+    """Check the data of the run that CONFIG (YAML) describes: missing and unreadable files, samples that are too long
+    or without labels, duplicate ids; and show how long samples are. The exit code is 1 if anything was found.
+    """
+    from vidlada.training.check import check_source
+    from vidlada.training.config import load_config
+    from vidlada.training.llava import LlavaSource
+    from vidlada.training.models import starting_processor
+    from vidlada.training.trainer import stage_sources
+
+    settings = load_config(config)
+    processor = starting_processor(settings)
+    sources = stage_sources(settings, processor.image_size)
+    reports = []
+    for stage, source in zip(settings.stages, sources, strict=True):
+        if isinstance(source, LlavaSource):
+            with progress(f"checking {stage.name}"):
+                reports.append(check_source(stage.name, source, processor, workers))
+        elif not as_json:
+            click.echo(f"{stage.name}: clips of the shapes world, made as they are needed")
+    if as_json:
+        click.echo(json.dumps([report.to_dict() for report in reports]))
+    for report in [] if as_json else reports:
+        click.echo(report.text(most))
+    sys.exit(0 if all(report.ok for report in reports) else 1)

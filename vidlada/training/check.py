@@ -1,0 +1,145 @@
+"""What is wrong with a run's data, before hours are spent on it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidlada.errors import InputError
+from vidlada.processor import VidLaDAProcessor
+from vidlada.training.collate import messages_of
+from vidlada.training.llava import LlavaSource
+from vidlada.training.mixture import Entry, Media, TarMember
+from vidlada.video import probe, sample_indices
+
+BARS = 12  # of the histogram
+BAR_WIDTH = 40
+
+
+@dataclass
+class DataReport:
+    """Findings about one stage's data.
+
+    Attributes:
+        stage: its name.
+        entries: how many it has.
+        problems: by kind, a line for each entry concerned.
+        lengths: tokens of every usable entry.
+    """
+
+    stage: str
+    entries: int
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+
+    def note(self, kind: str, line: str) -> None:
+        """Add a problem."""
+        self.problems.setdefault(kind, []).append(line)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+    def text(self, most: int) -> str:
+        """For people.
+
+        Args:
+            most: lines shown of each kind of problem.
+        """
+        lines = [f"{self.stage}: {self.entries} entries"]
+        for kind, found in self.problems.items():
+            lines.append(f"  {kind}: {len(found)}")
+            lines += [f"    {line}" for line in found[:most]]
+            lines += [f"    … and {len(found) - most} more"] if len(found) > most else []
+        return "\n".join([*lines, *histogram(self.lengths)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"stage": self.stage, "entries": self.entries, "problems": self.problems, "lengths": self.lengths}
+
+
+def check_source(
+    name: str,
+    source: LlavaSource,
+    processor: VidLaDAProcessor,
+    workers: int = 4,
+    progress: Callable[[int], None] = lambda done: None,
+) -> DataReport:
+    """Look at every entry of a source. Videos are opened and indexed, not decoded; images are opened.
+
+    Args:
+        name: of the stage.
+        source: its data.
+        processor: counts tokens as training will.
+        workers: threads that open files.
+        progress: called with the number of finished entries.
+    """
+    entries = source.entries
+    report = DataReport(name, len(entries))
+    # what a strategy repeats on purpose is one entry; two entries of one id are two
+    counts = Counter(entry.id for entry in {entry.origin: entry for entry in entries}.values())
+    for entry_id, count in counts.items():
+        if count > 1:
+            report.note("duplicate ids", f"{entry_id}: {count} times")
+    files = list(dict.fromkeys(media for entry in entries for media in entry.media))
+    with ThreadPoolExecutor(workers) as pool:
+        frames = dict(zip(files, pool.map(lambda media: frames_of(media, source), files), strict=True))
+    for done, entry in enumerate(entries, start=1):
+        check_entry(entry, frames, processor, report)
+        progress(done)
+    return report
+
+
+def check_entry(
+    entry: Entry, frames: dict[Media, int | tuple[str, str]], processor: VidLaDAProcessor, report: DataReport
+) -> None:
+    """Add what is wrong with one entry to the report, or its length."""
+    counts = []
+    for media in entry.media:
+        found = frames[media]
+        if isinstance(found, tuple):
+            report.note(found[0], f"{entry.origin}: {found[1]}")
+        else:
+            counts.append(found)
+    if not any(answer.strip() for answer in entry.answers):
+        report.note("without labels", f"{entry.origin}: every answer is empty")
+    if len(counts) < len(entry.media):
+        return
+    messages = messages_of(len(counts), list(zip(entry.questions, entry.answers, strict=True)))
+    try:
+        encoded = processor.encode(messages, counts, add_generation_prompt=False)
+    except InputError as error:
+        report.note("too long", f"{entry.origin}: {error}")
+    else:
+        report.lengths.append(len(encoded.input_ids))
+
+
+def frames_of(media: Media, source: LlavaSource) -> int | tuple[str, str]:
+    """Frames that training takes of a file, or the kind of problem with it and a message."""
+    if isinstance(media, TarMember):
+        return 1
+    if not Path(media).exists():
+        return "missing files", str(media)
+    try:
+        info = probe(media)
+    except InputError as error:
+        return "unreadable files", str(error)
+    return len(sample_indices(info.frames, info.fps, source.sampling))
+
+
+def histogram(lengths: Iterable[int]) -> list[str]:
+    """Lines of a histogram of tokens."""
+    values = np.array(list(lengths))
+    if not len(values):
+        return ["  no usable entry"]
+    counts, edges = np.histogram(values, bins=min(BARS, int(np.ptp(values)) + 1))
+    lines = [f"  tokens: median {int(np.median(values))}, most {values.max()}, sum {values.sum()}"]
+    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        bar = "█" * round(BAR_WIDTH * count / counts.max())
+        lines.append(f"  {round(low):>7}–{round(high):<7} {bar} {count}")
+    return lines
