@@ -9,7 +9,8 @@ from vidlada.serve.errors import RequestError
 from vidlada.serve.schema import ChatMessage, ChatRequest, FilePart, ImagePart, TextPart, VideoPart
 
 SETTINGS = (
-    "block_length", "steps", "threshold", "factor", "cfg_scale", "remasking", "cache", "suffix", "temperature", "seed",
+    "block_length", "steps", "threshold", "factor", "cfg_scale", "remasking", "cache", "reuse", "suffix",
+    "temperature", "seed",
 )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ class Decoders:
         process = await self.idle.get()
         try:
             if process is None or process.returncode is not None:
+                await self._kill(process)
                 process = await self._start()
             async with asyncio.timeout(self.limits.decode_seconds):
                 header, pixels = await self._exchange(process, order)

@@ -4,7 +4,8 @@ What is special about it:
 - in every turn the thread does at most one piece of preparation (a few frames through the vision tower, or one request
   joining) and one step of all running answers, so new requests never stop the running ones for long;
 - an answer is the same as alone: requests share steps, not settings, blocks or random numbers;
-- vision features are kept, bounded, under a key made from the video's content;
+- vision features are kept, bounded, under a key made from the video's content; so are the frames' keys and values
+  where a request's settings say `reuse`;
 - a cancelled request is gone before the next step.
 
 It knows nothing of HTTP. Whoever submits a job gets a ticket, and reads updates from it in an asyncio event loop.
@@ -16,13 +17,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from vidlada.api import VidLaDA
 from vidlada.config import GenerationSettings
+from vidlada.decoding.cache import VisualStates
 from vidlada.decoding.sampler import Denoiser, Request, State
 from vidlada.errors import VidLaDAError
 from vidlada.processor import EncodedConversation
@@ -65,6 +67,11 @@ class Job:
     videos: Sequence[Shown]
     settings: GenerationSettings
     max_tokens: int | None = None
+
+    @property
+    def visual_key(self) -> Hashable:
+        """Under which the frames' keys and values may be taken over; the decoding loop checks that they fit."""
+        return (*(shown.key for shown in self.videos), self.settings.cache)
 
     @property
     def tokens(self) -> int:
@@ -161,13 +168,14 @@ class Engine:
 
     Args:
         vidlada: the model; only this thread may run it from now on.
-        limits: `max_running`, `max_running_tokens` and `feature_store_mb` count here.
+        limits: `max_running`, `max_running_tokens`, `feature_store_mb` and `visual_store_mb` count here.
     """
 
     def __init__(self, vidlada: VidLaDA, limits: Limits):
         self.vidlada, self.limits = vidlada, limits
         self.denoiser = Denoiser(vidlada.model)
         self.features: BoundedStore[Tensor] = BoundedStore(limits.feature_store_mb * MEBI)
+        self.visual: BoundedStore[VisualStates] = BoundedStore(limits.visual_store_mb * MEBI)
         self.totals = Totals()
         self.waiting: deque[Ticket] = deque()
         self.running: dict[int, Ticket] = {}
@@ -221,18 +229,18 @@ class Engine:
         self._fail(VidLaDAError("the server is shutting down"), everything=True)
 
     def _drop_cancelled(self) -> None:
-        gone = {number for number, ticket in self.running.items() if ticket.cancelled}
-        for number in gone:
-            del self.running[number]
-        self.denoiser.rows = [row for row in self.denoiser.rows if row.number not in gone]
-        self.totals.cancelled += len(gone)
+        gone = [ticket for ticket in self.running.values() if ticket.cancelled]
+        self.running = {number: ticket for number, ticket in self.running.items() if not ticket.cancelled}
+        self.denoiser.rows = [row for row in self.denoiser.rows if row.number in self.running]
         if self.joining and self.joining[0].cancelled:
+            gone.append(self.joining[0])
             self.joining = None
-            self.totals.cancelled += 1
         with self.condition:
-            kept = [ticket for ticket in self.waiting if not ticket.cancelled]
-            self.totals.cancelled += len(self.waiting) - len(kept)
-            self.waiting = deque(kept)
+            gone += [ticket for ticket in self.waiting if ticket.cancelled]
+            self.waiting = deque(ticket for ticket in self.waiting if not ticket.cancelled)
+        self.totals.cancelled += len(gone)
+        for ticket in gone:
+            ticket.put(VidLaDAError("the request was cancelled"))
 
     def _prepare(self) -> None:
         """One piece of preparation of the next request in line, if there is room for it."""
@@ -285,7 +293,9 @@ class Engine:
             visual.append(features)
         width = model.language_model.config.hidden_size
         tokens = torch.cat(visual) if visual else torch.empty(0, width, device=model.device)
-        ticket.request = self.vidlada.request(ticket.job.encoded, tokens, ticket.job.settings)
+        job = ticket.job
+        known = self.visual.get(job.visual_key) if job.settings.reuse else None
+        ticket.request = replace(self.vidlada.request(job.encoded, tokens, job.settings), visual=known)
         number, state = self.denoiser.add(ticket.request)
         self.running[number] = ticket
         if state is not None:
@@ -315,6 +325,10 @@ class Engine:
         ticket = self.running[number]
         request, settings = ticket.request, ticket.job.settings
         assert request is not None
+        if state.visual is not None:
+            kept = (state.visual.keys, state.visual.values, *state.visual.hidden.values())
+            self.visual.put(ticket.job.visual_key, state.visual, sum(tensor.nbytes for tensor in kept))
+            state = replace(state, visual=None)  # readers have no use for it
         settled = settle(
             state, self.vidlada.processor.decode, request.stop_sequences, settings.stop, ticket.job.max_tokens
         )

@@ -39,6 +39,7 @@ class Limits:
     decode_memory_mb: int = limit(4096, "MiB of address space of each of them.")
     frame_store_mb: int = limit(256, "MiB of decoded frames kept for further questions.")
     feature_store_mb: int = limit(512, "MiB of vision features kept for further questions.")
+    visual_store_mb: int = limit(1024, "MiB of the frames' keys and values kept for questions that say `reuse`.")
 
     def __post_init__(self) -> None:
         for entry in fields(self):

@@ -27,6 +27,7 @@ class ServiceCollector(Collector):
             "running_requests": ("Requests being denoised", len(engine.running)),
             "frame_store_bytes": ("Decoded frames kept", service.frames.nbytes),
             "feature_store_bytes": ("Vision features kept", engine.features.nbytes),
+            "visual_store_bytes": ("Keys and values of frames kept", engine.visual.nbytes),
             "upload_bytes": ("Uploads kept", service.files.nbytes),
             "gpu_memory_bytes": (
                 "Allocated by torch",

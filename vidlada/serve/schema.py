@@ -78,7 +78,7 @@ class ChatRequest(Strict):
     Args:
         diffusing: also tell the draft: in a stream after every step.
         gen_length: answer slots; by default what `max_tokens` needs, else the checkpoint's own number.
-        block_length, steps, threshold, factor, cfg_scale, remasking, cache, suffix: as `GenerationSettings`.
+        block_length, steps, threshold, factor, cfg_scale, remasking, cache, reuse, suffix: as `GenerationSettings`.
         frames, fps, force_sample, time_instruction: as `vidlada ask` has them.
         user, metadata, store, service_tier, prompt_cache_key, safety_identifier: accepted, without effect.
         top_p and others: accepted with the value that has no effect.
@@ -103,6 +103,7 @@ class ChatRequest(Strict):
     cfg_scale: float | None = None
     remasking: Literal["low_confidence", "random"] | None = None
     cache: str | None = Field(None, max_length=200)
+    reuse: bool | None = None
     suffix: str | None = Field(None, max_length=10_000)
     frames: int = Field(64, ge=1)
     fps: float = Field(1.0, gt=0)

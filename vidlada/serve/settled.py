@@ -55,14 +55,14 @@ def settle(
     if not complete:
         ids = ids[: len(ids) - overlap(ids, stop_sequences)]
     text = decode(ids)
+    if not complete:
+        text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    sure = len(text) if complete else len(text) - overlap(text, stop_words)
     end = min((place for place in (text.find(word) for word in stop_words) if place >= 0), default=None)
-    if end is not None:
+    if end is not None and end <= sure:
         return Settled(text[:end].strip(), len(ids), "stop")
-    if complete:
-        return Settled(text.strip(), len(ids), "stop" if stopped else "length")
-    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-    text = text[: len(text) - overlap(text, stop_words)]
-    return Settled(text.strip(), len(ids), None)
+    reason = ("stop" if stopped else "length") if complete else None
+    return Settled(text[:sure].strip(), len(ids), reason)
 
 
 def overlap(sequence: Sequence, ends: Sequence[Sequence]) -> int:

@@ -1,0 +1,162 @@
+"""What goes wrong in the field: malformed requests, clients that vanish or dawdle, crowds, dead workers, signals."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+from serve.running import KEY, running_server
+
+LONG = {"model": "tiny", "stream": True, "gen_length": 1024, "block_length": 16,
+        "messages": [{"role": "user", "content": "describe the video ."}], "diffusing": True, "stop": None,
+        "temperature": 1.5}  # fmt: skip
+SHORT = {"model": "tiny", "gen_length": 16, "messages": [{"role": "user", "content": "is it red ?"}]}
+
+
+def about(path):
+    """A question about a local file."""
+    shown = {"type": "video_url", "video_url": {"url": f"file://{path}"}}
+    return {**SHORT, "messages": [{"role": "user", "content": [{"type": "text", "text": "is it red ?"}, shown]}]}
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def idle(server):
+    return server.metric("vidlada_admitted_requests") == 0 and server.metric("vidlada_running_requests") == 0
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000, b'{"model": "tiny"}']
+)
+def test_malformed_bodies(server, body):
+    response = server.http().post("/v1/chat/completions", content=body)
+    assert response.status_code in (400, 422)
+    assert response.json()["error"]["message"]
+
+
+def test_a_client_that_hangs_up_frees_its_place(server):
+    cancelled = server.metric("vidlada_cancelled_answers_total")
+    with server.http() as http, http.stream("POST", "/v1/chat/completions", json=LONG) as response:
+        next(response.iter_lines())
+    wait_for(lambda: idle(server))
+    # its answer may have been complete already
+    assert server.metric("vidlada_cancelled_answers_total") >= cancelled
+
+
+def test_a_client_that_hangs_up_without_a_stream(server):
+    with pytest.raises(httpx2.TimeoutException), server.http() as http:
+        http.post("/v1/chat/completions", json={**LONG, "stream": False}, timeout=0.3)
+    wait_for(lambda: idle(server))
+
+
+def test_a_client_that_never_sends_its_body(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEY}", "Content-Length: 50")
+        connection.sendall("\r\n".join((*head, "", "{")).encode())
+        assert b" 408 " in connection.recv(4096)
+    wait_for(lambda: idle(server))
+
+
+def test_a_crowd_is_answered_or_told_to_wait(server):
+    async def crowd():
+        async with httpx2.AsyncClient(
+            base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120,
+            limits=httpx2.Limits(max_connections=200),
+        ) as http:  # fmt: skip
+            return await asyncio.gather(*(http.post("/v1/chat/completions", json=SHORT) for _ in range(200)))
+
+    responses = asyncio.run(crowd())
+    answers = [r.json()["choices"][0]["message"]["content"] for r in responses if r.status_code == 200]
+    refused = [response for response in responses if response.status_code != 200]
+    assert len(answers) >= 60
+    assert len(set(answers)) == 1
+    assert all(response.status_code == 429 and response.headers["Retry-After"] for response in refused)
+    wait_for(lambda: idle(server))
+
+
+def test_a_killed_worker_does_no_harm(server, clip):
+    body = about(clip)
+    assert server.http().post("/v1/chat/completions", json=body).status_code == 200
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(server.process.pid)], capture_output=True, text=True)
+    workers = [int(pid) for pid in listed.stdout.split()]
+    assert workers
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.5)
+    other = {**body, "fps": 3.0}  # not in the stores yet
+    assert server.http().post("/v1/chat/completions", json=other).status_code == 200
+
+
+def test_bad_videos_do_no_harm(server, clip, allowed):
+    content = clip.read_bytes()
+    http = server.http()
+    for number, damaged in enumerate([content[:5000], content[:1000] * 5, os.urandom(5000)]):
+        (allowed / f"bad-{number}").write_bytes(damaged)
+        response = http.post("/v1/chat/completions", json=about(allowed / f"bad-{number}"))
+        assert response.status_code == 422
+        assert str(allowed) not in response.text
+
+
+def test_sigterm_lets_answers_end_and_leaves_nothing_behind(tmp_path):
+    with running_server(TMPDIR=str(tmp_path)) as server:
+        events, started = [], threading.Event()
+
+        def read():
+            with server.http() as http, http.stream("POST", "/v1/chat/completions", json=LONG) as response:
+                for line in response.iter_lines():
+                    events.append(line)
+                    started.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert started.wait(60)
+        assert list(tmp_path.iterdir())
+        server.stop()
+        reader.join(60)
+        lines = [line for line in events if line]
+        assert lines[-1] == "data: [DONE]"
+        assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(httpx2.ConnectError):
+            server.http().get("/health")
+
+
+def test_startup_errors_are_one_line(server, tmp_path):
+    port = server.url.rpartition(":")[2]
+    (tmp_path / "keys").write_text("\n")
+    for arguments, word in [
+        (["--port", port], "cannot listen"),
+        (["--allow-dir", tmp_path / "none"], "no such folder"),
+        (["--api-key-file", tmp_path / "keys"], "no key"),
+        (["--max-queue", "0"], "at least 1"),
+        (["--port", "0", "--model", tmp_path / "none"], "no such model"),
+    ]:
+        from click.testing import CliRunner
+
+        from vidlada.cli import main
+
+        done = CliRunner().invoke(main, ["serve", *map(str, arguments)])
+        assert done.exit_code == 2
+        assert word in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_no_temporary_file_outlives_its_request(server):
+    """The running server keeps uploads and nothing else."""
+    folders = [path for path in Path("/tmp").glob("vidlada-serve-*") if path.is_dir()]
+    uploads = server.http().get("/v1/files").json()["data"]
+    kept = sum(len(list(folder.iterdir())) for folder in folders)
+    assert kept == len(uploads) or len(folders) > 1  # another server may run on this machine
