@@ -4,6 +4,7 @@ import click
 
 from vidlada import __version__
 from vidlada.cli.ask import ask, chat
+from vidlada.cli.batch import batch
 from vidlada.cli.bench import bench
 from vidlada.cli.checkpoint import convert, info
 from vidlada.cli.data import data
@@ -29,5 +30,5 @@ def completion(shell: str) -> None:
     click.echo(script(main, {}, "vidlada", "_VIDLADA_COMPLETE").source())
 
 
-for command in (ask, chat, info, convert, train, merge, data, shapes, bench, serve):
+for command in (ask, chat, info, convert, train, merge, data, shapes, bench, serve, batch):
     main.add_command(command)
