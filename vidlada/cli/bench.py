@@ -177,3 +177,21 @@ def bench_drift(video: str, question: str, as_json: bool, source: ModelSource, *
     with progress("measuring"):
         figures = drift_figures(vidlada.model, vidlada.chat(video, **given).request(question))
     click.echo(json.dumps(figures) if as_json else drift_table(figures))
+
+
+@bench.command("serve")
+@click.option("--model", default="tiny", show_default=True, help="The shipped model 'tiny', or a checkpoint folder.")
+@click.option("--device", help="cpu, cuda …; the first GPU by default, else the CPU.")
+@click.option("--clients", type=click.IntRange(1), multiple=True, help="May be repeated; 1, 4 and 16 by default.")
+@click.option("--requests", type=click.IntRange(1), default=32, show_default=True, help="At each number of clients.")
+@click.option("--gen-length", type=click.IntRange(1), default=64, show_default=True, help="Answer slots.")
+@click.option("--memory-requests", type=click.IntRange(0), default=0, show_default=True,
+              help="Further requests over which the server's memory is watched.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@one_line_errors
+def bench_serve(clients: tuple[int, ...], device: str | None, as_json: bool, **options: Any) -> None:
+    """Requests a second and latency of `vidlada serve`, against serving one request at a time."""
+    from vidlada.bench.serve import serve_figures, serve_table
+
+    figures = serve_figures(clients=clients or (1, 4, 16), **measuring(device), **options)
+    click.echo(json.dumps(figures) if as_json else serve_table(figures))
