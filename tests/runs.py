@@ -26,12 +26,14 @@ STEPS = 7
 
 
 def run(output, **changes):
+    """A run of two stages of three and four steps, with some of its settings changed."""
     stages = (
         Stage("pictures", 1e-2, PICTURES, 3, collate=CollateSettings(end_targets=1, end_slots=2)),
         Stage("clips", 1e-2, CLIPS, 4, final_learning_rate=1e-3, collate=CollateSettings(force_up_to=2)),
     )
     values = {"precision": "no", "warmup_steps": 2, "weight_decay": 0.01, "checkpoint_every": 2, "log_every": 1}
-    return TrainingConfig(str(output), stages, MODEL, **{**values, "workers": 0, **changes})
+    values |= {"output": str(output), "stages": stages, "model": MODEL, "workers": 0, **changes}
+    return TrainingConfig(**values)
 
 
 def weights(folder):

@@ -45,3 +45,15 @@ def check(config: Path, most: int, workers: int, as_json: bool) -> None:
     for report in [] if as_json else reports:
         click.echo(report.text(most))
     sys.exit(0 if all(report.ok for report in reports) else 1)
+
+
+@data.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@one_line_errors
+def build(config: Path) -> None:
+    """Make questions about long videos as CONFIG (YAML) says: a model writes them, those answered without the video
+    are dropped, and other models vote. Running it again continues.
+    """
+    from vidlada.training.engine import build_dataset, load_build
+
+    click.echo(str(build_dataset(load_build(config), report=lambda line: click.echo(line, err=True))))

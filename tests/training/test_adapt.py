@@ -1,0 +1,83 @@
+"""Starting from an autoregressive Llama: the same numbers under a causal mask, new rows, a falling loss."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import vidlada
+from runs import quietly, run
+from vidlada.errors import InputError
+from vidlada.processor import END_OF_TURN, MASK
+from vidlada.training.adapt import CONTROL_TOKENS, adapted_llama, is_llama
+from vidlada.training.config import Stage
+from vidlada.training.objective import causal_mask
+from vidlada.training.trainer import train
+
+VISION = {"vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+                            "num_attention_heads": 2, "image_size": 56, "patch_size": 28, "vision_use_head": False},
+          "max_length": 512}  # fmt: skip
+DATA = {"kind": "shapes", "pictures": True, "frames_per_batch": 8, "questions": 2, "families": ["clock"],
+        "choice_share": 0.0}  # fmt: skip
+
+
+def write_llama(folder: Path, **changes) -> Path:
+    """A Llama with random weights, tied embeddings and grouped heads, as SmolLM2 has; a tokenizer of single bytes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    values = {
+        "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 5000.0,
+        "max_position_embeddings": 512, "initializer_range": 0.3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**values, **changes})).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+def test_under_a_causal_mask_it_is_the_llama(llama):
+    assert is_llama(llama)
+    model, processor = adapted_llama(llama, {"text_only": True}, 0)
+    ids = torch.randint(0, 256, (1, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)(ids).logits
+        causal = model(input_ids=ids, attention_mask=causal_mask(None, 9)).logits
+        whole = model(input_ids=ids).logits
+    torch.testing.assert_close(causal[..., :256], expected, rtol=0, atol=2e-4)
+    assert (whole[..., :256] - expected).abs().max() > 0.1  # and without the mask it looks ahead
+    assert len(processor.tokenizer) == model.config.text_config.vocab_size == 256 + len(CONTROL_TOKENS)
+    rows = model.language_model.embed_tokens.weight
+    torch.testing.assert_close(rows[processor.token_id(MASK)], rows[:256].mean(0))
+    assert model.config.mask_token_id == processor.token_id(MASK)
+    assert list(model.config.stop_token_ids) == [processor.token_id(END_OF_TURN)]
+
+
+def test_it_learns_as_masked_diffusion_with_a_new_vision_half(llama, tmp_path):
+    losses = []
+    settings = run(tmp_path / "run", model=VISION, init_from=str(llama), log_every=10, checkpoint_every=99,
+                   stages=(Stage("a", 5e-3, DATA, 40),))  # fmt: skip
+    final = train(settings, report=lambda line: losses.append(float(line.split("loss ")[1].split()[0])))
+    assert losses[-1] < 0.7 * losses[0]
+    answer = vidlada.load(final).ask(None, "What time is it?", gen_length=4)
+    assert answer.statistics.steps > 0
+
+
+def test_what_cannot_be_adapted_is_named(tmp_path, llama, small_folder):
+    biased = write_llama(tmp_path / "biased", attention_bias=True)
+    with pytest.raises(InputError, match="attention biases"):
+        adapted_llama(biased, {"text_only": True}, 0)
+    settings = run(tmp_path / "run", init_from=str(small_folder), stages=(Stage("a", 1e-3, DATA, 1),))
+    with pytest.raises(InputError, match="whole model already"):
+        train(settings, report=quietly)
+    with pytest.raises(InputError, match="gone is not a folder"):
+        train(replace(settings, init_from=str(tmp_path / "gone"), output=str(tmp_path / "b")), report=quietly)

@@ -1,0 +1,172 @@
+"""The long-video data engine against a stub of an OpenAI-compatible endpoint."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from media import write_video
+
+from vidlada.cli import main
+from vidlada.training.engine import Candidate, candidates_in, letter_in, with_choices
+from vidlada.training.mixture import read_llava
+
+QUESTIONS = [
+    {"question": "Who waves?", "answer": "the cook", "wrong": ["the cat", "nobody"]},
+    {"question": "Which is a colour?", "answer": "red", "wrong": ["seven", "up"]},
+    {"question": "What falls?", "answer": "a cup", "wrong": ["a tree", "snow"]},
+    {"question": "malformed", "answer": "", "wrong": []},
+]
+# Which questions each model answers right.
+KNOWS = {
+    "blind": {"Which is a colour?"},
+    "first": {"Who waves?", "Which is a colour?", "What falls?"},
+    "second": {"Who waves?"},
+}
+
+
+class Stub(ThreadingHTTPServer):
+    """Plays every model; keeps the requests; fails when told to."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests, self.fail_at, self.fail_with = [], None, 400
+
+    def answer(self, body):
+        content = body["messages"][0]["content"]
+        text = content if isinstance(content, str) else content[-1]["text"]
+        if body["model"] == "writer":
+            return f"Here you are:\n```json\n{json.dumps(QUESTIONS)}\n```"
+        question = next(q for q in QUESTIONS if q["question"] in text)
+        right = next(line[0] for line in text.splitlines() if line[1:] == f". {question['answer']}")
+        wrong = next(line[0] for line in text.splitlines() if line[1:] == f". {question['wrong'][0]}")
+        return f"{right}." if question["question"] in KNOWS[body["model"]] else f"I think {wrong}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):  # noqa: N802 - the library's name
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        stub = self.server
+        stub.requests.append((self.path, self.headers.get("Authorization"), body))
+        failed = stub.fail_at is not None and len(stub.requests) >= stub.fail_at
+        if failed and stub.fail_with == 503:
+            stub.fail_at = None
+        reply = {"choices": [{"message": {"content": stub.answer(body)}}]}
+        content = json.dumps({"error": "no"} if failed else reply).encode()
+        self.send_response(stub.fail_with if failed else 200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def stub():
+    server = Stub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def config(tmp_path, stub):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_video(videos / "a.mp4", frames=100)
+    (videos / "broken.mp4").write_bytes(b"no video")
+
+    def endpoint(model):
+        return {"url": f"http://127.0.0.1:{stub.server_port}/v1", "model": model, "timeout": 20}
+
+    values = {
+        "videos": str(videos), "output": str(tmp_path / "out" / "long.jsonl"), "segments": 2, "frames": 3, "size": 32,
+        "writer": endpoint("writer"), "blind": endpoint("blind"),
+        "voters": [endpoint("first"), endpoint("second")], "agreement": 2,
+    }  # fmt: skip
+    path = tmp_path / "build.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def build(config):
+    return CliRunner().invoke(main, ["data", "build", str(config)])
+
+
+def test_a_build_keeps_what_needs_the_video_and_has_the_votes(tmp_path, stub, config, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    result = build(config)
+    assert result.exit_code == 0, result.output
+    output = tmp_path / "out" / "long.jsonl"
+    entries = read_llava(output, tmp_path / "videos")
+    assert [(entry.questions, entry.answers) for entry in entries] == [(("<image>\nWho waves?",), ("the cook",))] * 2
+    assert len({entry.id for entry in entries}) == 2
+    audit = [json.loads(line) for line in output.with_suffix(".audit.jsonl").read_text().splitlines()]
+    assert [(record["video"], record["segment"]) for record in audit] == [
+        ("a.mp4", 0), ("a.mp4", 1), ("broken.mp4", 0), ("broken.mp4", 1),
+    ]  # fmt: skip
+    assert "broken.mp4" in audit[2]["problem"]
+    assert [candidate["verdict"] for candidate in audit[0]["candidates"]] == [
+        "kept", "answered without the video", "1 of 2 voters agree",
+    ]  # fmt: skip
+    roles = [(call["role"], call["model"]) for call in audit[0]["candidates"][0]["asked"]]
+    assert roles == [("blind", "blind"), ("voter", "first"), ("voter", "second")]
+    for path, authorization, body in stub.requests:
+        assert (path, authorization) == ("/v1/chat/completions", "Bearer secret")
+        pictures = 0 if isinstance(body["messages"][0]["content"], str) else len(body["messages"][0]["content"]) - 1
+        assert pictures == (0 if body["model"] == "blind" else 3)
+    assert "secret" not in output.with_suffix(".audit.jsonl").read_text()
+
+
+def test_a_build_continues_and_asks_nothing_twice(tmp_path, stub, config):
+    stub.fail_at = 12  # in the second segment: the first took 1 + 3 × blind + 2 × 2 votes = 8 requests
+    result = build(config)
+    assert result.exit_code == 1 and "status 400" in result.output and "Traceback" not in result.output
+    audit = tmp_path / "out" / "long.audit.jsonl"
+    with audit.open("a") as file:
+        file.write('{"video": "a.mp4", "segm')  # as a kill leaves it
+    stub.fail_at, before = None, len(stub.requests)
+    result = build(config)
+    assert result.exit_code == 0, result.output
+    assert len(stub.requests) - before == 8
+    assert len(read_llava(tmp_path / "out" / "long.jsonl")) == 2
+    content = audit.read_text()
+    assert build(config).exit_code == 0
+    assert audit.read_text() == content and len(stub.requests) - before == 8
+
+
+def test_a_busy_server_is_asked_again(stub, config, tmp_path):
+    stub.fail_at, stub.fail_with = 1, 503
+    assert build(config).exit_code == 0
+    assert len(read_llava(tmp_path / "out" / "long.jsonl")) == 2
+
+
+def test_wrong_builds_are_named(tmp_path, config):
+    values = yaml.safe_load(config.read_text())
+    for change, match in (({"agreement": 3}, "voters"), ({"voter": 1}, "voter: unknown"), ({"videos": "x"}, "x is")):
+        config.write_text(yaml.safe_dump({**values, **change}))
+        result = build(config)
+        assert result.exit_code == 2 and match in result.output, result.output
+
+
+@pytest.mark.parametrize("reply", ["", "[", "no json", '[{"question": "a"}]', "[1]", '{"question": "a"}'])
+def test_unusable_replies(reply):
+    assert candidates_in(reply) == []
+
+
+def test_letters():
+    assert [letter_in(reply) for reply in ("B", "B.", "The answer is C", "(D) yes", "none", "")] == list("BBCD") + [
+        "",
+        "",
+    ]
+    candidate = Candidate("Which?", "right", ["w1", "w2", "w3"])
+    letters = set()
+    for seed in range(30):
+        prompt, letter = with_choices(candidate, [seed])
+        assert f"{letter}. right" in prompt
+        letters.add(letter)
+    assert letters == set("ABCD")

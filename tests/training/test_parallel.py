@@ -1,0 +1,171 @@
+"""Two processes over gloo on one machine: the curve of one process, checkpoints, and staying in step.
+
+Tolerance: losses, printed with four digits after the point, differ by at most 2e-4; weights by at most 1e-4 after six
+steps at a learning rate of 1e-2. Sums are only taken in another order.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from runs import assert_same, quietly, run, weights
+from vidlada.training.checkpoints import checkpoints
+from vidlada.training.config import Stage
+from vidlada.training.trainer import train
+
+# Each step has four samples, so one process in two passes and two processes in one split it into the same parts.
+# Half of the samples are text alone: often one process has no video and the other has.
+DATA = {"kind": "shapes", "pictures": True, "frames_per_batch": 4, "questions": 2, "families": ["clock"],
+        "choice_share": 0.0, "text_only_share": 0.5}  # fmt: skip
+
+
+def config(output, **changes):
+    stages = (Stage("a", 1e-2, DATA, 4), Stage("b", 1e-2, DATA, 2, tower_learning_rate=1e-3, frozen=("projector",)))
+    return run(output, **{"stages": stages, "per_device_batch": 2, "checkpoint_every": 2, **changes})
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def launch(settings, folder, *options, processes=2, before=()):
+    """`vidlada train` under torchrun; returns the exit code and what it said."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(settings)))))
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
+               "--master-port", free_port(), *before, "-m", "vidlada", "train", str(path), *options]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def losses(text):
+    return [float(value) for value in re.findall(r"step \d+/.* loss (\S+)", text)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """One process in two passes a step."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    lines = []
+    final = train(config(tmp_path_factory.mktemp("one") / "run"), report=lines.append)
+    torch.set_num_threads(before)
+    return weights(final), losses("\n".join(lines))
+
+
+def test_passes_are_a_whole_batch_in_parts(one, tmp_path):
+    """Where every answer is hidden whole nothing is drawn, and the number of parts changes nothing at all."""
+    found = []
+    for passes in (None, 2, 1):
+        stages = tuple(
+            Stage(stage.name, stage.learning_rate, stage.data, stage.steps, collate={"force_up_to": 99})
+            for stage in config(tmp_path).stages
+        )
+        settings = config(tmp_path / str(passes), stages=stages, per_device_batch=passes, checkpoint_every=99)
+        found.append(weights(train(settings, report=quietly)))
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_follow_the_curve_of_one(one, tmp_path, parallel):
+    code, said = launch(config(tmp_path / "run", parallel=parallel), tmp_path)
+    assert code == 0, said
+    assert len(one[1]) == 6
+    assert losses(said) == pytest.approx(one[1], abs=2e-4)
+    found = weights(tmp_path / "run" / "model")
+    for name, tensor in one[0].items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
+    assert not list((tmp_path / "run").glob("*.partial"))
+    newest = checkpoints(tmp_path / "run")[-1]
+    assert (newest / "pytorch_model_fsdp_0").is_dir() == (parallel == "fsdp")
+
+    # as after kill -9 between step 4 and 6
+    for leftover in (newest, tmp_path / "run" / "model"):
+        leftover.rename(tmp_path / leftover.name)
+    code, resumed = launch(config(tmp_path / "run", parallel=parallel), tmp_path, "--resume")
+    assert code == 0, resumed
+    assert losses(resumed) == losses(said)[4:]
+    assert_same(tmp_path / "run" / "model", found)
+
+
+# Two hosts in network namespaces of their own, a cable between them; each runs the launch script.
+TWO_NODES = """
+set -e
+ip link set lo up
+unshare -n sleep 600 & other=$!
+sleep 1
+ip link add left type veth peer name right netns $other
+ip addr add 10.231.0.1/24 dev left
+ip link set left up
+nsenter -t $other -n sh -c 'ip link set lo up; ip addr add 10.231.0.2/24 dev right; ip link set right up'
+export NNODES=2 NPROC_PER_NODE=1 MASTER_ADDR=10.231.0.1 MASTER_PORT=29511 OMP_NUM_THREADS=1
+RANK=1 GLOO_SOCKET_IFNAME=right nsenter -t $other -n "$1" "$2" & second=$!
+code=0
+RANK=0 GLOO_SOCKET_IFNAME=left "$1" "$2" || code=$?
+wait $second || code=$?
+kill $other
+exit $code
+"""
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train.sh"
+
+
+def can_make_networks():
+    """Whether this user may make network namespaces and cables between them."""
+    if not all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip")):
+        return False
+    command = ["unshare", "-Urn", "ip", "link", "add", "left", "type", "veth", "peer", "name", "right"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_make_networks(), reason="needs network namespaces")
+def test_two_nodes_follow_the_curve_of_one_process(one, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config(tmp_path / "run"))))))
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = ["unshare", "-Urn", "bash", "-c", TWO_NODES, "bash", str(SCRIPT), str(path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == 0, said
+    assert losses(said) == pytest.approx(one[1], abs=2e-4)
+    assert (tmp_path / "run" / "checkpoint-0000006" / "random_states_1.pkl").is_file()
+
+
+def test_sigterm_to_torchrun_saves_first(tmp_path):
+    """As a cluster's scheduler ends a job."""
+    stages = (Stage("a", 1e-2, DATA, 5000),)
+    path = tmp_path / "run.yaml"
+    settings = config(tmp_path / "run", stages=stages, checkpoint_every=10**6)
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(settings)))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", free_port(),
+               "-m", "vidlada", "train", str(path)]  # fmt: skip
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        running = subprocess.Popen(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file, start_new_session=True
+        )
+    deadline = time.monotonic() + 300
+    while "step 2/" not in errors.read_text() and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.2)
+    running.send_signal(signal.SIGTERM)
+    running.wait(timeout=200)
+    said = errors.read_text()
+    assert re.search(r"stopped by signal 15 after step \d+; continue with --resume", said), said
+    (saved,) = checkpoints(tmp_path / "run")
+    assert f"after step {int(saved.name.split('-')[1])};" in said

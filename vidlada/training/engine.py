@@ -1,0 +1,327 @@
+"""Questions about long videos, made by language models and kept only if the video is needed to answer them.
+
+For every video (VidLaDA's data engine, arXiv 2601.17868): cut it into equal strata of time; let a writer model ask
+about the frames of each; drop what a model answers without the frames (the text gives it away); keep what enough
+models, each shown the frames, answer as the writer did. Every prompt, reply and vote stays in an audit file, from
+which the output is made: an interrupted build continues where it was.
+"""
+
+import base64
+import io
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from vidlada.errors import InputError, VidLaDAError
+from vidlada.training.config import build, expanded, read_yaml
+from vidlada.training.samples import STRICT
+from vidlada.video import Sampling, sample_frames
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+LETTERS = "ABCDEFGH"
+WRITE = (
+    "These {frames} frames show seconds {start:.0f} to {end:.0f} of a video, in order. Write {questions} "
+    "multiple-choice questions about what happens in them, which nobody can answer without seeing them, and which do "
+    'not name the frames. Reply with JSON alone: [{{"question": "…", "answer": "…", "wrong": ["…", "…", "…"]}}]'
+)
+ANSWER = "{question}\n{choices}\nAnswer with the letter of the right choice alone."
+WITHOUT = "You do not see the video. Guess. "
+
+
+@dataclass(frozen=True, config=STRICT)
+class Endpoint:
+    """A model behind an OpenAI-compatible interface.
+
+    Args:
+        url: up to and without `/chat/completions`, e.g. `http://localhost:8000/v1`.
+        model: its name there.
+        key_variable: environment variable that holds its API key; sent only if set.
+        timeout: seconds for a reply.
+        tries: after errors of the network or the server.
+    """
+
+    url: str
+    model: str
+    key_variable: str = "OPENAI_API_KEY"
+    timeout: PositiveFloat = 120.0
+    tries: PositiveInt = 3
+
+
+@dataclass(frozen=True, config=STRICT)
+class BuildConfig:
+    """A build.
+
+    Args:
+        videos: a folder; all videos below it are used.
+        output: jsonl of LLaVA entries; the audit file is beside it.
+        writer: asks the questions.
+        blind: tries to answer without frames.
+        voters: answer with frames.
+        agreement: so many voters must answer as the writer did.
+        segments: strata of time a video is cut into.
+        frames: shown of each.
+        questions: asked for about each.
+        size: pixels along a side of a frame.
+        blind_tries: a question is dropped if any of so many blind answers, with the choices in another order each,
+            is right.
+        seed: of the order of choices.
+    """
+
+    videos: Path
+    output: Path
+    writer: Endpoint
+    blind: Endpoint
+    voters: tuple[Endpoint, ...]
+    agreement: PositiveInt = 2
+    segments: PositiveInt = 4
+    frames: PositiveInt = 8
+    questions: PositiveInt = 3
+    size: PositiveInt = 384
+    blind_tries: PositiveInt = 1
+    seed: NonNegativeInt = 0
+
+    def __post_init__(self) -> None:
+        if self.agreement > len(self.voters):
+            raise InputError(f"agreement {self.agreement} needs as many voters; there are {len(self.voters)}")
+
+    @property
+    def audit(self) -> Path:
+        """File of every prompt, reply and vote."""
+        return self.output.with_suffix(".audit.jsonl")
+
+
+@dataclass(config=STRICT)
+class Candidate:
+    """A question on its way.
+
+    Attributes:
+        question, answer, wrong: as written.
+        asked: every call: role, model, prompt, reply, and whether it was right.
+        verdict: `kept`, or why not.
+    """
+
+    question: str
+    answer: str
+    wrong: list[str]
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    verdict: str = ""
+
+
+def load_build(path: Path) -> BuildConfig:
+    """Read a build from YAML; `InputError` names what is wrong in it."""
+    return build(BuildConfig, expanded(read_yaml(path), str(path)), str(path))
+
+
+def complete(endpoint: Endpoint, prompt: str, pictures: Sequence[str] = ()) -> str:
+    """A model's reply.
+
+    Args:
+        endpoint: which.
+        prompt: text.
+        pictures: data URLs, shown before the text.
+
+    Raises:
+        VidLaDAError: the endpoint refuses the request, or does not answer.
+    """
+    try:
+        import httpx2
+    except ImportError as error:
+        raise InputError("vidlada data build needs httpx2: pip install vidlada[train]") from error
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+    content = [*parts, {"type": "text", "text": prompt}] if pictures else prompt
+    body = {"model": endpoint.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+    key = os.environ.get(endpoint.key_variable)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    where = f"{endpoint.url.rstrip('/')}/chat/completions"
+    problem = ""
+    for attempt in range(endpoint.tries):
+        if attempt:
+            time.sleep(2**attempt / 2)
+        try:
+            reply = httpx2.post(where, json=body, headers=headers, timeout=endpoint.timeout)
+            if reply.status_code < 400:
+                return str(reply.json()["choices"][0]["message"]["content"])
+            problem = f"status {reply.status_code}: {reply.text[:200]}"
+            if reply.status_code not in (408, 409, 425, 429) and reply.status_code < 500:
+                break
+        except httpx2.HTTPError as error:
+            problem = f"{type(error).__name__}: {error}"
+        except (ValueError, KeyError, IndexError, TypeError):
+            problem = "its reply is not a chat completion"
+    raise VidLaDAError(f"{where} ({endpoint.model}): {problem}; run again to continue")
+
+
+def candidates_in(reply: str) -> list[Candidate]:
+    """The questions in a writer's reply; what is not as asked for is left out."""
+    found = re.search(r"\[.*\]", reply, re.DOTALL)
+    try:
+        values = json.loads(found[0]) if found else []
+    except ValueError:
+        values = []
+    kept = []
+    for value in values if isinstance(values, list) else []:
+        if not isinstance(value, dict):
+            continue
+        question, answer, wrong = (value.get(name) for name in ("question", "answer", "wrong"))
+        texts = [question, answer, *(wrong if isinstance(wrong, list) else [None])]
+        usable = all(isinstance(text, str) and text.strip() for text in texts)
+        if usable and 2 <= len(texts) - 1 <= len(LETTERS) and len(set(texts[1:])) == len(texts) - 1:
+            kept.append(Candidate(*(text.strip() for text in texts[:2]), [text.strip() for text in texts[2:]]))  # type: ignore[arg-type]
+    return kept
+
+
+def with_choices(candidate: Candidate, seed: Sequence[int]) -> tuple[str, str]:
+    """The question with its choices in a random order, and the letter of the right one."""
+    choices = [candidate.answer, *candidate.wrong]
+    order = np.random.default_rng(list(seed)).permutation(len(choices))
+    listed = "\n".join(f"{letter}. {choices[place]}" for letter, place in zip(LETTERS, order, strict=False))
+    return ANSWER.format(question=candidate.question, choices=listed), LETTERS[order.tolist().index(0)]
+
+
+def letter_in(reply: str) -> str:
+    """The letter a reply chooses; empty if it chooses none."""
+    found = re.search(rf"\b([{LETTERS}])\b", reply.strip())
+    return found[1] if found else ""
+
+
+def judge(candidate: Candidate, config: BuildConfig, pictures: Sequence[str], seed: Sequence[int]) -> None:
+    """Ask the blind model and the voters; the verdict and every call are kept in the candidate."""
+
+    def ask(role: str, endpoint: Endpoint, number: int, shown: Sequence[str]) -> bool:
+        prompt, right = with_choices(candidate, [*seed, number])
+        prompt = WITHOUT * (role == "blind") + prompt
+        reply = complete(endpoint, prompt, shown)
+        agrees = letter_in(reply) == right
+        candidate.asked.append(
+            {"role": role, "model": endpoint.model, "prompt": prompt, "reply": reply, "right": right, "agrees": agrees}
+        )
+        return agrees
+
+    if any(ask("blind", config.blind, number, ()) for number in range(config.blind_tries)):
+        candidate.verdict = "answered without the video"
+        return
+    votes = sum(ask("voter", voter, number, pictures) for number, voter in enumerate(config.voters))
+    candidate.verdict = "kept" if votes >= config.agreement else f"{votes} of {len(config.voters)} voters agree"
+
+
+def build_dataset(config: BuildConfig, report: Callable[[str], Any] = print) -> Path:
+    """Run a build, or continue one; returns the output file.
+
+    Args:
+        config: what to do.
+        report: called with a line for every segment.
+
+    Raises:
+        InputError: there are no videos, or the output exists and is not from this build.
+        VidLaDAError: an endpoint fails; what is done so far is kept.
+    """
+    if not config.videos.is_dir():
+        raise InputError(f"videos: {config.videos} is not a folder")
+    videos = sorted(path for path in config.videos.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    if not videos:
+        raise InputError(f"videos: no video below {config.videos}")
+    if config.output.exists() and not config.audit.exists():
+        raise InputError(f"{config.output} exists without its audit file; choose another output")
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    records = read_audit(config.audit)
+    done = {(record["video"], record["segment"]) for record in records}
+    with config.audit.open("a", encoding="utf-8") as audit:
+        for number, path in enumerate(videos):
+            name = path.relative_to(config.videos).as_posix()
+            if all((name, segment) in done for segment in range(config.segments)):
+                continue
+            for record in video_records(config, path, name, number, done):
+                audit.write(json.dumps(record) + "\n")
+                audit.flush()
+                records.append(record)
+                verdicts = [candidate["verdict"] for candidate in record["candidates"]]
+                report(f"{name} segment {record['segment'] + 1}/{config.segments}: {verdicts.count('kept')} kept "
+                       f"of {len(verdicts)}{' – ' + record['problem'] if record['problem'] else ''}")  # fmt: skip
+    write_entries(config.output, records)
+    return config.output
+
+
+def video_records(config: BuildConfig, path: Path, name: str, number: int, done: set[tuple[str, int]]) -> Any:
+    """Audit records of the segments of one video that are not done; one record says why, if it cannot be read."""
+    blank: dict[str, Any] = {"video": name, "candidates": [], "prompt": "", "reply": "", "seconds": [0.0, 0.0]}
+    sampling = Sampling(max_frames=config.segments * config.frames, force_sample=True)
+    try:
+        frames = sample_frames(path, sampling, size=config.size)
+    except InputError as error:
+        for segment in range(config.segments):
+            if (name, segment) not in done:
+                yield {**blank, "segment": segment, "problem": str(error)}
+        return
+    pictures = [data_url(image) for image in frames.images]
+    for segment in range(config.segments):
+        if (name, segment) in done:
+            continue
+        start, end = (frames.info.duration * edge / config.segments for edge in (segment, segment + 1))
+        shown = pictures[segment * config.frames : (segment + 1) * config.frames]
+        prompt = WRITE.format(frames=len(shown), start=start, end=end, questions=config.questions)
+        reply = complete(config.writer, prompt, shown)
+        candidates = candidates_in(reply)[: config.questions]
+        for place, candidate in enumerate(candidates):
+            judge(candidate, config, shown, [config.seed, number, segment, place])
+        yield {
+            **blank,
+            "segment": segment,
+            "seconds": [start, end],
+            "prompt": prompt,
+            "reply": reply,
+            "candidates": [vars_of(candidate) for candidate in candidates],
+            "problem": "" if candidates else "no usable question in the writer's reply",
+        }
+
+
+def vars_of(candidate: Candidate) -> dict[str, Any]:
+    """Plain values, for JSON."""
+    return {name: getattr(candidate, name) for name in ("question", "answer", "wrong", "asked", "verdict")}
+
+
+def data_url(image: np.ndarray) -> str:
+    """A frame as a JPEG data URL."""
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, "jpeg", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def read_audit(path: Path) -> list[dict[str, Any]]:
+    """Records of an earlier run; a last line cut short by a kill is removed from the file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    try:
+        return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+    except ValueError as error:
+        raise InputError(f"{path}: not an audit file of vidlada data build: {error}") from error
+
+
+def write_entries(path: Path, records: list[dict[str, Any]]) -> None:
+    """The kept questions as LLaVA entries."""
+    lines = []
+    for record in records:
+        kept = [candidate for candidate in record["candidates"] if candidate["verdict"] == "kept"]
+        for number, candidate in enumerate(kept):
+            entry_id = f"{record['video']}-{record['segment']}-{number}"
+            prompt = {"from": "human", "value": f"<image>\n{candidate['question']}"}
+            answer = {"from": "gpt", "value": candidate["answer"]}
+            entry = {"id": entry_id, "video": record["video"], "conversations": [prompt, answer]}
+            lines.append(json.dumps({**entry, "seconds": record["seconds"], "wrong": candidate["wrong"]}))
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
