@@ -21,7 +21,7 @@ def server(allowed):
 
 @pytest.fixture(scope="session")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=300)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import httpx2
 
 KEY = "secret"
 LIMITS = ("--max-upload-mb", 4, "--max-body-mb", 8, "--max-duration", 100, "--max-pixels", 500_000, "--max-frames", 32,
-          "--max-running", 8, "--max-queue", 60, "--decode-seconds", 5, "--body-seconds", 5)  # fmt: skip
+          "--max-running", 8, "--max-queue", 60, "--decode-seconds", 300, "--body-seconds", 10)  # fmt: skip
 
 
 class RunningServer:
@@ -46,7 +46,7 @@ class RunningServer:
 
     def http(self, key=KEY, **options):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx2.Client(base_url=self.url, headers=headers, timeout=60, **options)
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=300, **options)
 
     def metric(self, name):
         text = self.http().get("/metrics").text
@@ -54,7 +54,7 @@ class RunningServer:
 
     def stop(self, number=signal.SIGTERM):
         self.process.send_signal(number)
-        return self.process.wait(60)
+        return self.process.wait(300)
 
 
 @contextmanager

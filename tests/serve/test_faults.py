@@ -6,13 +6,15 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
-from pathlib import Path
 
 import httpx2
 import pytest
 from serve.running import KEY, running_server
+
+from vidlada.serve.temporary import temporary_folder
 
 LONG = {"model": "tiny", "stream": True, "gen_length": 1024, "block_length": 16,
         "messages": [{"role": "user", "content": "describe the video ."}], "diffusing": True, "stop": None,
@@ -26,7 +28,7 @@ def about(path):
     return {**SHORT, "messages": [{"role": "user", "content": [{"type": "text", "text": "is it red ?"}, shown]}]}
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=200):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -63,7 +65,7 @@ def test_a_client_that_hangs_up_without_a_stream(server):
 
 def test_a_client_that_never_sends_its_body(server):
     host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    with socket.create_connection((host, int(port)), timeout=300) as connection:
         head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEY}", "Content-Length: 50")
         connection.sendall("\r\n".join((*head, "", "{")).encode())
         assert b" 408 " in connection.recv(4096)
@@ -73,7 +75,7 @@ def test_a_client_that_never_sends_its_body(server):
 def test_a_crowd_is_answered_or_told_to_wait(server):
     async def crowd():
         async with httpx2.AsyncClient(
-            base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120,
+            base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=300,
             limits=httpx2.Limits(max_connections=200),
         ) as http:  # fmt: skip
             return await asyncio.gather(*(http.post("/v1/chat/completions", json=SHORT) for _ in range(200)))
@@ -122,10 +124,10 @@ def test_sigterm_lets_answers_end_and_leaves_nothing_behind(tmp_path):
 
         reader = threading.Thread(target=read)
         reader.start()
-        assert started.wait(60)
+        assert started.wait(300)
         assert list(tmp_path.iterdir())
         server.stop()
-        reader.join(60)
+        reader.join(300)
         lines = [line for line in events if line]
         assert lines[-1] == "data: [DONE]"
         assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
@@ -154,9 +156,18 @@ def test_startup_errors_are_one_line(server, tmp_path):
         assert done.stderr.count("\n") == 1
 
 
-def test_no_temporary_file_outlives_its_request(server):
-    """The running server keeps uploads and nothing else."""
-    folders = [path for path in Path("/tmp").glob("vidlada-serve-*") if path.is_dir()]
-    uploads = server.http().get("/v1/files").json()["data"]
-    kept = sum(len(list(folder.iterdir())) for folder in folders)
-    assert kept == len(uploads) or len(folders) > 1  # another server may run on this machine
+def test_folders_of_dead_servers_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with temporary_folder() as alive:
+        (alive / "upload").write_text("x")
+        dead = tmp_path / "vidlada-serve-dead"
+        dead.mkdir()
+        (dead / "lock").touch()
+        other = tmp_path / "vidlada-serve-starting"
+        other.mkdir()
+        with temporary_folder() as second:
+            assert alive.exists()
+            assert second.exists()
+            assert not dead.exists()
+            assert other.exists()
+    assert set(tmp_path.iterdir()) == {other}

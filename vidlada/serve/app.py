@@ -7,7 +7,6 @@ import hmac
 import io
 import json
 import logging
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -37,6 +36,7 @@ from vidlada.serve.limits import MEBI, Limits
 from vidlada.serve.metrics import Metrics
 from vidlada.serve.schema import ChatRequest
 from vidlada.serve.service import Service
+from vidlada.serve.temporary import temporary_folder
 from vidlada.video import Frames, Sampling
 
 PAGE = Path(__file__).parent / "page"
@@ -418,8 +418,8 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with tempfile.TemporaryDirectory(prefix="vidlada-serve-") as folder:
-            service = Service(vidlada, limits, Path(folder), settings.allowed, settings.private_urls)
+        with temporary_folder() as folder:
+            service = Service(vidlada, limits, folder, settings.allowed, settings.private_urls)
             app.state.server = Server(vidlada, settings, service)
             try:
                 yield
