@@ -7,7 +7,7 @@ import yaml
 
 from vidlada.errors import InputError
 from vidlada.training.config import Stage, TrainingConfig, load_config
-from vidlada.training.trainer import make_source
+from vidlada.training.stages import make_source
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 

@@ -28,7 +28,7 @@ def check(config: Path, most: int, workers: int, as_json: bool) -> None:
     from vidlada.training.config import load_config
     from vidlada.training.llava import LlavaSource
     from vidlada.training.models import starting_processor
-    from vidlada.training.trainer import stage_sources
+    from vidlada.training.stages import stage_sources
 
     settings = load_config(config)
     processor = starting_processor(settings)

@@ -22,7 +22,7 @@ def train(config: Path, output: str | None, resume: bool, overwrite: bool, dry_r
     """
     from vidlada.errors import InputError
     from vidlada.training.config import load_config
-    from vidlada.training.trainer import schedule
+    from vidlada.training.stages import schedule
     from vidlada.training.trainer import train as run
 
     if resume and overwrite:

@@ -77,8 +77,8 @@ def together(accelerator: Accelerator, write: Any, folder: Path, partial: Path) 
         raise NotSaved(f"{folder.name} was not written: {reason}; the checkpoints before it are kept") from problem
 
 
-def prepare_output(output: Path, resume: bool, overwrite: bool) -> None:
-    """Make the output folder ready.
+def check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder that cannot be used; nothing is changed.
 
     Raises:
         InputError: it is in use and neither `resume` nor `overwrite` is given, or there is nothing to resume.
@@ -87,13 +87,16 @@ def prepare_output(output: Path, resume: bool, overwrite: bool) -> None:
         if newest_checkpoint(output) is None:
             raise InputError(f"{output} holds no checkpoint to resume from")
         return
-    in_use = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    if in_use and not overwrite:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; choose another output")
+    if output.exists() and any(output.iterdir()) and not overwrite:
         raise InputError(
             f"{output} is not empty; continue that run with --resume, replace it with --overwrite, or choose another"
         )
-    if in_use and not output.is_dir():
-        raise InputError(f"{output} is a file; choose another output")
+
+
+def clear_output(output: Path) -> None:
+    """Make the output folder, or remove from it what an earlier run wrote, and nothing else."""
     output.mkdir(parents=True, exist_ok=True)
     for pattern in WRITTEN_BY_A_RUN:
         for path in output.glob(pattern):

@@ -176,7 +176,8 @@ def candidates_in(reply: str) -> list[Candidate]:
         texts = [question, answer, *(wrong if isinstance(wrong, list) else [None])]
         usable = all(isinstance(text, str) and text.strip() for text in texts)
         if usable and 2 <= len(texts) - 1 <= len(LETTERS) and len(set(texts[1:])) == len(texts) - 1:
-            kept.append(Candidate(*(text.strip() for text in texts[:2]), [text.strip() for text in texts[2:]]))  # type: ignore[arg-type]
+            first, second, *others = (str(text).strip() for text in texts)
+            kept.append(Candidate(first, second, others))
     return kept
 
 

@@ -22,7 +22,8 @@ PEAKS = {
 
 
 class FlopCount:
-    """Model FLOPs of batches: what must be computed, recomputation of activations not counted.
+    """Model FLOPs of batches: what must be computed; recomputed activations do not count, nor does the head, which is
+    applied to a few positions only.
 
     A trained weight takes 6 a token (forward, both halves of backward), a frozen one that gradients flow through 4, a
     frozen tower 2. Attention takes 2 · 2 · length · width a token forward, and as much again twice backward.
@@ -35,7 +36,7 @@ class FlopCount:
     def __init__(self, model: nn.Module, config: VidLaDAConfig):
         weights = {"tower": [0.0, 0.0], "projector": [0.0, 0.0], "language_model": [0.0, 0.0]}  # frozen, trained
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "embed" not in name:
+            if parameter.ndim > 1 and "embed" not in name and "lm_head" not in name:
                 weights[part_of(name)][parameter.requires_grad] += parameter.numel()
         tower_trained = weights["tower"][1] > 0
         self.token = 4 * weights["language_model"][0] + 6 * weights["language_model"][1]

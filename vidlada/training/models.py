@@ -31,9 +31,7 @@ def starting_model(config: TrainingConfig) -> tuple[VidLaDAForMaskedDiffusion, V
         model, processor = new_model(config.model, config.seed)
         initialize(model)
         return model, processor
-    folder = Path(config.init_from)
-    if not folder.is_dir():
-        raise InputError(f"init_from: {folder} is not a folder; download the checkpoint and give its path")
+    folder = origin(config.init_from)
     if is_llama(folder):
         return adapted_llama(folder, config.model or {"text_only": True}, config.seed)
     if config.model is not None:
@@ -66,12 +64,19 @@ def starting_config(config: TrainingConfig) -> VidLaDAConfig:
     """The configuration of the model a run starts from, without its weights."""
     from vidlada.training.adapt import is_llama
 
-    folder = Path(config.init_from or "")
-    if config.init_from is None or is_llama(folder):
+    if config.init_from is None or is_llama(origin(config.init_from)):
         return VidLaDAConfig(**(config.model or {"text_only": True}))
     from vidlada.checkpoint import describe
 
-    return describe(folder).config
+    return describe(origin(config.init_from)).config
+
+
+def origin(init_from: str) -> Path:
+    """The folder a run starts from; `InputError` if there is none."""
+    folder = Path(init_from)
+    if not folder.is_dir():
+        raise InputError(f"init_from: {folder} is not a folder; download the checkpoint and give its path")
+    return folder
 
 
 def new_model(arguments: dict[str, Any], seed: int) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:

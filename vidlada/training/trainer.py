@@ -16,19 +16,19 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vidlada.errors import InputError, VidLaDAError
+from vidlada.errors import VidLaDAError
 from vidlada.training.checkpoints import (
     STATE_FILE,
     NotSaved,
+    check_output,
+    clear_output,
     newest_checkpoint,
-    prepare_output,
     save_checkpoint,
 )
-from vidlada.training.collate import CollateSettings, Collator, Part, StepDataset, to_device
-from vidlada.training.config import TrainingConfig, build
+from vidlada.training.collate import CollateSettings, Collator, StepDataset, to_device
+from vidlada.training.config import TrainingConfig
 from vidlada.training.flops import FlopCount, peak_memory, peak_of
-from vidlada.training.llava import LlavaSource
-from vidlada.training.models import save_model, starting_config, starting_model, with_adapters
+from vidlada.training.models import save_model, starting_model, with_adapters
 from vidlada.training.objective import (
     before_targets,
     causal_mask,
@@ -41,10 +41,16 @@ from vidlada.training.objective import (
 from vidlada.training.optimizers import Optimizers, drop_gradients, make_optimizers
 from vidlada.training.parallel import is_deepspeed, is_sharded, make_accelerator, on_main, total
 from vidlada.training.samples import Source
-from vidlada.training.shapes_source import ShapesSource
+from vidlada.training.stages import (
+    EVALUATION,
+    PartSampler,
+    evaluation_source,
+    image_size_of,
+    resolved,
+    stage_seed,
+    stage_sources,
+)
 
-SEEDS_PER_RUN = 1000  # stages of runs with different seeds never share one
-EVALUATION_SEED = SEEDS_PER_RUN - 1  # no stage has this number
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FEWEST_SEEN = 200  # samples before a share of broken ones means anything
 
@@ -87,49 +93,6 @@ class Progress:
     skipped: int = 0
 
 
-def make_source(values: dict[str, Any], image_size: int, seed: int, where: str) -> Source:
-    """The source that a stage's or evaluation's `data` describes.
-
-    Args:
-        values: its arguments, and `kind`.
-        image_size: pixels along a side of a frame.
-        seed: unless the arguments bring one.
-        where: what errors call it.
-    """
-    kind = values.get("kind")
-    arguments = {"seed": seed, **{name: value for name, value in values.items() if name != "kind"}}
-    if kind == "shapes":
-        return build(ShapesSource, {"image_size": image_size, **arguments}, where)
-    if kind == "llava":
-        return build(LlavaSource, {"size": image_size, **arguments}, where)
-    raise InputError(f"{where}: data.kind must be shapes or llava, not {kind!r}")
-
-
-def stage_seed(config: TrainingConfig, number: int) -> int:
-    """Of a stage's data."""
-    return config.seed * SEEDS_PER_RUN + number
-
-
-def stage_sources(config: TrainingConfig, image_size: int) -> list[Source]:
-    """The sources of all stages; a missing or malformed data file is refused here, before anything is spent."""
-    return [
-        make_source(stage.data, image_size, stage_seed(config, number), f"stage {stage.name}: data")
-        for number, stage in enumerate(config.stages)
-    ]
-
-
-def resolved(config: TrainingConfig, sources: list[Source]) -> TrainingConfig:
-    """The run with epochs as steps, and the warm-up in steps."""
-    stages = tuple(
-        stage if stage.epochs is None else replace(stage, steps=source.steps_of(stage.epochs), epochs=None)
-        for stage, source in zip(config.stages, sources, strict=True)
-    )
-    config = replace(config, stages=stages)
-    if config.warmup_share is None:
-        return config
-    return replace(config, warmup_steps=math.ceil(config.warmup_share * config.total_steps), warmup_share=None)
-
-
 def train(
     config: TrainingConfig, resume: bool = False, report: Callable[[str], Any] = print, overwrite: bool = False
 ) -> Path:
@@ -150,10 +113,17 @@ def train(
         Interrupted: SIGTERM or SIGINT; a checkpoint was saved first.
     """
     output = Path(config.output)
+    image_size = image_size_of(config)
+    sources, held_out = stage_sources(config, image_size), evaluation_source(config, image_size)
+    config = resolved(config, sources)
     accelerator = make_accelerator(config)
     say = report if accelerator.is_main_process else (lambda line: None)
-    on_main(accelerator, lambda: prepare_output(output, resume, overwrite))
-    run = Run(config, accelerator, say)
+    on_main(accelerator, lambda: check_output(output, resume, overwrite))
+    run = Run(config, sources, held_out, accelerator, say)
+    if not resume:  # only now, when all else is known to be right
+        on_main(accelerator, lambda: clear_output(output))
+    if config.tracker != "none":
+        accelerator.init_trackers("logs")
     progress = Progress()
     if resume:
         checkpoint = newest_checkpoint(output)
@@ -176,17 +146,25 @@ class Run:
     """A prepared run: model, optimizers, data.
 
     Args:
-        config: as given; epochs are resolved here.
+        config: resolved.
+        sources: of its stages.
+        held_out: of its evaluation.
         accelerator: of all processes.
         say: takes lines for the user.
     """
 
-    def __init__(self, config: TrainingConfig, accelerator: Accelerator, say: Callable[[str], Any]):
+    def __init__(
+        self,
+        config: TrainingConfig,
+        sources: list[Source],
+        held_out: Source | None,
+        accelerator: Accelerator,
+        say: Callable[[str], Any],
+    ):
+        self.config, self.sources, self.held_out = config, sources, held_out
         self.accelerator, self.say = accelerator, say
         model, self.processor = starting_model(config)
         self.model_config = model.config
-        self.sources = stage_sources(config, self.processor.image_size)
-        self.config = config = resolved(config, self.sources)
         if not model.config.text_only:
             # transformers' fused attention is several times slower than plain products in a CPU's bfloat16 backward
             kind = "eager" if accelerator.device.type == "cpu" else "sdpa"
@@ -203,14 +181,6 @@ class Run:
         self.flops = FlopCount(model, self.model_config)
         self.model, *prepared = accelerator.prepare(model, *optimizers.optimizers)
         self.optimizers = Optimizers(prepared, optimizers.parts)
-        if config.tracker != "none":
-            accelerator.init_trackers("logs")
-        self.evaluation_source: Source | None = None
-        if config.evaluation is not None:
-            seed = stage_seed(config, EVALUATION_SEED)
-            self.evaluation_source = make_source(
-                config.evaluation.data, self.processor.image_size, seed, "evaluation: data"
-            )
 
     def load(self, checkpoint: Path) -> Progress:
         """Continue from a checkpoint."""
@@ -418,13 +388,13 @@ class Run:
     def evaluate(self, done: int) -> float:
         """Loss on the held-out samples."""
         config = self.config
-        assert config.evaluation is not None and self.evaluation_source is not None
+        assert config.evaluation is not None and self.held_out is not None
         self.model.eval()
         loss = 0.0
         steps = range(config.evaluation.steps)
-        loader = self.loader(self.evaluation_source, config.evaluation.collate, EVALUATION_SEED, steps)
+        loader = self.loader(self.held_out, config.evaluation.collate, EVALUATION, steps)
         for batch in loader:
-            loss += float(self.loss(batch, batch["step"], stream=EVALUATION_SEED))
+            loss += float(self.loss(batch, batch["step"], stream=EVALUATION))
         self.model.train()
         loss = total(self.accelerator, [loss])[0] / config.evaluation.steps
         self.say(f"evaluation after step {done}: loss {loss:.4f}")
@@ -483,55 +453,7 @@ def rank_suffix(accelerator: Accelerator) -> str:
     return "" if accelerator.is_main_process else f"-{accelerator.process_index}"
 
 
-class PartSampler:
-    """The parts of steps that one process works on, in order.
-
-    Args:
-        steps: numbers within the stage.
-        source: tells how many items a step has.
-        per_device_batch: most items of a part; None for one part a process.
-        processes, process: how many there are, and which this is.
-    """
-
-    def __init__(self, steps: range, source: Source, per_device_batch: int | None, processes: int, process: int):
-        self.all_steps, self.source, self.per_device_batch = steps, source, per_device_batch
-        self.processes, self.process = processes, process
-
-    def __iter__(self) -> Iterator[Part]:
-        for step in self.all_steps:
-            passes = 1
-            if self.per_device_batch is not None:
-                passes = math.ceil(len(self.source.plan(step)) / (self.per_device_batch * self.processes))
-            for number in range(passes):
-                yield Part(step, number * self.processes + self.process, passes * self.processes)
-
-
 def leave_signals_to_main(worker: int) -> None:
     """Ctrl-C and a killed process group reach workers too, but they must go on until the checkpoint is written."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def schedule(config: TrainingConfig) -> str:
-    """A run's stages as a table: what a dry run prints. Model weights are not loaded, data files are read.
-
-    Raises:
-        InputError: the model or the data cannot be used.
-    """
-    sources = stage_sources(config, starting_config(config).vision_config.image_size)  # type: ignore[union-attr]
-    config = resolved(config, sources)
-    lines = [
-        "| stage | steps | learning rate | at its end | tower | projector | frozen |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    start = 0
-    for stage in config.stages:
-        first, last = (config.learning_rate(step) for step in (start, start + stage.length - 1))
-        rates = [f"{stage.learning_rate * stage.rate_ratio(part):.1e}" for part in ("tower", "projector")]
-        lines.append(
-            f"| {stage.name} | {stage.length} | {stage.learning_rate:.1e} from {first:.1e} | {last:.1e} | "
-            f"{' | '.join(rates)} | {', '.join(stage.frozen) or 'nothing'} |"
-        )
-        start += stage.length
-    lines.append(f"\n{config.total_steps} steps, the first {config.warmup_steps} of them warm-up")
-    return "\n".join(lines)
