@@ -37,7 +37,7 @@ from vidlada.serve.metrics import Metrics
 from vidlada.serve.schema import ChatRequest
 from vidlada.serve.service import Service
 from vidlada.serve.temporary import temporary_folder
-from vidlada.video import Frames, Sampling
+from vidlada.video import Frames
 
 PAGE = Path(__file__).parent / "page"
 MULTIPART_BYTES = 2**16  # an upload's envelope may add
@@ -230,13 +230,12 @@ class Server:
             "status": "processed",
         }
 
-    async def frames(self, request: Request, file_id: str, frames: int, fps: float, force_sample: bool) -> Response:
+    async def frames(
+        self, request: Request, file_id: str, frames: int | None, fps: float, force_sample: bool
+    ) -> Response:
         """`GET /v1/files/{id}/frames`: what the model sees of an upload."""
         owner = self.owner(request)
-        if frames > self.limits.max_frames:
-            message = f"{frames} frames are more than the {self.limits.max_frames} allowed"
-            raise RequestError(422, message, "too_many_frames", "frames")
-        sampling = Sampling(fps=fps, max_frames=frames, force_sample=force_sample)
+        sampling = self.service.sampling(frames, fps, force_sample)
         with self.service.admit():
             reference = MediaReference(file_id, is_image=False)
             shown = await self.service.show(reference, sampling, owner, {"fetch": 0.0, "video": 0.0})
@@ -496,7 +495,7 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
 
     @app.get("/v1/files/{file_id}/frames")
     async def frames(
-        request: Request, file_id: str, frames: int = 64, fps: float = 1.0, force_sample: bool = False
+        request: Request, file_id: str, frames: int | None = None, fps: float = 1.0, force_sample: bool = False
     ) -> Response:
         return await server().frames(request, file_id, frames, fps, force_sample)
 

@@ -79,7 +79,7 @@ class ChatRequest(Strict):
         diffusing: also tell the draft: in a stream after every step.
         gen_length: answer slots; by default what `max_tokens` needs, else the checkpoint's own number.
         block_length, steps, threshold, factor, cfg_scale, remasking, cache, reuse, suffix: as `GenerationSettings`.
-        frames, fps, force_sample, time_instruction: as `vidlada ask` has them.
+        frames, fps, force_sample, time_instruction: as `vidlada ask` has them; by default no more frames than allowed.
         user, metadata, store, service_tier, prompt_cache_key, safety_identifier: accepted, without effect.
         top_p and others: accepted with the value that has no effect.
     """
@@ -105,7 +105,7 @@ class ChatRequest(Strict):
     cache: str | None = Field(None, max_length=200)
     reuse: bool | None = None
     suffix: str | None = Field(None, max_length=10_000)
-    frames: int = Field(64, ge=1)
+    frames: int | None = Field(None, ge=1)
     fps: float = Field(1.0, gt=0)
     force_sample: bool = False
     time_instruction: bool = False

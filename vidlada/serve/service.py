@@ -93,9 +93,6 @@ class Service:
         base = self.vidlada.settings()
         settings, max_tokens = settings_of(request, base, self.limits.max_tokens)
         policy_from(settings.cache)
-        if request.frames > self.limits.max_frames:
-            message = f"{request.frames} frames are more than the {self.limits.max_frames} allowed"
-            raise RequestError(422, message, "too_many_frames", "frames")
         messages, references = conversation_of(request.messages, self.vidlada.model.config.multi_turn)
         if len(references) > self.limits.max_media:
             message = f"{len(references)} videos and images are more than the {self.limits.max_media} allowed"
@@ -105,7 +102,7 @@ class Service:
         if request.time_instruction and len(references) != 1:
             message = f"time_instruction needs exactly one video, not {len(references)}"
             raise RequestError(422, message, "bad_time_instruction", "time_instruction")
-        sampling = Sampling(fps=request.fps, max_frames=request.frames, force_sample=request.force_sample)
+        sampling = self.sampling(request.frames, request.fps, request.force_sample)
         seconds = {"fetch": 0.0, "video": 0.0}
         videos = [await self.show(reference, sampling, owner, seconds) for reference in references]
         if request.time_instruction:
@@ -121,6 +118,15 @@ class Service:
             message = f"prompt and answer slots take {job.tokens} tokens, more than the model's {most}"
             raise RequestError(422, f"{message}; use fewer frames or a smaller max_tokens", "context_length_exceeded")
         return Submitted(self.engine.submit(job), seconds)
+
+    def sampling(self, frames: int | None, fps: float, force_sample: bool) -> Sampling:
+        """How to sample, within the limits."""
+        most = self.limits.max_frames
+        if frames is None:
+            frames = min(Sampling().max_frames, most)
+        if frames > most:
+            raise RequestError(422, f"{frames} frames are more than the {most} allowed", "too_many_frames", "frames")
+        return Sampling(fps=fps, max_frames=frames, force_sample=force_sample)
 
     async def show(self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float]) -> Shown:
         """Sampled frames of a reference; decoded once, however many ask for them at the same time."""

@@ -267,6 +267,7 @@ function preparePanels(total, defaults) {
       value.required = Boolean(pace.value);
       value.value = { threshold: 0.9, factor: 1, steps: 32 }[pace.value] ?? "";
     };
+    if (defaults.max_frames < 64) panel.querySelector("[name=frames]").value = defaults.max_frames;
     for (const name of ["gen_length", "block_length"]) panel.querySelector(`[name=${name}]`).value = defaults[name] ?? "";
     if (panels.children.length === 1) panel.querySelector("[name=cache]").value = "mars";
     panels.append(panel);
