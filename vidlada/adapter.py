@@ -1,26 +1,13 @@
 """LoRA folders: the whole model they stand for."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vidlada.checkpoint import ADAPTER_CONFIG, load_model
+from vidlada.checkpoint import base_of, load_model
 from vidlada.errors import InputError
 from vidlada.model import VidLaDAForMaskedDiffusion
-
-
-def base_of(folder: Path) -> Path:
-    """Folder of the model an adapter was trained on; `InputError` if it is not there."""
-    try:
-        named = Path(json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: {ADAPTER_CONFIG} is missing or damaged") from error
-    for place in (named, folder / named, folder.parent / named.name):
-        if (place / "config.json").is_file():
-            return place
-    raise InputError(f"{folder}: its base model {named} is not there; put it there, or correct {ADAPTER_CONFIG}")
 
 
 def load_with_adapter(folder: Path, dtype: str | torch.dtype = "auto", **places: Any) -> VidLaDAForMaskedDiffusion:

@@ -109,15 +109,29 @@ class Checkpoint:
         return max(sizes, key=lambda name: sizes[name])
 
 
+def base_of(folder: Path) -> Path:
+    """Folder of the model an adapter was trained on; `InputError` if it is not there."""
+    try:
+        named = Path(json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: {ADAPTER_CONFIG} is missing or damaged") from error
+    for place in (named, folder / named, folder.parent / named.name):
+        if (place / "config.json").is_file():
+            return place
+    raise InputError(f"{folder}: its base model {named} is not there; put it there, or correct {ADAPTER_CONFIG}")
+
+
 def describe(folder: Path) -> Checkpoint:
     """Read a checkpoint folder's configuration and headers.
 
     Args:
-        folder: with config.json and safetensors.
+        folder: with config.json and safetensors; of a LoRA adapter, its base is described.
 
     Raises:
         InputError: it is not a checkpoint of this family, or files are missing or damaged.
     """
+    if (folder / ADAPTER_CONFIG).is_file():
+        return describe(base_of(folder))
     config = read_json(folder / "config.json")
     entries = read_entries(folder)
     model_type = str(config.get("model_type", ""))
@@ -437,6 +451,8 @@ def convert(source: Path, target: Path, layout: Layout) -> None:
     """
     if layout not in get_args(Layout):
         raise InputError(f"unknown layout {layout!r}; use one of {', '.join(get_args(Layout))}")
+    if (source / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{source} is an adapter; write the whole model first: vidlada merge {source} NEW")
     checkpoint = describe(source)
     if (layout == "llada") != checkpoint.config.text_only and layout != "vidlada":
         held = "no vision" if checkpoint.config.text_only else "a vision tower"

@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 
 import vidlada
-from runs import PICTURES, assert_same, quietly, run, weights
-from vidlada.checkpoint import describe
+from runs import MODEL, PICTURES, assert_same, quietly, run, weights
+from vidlada.checkpoint import convert, describe
 from vidlada.cli import main
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.config import Evaluation, Lora, Stage
@@ -43,14 +44,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+# One head of 72, as the published tower's: only then does a published checkpoint say all about its tower.
+PUBLISHABLE = {**MODEL, "vision_config": {**MODEL["vision_config"], "hidden_size": 72, "num_attention_heads": 1}}
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model folder to start from, in the published layout."""
-    from runs import MODEL
-    from vidlada.checkpoint import convert
-
     folder = tmp_path_factory.mktemp("base")
-    model, processor = new_model(MODEL, seed=5)
+    model, processor = new_model(PUBLISHABLE, seed=5)
     save_model(model, processor, folder / "ours")
     convert(folder / "ours", folder / "published", "published")
     return folder / "published"
@@ -79,8 +81,6 @@ def test_frozen_parts_stay_and_the_others_move(base, tmp_path):
 
 
 def test_parts_learn_at_their_own_rates():
-    from runs import MODEL
-
     stage = Stage("a", 1e-2, EASY, 10, tower_learning_rate=1e-4, projector_learning_rate=3e-3, final_learning_rate=0)
     config = run("out", stages=(stage,), warmup_steps=0)
     model, _ = new_model(MODEL, 0)
@@ -125,6 +125,8 @@ def test_lora_trains_adapters_that_load_merge_and_improve(base, tmp_path):
     assert vidlada.load(tmp_path / "merged").ask(None, question, gen_length=8).token_ids == told.token_ids
     again = CliRunner().invoke(main, ["merge", str(adapter), str(tmp_path / "merged")])
     assert again.exit_code == 2 and "in use" in again.output
+    unmerged = CliRunner().invoke(main, ["convert", str(adapter), str(tmp_path / "converted")])
+    assert unmerged.exit_code == 2 and "vidlada merge" in unmerged.output
 
     # a run killed after its first checkpoint ends in the same adapter
     shutil.rmtree(tmp_path / "run" / "checkpoint-0000012")
@@ -145,7 +147,8 @@ def test_lora_on_unknown_modules_is_refused(base, tmp_path):
 
 
 def test_the_final_model_in_the_published_layout_too(tmp_path):
-    settings = run(tmp_path / "run", stages=(Stage("a", 1e-2, EASY, 1),), layouts=("vidlada", "published"))
+    layouts = ("vidlada", "published")
+    settings = run(tmp_path / "run", model=PUBLISHABLE, stages=(Stage("a", 1e-2, EASY, 1),), layouts=layouts)
     final = train(settings, report=quietly)
     assert describe(tmp_path / "run" / "model-published").layout == "published"
     assert_same(tmp_path / "run" / "model-published", weights(final))
@@ -191,9 +194,6 @@ def can_mount():
 
 @pytest.mark.skipif(not can_mount(), reason="needs mount namespaces")
 def test_a_full_disk_is_told_and_keeps_the_last_checkpoint(tmp_path):
-    import yaml
-
-    from runs import MODEL
 
     stage = {"name": "a", "steps": 3, "learning_rate": 1e-3, "data": EASY}
     settings = {"output": "unused", "model": MODEL, "stages": [stage], "checkpoint_every": 1, "keep_checkpoints": 9,

@@ -69,7 +69,7 @@ class Collator:
         Returns:
             `input_ids`, `labels`, `sample_index`, `position_ids` (batch, tokens); `attention_mask` (batch, tokens)
             or (batch, 1, tokens, tokens), or None when nothing is padded or separate; `force` (samples,); with
-            videos `pixel_values` and `frame_counts`.
+            videos `pixel_values` and `frame_counts`; `stands_in` where they are only a stand-in.
         """
         rows, first = [], 0
         for sample in samples:
@@ -100,6 +100,7 @@ class Collator:
         if unseen:
             assert self.stand_in is not None
             batch["input_ids"][0, length - len(unseen) :] = self.processor.video_token_id
+            batch["stands_in"] = True
             videos = [np.zeros((1, self.stand_in, self.stand_in, 3), np.uint8)]
         if videos:
             batch["pixel_values"] = torch.cat([self.processor.pixel_values(video) for video in videos])

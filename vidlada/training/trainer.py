@@ -70,6 +70,7 @@ class Figures:
     flops: float = 0.0
     skipped: float = 0.0
     signals: float = 0.0
+    frames: float = 0.0
     steps: int = 0
     started: float = field(default_factory=time.monotonic)
 
@@ -303,14 +304,16 @@ class Run:
             rows, length = batch["input_ids"].shape
             own.flops += self.flops(rows, length, sum(batch.get("frame_counts", ())))
             own.skipped += len(batch["skipped"])
+            own.frames += 0 if "stands_in" in batch else sum(batch.get("frame_counts", ()))
             self.note_skipped(step, batch["skipped"])
             if not math.isfinite(value):
                 name = f"not_finite_{step}{rank_suffix(accelerator)}.pt"
                 torch.save(batch, Path(config.output) / name)
             progress_seen = batch["total_samples"]
         own.signals = float(len(stop_requested))
-        sums = total(accelerator, [own.loss, own.tokens, own.flops, own.skipped, own.signals])
-        figures = Figures(sums[0], sums[1], sums[2], sums[3], sums[4], steps=1)
+        names = ("loss", "tokens", "flops", "skipped", "signals", "frames")
+        sums = total(accelerator, [getattr(own, name) for name in names])
+        figures = Figures(**dict(zip(names, sums, strict=True)), steps=1)  # type: ignore[arg-type]
         if not math.isfinite(figures.loss):
             raise VidLaDAError(f"the loss at step {step} is {figures.loss}; its batch is saved in {config.output}")
         progress.seen += progress_seen
@@ -321,6 +324,10 @@ class Run:
                 f"{config.max_skipped_share}; see {config.output}/skipped.jsonl, and run vidlada data check"
             )
         drop_gradients(self.model, config.stage_at(step)[0].frozen)
+        if (
+            not figures.frames
+        ):  # stand-ins leave gradients of zero, by which an optimizer with momentum would still move
+            drop_gradients(self.model, ("tower", "projector"))
         accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         self.optimizers.step()
         return figures
