@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -198,7 +199,9 @@ class Run:
             if "published" in self.config.layouts:
                 from vidlada.checkpoint import convert
 
-                convert(folder, folder.with_name("model-published"), "published")
+                published = folder.with_name("model-published")
+                shutil.rmtree(published, ignore_errors=True)  # of the same run, which was continued after its end
+                convert(folder, published, "published")
 
         on_main(self.accelerator, write)
 
@@ -324,9 +327,8 @@ class Run:
                 f"{config.max_skipped_share}; see {config.output}/skipped.jsonl, and run vidlada data check"
             )
         drop_gradients(self.model, config.stage_at(step)[0].frozen)
-        if (
-            not figures.frames
-        ):  # stand-ins leave gradients of zero, by which an optimizer with momentum would still move
+        # frames that only stand in leave gradients of zero, on which an optimizer's momentum would still move
+        if not figures.frames:
             drop_gradients(self.model, ("tower", "projector"))
         accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         self.optimizers.step()
