@@ -113,11 +113,11 @@ def test_bad_videos_do_no_harm(server, clip, allowed):
 
 
 def test_sigterm_lets_answers_end_and_leaves_nothing_behind(tmp_path):
-    with running_server(TMPDIR=str(tmp_path)) as server:
-        events, started = [], threading.Event()
+    with running_server("--drain-seconds", 300, TMPDIR=str(tmp_path)) as server:
+        events, started, order = [], threading.Event(), {**LONG, "gen_length": 128}
 
         def read():
-            with server.http() as http, http.stream("POST", "/v1/chat/completions", json=LONG) as response:
+            with server.http() as http, http.stream("POST", "/v1/chat/completions", json=order) as response:
                 for line in response.iter_lines():
                     events.append(line)
                     started.set()

@@ -5,33 +5,40 @@ import base64
 import hashlib
 import hmac
 import io
-import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
-from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vidlada import __version__
 from vidlada.api import VidLaDA
-from vidlada.errors import InputError, VidLaDAError
+from vidlada.errors import VidLaDAError
 from vidlada.serve.completions import Completion
 from vidlada.serve.conversation import MediaReference, turn_of
 from vidlada.serve.errors import RequestError
 from vidlada.serve.files import Upload
+from vidlada.serve.http import (
+    EventStream,
+    Outermost,
+    as_request_error,
+    error_body,
+    error_response,
+    limited_receive,
+    parse,
+    read_body,
+    unless_gone,
+)  # fmt: skip
 from vidlada.serve.limits import MEBI, Limits
 from vidlada.serve.metrics import Metrics
 from vidlada.serve.schema import ChatRequest
@@ -42,20 +49,7 @@ from vidlada.video import Frames
 PAGE = Path(__file__).parent / "page"
 MULTIPART_BYTES = 2**16  # an upload's envelope may add
 SLOW_READER_SECONDS = 30  # a client may lag behind a finished answer
-RETRY_SECONDS = 1
-CLIENT_CLOSED = 499  # as nginx counts them; nobody reads it
-KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-         429: "rate_limit_error"}  # fmt: skip
-PAGE_HEADERS = [
-    (b"content-security-policy",
-     b"default-src 'self'; img-src 'self' data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
-     b"frame-ancestors 'none'"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-]  # fmt: skip
-
 log = logging.getLogger("vidlada.serve")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -252,158 +246,6 @@ def strip(frames: Frames) -> dict[str, Any]:
         pictures.append({"time": round(seconds, 3), "image": f"data:image/jpeg;base64,{content}"})
     info = frames.info
     return {"duration": info.duration, "width": info.width, "height": info.height, "frames": pictures}
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events that hold resources until the last byte is sent or the client is gone.
-
-    Args:
-        events: already formatted.
-        resources: to give back.
-        deadline: time of the event loop's clock after which a client that does not read is dropped.
-    """
-
-    def __init__(self, events: AsyncIterator[bytes], resources: AsyncExitStack, deadline: float):
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.resources, self.deadline = resources, deadline
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send."""
-        async with self.resources:
-            try:
-                async with asyncio.timeout_at(self.deadline):
-                    await super().__call__(scope, receive, send)
-            except TimeoutError:
-                log.warning("a client read its answer too slowly and was dropped")
-
-
-# --- requests ---
-
-
-async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
-    """Do some work, but cancel it when the client hangs up. The request's body must have been read."""
-
-    async def hang_up() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(hang_up())
-    try:
-        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-def limited_receive(request: Request, most: int, mebibytes: int) -> Receive:
-    """The request's `receive`, which refuses more than `most` bytes of body."""
-    refusal = RequestError(413, f"the request is larger than the {mebibytes} MiB allowed", "request_too_large")
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > most:
-        raise refusal
-    seen = 0
-
-    async def receive() -> Message:
-        nonlocal seen
-        message = await request.receive()
-        seen += len(message.get("body", b""))
-        if seen > most:
-            raise refusal
-        return message
-
-    return receive
-
-
-async def read_body(request: Request, mebibytes: int, seconds: float) -> bytes:
-    """A request's body; 413 if it is too large, 408 if it comes too slowly."""
-    limited = Request(request.scope, limited_receive(request, mebibytes * MEBI, mebibytes))
-    try:
-        async with asyncio.timeout(seconds):
-            return await limited.body()
-    except TimeoutError:
-        raise RequestError(408, f"the request was not sent within {seconds:g} s", "request_timeout") from None
-
-
-def parse(body: bytes) -> ChatRequest:
-    """A chat request from JSON."""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the request is not valid JSON: {error}", "invalid_json") from error
-    try:
-        return ChatRequest.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = "it is not known here" if first["type"] == "extra_forbidden" else first["msg"]
-        raise RequestError(422, f"{where[:200]}: {reason}", "invalid_request", where[:200] or None) from error
-
-
-# --- errors ---
-
-
-def as_request_error(error: Exception) -> RequestError:
-    """Any error with a status."""
-    if isinstance(error, RequestError):
-        return error
-    if isinstance(error, InputError):
-        return RequestError(422, str(error), "invalid_request")
-    if isinstance(error, VidLaDAError):
-        return RequestError(500, str(error), "model_failed")
-    return RequestError(500, "the server failed; its log tells why", "internal_error")
-
-
-def error_body(error: RequestError) -> dict[str, Any]:
-    """OpenAI's error object."""
-    kind = KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
-
-
-def error_response(error: RequestError) -> Response:
-    """OpenAI's error object as a response."""
-    headers = {"Retry-After": str(RETRY_SECONDS)} if error.status in (429, 503) else {}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
-
-
-class Outermost:
-    """Turns every error into OpenAI's object, counts responses, adds headers."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        status = 0
-
-        async def counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], *PAGE_HEADERS]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, counted)
-        except ClientDisconnect:
-            status = status or CLIENT_CLOSED
-        except Exception as error:
-            if not isinstance(error, VidLaDAError):
-                log.exception("a request failed", exc_info=error)
-            if status:  # too late to say so: breaking the connection off tells the client
-                raise
-            await error_response(as_request_error(error))(scope, receive, counted)
-        finally:
-            route = getattr(scope.get("route"), "path", "other")
-            scope["app"].state.server.metrics.responses.labels(route, str(status)).inc()
 
 
 def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> FastAPI:
