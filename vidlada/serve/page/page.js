@@ -89,6 +89,7 @@ async function watch(file) {
   preview.src = URL.createObjectURL(file);
   preview.hidden = !file.type.startsWith("video/");
   progress.hidden = false;
+  element("ask").disabled = true; // a question must not slip past the video it is about
   facts.textContent = `Sending ${file.name} …`;
   try {
     const sent = await send(file, (share) => { progress.value = share; });
@@ -96,11 +97,13 @@ async function watch(file) {
     await sample(sent.id);
     upload = sent;
   } catch (error) {
-    facts.textContent = "";
+    facts.textContent = "No video: a question is asked without one.";
     preview.hidden = true;
+    element("file").value = "";
     report(error);
   } finally {
     progress.hidden = true;
+    element("ask").disabled = false;
   }
 }
 
@@ -132,6 +135,7 @@ async function offerSamples() {
     button.onclick = async () => {
       const content = await (await fetch(`samples/${file}`)).blob();
       element("question").value = question;
+      element("file").value = "";
       await watch(new File([content], file, { type: "video/mp4" }));
     };
     box.append(" ", button);
@@ -281,6 +285,7 @@ async function start() {
     element("model").textContent = model.id;
     defaults = model.vidlada;
     element("watching").hidden = defaults.text_only;
+    element("key-box").open = false;
     report(null);
   } catch (error) {
     report(error);
