@@ -8,6 +8,7 @@ from vidlada.cli.batch import batch
 from vidlada.cli.bench import bench
 from vidlada.cli.checkpoint import convert, info
 from vidlada.cli.data import data
+from vidlada.cli.eval import evaluate
 from vidlada.cli.serve import serve
 from vidlada.cli.shapes import shapes
 from vidlada.cli.train import merge, train
@@ -30,5 +31,5 @@ def completion(shell: str) -> None:
     click.echo(script(main, {}, "vidlada", "_VIDLADA_COMPLETE").source())
 
 
-for command in (ask, chat, info, convert, train, merge, data, shapes, bench, serve, batch):
+for command in (ask, chat, info, convert, train, merge, data, shapes, bench, evaluate, serve, batch):
     main.add_command(command)

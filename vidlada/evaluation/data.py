@@ -1,0 +1,171 @@
+"""Where the data of benchmarks lies on this machine, and whether all of it is there. Nothing is downloaded here."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vidlada.errors import InputError
+from vidlada.evaluation.benchmarks import Benchmark, Document, Task
+
+SHOWN_MISSING = 3  # videos named in a check
+
+
+def data_root(given: Path | None) -> Path:
+    """The folder asked for, or HF_HOME, or the place it stands for by default."""
+    root = given or Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    return root.expanduser().absolute()
+
+
+def repository_folder(root: Path, repository: str) -> Path | None:
+    """Local copy of a dataset: below the root under its own name, or the newest snapshot in the hub's cache."""
+    if (root / repository).is_dir():
+        return root / repository
+    snapshots = root / "hub" / f"datasets--{repository.replace('/', '--')}" / "snapshots"
+    found = sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime) if snapshots.is_dir() else []
+    return found[-1] if found else None
+
+
+def documents(folder: Path, config: str | None, split: str) -> list[Document]:
+    """Rows of a dataset's split.
+
+    Args:
+        folder: a copy of its repository.
+        config: name of its configuration; None if it has only one.
+        split: train, validation or test.
+
+    Raises:
+        InputError: the questions are not there, or cannot be read.
+    """
+    files = sorted({file for pattern in _patterns(folder, config, split) for file in folder.glob(pattern)})
+    if not files:
+        raise InputError(f"{folder}: no files of the {split} split{f' of {config}' if config else ''}")
+    return [row for file in files for row in _rows(file)]
+
+
+def _patterns(folder: Path, config: str | None, split: str) -> list[str]:
+    """Where a split lies: as the README's `configs` say, else by name."""
+    configs = _configs(folder / "README.md")
+    for entry in configs:
+        if entry.get("config_name") == config or (config is None and len(configs) == 1):
+            listed = entry.get("data_files", [])
+            if isinstance(listed, str):
+                return [listed]
+            paths = [part if isinstance(part, str) else part["path"] for part in listed
+                     if isinstance(part, str) or part.get("split", "train") == split]  # fmt: skip
+            return [path for part in paths for path in ([part] if isinstance(part, str) else part)]
+    below = f"{config}/" if config else ""
+    return [f"**/{below}{split}*.{kind}" for kind in ("parquet", "jsonl", "json")]
+
+
+def _configs(readme: Path) -> list[dict[str, Any]]:
+    """The `configs` in the YAML head of a dataset card."""
+    if not readme.is_file():
+        return []
+    head = readme.read_text(encoding="utf-8").split("---")
+    try:
+        parsed = yaml.safe_load(head[1]) if len(head) > 2 else {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{readme}: its YAML head is damaged: {str(error).splitlines()[0]}") from error
+    return parsed.get("configs", []) if isinstance(parsed, dict) else []
+
+
+def _rows(file: Path) -> list[Document]:
+    try:
+        if file.suffix == ".parquet":
+            try:
+                from pyarrow.parquet import read_table
+            except ImportError as error:
+                raise InputError(f"{file}: reading it needs pyarrow; install vidlada[eval]") from error
+            rows: list[Document] = read_table(file).to_pylist()
+            return rows
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from error
+    return rows
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What of a task's data is there.
+
+    Attributes:
+        task: which.
+        problem: why its questions cannot be read; None if they can.
+        questions: how many.
+        videos: how many different ones they are about.
+        missing: those that are not there, as paths below the root.
+    """
+
+    task: Task
+    problem: str | None = None
+    questions: int = 0
+    videos: int = 0
+    missing: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Every question can be asked."""
+        return self.problem is None and not self.missing
+
+
+def check_task(root: Path, benchmark: Benchmark, task: Task) -> TaskData:
+    """Read a task's questions and look for every video."""
+    folder = repository_folder(root, benchmark.repository)
+    if folder is None:
+        return TaskData(task, f"{benchmark.repository} is not below {root}")
+    try:
+        rows = documents(folder, task.config, benchmark.split)
+        needed: dict[str, bool] = {}
+        for row in rows:
+            paths = [f"{benchmark.folder}/{path}" for path in benchmark.videos(row, task.name)]
+            if paths[0] not in needed:
+                needed[paths[0]] = any((root / path).exists() for path in paths)
+    except InputError as error:
+        return TaskData(task, str(error))
+    except KeyError as error:
+        return TaskData(task, f"{folder}: its questions have no field {error}; another version of the dataset?")
+    missing = tuple(path for path, there in needed.items() if not there)
+    return TaskData(task, None, len(rows), len(needed), missing)
+
+
+def check(root: Path, benchmarks: Sequence[Benchmark]) -> dict[str, list[TaskData]]:
+    """What is there of every benchmark, by name."""
+    return {each.name: [check_task(root, each, task) for task in each.tasks] for each in benchmarks}
+
+
+def how_to_get(root: Path, benchmark: Benchmark) -> str:
+    """What to do about a benchmark whose data is not complete."""
+    if benchmark.name == "shapes":
+        return f"vidlada eval --tasks shapes writes its clips to {root / benchmark.folder}"
+    return (
+        f"hf download {benchmark.repository} --repo-type dataset --local-dir {root / benchmark.repository}, then "
+        f"unpack its archives into {root / benchmark.folder}; or let vidlada eval --download do it"
+    )
+
+
+def check_table(root: Path, benchmarks: Sequence[Benchmark], found: dict[str, list[TaskData]]) -> str:
+    """Markdown: what is there, what is missing, and how to get it."""
+    lines = [f"Data below {root}:", "", "| task | questions | published | videos | missing |", "|---|---|---|---|---|"]
+    todo: list[str] = []
+    for benchmark in benchmarks:
+        for data in found[benchmark.name]:
+            expected = data.task.expected or "–"
+            counts = f"{data.questions} | {expected} | {data.videos} | {len(data.missing)}"
+            lines.append(f"| {data.task.name} | {counts if data.problem is None else f'– | {expected} | – | –'} |")
+            if data.problem:
+                todo.append(f"{data.task.name}: {data.problem}")
+            elif data.missing:
+                named = ", ".join(data.missing[:SHOWN_MISSING])
+                more = len(data.missing) - SHOWN_MISSING
+                todo.append(f"{data.task.name}: missing {named}{f' and {more} more' if more > 0 else ''}")
+        if not all(data.complete for data in found[benchmark.name]):
+            todo.append(f"  {how_to_get(root, benchmark)}")
+    return "\n".join([*lines, "", *(todo or ["Everything is there."])])

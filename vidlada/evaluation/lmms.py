@@ -1,0 +1,261 @@
+"""The model as lmms-eval calls it. Importing this file needs lmms-eval; nothing else in the package imports it."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from PIL import Image
+from tqdm import tqdm
+
+from vidlada.api import EncodedVideo, load
+from vidlada.config import GenerationSettings
+from vidlada.errors import InputError
+from vidlada.evaluation.answering import Answerer, Media, Question, Reply
+from vidlada.evaluation.arguments import ModelArguments, generation_settings, with_think_mode
+from vidlada.evaluation.likelihood import is_greedy, negative_log_likelihood
+from vidlada.evaluation.record import RECORD_FOLDER, record_path
+
+Messages = list[dict[str, Any]]
+
+
+class VidLaDAChat(lmms):
+    """`--model vidlada`, asked with messages.
+
+    Args:
+        arguments: `ModelArguments`, and lmms-eval's `batch_size`, `max_batch_size` and `device`.
+    """
+
+    is_simple = False
+
+    def __init__(self, max_batch_size: Any = None, **arguments: Any):
+        super().__init__()
+        self.arguments = ModelArguments.from_dict(arguments)
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        given = self.arguments
+        device = str(self.accelerator.device) if self._world_size > 1 else given.device
+        self.vidlada = load(
+            given.pretrained, given.dtype, device, quantization=given.quantization, compiled=given.compiled
+        )
+        self.answerer = Answerer(
+            self.vidlada, given.sampling, given.batch_size,
+            time_instruction=given.add_time_instruction, system=given.system_prompt,
+        )  # fmt: skip
+        self.defaults = self.vidlada.settings(**given.decoding)
+
+    @property
+    def device(self) -> torch.device:
+        """Where lmms-eval puts the tensors it gathers."""
+        return self.accelerator.device
+
+    def settings(self, arguments: dict[str, Any]) -> tuple[GenerationSettings, str | None]:
+        """Decoding settings and think mode of a request."""
+        settings, think_mode = generation_settings(self.defaults, arguments)
+        return settings, think_mode or self.arguments.think_mode
+
+    def question(self, messages: Messages, arguments: dict[str, Any]) -> Question:
+        """A request's messages as a question; what cannot be asked carries its error."""
+        settings, think_mode = self.settings(arguments)
+        try:
+            text, media = read_messages(messages, self.vidlada.processor.image_size)
+        except InputError as error:
+            return Question(settings=settings, error=str(error))
+        return Question(with_think_mode(text, think_mode), media, settings)
+
+    def document(self, task: str, split: str, doc_id: int) -> dict[str, Any]:
+        """A row of the benchmark."""
+        return self.task_dict[task][split][doc_id]
+
+    def asked(self, request: Instance) -> Question:
+        """The question of a generation request. Tasks call `sys.exit` or assert when a video is missing."""
+        _, to_messages, arguments, doc_id, task, split = request.args
+        try:
+            messages = to_messages(self.document(task, split, doc_id))
+        except (SystemExit, OSError, AssertionError) as error:
+            return Question(settings=self.settings(arguments)[0], error=str(error) or "the task did not find its video")
+        return self.question(messages, arguments)
+
+    def generate_until(self, requests: Sequence[Instance]) -> Iterator[GenerationResult]:
+        """Answers, one by one as they come, so that the response cache holds all of them when a run is interrupted."""
+        questions = [self.asked(request) for request in requests]
+        with Record(self._rank) as record, self.bar(len(requests)) as bar:
+            replies = self.answerer.replies(questions)
+            for request, question, reply in zip(requests, questions, replies, strict=True):
+                record.add(request, question, reply)
+                bar.update(1)
+                yield GenerationResult(reply.text, TokenCounts(output_tokens=reply.tokens))
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> Iterator[list[str]]:
+        """Answers of every round; the task words each from the answers before it. A video is encoded once."""
+        with Record(self._rank) as record, self.bar(len(requests)) as bar:
+            for request in requests:
+                _, to_messages, arguments, doc_id, task, split = request.args
+                document = self.document(task, split, doc_id)
+                said: list[str] = []
+                seen: dict[Any, EncodedVideo | str] = {}
+                round_index, information = 0, None
+                while True:
+                    made = to_messages(
+                        document, round_idx=round_index, previous_output=said, previous_round_info=information
+                    )
+                    messages, finished, _, information = made
+                    if finished:
+                        break
+                    question = self.question(messages, arguments)
+                    if question.media is None and seen:  # later rounds go on about the video of the first
+                        question = Question(question.text, next(iter(seen)), question.settings, question.error)
+                    if question.media not in seen and question.error is None:
+                        seen[question.media] = self.watched(question.media)
+                    (reply,) = self.answerer.ask([question], [seen.get(question.media, "")])
+                    record.add(request, question, reply)
+                    said = [*said, reply.text]
+                    round_index += 1
+                bar.update(1)
+                yield said
+
+    def watched(self, media: Media) -> EncodedVideo | str:
+        """Visual tokens, or why there are none."""
+        try:
+            return self.vidlada.watch(self.answerer.decode(media))
+        except InputError as error:
+            return str(error)
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> Iterator[tuple[float, bool]]:
+        """Only simple tasks ask for it."""
+        raise InputError("tasks that compare likelihoods are not asked with messages; add --force_simple")
+
+    def bar(self, total: int) -> Any:
+        """Progress, in the first process."""
+        return tqdm(total=total, disable=self._rank != 0, desc="answers")
+
+
+class VidLaDASimple(VidLaDAChat):
+    """`--model vidlada --force_simple`: the older interface, which tasks that compare likelihoods need."""
+
+    is_simple = True
+
+    def asked(self, request: Instance) -> Question:
+        text, arguments, to_visual, doc_id, task, split = request.args
+        return self.question(self.messages(text, to_visual, task, split, doc_id), arguments)
+
+    def messages(self, text: str, to_visual: Any, task: str, split: str, doc_id: int) -> Messages:
+        """Text and visuals as the messages of one turn; a missing video becomes an error part."""
+        try:
+            visuals = to_visual(self.document(task, split, doc_id)) or []
+        except (SystemExit, OSError, AssertionError) as error:
+            visuals = [{"type": "missing", "url": str(error)}]
+        parts = [
+            visual if isinstance(visual, dict)
+            else {"type": "video" if isinstance(visual, str) else "image", "url": visual}
+            for visual in visuals
+        ]  # fmt: skip
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> Iterator[tuple[float, bool]]:
+        """For every continuation the bound of its negative log-likelihood: lmms-eval's tasks take the smallest.
+
+        What cannot be computed is infinite.
+        """
+        seen: dict[Any, EncodedVideo | str] = {}
+        model, given = self.vidlada.model, self.arguments
+        with Record(self._rank) as record, self.bar(len(requests)) as bar:
+            for request in requests:
+                text, continuation, to_visual, doc_id, task, split = request.args
+                question = self.question(self.messages(text, to_visual, task, split, doc_id), {})
+                if question.video_key not in seen and question.error is None:
+                    seen = {question.video_key: self.watched(question.media)}  # a video's requests come together
+                video = seen.get(question.video_key, "")
+                value, greedy, error = float("inf"), False, question.error
+                try:
+                    if isinstance(video, str):
+                        raise InputError(question.error or video)
+                    prompt = self.vidlada.chat(video, **self.answerer.options).request(question.text).prompt
+                    ids = self.vidlada.processor.text_ids(continuation.strip())
+                    value = negative_log_likelihood(
+                        model, prompt, ids, given.mc_num, given.batch_size_ppl, given.mc_seed
+                    )
+                    greedy = given.is_check_greedy and is_greedy(model, prompt, ids)
+                except InputError as failure:
+                    error = str(failure)
+                record.add(request, question, Reply(error=error))
+                bar.update(1)
+                yield value, greedy
+
+
+def read_messages(messages: Messages, image_size: int) -> tuple[str, Media]:
+    """Text and visual part of a task's messages.
+
+    Several images become the frames of one video; the order of text and visuals is the model's own.
+
+    Raises:
+        InputError: sound, several videos, a part of a video, or what only a conversation has.
+    """
+    parts = [part for message in messages for part in message["content"]]
+    missing = [part["url"] for part in parts if part["type"] == "missing"]
+    if missing:
+        raise InputError(missing[0] or "the task did not find its video")
+    images, videos, sounds = ChatMessages(messages=messages).extract_media()
+    if sounds:
+        raise InputError("the task gives sound; the model sees only video")
+    if len(videos) > 1 or (videos and images):
+        raise InputError(f"the task gives {len(videos)} videos and {len(images)} images; the model takes one video")
+    if any(message["role"] != "user" for message in messages):
+        raise InputError("the task gives a conversation; the model is asked one question")
+    text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+    if images:
+        return text, np.stack([picture(image, image_size) for image in images])
+    if videos and not isinstance(videos[0], str):
+        raise InputError(f"the task gives {type(videos[0]).__name__} for a video instead of its path")
+    return text, (videos[0] if videos else None)
+
+
+def picture(image: Any, size: int) -> np.ndarray:
+    """(size, size, 3) uint8 of an image or its path."""
+    if isinstance(image, str):
+        try:
+            image = Image.open(image)
+        except OSError as error:
+            raise InputError(f"{image}: cannot be read as an image: {error}") from error
+    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+class Record:
+    """What every sample cost and which failed, one JSON object a line, where `RECORD_FOLDER` says; else nowhere."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+        self.file: TextIO | None = None
+
+    def __enter__(self) -> "Record":
+        folder = os.environ.get(RECORD_FOLDER)
+        if folder:
+            self.file = record_path(Path(folder), self.rank).open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def add(self, request: Instance, question: Question, reply: Reply) -> None:
+        """Note a sample."""
+        if reply.error is not None:
+            tqdm.write(f"{request.task_name} {request.doc_id}: {reply.error}")
+        if self.file is None:
+            return
+        video = question.media if isinstance(question.media, str) else None
+        entry = {
+            "task": request.task_name, "doc_id": request.doc_id, "video": video, "tokens": reply.tokens,
+            "forward_passes": reply.forward_passes, "seconds": round(reply.seconds, 4), "error": reply.error,
+            "time": time.time(),
+        }  # fmt: skip
+        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.file.flush()

@@ -1,0 +1,319 @@
+"""Running lmms-eval, unmodified and in processes of its own, and what a run folder holds.
+
+A run folder belongs to one model and its settings; the same command in it continues where it was interrupted.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vidlada.api import SHIPPED, model_folder
+from vidlada.errors import InputError, VidLaDAError
+from vidlada.evaluation.arguments import ModelArguments, generation_settings
+from vidlada.evaluation.benchmarks import LMMS_EVAL_VERSION, Benchmark
+from vidlada.evaluation.data import documents, repository_folder
+from vidlada.evaluation.presets import PresetName, generation_arguments, model_arguments
+from vidlada.evaluation.record import RECORD_FOLDER
+
+RUN_FILE, LOG_FILE, SUBMISSION_FILE = "run.json", "lmms-eval.log", "egoschema_submission.json"
+TASKS_FOLDER = Path(__file__).parent / "tasks"
+UNSENT = "egoschema"  # lmms-eval sends its answers to a public server
+PACKAGES = ("vidlada", "lmms-eval", "torch", "transformers", "av", "datasets")
+LOG_LINES = 15  # shown when lmms-eval fails
+PACES = ("steps", "gen_steps", "threshold", "factor")  # of decoding; one replaces another
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What is evaluated, and how.
+
+    Args:
+        model: name or folder.
+        preset: where the settings come from.
+        model_changes: `ModelArguments` that differ from the preset.
+        generation_changes: generation arguments that differ.
+        batch_size: questions answered together.
+        limit: samples of each task; all by default.
+    """
+
+    model: str
+    preset: PresetName = "paper"
+    model_changes: Mapping[str, Any] = field(default_factory=dict)
+    generation_changes: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 1
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if "," in self.location or "=" in self.location:
+            raise InputError(f"{self.location}: lmms-eval cannot be given a path with a comma or equals sign in it")
+
+    @property
+    def location(self) -> str:
+        """Of the model, from any working directory."""
+        return SHIPPED if self.model == SHIPPED else str(model_folder(self.model).absolute())
+
+    def model_arguments(self, benchmark: Benchmark) -> dict[str, Any]:
+        """For one benchmark, validated."""
+        arguments = {"pretrained": self.location, **model_arguments(self.preset, benchmark), **self.model_changes}
+        ModelArguments.from_dict({**arguments, "batch_size": self.batch_size})
+        return arguments
+
+    def generation_arguments(self, benchmark: Benchmark) -> dict[str, Any]:
+        """For one benchmark, validated."""
+        arguments = generation_arguments(self.preset, benchmark)
+        if any(name in self.generation_changes or name in self.model_changes for name in PACES):
+            arguments = {name: value for name, value in arguments.items() if name not in PACES}
+        arguments |= self.generation_changes
+        if arguments.get("temperature"):
+            arguments.setdefault("do_sample", True)  # tasks say false
+        decoding = ModelArguments.from_dict(self.model_arguments(benchmark)).decoding
+        from vidlada.config import GenerationSettings
+
+        generation_settings(GenerationSettings().updated(**decoding), arguments)
+        return arguments
+
+    def to_dict(self) -> dict[str, Any]:
+        """What has to agree between the parts of a run."""
+        return {
+            "model": self.model,
+            "preset": self.preset,
+            "model_arguments": dict(self.model_changes),
+            "generation_arguments": dict(self.generation_changes),
+            "batch_size": self.batch_size,
+            "limit": self.limit,
+        }
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tasks that lmms-eval runs together because all their settings agree."""
+
+    tasks: tuple[str, ...]
+    model_arguments: dict[str, Any]
+    generation_arguments: dict[str, Any]
+    predict_only: bool
+
+
+def launches(benchmarks: Sequence[Benchmark], settings: RunSettings, submit: bool = False) -> list[Launch]:
+    """How often lmms-eval has to be started, and with what."""
+    grouped: dict[str, Launch] = {}
+    for benchmark in benchmarks:
+        predict_only = benchmark.name == UNSENT and not submit
+        parts = (settings.model_arguments(benchmark), settings.generation_arguments(benchmark), predict_only)
+        key = json.dumps(parts, sort_keys=True)
+        tasks = grouped[key].tasks if key in grouped else ()
+        grouped[key] = Launch((*tasks, benchmark.name), *parts)
+    return list(grouped.values())
+
+
+def joined(arguments: Mapping[str, Any]) -> str:
+    """As lmms-eval reads them; it splits at commas."""
+    return ",".join(f"{name}={str(value).replace(',', ';')}" for name, value in arguments.items())
+
+
+def command(launch: Launch, settings: RunSettings, output: Path, processes: int = 1) -> list[str]:
+    """The command line of a launch."""
+    start = [sys.executable, "-m", "lmms_eval"]
+    if processes > 1:
+        device = launch.model_arguments.get("device")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes),
+                 "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+                 "--main_process_port", str(port), "--cpu" if device == "cpu" else "--multi_gpu",
+                 "-m", "lmms_eval"]  # fmt: skip
+    generation = ["--gen_kwargs", joined(launch.generation_arguments)] if launch.generation_arguments else []
+    return [
+        *start, "--model", "vidlada", "--model_args", joined(launch.model_arguments), *generation,
+        "--tasks", ",".join(launch.tasks), "--include_path", str(TASKS_FOLDER),
+        "--batch_size", str(settings.batch_size), "--log_samples", "--output_path", str(output / "lmms-eval"),
+        "--use_cache", str(output / "cache"),
+        *(["--limit", str(settings.limit)] if settings.limit else []),
+        *(["--predict_only"] if launch.predict_only else []),
+    ]  # fmt: skip
+
+
+def environment(root: Path, output: Path, download: bool) -> dict[str, str]:
+    """What lmms-eval finds its data by. Nothing of the data root is written to, and nothing is fetched unless asked."""
+    offline = {} if download else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return {
+        **os.environ,
+        **offline,
+        "HF_HOME": str(root),
+        "HF_DATASETS_CACHE": str(output / "datasets"),
+        "PYTHONSAFEPATH": "1",  # folders of the data root are no modules
+        "TOKENIZERS_PARALLELISM": "false",
+        RECORD_FOLDER: str(output),
+    }
+
+
+def require_lmms_eval() -> None:
+    """`InputError` where it is not installed, or its registry does not know us."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise InputError(
+            f"lmms-eval is not installed; run: make eval-env (or: pip install 'vidlada[eval]', then "
+            f"pip install --no-deps lmms-eval=={LMMS_EVAL_VERSION})"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of what computes a score."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def start_run(output: Path, settings: RunSettings, benchmarks: Sequence[Benchmark]) -> None:
+    """Make or reopen a run folder.
+
+    Raises:
+        InputError: it holds something else, or a run with other settings.
+    """
+    path = output / RUN_FILE
+    tasks = [benchmark.name for benchmark in benchmarks]
+    if path.exists():
+        before = read_run_file(output)
+        if before["settings"] != settings.to_dict():
+            changed = [name for name, value in settings.to_dict().items() if before["settings"].get(name) != value]
+            raise InputError(f"{output} holds a run with another {', '.join(changed)}; choose another folder")
+        tasks = list(dict.fromkeys([*before["tasks"], *tasks]))
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is in use and holds no run; choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    arguments = {
+        benchmark.name: {
+            "model": settings.model_arguments(benchmark),
+            "generation": settings.generation_arguments(benchmark),
+        }
+        for benchmark in benchmarks
+    }
+    if path.exists():
+        arguments = {**before["arguments"], **arguments}
+    text = {"settings": settings.to_dict(), "tasks": tasks, "arguments": arguments, "versions": versions()}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(text, indent=1), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_run_file(output: Path) -> dict[str, Any]:
+    """What a run folder says about itself; `InputError` if it is none."""
+    try:
+        found: dict[str, Any] = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+        found["settings"], found["tasks"], found["arguments"]  # noqa: B018 - has to be there
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{output}: not the folder of a run (no readable {RUN_FILE})") from error
+    return found
+
+
+def run(
+    benchmarks: Sequence[Benchmark],
+    settings: RunSettings,
+    output: Path,
+    root: Path,
+    processes: int = 1,
+    download: bool = False,
+    submit: bool = False,
+) -> None:
+    """Run lmms-eval on benchmarks.
+
+    Args:
+        benchmarks: which.
+        settings: how.
+        output: run folder, new or of the same settings.
+        root: data root.
+        processes: started by accelerate, each with a share of the samples.
+        download: let lmms-eval fetch what is missing.
+        submit: let EgoSchema's answers be sent to its public server; otherwise they are only written down.
+
+    Raises:
+        InputError: something is missing.
+        VidLaDAError: lmms-eval failed.
+    """
+    require_lmms_eval()
+    output = output.absolute()
+    planned = launches(benchmarks, settings, submit)
+    start_run(output, settings, benchmarks)
+    for launch in planned:
+        keep_interrupted(output / "cache")
+        before = results_files(output)
+        execute(command(launch, settings, output, processes), root, output, environment(root, output, download))
+        done = {task for file in results_files(output) - before for task in json.loads(file.read_text())["results"]}
+        names = {task.name for benchmark in benchmarks if benchmark.name in launch.tasks for task in benchmark.tasks}
+        if names - done:
+            raise VidLaDAError(f"lmms-eval gave no results for {', '.join(sorted(names - done))}: {reason(output)}")
+        if launch.predict_only:
+            write_submission(output, root, next(each for each in benchmarks if each.name == UNSENT))
+
+
+def execute(arguments: Sequence[str], root: Path, output: Path, variables: dict[str, str]) -> None:
+    """Run a command in the data root, its output in the log; its progress also on a terminal."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (output / LOG_FILE).open("a", encoding="utf-8") as log:
+        shown = None if sys.stderr.isatty() else log
+        finished = subprocess.run(arguments, cwd=root, env=variables, stdout=log, stderr=shown, check=False)
+    if finished.returncode:
+        raise VidLaDAError(f"lmms-eval ended with code {finished.returncode}: {reason(output)}")
+
+
+def reason(output: Path) -> str:
+    """Why lmms-eval failed: the last error in its log."""
+    lines = (output / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines if "Error" in line or "does not exist" in line]
+    said = errors[-1].split(" - ")[-1].strip() if errors else " ".join(lines[-LOG_LINES:])
+    return f"{said} (all of it: {output / LOG_FILE})"
+
+
+def keep_interrupted(cache: Path) -> None:
+    """Add the answers of interrupted runs to the response cache; lmms-eval itself adds those of finished runs only."""
+    shards = [str(path) for path in sorted((cache / "runs").glob("*/rank_*.db"))]
+    if shards:
+        from lmms_eval.caching.response_cache import ResponseCache
+
+        ResponseCache.merge_shards(shards, str(cache / "cache.db"))
+        shutil.rmtree(cache / "runs")
+
+
+def results_files(output: Path) -> set[Path]:
+    """Aggregated results that lmms-eval has written."""
+    return set((output / "lmms-eval").rglob("*_results.json"))
+
+
+def samples_file(results: Path, task: str) -> Path:
+    """Logged samples of a task beside the results of the same run."""
+    return results.with_name(results.name.replace("_results.json", f"_samples_{task}.jsonl"))
+
+
+def write_submission(output: Path, root: Path, benchmark: Benchmark) -> None:
+    """EgoSchema's submission file: the place of the chosen option by video; -1 where no letter was given."""
+    folder = repository_folder(root, benchmark.repository)
+    assert folder is not None
+    rows = documents(folder, benchmark.tasks[0].config, benchmark.split)
+    newest = max(
+        (f for f in results_files(output) if samples_file(f, UNSENT).exists()), key=lambda f: f.stat().st_mtime
+    )
+    chosen = {}
+    for line in samples_file(newest, UNSENT).read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        chosen[rows[sample["doc_id"]]["video_idx"]] = letter_place(str(sample["filtered_resps"]))
+    (output / SUBMISSION_FILE).write_text(json.dumps(chosen, indent=1), encoding="utf-8")
+
+
+def letter_place(answer: str, letters: str = "ABCDE") -> int:
+    """Place of the first letter that stands by itself, or -1."""
+    words = answer.replace("(", " ").replace(")", " ").replace(".", " ").replace(":", " ").split()
+    return next((letters.index(word) for word in words if len(word) == 1 and word in letters), -1)
