@@ -282,6 +282,13 @@ def test_every_policy_is_tried_here():
     assert {name.partition(":")[0] for name in (*EXACT, *APPROXIMATE)} == set(POLICIES)
 
 
+@pytest.mark.parametrize("frames", [[], [1], [3], [1, 1], [2, 5, 1]])
+def test_the_default_fits_any_video(frames):
+    model = load_reference_model("gqa")
+    (state,) = decode(model, request(model, layout(2, frames, 2), cache="mars"))
+    assert state.done
+
+
 def test_scenes_are_cut_where_frames_change_abruptly():
     frames = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [-1.0, 0.0]])
     sizes = torch.tensor([2, 1, 3, 1, 2])

@@ -6,7 +6,8 @@ Policies are chosen by name, with settings after a colon: `dual`, `interval:prom
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Protocol, get_type_hints
+from types import NoneType
+from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 from vidlada.errors import InputError
 
@@ -209,8 +210,10 @@ class Mars:
         ratio: frames are renewed `ratio` times less often (R = τ_v / τ_t).
         group: layers in a group.
         pyramid: ratio of a group's interval to the next deeper one's; 1 renews all layers together.
-        window: neighbours on either side that a visual query sees in a renewal; -1 for full attention.
-        anchors: visual tokens that all visual queries see besides; 0 for none.
+        window: neighbours on either side that a visual query sees in a renewal; -1 for full attention. By default 1,
+            or 0 for a single frame.
+        anchors: visual tokens that all visual queries see besides; 0 for none. By default 64, or all where there are
+            fewer.
         queries: visual queries sampled in the search for anchors.
         per_head: anchors of each key/value head instead of each layer.
         chunk_first: restrict visual queries in the first step too.
@@ -227,8 +230,8 @@ class Mars:
     ratio: int = 2
     group: int = 4
     pyramid: int = 2
-    window: int = 1
-    anchors: int = 64
+    window: int | None = None
+    anchors: int | None = None
     queries: int = 32
     per_head: bool = False
     chunk_first: bool = False
@@ -241,6 +244,11 @@ class Mars:
         _at_least(self, 0, "anchors", "drift", "scene")
         _at_least(self, -1, "window")
 
+    @property
+    def chunks(self) -> bool:
+        """Whether visual queries are restricted in renewals."""
+        return self.window is None or self.window >= 0
+
     def entries(self, layers: int) -> list[int]:
         """Where the groups begin."""
         return list(range(self.group, layers, self.group))
@@ -249,14 +257,14 @@ class Mars:
         """Answer always; text and frames from the lowest group that is due."""
         probes = self.probes if self.drift else 0
         if moment.step == 0:
-            chunked, search = self.chunk_first and self.window >= 0, self.anchors > 0 and self.window >= 0
+            chunked, search = self.chunk_first and self.chunks, self.anchors != 0 and self.chunks
             return Plan(EVERYTHING, chunked=chunked, search=search, probes=probes)
         start = dict(ANSWER)
         for segment, interval in (("text", self.text), ("visual", self.text * self.ratio)):
             due = self._moved(moment, segment) if self.drift else self._groups(moment.layers, moment.step, interval)
             if due:
                 start[segment] = min(due)
-        return Plan(start, chunked=self.window >= 0, probes=probes)
+        return Plan(start, chunked=self.chunks, probes=probes)
 
     def _moved(self, moment: Moment, segment: str) -> list[int]:
         """Entries of the groups where a segment has drifted too far."""
@@ -305,6 +313,7 @@ def policy_from(text: str) -> Policy | None:
 
 def _parsed(what: str, value: str, kind: type) -> Any:
     """A setting's value from text."""
+    (kind,) = set(get_args(kind) or (kind,)) - {NoneType}  # None stands for a default that depends on the video
     try:
         if kind is bool:
             return {"true": True, "false": False}[value.lower()]
@@ -316,5 +325,5 @@ def _parsed(what: str, value: str, kind: type) -> Any:
 
 def _at_least(policy: Any, least: int, *names: str) -> None:
     for name in names:
-        if getattr(policy, name) < least:
+        if getattr(policy, name) is not None and getattr(policy, name) < least:
             raise InputError(f"cache {policy.name}: {name} must be at least {least}, not {getattr(policy, name)}")
