@@ -316,7 +316,7 @@ class Run:
         own.signals = float(len(stop_requested))
         names = ("loss", "tokens", "flops", "skipped", "signals", "frames")
         sums = total(accelerator, [getattr(own, name) for name in names])
-        figures = Figures(**dict(zip(names, sums, strict=True)), steps=1)  # type: ignore[arg-type]
+        figures = Figures(**dict(zip(names, sums, strict=True)), steps=1)
         if not math.isfinite(figures.loss):
             raise VidLaDAError(f"the loss at step {step} is {figures.loss}; its batch is saved in {config.output}")
         progress.seen += progress_seen
