@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: ask test lint clean
+.PHONY: ask test lint eval-env clean
 
 # Set everything up and answer a question about a video with the model in the package.
 ask: $(VENV)/ready
@@ -26,6 +26,14 @@ $(VENV)/ready: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/ready-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/ready
+
+# lmms-eval beside the project: by itself it would replace torch and pull torchvision in, hence --no-deps.
+eval-env: $(VENV)/ready-eval
+
+$(VENV)/ready-eval: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
+	$(BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 	touch $@ $(VENV)/ready
 
 clean:

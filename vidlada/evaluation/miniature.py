@@ -142,7 +142,7 @@ def videomme(mini: Miniature) -> None:
 def egoschema(mini: Miniature) -> None:
     documents = []
     for number, (index, choice) in enumerate(mini.asked()):
-        name = f"{index:08d}-ego"
+        name = f"{index:08d}-{number:04d}"  # one question a video
         mini.video(index, f"egoschema/videos/{name}.mp4")
         options = [*choice.options, "nothing", "it stays still", "none of them"][:FIVE]
         lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS_OF_FIVE, options, strict=True)]

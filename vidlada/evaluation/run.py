@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vidlada.api import SHIPPED, model_folder
+from vidlada.config import GenerationSettings
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation.arguments import ModelArguments, generation_settings
 from vidlada.evaluation.benchmarks import LMMS_EVAL_VERSION, Benchmark
@@ -77,8 +78,6 @@ class RunSettings:
         if arguments.get("temperature"):
             arguments.setdefault("do_sample", True)  # tasks say false
         decoding = ModelArguments.from_dict(self.model_arguments(benchmark)).decoding
-        from vidlada.config import GenerationSettings
-
         generation_settings(GenerationSettings().updated(**decoding), arguments)
         return arguments
 

@@ -1,0 +1,111 @@
+"""Each video decoded once and ahead, encoded once, asked everything; a broken one costs its own questions only."""
+
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+from media import write_video
+
+from vidlada.config import GenerationSettings
+from vidlada.evaluation.answering import VIDEOS_AHEAD, Answerer, Question, batches_of
+from vidlada.video import Sampling
+
+SETTINGS = GenerationSettings(gen_length=4, block_length=4)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    return [str(write_video(folder / f"{n}.mp4", frames=25 * (n + 2))) for n in range(6)]
+
+
+def ask(model, questions, batch_size=1, **options):
+    return list(Answerer(model, Sampling(max_frames=4), batch_size, **options).replies(questions))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_replies_equal_asking_alone(small, clips, batch_size):
+    asked = [(0, "is it red ?"), (1, "is it blue ?"), (0, "how many things are in the video ?"), (2, "is it red ?")]
+    replies = ask(small, [Question(text, clips[n], SETTINGS) for n, text in asked], batch_size, time_instruction=True)
+    for (n, text), reply in zip(asked, replies, strict=True):
+        alone = small.ask(clips[n], text, frames=4, time_instruction=True, gen_length=4, block_length=4)
+        assert reply.text == alone.text.removesuffix(".").strip()
+        assert (reply.tokens, reply.forward_passes, reply.error) == (
+            alone.statistics.tokens, alone.statistics.forward_passes, None)  # fmt: skip
+
+
+def test_a_video_is_decoded_and_encoded_once(small, clips, monkeypatch):
+    decoded, encoded = Counter(), Counter()
+    decode, watch = Answerer.decode, type(small).watch
+    monkeypatch.setattr(Answerer, "decode", lambda self, media: (decoded.update([media]), decode(self, media))[1])
+    monkeypatch.setattr(
+        type(small), "watch",
+        lambda self, video, **o: (encoded.update([getattr(getattr(video, "info", None), "path", None)])
+                                  if not hasattr(video, "visual_tokens") else None, watch(self, video, **o))[1],
+    )  # fmt: skip
+    questions = [Question(f"is it {word} ?", clips[n], SETTINGS) for word in ("red", "blue") for n in range(3)]
+    ask(small, questions, batch_size=2)
+    assert decoded == encoded == Counter(clips[:3])
+
+
+def test_the_next_videos_are_decoded_meanwhile_but_not_all(small, clips, monkeypatch):
+    decoded, threads = [], set()
+    decode = Answerer.decode
+
+    def noting(self, media):
+        decoded.append(media)
+        threads.add(threading.current_thread())
+        return decode(self, media)
+
+    monkeypatch.setattr(Answerer, "decode", noting)
+    replies = Answerer(small, Sampling(max_frames=2)).replies(
+        [Question("is it red ?", clip, SETTINGS) for clip in clips]
+    )
+    next(replies)
+    replies.close()
+    assert threading.main_thread() not in threads
+    assert 1 <= len(decoded) <= 1 + VIDEOS_AHEAD
+
+
+def test_replies_come_as_soon_as_their_order_allows(small, clips, monkeypatch):
+    asked = []
+    plain = Answerer.ask
+    monkeypatch.setattr(Answerer, "ask", lambda self, q, v: (asked.extend(x.text for x in q), plain(self, q, v))[1])
+    questions = [Question(text, clips[n], SETTINGS) for text, n in (("a", 0), ("b", 1), ("c", 0))]
+    replies = Answerer(small, Sampling(max_frames=2)).replies(questions)
+    next(replies)
+    assert asked == ["a"]
+    list(replies)
+    assert asked == ["a", "c", "b"]
+
+
+def test_failures_cost_only_themselves(small, clips, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"not a video")
+    questions = [
+        Question("is it red ?", clips[0], SETTINGS),
+        Question("is it red ?", str(broken), SETTINGS),
+        Question("is it blue ?", str(tmp_path / "missing.mp4"), SETTINGS),
+        Question("   ", clips[0], SETTINGS),
+        Question(error="the task gives sound"),
+        Question("is it blue ?", clips[1], SETTINGS),
+    ]
+    replies = ask(small, questions, batch_size=6)
+    assert [reply.error is None for reply in replies] == [True, False, False, False, False, True]
+    assert "broken.mp4" in replies[1].error and "no such file" in replies[2].error
+    assert "empty" in replies[3].error and replies[4].error == "the task gives sound"
+    assert all(reply.text == "" for reply in replies[1:5])
+
+
+def test_settings_are_not_mixed_in_a_batch():
+    other = GenerationSettings(gen_length=8, block_length=8)
+    questions = [Question("q", "v", settings) for settings in (SETTINGS, SETTINGS, other, SETTINGS)]
+    assert batches_of(questions, 4) == [[0, 1], [2], [3]]
+    assert batches_of([Question("q", str(n % 2)) for n in range(4)], 2) == [[0, 2], [1, 3]]
+
+
+def test_frames_and_no_video(small):
+    frames = np.full((3, 40, 40, 3), 200, np.uint8)
+    with_frames, without = ask(small, [Question("is it red ?", frames, SETTINGS), Question("hello", None, SETTINGS)])
+    assert with_frames.error is None and without.error is None

@@ -1,0 +1,330 @@
+"""Through real, unmodified lmms-eval, offline, on miniature benchmarks, with the model in the package."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vidlada
+from vidlada.evaluation.benchmarks import BENCHMARKS, MVBENCH_FOLDERS
+from vidlada.evaluation.data import documents
+from vidlada.evaluation.likelihood import negative_log_likelihood
+from vidlada.evaluation.miniature import write_miniatures
+from vidlada.evaluation.results import read_run
+from vidlada.evaluation.run import LOG_FILE, SUBMISSION_FILE, environment
+
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: make eval-env")
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.caching.response_cache import ResponseCache
+from lmms_eval.models import get_model
+
+FRAMES = 4
+BROKEN, MISSING = "videomme/data/clip0000001.mp4", "lvbench/clip1.mp4"
+ALL = ",".join(BENCHMARKS)
+
+
+def vidlada_eval(*arguments):
+    """The command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vidlada", "eval", *map(str, arguments)], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Every benchmark, with a damaged and a missing video."""
+    folder = tmp_path_factory.mktemp("data") / "root"
+    write_miniatures(folder, list(BENCHMARKS.values()))
+    (folder / BROKEN).write_bytes((folder / BROKEN).read_bytes()[:2000])
+    (folder / MISSING).unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """A run of everything, with its output."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    options = ("--data-root", root, "--frames", FRAMES, "--batch-size", 3, "--device", "cpu")
+    printed = vidlada_eval("--tasks", ALL, "--output", output, *options)
+    return output, printed, options
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return vidlada.load("tiny", device="cpu")
+
+
+# --- inside this process ---
+
+
+@pytest.fixture(scope="module")
+def small_lm(small_folder):
+    return get_model("vidlada")(
+        pretrained=str(small_folder), max_frames_num=2, device="cpu", batch_size="2", mc_num=8, max_batch_size=None
+    )
+
+
+def request_of(number, to_messages, arguments, kind="generate_until", task="t"):
+    metadata = {"task": task, "doc_id": number, "repeats": 1}
+    return Instance(kind, (f"question {number}", to_messages, arguments, number, task, "test"), 0, metadata)
+
+
+def said(path, text):
+    parts = [{"type": "video", "url": str(path)}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": parts}]
+
+
+GENERATION = {"gen_length": 4, "block_length": 4, "until": ["\n\n"], "temperature": 0}
+
+
+def test_both_names_and_both_interfaces():
+    assert get_model("vidlada") is get_model("llava_llada_video")
+    assert not get_model("vidlada").is_simple and get_model("vidlada", force_simple=True).is_simple
+
+
+def test_answers_are_cached_as_they_come(root, small_lm, tmp_path):
+    videos = [root / "mvbench_video/perception/videos" / f"clip{n}.mp4" for n in (1, 2)]
+    small_lm.task_dict["t"] = {"test": [{"video": videos[n // 2]} for n in range(4)]}
+    requests = [request_of(n, lambda doc: said(doc["video"], "is it red ?"), GENERATION) for n in range(4)]
+    replies = small_lm.answerer.replies
+
+    def interrupted(questions):
+        for number, reply in enumerate(replies(questions)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield reply
+
+    small_lm.answerer.replies = interrupted
+    cache = ResponseCache(str(tmp_path / "a.db"), str(tmp_path / "a.jsonl"), "m")
+    with pytest.raises(KeyboardInterrupt):
+        cache.execute(small_lm, "generate_until", requests)
+    del small_lm.answerer.replies
+    assert cache.get_stats()["total_cached_entries"] == 2
+    answers = cache.execute(small_lm, "generate_until", requests)
+    assert cache.get_stats()["hits"] == 2
+    alone = small_lm.vidlada.ask(videos[0], "is it red ?", frames=2, gen_length=4, block_length=4, stop=("\n\n",))
+    text = alone.text.removesuffix(".").strip()
+    assert [getattr(answer, "text", answer) for answer in answers[:2]] == [text, text]
+
+
+def test_rounds(root, small_lm):
+    video = root / "mvbench_video/perception/videos/clip1.mp4"
+    small_lm.task_dict["t"] = {"test": [{}]}
+    given = []
+
+    def to_messages(doc, round_idx=None, previous_output=None, previous_round_info=None):
+        given.append((round_idx, list(previous_output), previous_round_info))
+        if round_idx == 2:
+            return None, True, previous_output, previous_round_info
+        text = [{"role": "user", "content": [{"type": "text", "text": "is it blue ?"}]}]
+        return (said(video, "is it red ?") if round_idx == 0 else text), False, previous_output, round_idx
+
+    watch, watched = small_lm.vidlada.watch, []
+    small_lm.vidlada.watch = lambda frames, **o: (watched.append(type(frames).__name__), watch(frames, **o))[1]
+    request = request_of(0, to_messages, GENERATION, "generate_until_multi_round")
+    (answers,) = small_lm.generate_until_multi_round([request])
+    del small_lm.vidlada.watch
+    assert watched.count("Frames") == 1
+    assert [entry[0] for entry in given] == [0, 1, 2] and given[2][1] == answers and given[2][2] == 1
+    alone = [small_lm.vidlada.ask(video, text, frames=2, gen_length=4, block_length=4) for text in
+             ("is it red ?", "is it blue ?")]  # fmt: skip
+    assert answers == [answer.text.removesuffix(".").strip() for answer in alone]
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        ([{"type": "video", "url": "a.mp4"}, {"type": "video", "url": "b.mp4"}], "2 videos"),
+        ([{"type": "audio", "url": "a.wav"}], "sound"),
+        ([{"type": "video", "url": {"video_start": 1}}], "dict"),
+    ],
+)
+def test_what_the_model_cannot_be_asked(content, why, small_lm):
+    question = small_lm.question([{"role": "user", "content": [*content, {"type": "text", "text": "q"}]}], GENERATION)
+    assert why in question.error
+
+
+def test_wrong_arguments_stop_the_run(small_lm):
+    small_lm.task_dict["t"] = {"test": [{}]}
+    request = request_of(0, lambda doc: said("x.mp4", "q"), {"gen_length": 4, "num_beams": 5})
+    with pytest.raises(vidlada.errors.InputError, match="num_beams 5"):
+        list(small_lm.generate_until([request]))
+
+
+# --- whole runs ---
+
+
+@pytest.mark.slow
+def test_every_benchmark_runs(finished):
+    output, (printed, err), _ = finished
+    run = read_run(output)
+    assert list(run.results) == list(BENCHMARKS)
+    for name, result in run.results.items():
+        assert set(result.tasks) == {task.name for task in BENCHMARKS[name].tasks}
+        assert len(result.samples) == (8 if name == "shapes" else 4 * len(result.tasks))
+    assert "# tiny" in printed and "report.md" in err
+    assert (output / "report.json").exists() and (output / "report.png").exists()
+
+
+@pytest.mark.slow
+def test_broken_and_missing_videos_cost_their_questions(finished):
+    output, (printed, err), _ = finished
+    run = read_run(output)
+    counts = {name: len(result.failed) for name, result in run.results.items() if result.failed}
+    assert counts == {"videomme": 2, "videomme_w_subtitle": 2, "lvbench": 2}
+    assert all(sample.points == 0 for result in run.results.values() for sample in result.failed)
+    assert "clip0000001.mp4" in printed and "1 of 2 videos are missing" in err
+
+
+def prompts(root):
+    """Task, number, video and the words of a question, put together here from the benchmarks' descriptions."""
+    for number, row in enumerate(documents(root / "lmms-eval/Video-MME", None, "test")):
+        yield "videomme", number, f"videomme/data/{row['videoID']}.mp4", (
+            "Select the best answer to the following multiple-choice question based on the video and the subtitles. "
+            "Respond with only the letter (A, B, C, or D) of the correct option.\n" + row["question"] + "\n"
+            + "\n".join(row["options"]) + "\n\nAnswer with the option's letter from the given choices directly."
+        )  # fmt: skip
+    for number, row in enumerate(documents(root / "sy1998/MLVU_dev", None, "test")):
+        yield (
+            "mlvu_dev",
+            number,
+            f"mlvu/{row['video_name']}",
+            (row["question"] + "\nOnly give the best option.\nBest option: ("),
+        )
+    for number, row in enumerate(documents(root / "sy1998/MLVU_Test", None, "test")):
+        yield "mlvu_test", number, f"mlvu_test/{row['video_name']}", row["question"]
+    for number, row in enumerate(documents(root / "lmms-eval/LVBench", None, "train")):
+        yield (
+            "lvbench",
+            number,
+            f"lvbench/{row['video_path']}",
+            (row["question"] + "\nAnswer the question with the option letter"),
+        )
+    for number, row in enumerate(documents(root / "lmms-eval/egoschema", "Subset", "test")):
+        yield (
+            "egoschema_subset",
+            number,
+            f"egoschema/videos/{row['video_idx']}.mp4",
+            (
+                "\n".join([row["question"], *row["option"]])
+                + "\nAnswer with the option's letter from the given choices directly."
+            ),
+        )
+    for kind, folder in MVBENCH_FOLDERS.items():
+        for number, row in enumerate(documents(root / "OpenGVLab/MVBench", kind, "train")):
+            listed = "".join(
+                f"({letter}) {option}\n" for letter, option in zip("ABCD", row["candidates"], strict=False)
+            )
+            yield (
+                f"mvbench_{kind}",
+                number,
+                f"mvbench_video/{folder}/{row['video']}",
+                (f"Question:{row['question']}\nOption:\n{listed}Only give the best option.\n"),
+            )
+
+
+@pytest.mark.slow
+def test_answers_and_scores_against_asking_directly(root, finished, tiny):
+    samples = read_run(finished[0]).samples
+    truths = {}
+    for row_of, task, config, split in (
+        ("lmms-eval/Video-MME", "videomme", None, "test"), ("sy1998/MLVU_dev", "mlvu_dev", None, "test"),
+        ("sy1998/MLVU_Test", "mlvu_test", None, "test"), ("lmms-eval/LVBench", "lvbench", None, "train"),
+    ):  # fmt: skip
+        truths |= {(task, n): row["answer"] for n, row in enumerate(documents(root / row_of, config, split))}
+    checked = 0
+    for task, number, video, text in prompts(root):
+        sample = samples[task, number]
+        if sample.error:
+            continue
+        answer = tiny.ask(
+            root / video, text + "/no_think", frames=FRAMES, gen_length=2, block_length=2, steps=2,
+            time_instruction=task.startswith("mvbench"),
+        )  # fmt: skip
+        assert sample.answer == answer.text.removesuffix(".").strip(), (task, number)
+        if (task, number) in truths:
+            letters = re.findall(r"\b[A-D]\b", sample.answer)
+            assert sample.points == float(letters[:1] == [truths[task, number]]), sample
+        checked += 1
+    assert checked == 4 * 4 + 4 + 20 * 4 - 4
+
+
+@pytest.mark.slow
+def test_lmms_eval_s_own_scores_agree_where_nothing_failed(finished):
+    for name, result in read_run(finished[0]).results.items():
+        if name == "egoschema" or result.failed:
+            continue
+        for task, score in result.tasks.items():
+            own = result.lmms_eval[task]
+            if result.benchmark.mean == "kinds":  # counts absent types as zero
+                own *= len(result.benchmark.kinds) / len(result.kinds)
+                assert result.score.percent == pytest.approx(own), task
+            elif name not in ("egoschema_subset", "longvideobench_val_v"):  # unreadable answers are drawn at random
+                assert score.percent == pytest.approx(own), task
+
+
+@pytest.mark.slow
+def test_egoschema_is_written_not_sent(root, finished):
+    output, (printed, _), _ = finished
+    written = json.loads((output / SUBMISSION_FILE).read_text())
+    assert set(written) == {row["video_idx"] for row in documents(root / "lmms-eval/egoschema", "Subset", "test")}
+    assert set(written.values()) <= {-1, 0, 1, 2, 3, 4}
+    assert "| EgoSchema | 4 | – |" in printed
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on(finished, tmp_path):
+    output, _, options = finished
+    copy = tmp_path / "again"
+    shutil.copytree(output, copy, ignore=shutil.ignore_patterns("lmms-eval", LOG_FILE, "runs"))
+    (copy / "cache/runs/interrupted").mkdir(parents=True)
+    (copy / "cache/cache.db").rename(copy / "cache/runs/interrupted/rank_0.db")  # how lmms-eval leaves them
+    vidlada_eval("--tasks", "mlvu_dev,mlvu_test", "--output", copy, *options)
+    assert "all 8 requests served from cache" in (copy / LOG_FILE).read_text()
+    before, after = read_run(output).samples, read_run(copy).samples
+    assert after and all(sample.answer == before[key].answer for key, sample in after.items())
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_answers_of_one(finished, tmp_path):
+    output, _, options = finished
+    vidlada_eval("--tasks", "mlvu_dev,lvbench", "--output", tmp_path / "two", "--processes", 2, *options)
+    one, two = read_run(output).samples, read_run(tmp_path / "two").samples
+    assert len(two) == 8 and {path.name for path in (tmp_path / "two").glob("record-*")} == {
+        "record-0.jsonl", "record-1.jsonl"}  # fmt: skip
+    for key, sample in two.items():
+        assert (sample.answer, sample.points, sample.error) == (one[key].answer, one[key].points, one[key].error)
+
+
+@pytest.mark.slow
+def test_choosing_by_likelihood(root, tiny, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "lmms_eval", "--model", "llava_llada_video", "--force_simple", "--model_args",
+         f"pretrained=tiny,max_frames_num={FRAMES},device=cpu,mc_num=4,is_check_greedy=False",
+         "--tasks", "egoschema_subset_mcppl", "--log_samples", "--output_path", str(tmp_path)],
+        capture_output=True, text=True, cwd=root, env=environment(root, tmp_path, download=False), timeout=1800,
+    )  # fmt: skip
+    (file,) = Path(tmp_path).rglob("*_samples_egoschema_subset_mcppl.jsonl")
+    rows = documents(root / "lmms-eval/egoschema", "Subset", "test")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(samples) == len(rows) == 4, done.stdout
+    for sample in samples:
+        row = rows[sample["doc_id"]]
+        chat = tiny.chat(root / f"egoschema/videos/{row['video_idx']}.mp4", frames=FRAMES)
+        prompt = chat.request(row["question"]).prompt
+        with torch.inference_mode():
+            bounds = [
+                negative_log_likelihood(tiny.model, prompt, tiny.processor.text_ids(option.split(".")[1].strip()), 4)
+                for option in row["option"]
+            ]
+        assert sample["score"]["pred"] == bounds.index(min(bounds))

@@ -1,0 +1,170 @@
+"""Scores, errors and comparisons of run folders made by hand, against figures computed another way."""
+
+import json
+import math
+import statistics
+
+import pytest
+
+from vidlada.errors import InputError
+from vidlada.evaluation.benchmarks import BENCHMARKS, MLVU_DEV, video_mmmu_right
+from vidlada.evaluation.report import compare, compare_text, exact_mcnemar, report_object, report_text, write_report
+from vidlada.evaluation.results import mean_score, read_run
+from vidlada.evaluation.run import RunSettings, start_run
+
+DATE = "20260101_000000"
+
+
+def mlvu_sample(number, kind, right):
+    judged = {"question_id": "q", "task_type": kind, "pred_answer": "A", "answer": "A" if right else "B"}
+    return {"doc_id": number, "filtered_resps": "A", "mlvu_percetion_score": judged}
+
+
+def make_run(folder, tasks, record=(), date=DATE, **settings):
+    """A run folder as lmms-eval and the plug-in leave it; `tasks` maps a task to its score and samples."""
+    names = [name for name, each in BENCHMARKS.items() if any(task.name in tasks for task in each.tasks)]
+    start_run(folder, RunSettings("tiny", **settings), [BENCHMARKS[name] for name in names])
+    below = folder / "lmms-eval" / "tiny"
+    below.mkdir(parents=True, exist_ok=True)
+    scores = {task: {f"{metric},none": score} for task, (metric, score, _) in tasks.items()}
+    (below / f"{date}_results.json").write_text(json.dumps({"results": scores}))
+    for task, (_, _, samples) in tasks.items():
+        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+        (below / f"{date}_samples_{task}.jsonl").write_text(lines)
+    text = "".join(json.dumps({"seconds": 0.5, "tokens": 2, "forward_passes": 2, "video": None, "error": None,
+                               "time": 1, **entry}) + "\n" for entry in record)  # fmt: skip
+    (folder / "record-0.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def mlvu(tmp_path):
+    """Five of the seven types, of unequal size; sample 0 failed, though a random answer hit."""
+    rights = {"count": [True, False], "ego": [True] * 3, "needle": [False], "order": [True, False, False],
+              "plotQA": [True, True]}  # fmt: skip
+    listed = [(kind, right) for kind, each in rights.items() for right in each]
+    samples = [mlvu_sample(number, kind, right) for number, (kind, right) in enumerate(listed)]
+    record = [{"task": "mlvu_dev", "doc_id": n, "video": f"v{n // 2}"} for n in range(len(samples))]
+    record[0]["error"] = "v0.mp4: the file is truncated"
+    return make_run(tmp_path / "mlvu", {"mlvu_dev": ("mlvu_percetion_score", 40.0, samples)}, record)
+
+
+def test_mean_over_types_that_are_there(mlvu):
+    result = read_run(mlvu).results["mlvu_dev"]
+    means = {"count": 0, "ego": 100, "needle": 0, "order": 100 / 3, "plotQA": 100}
+    assert {kind: score.percent for kind, score in result.kinds.items()} == pytest.approx(means)
+    assert result.score.percent == pytest.approx(statistics.mean(means.values()))
+    assert result.score.number == 11
+    assert set(result.absent) == set(MLVU_DEV) - set(means)
+    assert [(s.doc_id, s.points) for s in result.failed] == [(0, 0.0)]
+    assert result.lmms_eval == {"mlvu_dev": 40.0}
+
+
+def test_the_report_says_it_all(mlvu):
+    run = read_run(mlvu)
+    text = report_text(run)
+    assert "MLVU, dev lacks anomaly_reco, topic_reasoning" in text
+    assert "| anomaly_reco | absent |" in text
+    assert "mlvu_dev 0: v0.mp4: the file is truncated" in text
+    assert "| MLVU, dev * | 11 | 46.7 |" in text and "torch 2" in text and "think_mode=no_think" in text
+    data = report_object(run)["benchmarks"]["mlvu_dev"]
+    assert data["percent"] == pytest.approx(46.6667, abs=1e-3) and data["paper"] is None
+    assert [path.name for path in write_report(run)] == ["report.md", "report.json", "report.png"]
+    assert json.loads((mlvu / "report.json").read_text())["cost"]["samples"] == 10
+    assert (mlvu / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_fractions_and_percents_on_one_scale(tmp_path):
+    lvbench = [{"doc_id": n, "filtered_resps": "A", "lvbench_score": n < 3} for n in range(4)]
+    choice = {"id": "validation_Art_1", "question_type": "multiple-choice", "answer": "A", "parsed_pred": "A"}
+    track = [{"doc_id": 0, "filtered_resps": "A", "mmmu_acc": choice}]
+    ego = [{"doc_id": n, "filtered_resps": "A", "score": {"pred": n, "ground_truth": "1"}} for n in range(2)]
+    moved = [{"doc_id": n, "filtered_resps": "", "mvbench_accuracy": {"score": 0, "pred_answer": ""}} for n in range(2)]
+    run = read_run(make_run(tmp_path / "run", {
+        "lvbench": ("lvbench_score", 0.75, lvbench), "video_mmmu_adaptation": ("mmmu_acc", 1.0, track),
+        "egoschema_subset": ("score", 0.5, ego), "mvbench_moving_count": ("mvbench_accuracy", 0, moved),
+    }))  # fmt: skip
+    percents = {name: result.score.percent for name, result in run.results.items()}
+    assert percents == {"lvbench": 75.0, "video_mmmu": 100.0, "egoschema_subset": 50.0, "mvbench": 0.0}
+    for result in run.results.values():
+        for task, score in result.tasks.items():
+            assert result.lmms_eval[task] == pytest.approx(score.percent)
+    text = report_text(run)
+    assert "| LVBench | 4 | 75.0 | 25.0 | 44.7 | +30.3 | 0 |" in text
+    assert "Video-MMMU lacks video_mmmu_comprehension, video_mmmu_perception" in text
+
+
+def test_standard_errors():
+    values = [1.0, 0.0, 1.0, 1.0, 0.0]
+    alone = mean_score(values, list("abcde"))
+    assert alone.standard_error == pytest.approx(100 * statistics.stdev(values) / math.sqrt(5))
+    # copies of a sample say nothing new
+    copied = mean_score([v for v in values for _ in range(4)], [c for c in "abcde" for _ in range(4)])
+    assert copied.standard_error == pytest.approx(alone.standard_error)
+    assert math.isnan(mean_score([1.0, 0.0], ["a", "a"]).standard_error)
+    assert math.isnan(mean_score([], []).percent)
+
+
+def test_newest_results_count_and_a_repaired_video_is_forgiven(mlvu):
+    samples = [mlvu_sample(n, "count", True) for n in range(2)]
+    repaired = {"task": "mlvu_dev", "doc_id": 0, "time": 2}
+    with (mlvu / "record-0.jsonl").open("a") as file:
+        file.write(
+            json.dumps({**repaired, "error": None, "video": "v", "seconds": 1, "tokens": 2, "forward_passes": 2})
+        )
+        file.write('\n{"task": "mlvu_d')  # cut short
+    below = mlvu / "lmms-eval" / "tiny"
+    (below / "20260102_000000_results.json").write_text(json.dumps({"results": {"mlvu_dev": {}}}))
+    (below / "20260102_000000_samples_mlvu_dev.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    result = read_run(mlvu).results["mlvu_dev"]
+    assert (result.score.percent, result.failed, result.lmms_eval) == (100.0, [], {})
+
+
+def test_hidden_answers_give_no_score(tmp_path):
+    samples = [{"doc_id": 0, "filtered_resps": "A", "bypass": None}]
+    run = read_run(make_run(tmp_path / "run", {"egoschema": ("bypass", 999, samples)}))
+    assert "| EgoSchema | 1 | – | – | – | – | 0 |" in report_text(run)
+    assert report_object(run)["benchmarks"]["egoschema"]["percent"] is None
+
+
+def test_open_answers_of_video_mmmu():
+    def right(answer, said):
+        return video_mmmu_right({"question_type": "open", "answer": answer, "parsed_pred": said})
+
+    assert right("12.50", ["about", 12.5]) and right("1,200", [1200.0]) and right("red circle", ["a red circle."])
+    assert not right("12.5", [12.6]) and not right("d", ["red"]) and right("d", ["d or e"])
+    assert right(["x y", "7"], [7.0]) and not right("5", "API Error")
+
+
+def test_comparison(tmp_path):
+    first = [i % 2 == 0 for i in range(40)]
+    other = [True if i < 12 else right for i, right in enumerate(first)]
+    other[20] = False
+    runs = [
+        read_run(make_run(tmp_path / name, {"lvbench": ("lvbench_score", 0, [
+            {"doc_id": n, "filtered_resps": "A", "lvbench_score": right} for n, right in enumerate(rights)
+        ])})) for name, rights in (("none", first), ("mars", other))
+    ]  # fmt: skip
+    (row,) = compare(runs)["compared"]
+    assert (row["better"], row["worse"], row["number"]) == (6, 1, 40)
+    assert row["difference"] == pytest.approx(100 * 5 / 40)
+    gains = [int(b) - int(a) for a, b in zip(first, other, strict=True)]
+    assert row["standard_error"] == pytest.approx(100 * statistics.stdev(gains) / math.sqrt(40), abs=1e-3)
+    assert row["p"] == pytest.approx(2 * (1 + 7) / 2**7)
+    assert "| LVBench | 40 | 50.0 | 62.5 | +12.5 |" in compare_text(runs)
+    with pytest.raises(InputError, match="two runs"):
+        compare(runs[:1])
+
+
+def test_mcnemar():
+    assert exact_mcnemar(0, 0) == exact_mcnemar(3, 3) == 1.0
+    assert exact_mcnemar(10, 0) == pytest.approx(2 / 2**10)
+    assert exact_mcnemar(2000, 1900) == exact_mcnemar(1900, 2000) < 0.2
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="not the folder of a run"):
+        read_run(tmp_path)
+    start_run(tmp_path / "begun", RunSettings("tiny"), [BENCHMARKS["lvbench"]])
+    with pytest.raises(InputError, match="no results yet"):
+        read_run(tmp_path / "begun")
