@@ -14,10 +14,11 @@ import torch
 import vidlada
 from vidlada.evaluation.benchmarks import BENCHMARKS, MVBENCH_FOLDERS
 from vidlada.evaluation.data import documents
+from vidlada.evaluation.folder import LOG_FILE, SUBMISSION_FILE
 from vidlada.evaluation.likelihood import negative_log_likelihood
 from vidlada.evaluation.miniature import write_miniatures
 from vidlada.evaluation.results import read_run
-from vidlada.evaluation.run import LOG_FILE, SUBMISSION_FILE, environment
+from vidlada.evaluation.run import environment
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: make eval-env")
 

@@ -11,6 +11,7 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation import run as running
 from vidlada.evaluation.benchmarks import BENCHMARKS, chosen
 from vidlada.evaluation.data import check_task, documents, repository_folder
+from vidlada.evaluation.folder import SUBMISSION_FILE, read_run_file
 from vidlada.evaluation.miniature import write_miniatures
 from vidlada.evaluation.run import RunSettings, command, launches, letter_place, start_run
 
@@ -67,6 +68,12 @@ def test_changes_replace_the_preset():
     assert launches(chosen("lvbench"), RunSettings("tiny", "task"))[0].generation_arguments == {}
 
 
+def test_longer_answers_get_a_step_a_token():
+    (launch,) = launches(chosen("lvbench"), RunSettings("tiny", generation_changes={"gen_length": 32}))
+    assert launch.generation_arguments["gen_length"] == 32
+    assert not {"block_length", "gen_steps"} & set(launch.generation_arguments)
+
+
 @pytest.mark.parametrize("changes", [{"cache": "nonsense"}, {"threshold": 7.0}, {"dtype": None, "nonsense": 1}])
 def test_bad_settings_stop_before_anything_starts(changes):
     with pytest.raises(InputError):
@@ -83,7 +90,7 @@ def test_unknown_tasks_are_named():
 def test_a_folder_keeps_to_its_settings(tmp_path):
     start_run(tmp_path / "run", RunSettings("tiny"), chosen("lvbench"))
     start_run(tmp_path / "run", RunSettings("tiny"), chosen("mlvu_dev"))
-    about = running.read_run_file(tmp_path / "run")
+    about = read_run_file(tmp_path / "run")
     assert about["tasks"] == ["lvbench", "mlvu_dev"] and about["versions"]["torch"]
     assert about["arguments"]["lvbench"]["generation"]["gen_steps"] == 2
     with pytest.raises(InputError, match="another limit"):
@@ -182,6 +189,14 @@ def test_failures_of_lmms_eval_are_told(tmp_path):
         running.execute([sys.executable, "-c", program.format(3)], tmp_path, tmp_path / "run", {})
 
 
+def test_lmms_eval_sees_the_questions_and_no_folder_named_like_a_task(root, tmp_path):
+    folder = running.link_questions(tmp_path, root, chosen("egoschema,lvbench"))
+    assert [path.name for path in folder.iterdir()] == ["lmms-eval"] and (root / "egoschema").is_dir()
+    assert len(documents(folder / "lmms-eval/egoschema", "Subset", "test")) == 2
+    running.link_questions(tmp_path, tmp_path / "moved", chosen("lvbench"))
+    assert not (folder / "lmms-eval/LVBench").exists()
+
+
 def test_submission(root, tmp_path):
     below = tmp_path / "lmms-eval" / "tiny"
     below.mkdir(parents=True)
@@ -190,7 +205,7 @@ def test_submission(root, tmp_path):
     (below / "20260101_000000_samples_egoschema.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     running.write_submission(tmp_path, root, BENCHMARKS["egoschema"])
     rows = documents(root / "lmms-eval/egoschema", "GENERATION", "test")
-    assert json.loads((tmp_path / running.SUBMISSION_FILE).read_text()) == {
+    assert json.loads((tmp_path / SUBMISSION_FILE).read_text()) == {
         rows[0]["video_idx"]: 1,
         rows[1]["video_idx"]: -1,
     }

@@ -82,7 +82,8 @@ class Answerer:
         """
         batches = batches_of(questions, self.batch_size)
         last_use = {questions[i].video_key: n for n, batch in enumerate(batches) for i in batch}
-        media = {questions[i].video_key: questions[i].media for batch in batches for i in batch}
+        needed = (questions[i] for batch in batches for i in batch if questions[i].error is None)
+        media = {question.video_key: question.media for question in needed}
         encoded: dict[Hashable, EncodedVideo | str] = {}
         done: dict[int, Reply] = {}
         waiting = 0

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from vidlada.config import GenerationSettings
+from vidlada.decoding.policies import policy_from
 from vidlada.errors import InputError
 from vidlada.quantization import Quantization
 from vidlada.video import Sampling
@@ -82,7 +83,7 @@ class ModelArguments:
             raise InputError(f"conv_template {self.conv_template!r} is unknown; the checkpoint's own template is used")
         check_think_mode(self.think_mode)
         self.sampling  # noqa: B018 - validates
-        GenerationSettings().updated(**self.decoding)
+        policy_from(GenerationSettings().updated(**self.decoding).cache)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelArguments":
@@ -173,6 +174,8 @@ def generation_settings(
     for name in ("temperature", "cfg_scale", "threshold", "factor"):
         if isinstance(changes.get(name), int):
             changes[name] = float(changes[name])
+    if "cache" in changes:
+        policy_from(changes["cache"])  # an unknown policy stops the run, not every sample
     settings = defaults.updated(**{name: value for name, value in changes.items() if name != "stop"})
     return replace(settings, stop=changes["stop"]), think_mode
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from vidlada.errors import InputError
 
 Document = dict[str, Any]
+UNSENT = "egoschema"  # lmms-eval sends its answers to a public server
 LMMS_EVAL_VERSION = "0.7.3"  # scores moved between versions, because the extraction of answers changed
 
 

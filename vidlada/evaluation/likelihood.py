@@ -13,9 +13,12 @@ from vidlada.model import VidLaDAForMaskedDiffusion
 
 
 def masked_counts(length: int, samples: int, generator: torch.Generator) -> list[int]:
-    """How many of the answer's tokens each sample hides: spread evenly over 1 to `length` from a random start."""
+    """How many of the answer's tokens each sample hides: spread evenly over 1 to `length` from a random start.
+
+    LLaDA's evaluation rounds half to even, which prefers even counts; rounding down prefers none.
+    """
     first = int(torch.randint(1, length + 1, (1,), generator=generator))
-    return [(round(first + i * length / samples) - 1) % length + 1 for i in range(samples)]
+    return [(first - 1 + i * length // samples) % length + 1 for i in range(samples)]
 
 
 @torch.inference_mode()

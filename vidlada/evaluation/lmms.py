@@ -21,8 +21,8 @@ from vidlada.config import GenerationSettings
 from vidlada.errors import InputError
 from vidlada.evaluation.answering import Answerer, Media, Question, Reply
 from vidlada.evaluation.arguments import ModelArguments, generation_settings, with_think_mode
+from vidlada.evaluation.folder import RECORD_FOLDER, record_path
 from vidlada.evaluation.likelihood import is_greedy, negative_log_likelihood
-from vidlada.evaluation.record import RECORD_FOLDER, record_path
 
 Messages = list[dict[str, Any]]
 
@@ -38,11 +38,15 @@ class VidLaDAChat(lmms):
 
     def __init__(self, max_batch_size: Any = None, **arguments: Any):
         super().__init__()
+        if max_batch_size is not None:
+            raise InputError("max_batch_size is of automatic batch sizes, which there are none; give batch_size")
         self.arguments = ModelArguments.from_dict(arguments)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         given = self.arguments
         device = str(self.accelerator.device) if self._world_size > 1 else given.device
+        if given.device is not None and torch.device(given.device).type != torch.device(device or "cpu").type:
+            raise InputError(f"device {given.device} was asked for, but accelerate runs its processes on {device}")
         self.vidlada = load(
             given.pretrained, given.dtype, device, quantization=given.quantization, compiled=given.compiled
         )

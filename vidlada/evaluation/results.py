@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vidlada.errors import InputError
-from vidlada.evaluation.benchmarks import BENCHMARKS, Benchmark
-from vidlada.evaluation.record import read_record
-from vidlada.evaluation.run import UNSENT, read_run_file, results_files, samples_file
+from vidlada.evaluation.benchmarks import BENCHMARKS, UNSENT, Benchmark
+from vidlada.evaluation.folder import read_record, read_run_file, results_files, samples_file
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,20 @@ from vidlada.api import SHIPPED, model_folder
 from vidlada.config import GenerationSettings
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation.arguments import ModelArguments, generation_settings
-from vidlada.evaluation.benchmarks import LMMS_EVAL_VERSION, Benchmark
+from vidlada.evaluation.benchmarks import LMMS_EVAL_VERSION, UNSENT, Benchmark
 from vidlada.evaluation.data import documents, repository_folder
+from vidlada.evaluation.folder import (
+    LOG_FILE,
+    RECORD_FOLDER,
+    RUN_FILE,
+    SUBMISSION_FILE,
+    read_run_file,
+    results_files,
+    samples_file,
+)
 from vidlada.evaluation.presets import PresetName, generation_arguments, model_arguments
-from vidlada.evaluation.record import RECORD_FOLDER
 
-RUN_FILE, LOG_FILE, SUBMISSION_FILE = "run.json", "lmms-eval.log", "egoschema_submission.json"
 TASKS_FOLDER = Path(__file__).parent / "tasks"
-UNSENT = "egoschema"  # lmms-eval sends its answers to a public server
 PACKAGES = ("vidlada", "lmms-eval", "torch", "transformers", "av", "datasets")
 LOG_LINES = 15  # shown when lmms-eval fails
 PACES = ("steps", "gen_steps", "threshold", "factor")  # of decoding; one replaces another
@@ -72,8 +78,10 @@ class RunSettings:
     def generation_arguments(self, benchmark: Benchmark) -> dict[str, Any]:
         """For one benchmark, validated."""
         arguments = generation_arguments(self.preset, benchmark)
-        if any(name in self.generation_changes or name in self.model_changes for name in PACES):
-            arguments = {name: value for name, value in arguments.items() if name not in PACES}
+        changed = {*self.generation_changes, *self.model_changes}
+        replaced = {*(PACES if changed & {*PACES, "gen_length"} else ()),
+                    *(("block_length",) if "gen_length" in changed else ())}  # fmt: skip
+        arguments = {name: value for name, value in arguments.items() if name not in replaced}
         arguments |= self.generation_changes
         if arguments.get("temperature"):
             arguments.setdefault("do_sample", True)  # tasks say false
@@ -209,16 +217,6 @@ def start_run(output: Path, settings: RunSettings, benchmarks: Sequence[Benchmar
     partial.replace(path)
 
 
-def read_run_file(output: Path) -> dict[str, Any]:
-    """What a run folder says about itself; `InputError` if it is none."""
-    try:
-        found: dict[str, Any] = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
-        found["settings"], found["tasks"], found["arguments"]  # noqa: B018 - has to be there
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{output}: not the folder of a run (no readable {RUN_FILE})") from error
-    return found
-
-
 def run(
     benchmarks: Sequence[Benchmark],
     settings: RunSettings,
@@ -247,10 +245,11 @@ def run(
     output = output.absolute()
     planned = launches(benchmarks, settings, submit)
     start_run(output, settings, benchmarks)
+    questions = link_questions(output, root, benchmarks)
     for launch in planned:
         keep_interrupted(output / "cache")
         before = results_files(output)
-        execute(command(launch, settings, output, processes), root, output, environment(root, output, download))
+        execute(command(launch, settings, output, processes), questions, output, environment(root, output, download))
         done = {task for file in results_files(output) - before for task in json.loads(file.read_text())["results"]}
         names = {task.name for benchmark in benchmarks if benchmark.name in launch.tasks for task in benchmark.tasks}
         if names - done:
@@ -259,12 +258,27 @@ def run(
             write_submission(output, root, next(each for each in benchmarks if each.name == UNSENT))
 
 
-def execute(arguments: Sequence[str], root: Path, output: Path, variables: dict[str, str]) -> None:
-    """Run a command in the data root, its output in the log; its progress also on a terminal."""
-    root.mkdir(parents=True, exist_ok=True)
+def link_questions(output: Path, root: Path, benchmarks: Sequence[Benchmark]) -> Path:
+    """A folder with nothing but links to the local copies of the questions, where lmms-eval finds them by their names.
+
+    It takes a local folder of a dataset's name before the hub's. Run in the data root itself, it would take the folder
+    of videos `egoschema` for the task of that name.
+    """
+    folder = output / "questions"
+    for benchmark in benchmarks:
+        link = folder / benchmark.repository
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        if (root / benchmark.repository).is_dir():
+            link.symlink_to(root / benchmark.repository)
+    return folder
+
+
+def execute(arguments: Sequence[str], place: Path, output: Path, variables: dict[str, str]) -> None:
+    """Run a command somewhere, its output in the log of a run; its progress also on a terminal."""
     with (output / LOG_FILE).open("a", encoding="utf-8") as log:
         shown = None if sys.stderr.isatty() else log
-        finished = subprocess.run(arguments, cwd=root, env=variables, stdout=log, stderr=shown, check=False)
+        finished = subprocess.run(arguments, cwd=place, env=variables, stdout=log, stderr=shown, check=False)
     if finished.returncode:
         raise VidLaDAError(f"lmms-eval ended with code {finished.returncode}: {reason(output)}")
 
@@ -285,16 +299,6 @@ def keep_interrupted(cache: Path) -> None:
 
         ResponseCache.merge_shards(shards, str(cache / "cache.db"))
         shutil.rmtree(cache / "runs")
-
-
-def results_files(output: Path) -> set[Path]:
-    """Aggregated results that lmms-eval has written."""
-    return set((output / "lmms-eval").rglob("*_results.json"))
-
-
-def samples_file(results: Path, task: str) -> Path:
-    """Logged samples of a task beside the results of the same run."""
-    return results.with_name(results.name.replace("_results.json", f"_samples_{task}.jsonl"))
 
 
 def write_submission(output: Path, root: Path, benchmark: Benchmark) -> None:

@@ -1,0 +1,51 @@
+"""What a run folder holds: settings, lmms-eval's results and samples, and our own record of every sample."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vidlada.errors import InputError
+
+RUN_FILE, LOG_FILE, SUBMISSION_FILE = "run.json", "lmms-eval.log", "egoschema_submission.json"
+# In the environment rather than among the model arguments, which lmms-eval's response cache takes for the model's name.
+RECORD_FOLDER = "VIDLADA_EVAL_RECORD"
+
+
+def record_path(folder: Path, rank: int) -> Path:
+    """File of a process."""
+    return folder / f"record-{rank}.jsonl"
+
+
+def read_record(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The latest entry of every task and sample; a line cut short by an interruption is left out."""
+    entries: dict[tuple[str, int], dict[str, Any]] = {}
+    for path in sorted(folder.glob("record-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            key = entry["task"], entry["doc_id"]
+            if key not in entries or entries[key]["time"] <= entry["time"]:
+                entries[key] = entry
+    return entries
+
+
+def read_run_file(output: Path) -> dict[str, Any]:
+    """What a run folder says about itself; `InputError` if it is none."""
+    try:
+        found: dict[str, Any] = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+        found["settings"], found["tasks"], found["arguments"]  # noqa: B018 - has to be there
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{output}: not the folder of a run (no readable {RUN_FILE})") from error
+    return found
+
+
+def results_files(output: Path) -> set[Path]:
+    """Aggregated results that lmms-eval has written."""
+    return set((output / "lmms-eval").rglob("*_results.json"))
+
+
+def samples_file(results: Path, task: str) -> Path:
+    """Logged samples of a task beside the results of the same run."""
+    return results.with_name(results.name.replace("_results.json", f"_samples_{task}.jsonl"))
