@@ -1,5 +1,6 @@
 """What commands share: errors in one line, progress on stderr, options."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +13,17 @@ import click
 from vidlada.errors import VidLaDAError
 
 
+# transformers imports torchao wherever it is installed, which then warns of every kernel this machine lacks
+NOISY_LIBRARIES = ("torchao", "torch.utils._pytree")
+
+
 def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turn what a user can cause into one line on stderr and an exit code: 2 for bad input, 1 for the rest."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        for name in NOISY_LIBRARIES:
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             return command(*args, **kwargs)
         except VidLaDAError as error:
