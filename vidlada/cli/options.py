@@ -12,7 +12,6 @@ import click
 
 from vidlada.errors import VidLaDAError
 
-
 # transformers imports torchao wherever it is installed, which then warns of every kernel this machine lacks
 NOISY_LIBRARIES = ("torchao", "torch.utils._pytree")
 
