@@ -1,7 +1,9 @@
 """What runs with which settings, what data is there, what the command line refuses; lmms-eval is not needed."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -39,7 +41,7 @@ def test_paper_preset():
     assert first.tasks == ("videomme", "mlvu_dev", "mlvu_test", "lvbench", "video_mmmu", "longvideobench_val_v")
     assert (second.tasks, second.predict_only) == (("egoschema",), True)
     assert (third.tasks, third.model_arguments["add_time_instruction"]) == (("mvbench",), True)
-    arguments = command(first, RunSettings("tiny", batch_size=4), running.Path("/out"))
+    arguments = command(first, RunSettings("tiny", batch_size=4), Path("/out"))
     assert options_after(arguments, "--model_args") == (
         "pretrained=tiny,max_frames_num=64,video_fps=1.0,force_sample=False,add_time_instruction=False"
     )
@@ -47,7 +49,7 @@ def test_paper_preset():
         "gen_length=2,block_length=2,gen_steps=2,temperature=0,cfg=0,remasking=low_confidence,think_mode=no_think"
     )
     assert options_after(arguments, "--batch_size") == "4" and "--predict_only" not in arguments
-    assert "--predict_only" in command(second, RunSettings("tiny"), running.Path("/out"))
+    assert "--predict_only" in command(second, RunSettings("tiny"), Path("/out"))
 
 
 def test_egoschema_is_sent_only_when_asked():
@@ -63,7 +65,7 @@ def test_changes_replace_the_preset():
                           generation_changes={"gen_length": 32, "block_length": 16, "temperature": 0.5})  # fmt: skip
     (launch,) = launches(chosen("lvbench"), changed)
     assert "gen_steps" not in launch.generation_arguments and launch.generation_arguments["do_sample"] is True
-    text = options_after(command(launch, changed, running.Path("/out"), processes=2), "--model_args")
+    text = options_after(command(launch, changed, Path("/out"), processes=2), "--model_args")
     assert "cache=mars:text=8;ratio=2" in text and "threshold=0.9" in text and "max_frames_num=8" in text
     assert launches(chosen("lvbench"), RunSettings("tiny", "task"))[0].generation_arguments == {}
 
@@ -87,7 +89,7 @@ def test_unknown_tasks_are_named():
         chosen(" , ")
 
 
-def test_a_folder_keeps_to_its_settings(tmp_path):
+def test_a_folder_keeps_to_its_settings(tmp_path, monkeypatch):
     start_run(tmp_path / "run", RunSettings("tiny"), chosen("lvbench"))
     start_run(tmp_path / "run", RunSettings("tiny"), chosen("mlvu_dev"))
     about = read_run_file(tmp_path / "run")
@@ -95,10 +97,23 @@ def test_a_folder_keeps_to_its_settings(tmp_path):
     assert about["arguments"]["lvbench"]["generation"]["gen_steps"] == 2
     with pytest.raises(InputError, match="another limit"):
         start_run(tmp_path / "run", RunSettings("tiny", limit=3), chosen("lvbench"))
+    monkeypatch.setattr(running, "weights_fingerprint", lambda folder: "trained further")
+    with pytest.raises(InputError, match="another weights"):
+        start_run(tmp_path / "run", RunSettings("tiny"), chosen("lvbench"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="in use"):
         start_run(tmp_path / "other", RunSettings("tiny"), chosen("lvbench"))
+
+
+def test_fingerprints_tell_weights_apart(small_folder, tmp_path):
+    copy = Path(shutil.copytree(small_folder, tmp_path / "copy"))
+    assert running.weights_fingerprint(copy) == running.weights_fingerprint(small_folder)
+    (weights,) = copy.glob("*.safetensors")
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert running.weights_fingerprint(copy) != running.weights_fingerprint(small_folder)
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS.values(), ids=lambda benchmark: benchmark.name)

@@ -46,7 +46,11 @@ from vidlada.errors import InputError
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Questions answered together.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first samples of each task; for trying things out.")
 @click.option(
-    "--processes", type=click.IntRange(1), default=1, show_default=True, help="Started by accelerate; one for each GPU."
+    "--processes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="One for each GPU; each takes a share of the samples.",
 )
 @click.option("--download", is_flag=True, help="Let lmms-eval download what is missing.")
 @click.option(

@@ -3,12 +3,12 @@
 A run folder belongs to one model and its settings; the same command in it continues where it was interrupted.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,6 +36,7 @@ from vidlada.evaluation.presets import PresetName, generation_arguments, model_a
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 PACKAGES = ("vidlada", "lmms-eval", "torch", "transformers", "av", "datasets")
+FINGERPRINT_BYTES = 2**20  # from both ends of a file
 LOG_LINES = 15  # shown when lmms-eval fails
 PACES = ("steps", "gen_steps", "threshold", "factor")  # of decoding; one replaces another
 
@@ -93,12 +94,27 @@ class RunSettings:
         """What has to agree between the parts of a run."""
         return {
             "model": self.model,
+            "weights": weights_fingerprint(model_folder(self.location)),
             "preset": self.preset,
             "model_arguments": dict(self.model_changes),
             "generation_arguments": dict(self.generation_changes),
             "batch_size": self.batch_size,
             "limit": self.limit,
         }
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Tells one model from another in the same place: lmms-eval's response cache knows only the place."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "adapter_config.json"]):
+        if path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(FINGERPRINT_BYTES))
+                file.seek(max(0, size - FINGERPRINT_BYTES))
+                digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -132,13 +148,7 @@ def command(launch: Launch, settings: RunSettings, output: Path, processes: int 
     """The command line of a launch."""
     start = [sys.executable, "-m", "lmms_eval"]
     if processes > 1:
-        device = launch.model_arguments.get("device")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes),
-                 "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                 "--main_process_port", str(port), "--cpu" if device == "cpu" else "--multi_gpu",
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
                  "-m", "lmms_eval"]  # fmt: skip
     generation = ["--gen_kwargs", joined(launch.generation_arguments)] if launch.generation_arguments else []
     return [
@@ -151,12 +161,14 @@ def command(launch: Launch, settings: RunSettings, output: Path, processes: int 
     ]  # fmt: skip
 
 
-def environment(root: Path, output: Path, download: bool) -> dict[str, str]:
+def environment(root: Path, output: Path, download: bool = False, device: str | None = None) -> dict[str, str]:
     """What lmms-eval finds its data by. Nothing of the data root is written to, and nothing is fetched unless asked."""
     offline = {} if download else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    on_cpu = {"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {}
     return {
         **os.environ,
         **offline,
+        **on_cpu,
         "HF_HOME": str(root),
         "HF_DATASETS_CACHE": str(output / "datasets"),
         "PYTHONSAFEPATH": "1",  # folders of the data root are no modules
@@ -233,7 +245,7 @@ def run(
         settings: how.
         output: run folder, new or of the same settings.
         root: data root.
-        processes: started by accelerate, each with a share of the samples.
+        processes: started by torchrun, each with a share of the samples.
         download: let lmms-eval fetch what is missing.
         submit: let EgoSchema's answers be sent to its public server; otherwise they are only written down.
 
@@ -249,7 +261,8 @@ def run(
     for launch in planned:
         keep_interrupted(output / "cache")
         before = results_files(output)
-        execute(command(launch, settings, output, processes), questions, output, environment(root, output, download))
+        variables = environment(root, output, download, launch.model_arguments.get("device"))
+        execute(command(launch, settings, output, processes), questions, output, variables)
         done = {task for file in results_files(output) - before for task in json.loads(file.read_text())["results"]}
         names = {task.name for benchmark in benchmarks if benchmark.name in launch.tasks for task in benchmark.tasks}
         if names - done:
