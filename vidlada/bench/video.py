@@ -1,6 +1,5 @@
 """Sampling frames from a long and a short file, against decoding everything and against seeking every frame."""
 
-import platform
 import statistics
 import tempfile
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import av
 import numpy as np
 
+from vidlada.bench.machine import machine
 from vidlada.video import Sampling, probe, sample_frames, sample_indices
 
 FPS, KEYFRAME_EVERY = 24, 48
@@ -46,7 +46,7 @@ def video_figures(minutes: int, frames: int, repeats: int) -> dict[str, Any]:
                 "vidlada": lambda path=path, sampling=sampling: sample_frames(path, sampling, SIZE).images,  # type: ignore[misc]
             }
             results[name] = interleaved(ways, repeats)
-    return {"machine": platform.processor() or platform.machine(), "repeats": repeats, "files": results}
+    return {"machine": machine("cpu"), "repeats": repeats, "files": results}
 
 
 def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
