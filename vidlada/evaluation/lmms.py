@@ -133,7 +133,7 @@ class VidLaDAChat(lmms):
         except InputError as error:
             return str(error)
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> Iterator[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> Iterator[GenerationResult]:
         """Only simple tasks ask for it."""
         raise InputError("tasks that compare likelihoods are not asked with messages; add --force_simple")
 
@@ -164,10 +164,11 @@ class VidLaDASimple(VidLaDAChat):
         ]  # fmt: skip
         return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> Iterator[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> Iterator[GenerationResult]:
         """For every continuation the bound of its negative log-likelihood: lmms-eval's tasks take the smallest.
 
-        What cannot be computed is infinite.
+        What cannot be computed is infinite. lmms-eval 0.7.3 turns a bare pair into text, but hands on what a
+        `GenerationResult` holds; its response cache holds text only.
         """
         seen: dict[Any, EncodedVideo | str] = {}
         model, given = self.vidlada.model, self.arguments
@@ -192,7 +193,7 @@ class VidLaDASimple(VidLaDAChat):
                     error = str(failure)
                 record.add(request, question, Reply(error=error))
                 bar.update(1)
-                yield value, greedy
+                yield GenerationResult((value, greedy))
 
 
 def read_messages(messages: Messages, image_size: int) -> tuple[str, Media]:

@@ -281,8 +281,9 @@ def link_questions(output: Path, root: Path, benchmarks: Sequence[Benchmark]) ->
     for benchmark in benchmarks:
         link = folder / benchmark.repository
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        if (root / benchmark.repository).is_dir():
+        if link.is_symlink():
+            link.unlink()
+        if (root / benchmark.repository).is_dir() and not link.exists():  # a copied run folder holds copies
             link.symlink_to(root / benchmark.repository)
     return folder
 
