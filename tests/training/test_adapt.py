@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from trainings import quietly, run
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import vidlada
-from runs import quietly, run
 from vidlada.errors import InputError
 from vidlada.processor import END_OF_TURN, MASK
 from vidlada.training.adapt import CONTROL_TOKENS, adapted_llama, is_llama

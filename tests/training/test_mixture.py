@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from media import write_video
 from PIL import Image
+from trainings import MODEL
 
-from runs import MODEL
 from vidlada.cli import main
 from vidlada.errors import InputError
 from vidlada.processor import VIDEO_PLACE

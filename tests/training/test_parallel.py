@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from trainings import assert_same, quietly, run, weights
 
-from runs import assert_same, quietly, run, weights
 from vidlada.training.checkpoints import checkpoints
 from vidlada.training.config import Stage
 from vidlada.training.trainer import train

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from trainings import MODEL, PICTURES, assert_same, quietly, run, weights
 
 import vidlada
-from runs import MODEL, PICTURES, assert_same, quietly, run, weights
 from vidlada.checkpoint import describe
 from vidlada.cli import main
 from vidlada.errors import InputError, VidLaDAError

@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from trainings import MODEL, PICTURES, STEPS, assert_same, quietly, run, weights
 
 import vidlada.training.checkpoints as checkpoints
 import vidlada.training.trainer as trainer
-from runs import MODEL, PICTURES, STEPS, assert_same, quietly, run, weights
 from vidlada.checkpoint import load_model
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.processor import VidLaDAProcessor

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from trainings import quietly, run
 
-from runs import quietly, run
 from vidlada.shapes.dataset import write_dataset
 from vidlada.training.config import Stage
 from vidlada.training.trainer import train
