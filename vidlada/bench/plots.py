@@ -15,7 +15,7 @@ def new_plot(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
-        raise InputError("plots need matplotlib; install vidlada[eval]") from error
+        raise InputError("plots need matplotlib; install vidlada[plot]") from error
     known = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:] not in known:
         raise InputError(f"{path}: plots are written as {', '.join(sorted(known))}, not {path.suffix or 'nameless'}")
