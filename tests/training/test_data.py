@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from media import number_of, write_video
+from trainings import MODEL
 
 from vidlada.errors import InputError
 from vidlada.processor import END_OF_TURN, MASK
@@ -19,17 +20,10 @@ from vidlada.training.shapes_source import ShapesSource
 from vidlada.video import Sampling
 
 ARGUMENTS = {
-    "text_config": {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "initializer_range": 0.5,
-    },
-    "vision_config": {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 24,
-        "patch_size": 12, "vision_use_head": False,
-    },
-    "system_message": "",
-    "max_length": 512,
-}  # fmt: skip
+    **MODEL,
+    "text_config": {**MODEL["text_config"], "initializer_range": 0.5},
+    "vision_config": {**MODEL["vision_config"], "image_size": 24, "patch_size": 12},
+}
 SHAPES_SIZE = 56  # below 50 pixels the clock does not fit
 SHORT, LONG = ("Where is the red ball?", "left"), ("What happens?", "the red ball moves left and stops.")
 

@@ -37,12 +37,7 @@ from vidlada.training.trainer import train
 EASY = {**PICTURES, "families": ["clock"], "choice_share": 0.0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # One head of 72, as the published tower's: only then does a published checkpoint say all about its tower.

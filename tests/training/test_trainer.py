@@ -45,13 +45,7 @@ trainer.train(TrainingConfig(**values, stages=stages), report=report)
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

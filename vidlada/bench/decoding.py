@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from vidlada.bench.machine import GIB, machine, now, peak_memory, reset_peak_memory
+from vidlada.bench.machine import machine, now, peak_memory, reset_peak_memory
 from vidlada.bench.sizes import Subject, subject
 from vidlada.config import GenerationSettings
 from vidlada.decoding.policies import policy_from
 from vidlada.decoding.sampler import Denoiser, Request, State, denoise
+from vidlada.info import GIB
 from vidlada.model import VidLaDAForMaskedDiffusion
 
 BASELINE = "none"

@@ -8,7 +8,6 @@ import torch
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 RESET_PEAK = "5"  # proc(5): resets the peak resident set size
-GIB = 2**30
 
 
 def machine(device: str) -> str:
