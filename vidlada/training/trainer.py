@@ -137,8 +137,7 @@ def train(
         run.steps(progress)
         run.save(final)
     finally:
-        with suppress(OSError):  # a full disk does not let the log be closed
-            accelerator.end_training()  # ends the process group too
+        run.close()
     if progress.skipped:
         say(f"{progress.skipped} of {progress.seen} samples were broken, and others taken; see {output}/skipped.jsonl")
     return final
@@ -204,6 +203,17 @@ class Run:
                 convert(folder, published, "published")
 
         on_main(self.accelerator, write)
+
+    def close(self) -> None:
+        """Let go of the model, then end the log and the process group; nothing can be done with the run afterwards.
+
+        In this order: DDP's reducer would be the last to hold the process group, and, going with it, wait for a thread
+        of gloo's that can itself wait for Python (pytorch issue 56297): the process would never end.
+        """
+        del self.model
+        self.accelerator.free_memory()
+        with suppress(OSError):  # a full disk does not let the log be closed
+            self.accelerator.end_training()
 
     def steps(self, progress: Progress) -> None:
         """Train from where `progress` stands to the end of the run; keeps `progress` up to date."""
