@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vidlada.config import VidLaDATextConfig
 from vidlada.decoding.attention import FrameMap, scenes_of
+from vidlada.decoding.fused import can_fuse
 from vidlada.decoding.patterns import FramePattern, SparsePattern
 from vidlada.decoding.policies import EVERYTHING, Mars, Moment, Plan, Policy, Sparse
 from vidlada.decoding.store import Pattern, Store, Work, see_everything
@@ -102,7 +103,8 @@ class Cache:
         sizes = self.frames.valid.sum(1)
         means = torch.stack([part.mean(0) for part in self.prompt[self.frames.visual].split(sizes.tolist())])
         scenes = scenes_of(means, sizes, policy.scene)
-        return FramePattern(self.frames, window, anchors, policy.queries, policy.per_head, scenes)
+        fused = can_fuse(self.prompt.device) if policy.fused is None else policy.fused
+        return FramePattern(self.frames, window, anchors, policy.queries, policy.per_head, scenes, fused)
 
     def segments(self) -> dict[str, Tensor]:
         """Positions of each segment of `vidlada.decoding.policies.SEGMENTS`."""
@@ -199,6 +201,7 @@ class Cache:
 
     def _pattern(self, plan: Plan, block: Tensor) -> Pattern:
         if self.frame_pattern is not None:
+            self.frame_pattern.renewed_from = plan.start.get("visual")
             self.frame_pattern.chunked, self.frame_pattern.search = plan.chunked, plan.search
             return self.frame_pattern
         if isinstance(self.policy, Sparse):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors
+from vidlada.decoding.fused import FusedChunks
 from vidlada.decoding.store import attend_grouped
 
 
@@ -20,6 +21,9 @@ class FramePattern:
         queries: sampled in the search.
         per_head: anchors of each key/value head instead of each layer.
         scenes: numbers of the visual tokens of every scene; each gets an equal share of anchors and queries.
+        fused: run chunk attention as one kernel instead of on gathered blocks.
+        renewed_from: first layer where this pass recomputes the visual tokens; None where it leaves them alone. Single
+            ones that are probed see everything.
         chunked: restrict visual queries in this pass.
         search: look for anchors in this pass.
         found: layer → positions of its anchors, kept over steps.
@@ -31,16 +35,19 @@ class FramePattern:
     queries: int
     per_head: bool
     scenes: tuple[Tensor, ...]
+    fused: bool = False
+    renewed_from: int | None = None
     chunked: bool = False
     search: bool = False
     found: dict[int, Tensor] = field(default_factory=dict)
+    kernel: FusedChunks | None = field(default=None, init=False)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
         """See `vidlada.decoding.store.Pattern`."""
-        is_visual = self.frames.frame_of[active] >= 0
-        count, visual = int(is_visual.sum()), self.frames.visual
-        if count < len(visual) or not (self.chunked or self.search):  # single probed positions see everything
+        # asked of the plan and not of the tensors, for which a GPU would have to be waited for in every layer
+        if self.renewed_from is None or layer < self.renewed_from or not (self.chunked or self.search):
             return attend_grouped(queries, keys, values)
+        is_visual, visual = self.frames.frame_of[active] >= 0, self.frames.visual
         visual_queries = queries[:, is_visual]
         if self.search:
             best = [self._anchors(visual_queries[:, scene], keys[:, visual[scene]]) for scene in self.scenes]
@@ -50,12 +57,20 @@ class FramePattern:
         if not self.chunked:
             return attend_grouped(queries, keys, values)
         mixed = torch.empty_like(queries)
-        mixed[:, is_visual] = chunked_attention(
-            visual_queries, keys, values, self.frames, self.window, self.found.get(layer)
-        )
-        if count < len(active):
+        mixed[:, is_visual] = self._chunks(visual_queries, keys, values, self.found.get(layer))
+        if len(visual) < len(active):
             mixed[:, ~is_visual] = attend_grouped(queries[:, ~is_visual], keys, values)
         return mixed
+
+    def _chunks(self, queries: Tensor, keys: Tensor, values: Tensor, anchors: Tensor | None) -> Tensor:
+        """Chunk attention of all visual queries."""
+        if not self.fused:
+            return chunked_attention(queries, keys, values, self.frames, self.window, anchors)
+        if self.kernel is None:
+            self.kernel = FusedChunks(
+                self.frames, self.window, len(queries), 0 if anchors is None else anchors.shape[-1]
+            )
+        return self.kernel(queries, keys, values, anchors)
 
     def _anchors(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Anchors of one scene, as numbers of its tokens."""

@@ -223,6 +223,8 @@ class Mars:
         probes: positions probed in each segment.
         scene: above 0, a scene begins where a frame's mean embedding differs by more than this (1 - cosine) from that
             of the frame before, and every scene has anchors of its own, found by queries of its own.
+        fused: chunk attention as one kernel (FlexAttention) instead of on gathered blocks, with the same result; by
+            default on a GPU.
     """
 
     name: ClassVar[str] = "mars"
@@ -238,6 +240,7 @@ class Mars:
     drift: float = 0.0
     probes: int = 8
     scene: float = 0.0
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "text", "ratio", "group", "pyramid", "queries", "probes")
