@@ -187,3 +187,20 @@ def test_bad_arguments(arguments, message, clip, small_folder):
     assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
+
+
+def commands(group, path=()):
+    """Every command, as the words that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("words", list(commands(main)), ids=" ".join)
+def test_every_command_has_help_and_no_option_twice(words):
+    code, out, err = run_here(*words, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"Usage: vidlada {' '.join(words)} ")

@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from vidlada.cli.options import ModelSource, answer_options, given_options, model_option, one_line_errors, progress
+from vidlada.cli.options import (
+    ModelSource,
+    answer_options,
+    given_options,
+    model_option,
+    one_line_errors,
+    pace_options,
+    progress,
+)
 
 
 @click.group()
@@ -42,6 +50,9 @@ def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+caches_option = click.option("--cache", "caches", multiple=True,
+                             help="May be repeated; all policies and MARS ablations by default.")  # fmt: skip
+
 dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
                             show_default=True, help="Type of the weights.")  # fmt: skip
 
@@ -60,7 +71,7 @@ def measuring(device: str | None, dtype: str | None = None) -> dict[str, Any]:
 @click.option(
     "--frames", type=click.IntRange(1), help="Of the video: 60 of 12 tokens (tiny), 30 of 200 (mid), 64 of 210 (8b)."
 )
-@click.option("--cache", "caches", multiple=True, help="May be repeated; all policies and MARS ablations by default.")
+@caches_option
 @click.option("--gen-length", type=click.IntRange(1), default=64, show_default=True, help="Answer tokens.")
 @click.option("--block-length", type=click.IntRange(1), default=32, show_default=True, help="Decoded together.")
 @click.option("--threshold", type=float, default=0.9, show_default=True, help="Of the faster pace of tiny.")
@@ -140,9 +151,9 @@ def bench_weights(device: str | None, as_json: bool, **options: Any) -> None:
 
 @bench.command("quality")
 @click.argument("questions", type=click.Path(path_type=Path))
-@click.option("--cache", "caches", multiple=True, help="May be repeated; all policies and MARS ablations by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@answer_options
+@caches_option
+@pace_options
 @model_option
 @one_line_errors
 def bench_quality(questions: Path, caches: tuple[str, ...], source: ModelSource, as_json: bool, **options: Any) -> None:
@@ -156,6 +167,28 @@ def bench_quality(questions: Path, caches: tuple[str, ...], source: ModelSource,
         progress=lambda what: click.echo(what, err=True), **given_options(options),
     )  # fmt: skip
     click.echo(json.dumps(figures) if as_json else quality_table(figures))
+
+
+@bench.command("fidelity")
+@click.argument("questions", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@caches_option
+@pace_options
+@model_option
+@one_line_errors
+def bench_fidelity(
+    questions: Path, caches: tuple[str, ...], source: ModelSource, as_json: bool, **options: Any
+) -> None:
+    """How far every cache's predictions are from full recompute's, on the long answers among QUESTIONS."""
+    from vidlada.bench.fidelity import CACHES, fidelity_figures, fidelity_table
+    from vidlada.shapes.benchmark import read_questions
+
+    entries = read_questions(questions)
+    figures = fidelity_figures(
+        source.load(), entries, questions.parent, caches or CACHES,
+        progress=lambda what: click.echo(what, err=True), **given_options(options),
+    )  # fmt: skip
+    click.echo(json.dumps(figures) if as_json else fidelity_table(figures))
 
 
 @bench.command("drift")

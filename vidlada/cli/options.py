@@ -98,8 +98,8 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say how frames are taken and answers are decoded."""
+def pace_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how frames are taken and answers are decoded, but for the cache."""
     for option in (
         click.option("--frames", type=click.IntRange(1), default=64, show_default=True, help="Most frames to take."),
         click.option("--fps", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
@@ -118,11 +118,17 @@ def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--stop", multiple=True, help="A string that ends the answer; may be repeated."),
         click.option("--suffix", help="Fixed text after the answer, visible from the first step."),
         click.option("--seed", type=int, help="Of every random choice."),
-        click.option("--cache", help="Reuse between steps: none, prefix, dual, frozen, interval, sparse or mars, with "
-                     "settings after a colon, e.g. mars:text=8,ratio=2."),
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how frames are taken and answers are decoded."""
+    text = (
+        "Reuse between steps: none, prefix, dual, frozen, interval, sparse or mars, with settings after a colon, e.g. "
+    )
+    return click.option("--cache", help=f"{text}mars:text=8,ratio=2.")(pace_options(command))
 
 
 def given_options(options: dict[str, Any]) -> dict[str, Any]:
