@@ -13,6 +13,7 @@ from vidlada.config import VidLaDAConfig, VidLaDATextConfig
 from vidlada.decoding.policies import policy_from
 from vidlada.decoding.store import key_value_bytes
 from vidlada.errors import InputError
+from vidlada.machine import processor
 
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 PROMPT_TOKENS = 128  # room for a question, its header and the system message, in estimates
@@ -185,7 +186,7 @@ def machine_facts() -> dict[str, Any]:
     ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(memory / GIB, 1),
         "gpus": devices,

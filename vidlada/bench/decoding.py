@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from vidlada.bench.machine import machine, now, peak_memory, reset_peak_memory
 from vidlada.bench.sizes import Subject, subject
 from vidlada.config import GenerationSettings
 from vidlada.decoding.policies import policy_from
 from vidlada.decoding.sampler import Denoiser, Request, State, denoise
 from vidlada.info import GIB
+from vidlada.machine import machine, now, peak_memory, reset_peak_memory
 from vidlada.model import VidLaDAForMaskedDiffusion
 
 BASELINE = "none"
@@ -49,13 +49,13 @@ class Run:
         state: the final one.
         seconds: of every step.
         first_token: seconds until the leftmost slot was final.
-        peak: bytes, or None where they cannot be told.
+        peak: bytes.
     """
 
     state: State
     seconds: list[float]
     first_token: float
-    peak: int | None
+    peak: int
 
     @property
     def total(self) -> float:
@@ -162,7 +162,6 @@ def _row(case: Case, runs: dict[Case, list[Run]], measured: Subject) -> dict[str
     last = own[-1].state
     ids, expected = last.answer_ids(), same_pace[-1].state.answer_ids()
     agreeing = sum(a == b for a, b in zip(ids, expected, strict=False))
-    peaks = [run.peak for run in own if run.peak is not None]
     return {
         "cache": case.cache,
         "pace": case.pace,
@@ -178,7 +177,7 @@ def _row(case: Case, runs: dict[Case, list[Run]], measured: Subject) -> dict[str
         "times_faster": statistics.median(run.total for run in reference) / total,
         "layer_tokens": list(last.statistics.layer_tokens),
         "refreshes": last.statistics.refreshes,
-        "peak_bytes": max(peaks) if peaks else None,
+        "peak_bytes": max(run.peak for run in own),
         "agreement": agreeing / max(1, len(ids), len(expected)),
     }
 
@@ -202,7 +201,7 @@ def decoding_table(figures: dict[str, Any]) -> str:
             f"{row['least_s']:.2f} to {row['most_s']:.2f}", f"{row['first_token_s']:.3f}",
             f"{row['first_step_s']:.3f}", f"{row['later_step_s']:.4f}", f"{row['tokens_per_second']:.2f}",
             f"{row['times_faster']:.1f}", f"{work[0]:,} to {work[-1]:,}",
-            "unknown" if peak is None else f"{peak / GIB:.2f}", f"{100 * row['agreement']:.0f}",
+            f"{peak / GIB:.2f}", f"{100 * row['agreement']:.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from vidlada.bench.decoding import measure
-from vidlada.bench.machine import machine, now
 from vidlada.bench.sizes import subject
 from vidlada.config import GenerationSettings
 from vidlada.decoding.policies import Frozen
 from vidlada.decoding.store import key_value_bytes
 from vidlada.language_model import LanguageModel
+from vidlada.machine import machine, now
 
 PASSES = ("vidlada", "Llama, all-true mask", "Llama, causal")
 

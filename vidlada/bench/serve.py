@@ -19,8 +19,8 @@ from typing import Any
 
 import httpx2
 
-from vidlada.bench.machine import machine
 from vidlada.errors import InputError, VidLaDAError
+from vidlada.machine import machine
 
 SAMPLE = "serve/page/samples/shapes.mp4"
 SERVERS = {"one at a time": ["--max-running", "1"], "together": []}

@@ -11,7 +11,7 @@ from typing import Any
 import av
 import numpy as np
 
-from vidlada.bench.machine import machine
+from vidlada.machine import machine
 from vidlada.video import Sampling, probe, sample_frames, sample_indices
 
 FPS, KEYFRAME_EVERY = 24, 48

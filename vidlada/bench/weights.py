@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from vidlada.bench.decoding import Run, measure
-from vidlada.bench.machine import machine
 from vidlada.bench.sizes import Subject, subject
 from vidlada.config import GenerationSettings
 from vidlada.decoding.policies import Frozen
+from vidlada.machine import machine
 from vidlada.quantization import Quantization, quantize
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vidlada.errors import VidLaDAError
+from vidlada.machine import peak_memory
 from vidlada.training.checkpoints import (
     STATE_FILE,
     NotSaved,
@@ -28,7 +29,7 @@ from vidlada.training.checkpoints import (
 )
 from vidlada.training.collate import CollateSettings, Collator, StepDataset, to_device
 from vidlada.training.config import TrainingConfig
-from vidlada.training.flops import FlopCount, peak_memory, peak_of
+from vidlada.training.flops import FlopCount, peak_of
 from vidlada.training.models import save_model, starting_model, with_adapters
 from vidlada.training.objective import (
     before_targets,
@@ -426,7 +427,7 @@ class Run:
         seconds = time.monotonic() - window.started
         left = (config.total_steps - done) * seconds / window.steps
         flops = window.flops / seconds / self.accelerator.num_processes
-        peak, memory = peak_of(self.accelerator.device), peak_memory(self.accelerator.device) / 2**30
+        peak, memory = peak_of(self.accelerator.device), peak_memory(str(self.accelerator.device)) / 2**30
         figures = {
             "loss": window.loss / window.steps,
             "learning_rate": rate,

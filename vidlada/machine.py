@@ -1,6 +1,8 @@
 """The machine a figure was measured on: its name, its clock, its memory."""
 
 import platform
+import resource
+import sys
 import time
 from pathlib import Path
 
@@ -14,10 +16,10 @@ def machine(device: str) -> str:
     """Name of what computes."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name; Linux keeps it where Python does not look."""
     listing = Path("/proc/cpuinfo")
     names = (
@@ -41,11 +43,13 @@ def reset_peak_memory(device: str) -> None:
         CLEAR_REFS.write_text(RESET_PEAK)
 
 
-def peak_memory(device: str) -> int | None:
-    """Bytes at the peak since the reset: allocated on a GPU, resident of the process on Linux, unknown elsewhere."""
+def peak_memory(device: str) -> int:
+    """Most bytes held since the reset, or since the start where the system knows no reset: allocated on a GPU, else
+    resident of the process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    if not (CLEAR_REFS.exists() and STATUS.exists()):
-        return None
-    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    if STATUS.exists():
+        (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
