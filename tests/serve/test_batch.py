@@ -62,18 +62,19 @@ def test_errors_are_lines(folder, small_folder, tmp_path):
     bad = [
         "{", "[]", "", '{"video": "0.mp4"}', '{"question": "is it red ?", "video": "none.mp4"}',
         '{"question": "is it red ?", "video": "bad.mp4"}', '{"question": "is it red ?", "gen_length": 0}',
-        '{"question": "is it red ?", "unknown": 1}', '{"question": ""}', '{"question": "is it red ?", "id": "good"}',
+        '{"question": "is it red ?", "unknown": 1}', '{"question": ""}', '{"question": "is it \\ud800 ?"}',
+        '{"question": "is it red ?", "id": NaN}', '{"question": "is it red ?", "id": "good"}',
     ]  # fmt: skip
     (folder / "bad.jsonl").write_bytes("\n".join(bad).encode() + b"\n\xff\xff\n")
     code, err = run(folder / "bad.jsonl", tmp_path / "out.jsonl", "--model", small_folder, "--gen-length", 16)
     assert code == 1
-    assert "11 lines answered, 10 of them with errors" in err
+    assert "13 lines answered, 12 of them with errors" in err
     found = answers(tmp_path / "out.jsonl")
-    assert [answer["line"] for answer in found] == list(range(1, 12))
-    assert ["error" in answer for answer in found] == [True] * 9 + [False, True]
-    assert found[9]["id"] == "good"
+    assert [answer["line"] for answer in found] == list(range(1, 14))
+    assert ["error" in answer for answer in found] == [True] * 11 + [False, True]
+    assert found[11]["id"] == "good"
     again = run(folder / "bad.jsonl", tmp_path / "out.jsonl", "--model", small_folder, "--gen-length", 16)
-    assert again == (0, "0 lines answered, 0 of them with errors; 11 before\n")
+    assert again == (0, "0 lines answered, 0 of them with errors; 13 before\n")
 
 
 def test_what_belongs_to_other_questions_is_left_alone(folder, small_folder, tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,35 +13,48 @@ import click
 from vidlada.cli.options import ModelSource, answer_options, given_options, model_option, one_line_errors
 from vidlada.errors import InputError
 
-REQUEST_OPTIONS = ("frames", "fps", "force_sample", "time_instruction", "system")  # the rest are of decoding
-
 
 @click.command()
 @click.argument("questions", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="Answers; a run that was ended goes on where it stopped.")
 @click.option("--videos", type=click.Path(), help="Folder that paths start from; that of QUESTIONS by default.")
 @click.option("--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Answers denoised together.")
+@click.option("--ray", is_flag=True, help="Work on the Ray cluster of $RAY_ADDRESS, or on one started here.")
+@click.option("--workers", type=click.IntRange(1), help="With --ray: models; as many as there are GPUs by default.")
 @answer_options
 @model_option
 @one_line_errors
-def batch(questions: str, out: str, videos: str | None, concurrency: int, source: ModelSource, **options: Any) -> None:
+def batch(
+    questions: str, out: str, videos: str | None, concurrency: int, ray: bool, workers: int | None,
+    source: ModelSource, **options: Any,
+) -> None:  # fmt: skip
     """Answer QUESTIONS, a file of JSON lines, into another: one line out for every line in, in order.
 
     A line is an object with "question", "video" (a path, or none), and if it likes "id" and settings of its own, named
     as the options: {"id": 7, "video": "talk.mp4", "question": "Who speaks?", "gen_length": 64}. What cannot be answered
     gives a line with "error", and exit code 1 in the end.
     """
-    from vidlada.serve.batch import answer_all, opened, read_lines
+    from vidlada.serve.batch import Answerer, answer_all, opened, read_lines
 
+    if workers is not None and not ray:
+        raise InputError("--workers are those of a cluster; add --ray")
     given = given_options(options)
     folder = Path(videos) if videos is not None else Path(questions).parent
     with readable(questions) as file, opened(Path(out)) as output:
         lines = read_lines(file)
         output.resume(lines)
         done = output.written
-        vidlada = source.load()
-        vidlada.settings(**{name: value for name, value in given.items() if name not in REQUEST_OPTIONS})
-        asyncio.run(answer_all(vidlada, lines, folder, given, concurrency, output.write))
+        if ray:
+            from vidlada.api import SHIPPED, model_folder
+            from vidlada.serve.cluster import answer_on_cluster
+
+            if source.model != SHIPPED:
+                source = replace(source, model=str(model_folder(source.model).absolute()))
+            rest, folder = list(lines), folder.absolute()
+            answer_on_cluster(source.load, rest, folder, given, concurrency, workers, output.write)
+        else:
+            answerer = Answerer(source.load(), folder, given, concurrency)
+            asyncio.run(answer_all(answerer, lines, 2 * concurrency, output.write))
     click.echo(f"{output.written - done} lines answered, {output.failed} of them with errors; {done} before", err=True)
     sys.exit(1 if output.failed else 0)
 

@@ -23,6 +23,7 @@ from vidlada.serve.limits import Limits
 from vidlada.serve.schema import ChatRequest
 from vidlada.serve.service import Service
 
+REQUEST_OPTIONS = ("frames", "fps", "force_sample", "time_instruction", "system")  # the rest are of decoding
 ECHOED = ("line", "id", "video", "question")
 UNBOUNDED = 2**40  # whoever runs a batch vouches for its files; only time and memory of decoding stay bounded
 
@@ -50,6 +51,7 @@ def read_line(number: int, raw: bytes) -> Line:
     """A line as JSON."""
     try:
         content = json.loads(raw)
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()  # NaN and half characters cannot be repeated
     except (ValueError, RecursionError) as error:
         return Line(number, {}, f"not valid JSON: {error}")
     if not isinstance(content, dict):
@@ -85,63 +87,73 @@ def request_of(line: Line, folder: Path, defaults: dict[str, Any]) -> ChatReques
         raise InputError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-async def answer(service: Service, line: Line, folder: Path, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The output line of a line."""
-    if line.error is not None:
-        return {**line.echo(), "error": line.error}
-    try:
-        submitted = await service.submit(request_of(line, folder, defaults))
-        async for update in submitted.ticket.updates():
-            last = update
-    except VidLaDAError as error:
-        return {**line.echo(), "error": str(error)}
-    statistics = last.state.statistics.with_seconds({**submitted.seconds, **last.seconds})
-    return {
-        **line.echo(),
-        "answer": last.settled.text + submitted.ticket.job.settings.suffix,
-        "finish_reason": last.settled.finish_reason,
-        "prompt_tokens": submitted.prompt_tokens,
-        "completion_tokens": last.settled.tokens,
-        "statistics": statistics.to_dict(),
-    }
+class Answerer:
+    """A model that answers lines, many at a time.
+
+    Args:
+        vidlada: the model.
+        folder: that relative paths of videos start from.
+        defaults: settings that lines may change.
+        concurrency: answers denoised together.
+
+    Raises:
+        InputError: the settings do not go together.
+    """
+
+    def __init__(self, vidlada: VidLaDA, folder: Path, defaults: dict[str, Any], concurrency: int):
+        vidlada.settings(**{name: value for name, value in defaults.items() if name not in REQUEST_OPTIONS})
+        limits = Limits(
+            max_running=concurrency, max_tokens=UNBOUNDED, max_media=UNBOUNDED, max_frames=UNBOUNDED,
+            max_duration=float(UNBOUNDED), max_pixels=UNBOUNDED, max_upload_mb=UNBOUNDED, decode_seconds=3600.0,
+        )  # fmt: skip
+        self.folder, self.defaults = folder, defaults
+        temporary = Path(tempfile.gettempdir())  # stays unused: lines name files
+        self.service = Service(vidlada, limits, temporary, allowed=Path("/"))
+
+    async def answer(self, line: Line) -> dict[str, Any]:
+        """The output line of a line."""
+        if line.error is not None:
+            return {**line.echo(), "error": line.error}
+        try:
+            submitted = await self.service.submit(request_of(line, self.folder, self.defaults))
+            async for update in submitted.ticket.updates():
+                last = update
+        except VidLaDAError as error:
+            return {**line.echo(), "error": str(error)}
+        statistics = last.state.statistics.with_seconds({**submitted.seconds, **last.seconds})
+        return {
+            **line.echo(),
+            "answer": last.settled.text + submitted.ticket.job.settings.suffix,
+            "finish_reason": last.settled.finish_reason,
+            "prompt_tokens": submitted.prompt_tokens,
+            "completion_tokens": last.settled.tokens,
+            "statistics": statistics.to_dict(),
+        }
 
 
 async def answer_all(
-    vidlada: VidLaDA,
-    lines: Iterable[Line],
-    folder: Path,
-    defaults: dict[str, Any],
-    concurrency: int,
-    write: Callable[[dict[str, Any]], None],
+    answerer: Answerer, lines: Iterable[Line], ahead: int, write: Callable[[dict[str, Any]], None]
 ) -> None:
     """Answer lines, a few at a time, and write the answers in order.
 
     Args:
-        vidlada: the model.
+        answerer: of lines; closed in the end.
         lines: to answer.
-        folder: that relative paths of videos start from.
-        defaults: settings that lines may change.
-        concurrency: answers denoised together; so many more videos are decoded ahead.
+        ahead: lines begun before the first of them is written.
         write: takes the output lines.
     """
-    limits = Limits(
-        max_running=concurrency, max_tokens=UNBOUNDED, max_media=UNBOUNDED, max_frames=UNBOUNDED,
-        max_duration=float(UNBOUNDED), max_pixels=UNBOUNDED, max_upload_mb=UNBOUNDED, decode_seconds=3600.0,
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="vidlada-batch-") as temporary:
-        service = Service(vidlada, limits, Path(temporary), allowed=Path("/"))
-        pending: deque[asyncio.Task[dict[str, Any]]] = deque()
-        try:
-            for line in lines:
-                pending.append(asyncio.create_task(answer(service, line, folder, defaults)))
-                if len(pending) >= 2 * concurrency:
-                    write(await pending.popleft())
-            while pending:
+    pending: deque[asyncio.Task[dict[str, Any]]] = deque()
+    try:
+        for line in lines:
+            pending.append(asyncio.create_task(answerer.answer(line)))
+            if len(pending) >= ahead:
                 write(await pending.popleft())
-        finally:
-            for task in pending:
-                task.cancel()
-            await service.close()
+        while pending:
+            write(await pending.popleft())
+    finally:
+        for task in pending:
+            task.cancel()
+        await answerer.service.close()
 
 
 class Output:
@@ -181,7 +193,8 @@ class Output:
         self.file.seek(end)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Add a line at once and whole."""
+        """Add the next line at once and whole."""
+        assert line["line"] == self.written + 1, "lines are written once and in order"
         self.file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self.file.flush()
         self.written += 1

@@ -1,0 +1,121 @@
+"""`vidlada batch --ray` on a Ray cluster of two machines that are processes here."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from media import write_video
+
+pytest.importorskip("ray", reason="needs vidlada[ray]")
+
+LINES = 240
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes with a CPU each."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    started.add_node(num_cpus=1)
+    yield started
+    started.shutdown()
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cluster")
+    for number in range(3):
+        write_video(folder / f"{number}.mp4", frames=50 + 25 * number)
+    lines = [{"id": i, "video": f"{i % 3}.mp4", "question": "is it red ?", "seed": i} for i in range(LINES)]
+    lines[7] = {"id": {"any": ["thing"]}, "video": "none.mp4", "question": "is it red ?"}
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "questions.jsonl"
+
+
+@pytest.fixture(scope="module")
+def start(cluster, questions, small_folder):
+    def start(out, *options):
+        command = ["batch", questions, "--out", out, "--model", small_folder, "--gen-length", "32", *options]
+        environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+        return subprocess.Popen(
+            [sys.executable, "-m", "vidlada", *map(str, command)], stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def expected(start, tmp_path_factory):
+    """What one machine says."""
+    out = tmp_path_factory.mktemp("expected") / "out.jsonl"
+    process = start(out)
+    assert (process.wait(300), told(out)[7][2]) == (1, True)
+    return told(out)
+
+
+def told(path):
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(answer["line"], answer.get("answer"), "error" in answer) for answer in answers]
+
+
+def workers():
+    """Processes that hold a model."""
+    listed = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout.splitlines()
+    return {int(line.split()[0]) for line in listed if "ray::MapWorker" in line}
+
+
+def lines_of(out):
+    return out.read_bytes().count(b"\n") if out.exists() else 0
+
+
+def wait_for_lines(process, out, number):
+    while lines_of(out) < number:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def test_a_worker_killed_midway_loses_and_doubles_nothing(start, expected, tmp_path):
+    process = start(tmp_path / "out.jsonl", "--ray", "--workers", 2)
+    wait_for_lines(process, tmp_path / "out.jsonl", 1)
+    before = workers()
+    assert len(before) == 2
+    os.kill(min(before), signal.SIGKILL)
+    assert lines_of(tmp_path / "out.jsonl") < LINES / 2
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1  # a line could not be answered
+    assert f"{LINES} lines answered, 1 of them with errors" in err
+    assert told(tmp_path / "out.jsonl") == expected
+
+
+def test_a_run_killed_midway_is_resumed(start, expected, tmp_path):
+    out = tmp_path / "out.jsonl"
+    process = start(out, "--ray", "--workers", 2)
+    wait_for_lines(process, out, 1)
+    process.kill()
+    process.wait()
+    done = lines_of(out)
+    assert done < LINES
+    process = start(out, "--ray", "--workers", 1)
+    _, err = process.communicate(timeout=300)
+    assert f"; {done} before" in err
+    assert told(out) == expected
+
+
+def test_refusals_are_one_line(start, tmp_path):
+    for options, message in [
+        (("--ray",), "has no GPU"),
+        (("--ray", "--workers", 1, "--block-length", 7), "block_length 7 does not divide"),
+        (("--workers", 1), "add --ray"),
+    ]:
+        process = start(tmp_path / "out.jsonl", *options)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 2
+        assert message in err.splitlines()[-1]
+        assert "Traceback" not in err
+    assert lines_of(tmp_path / "out.jsonl") == 0
