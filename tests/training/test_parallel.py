@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,15 @@ def config(output, **changes):
     return run(output, **{"stages": stages, "per_device_batch": 2, "checkpoint_every": 2, **changes})
 
 
+def config_of_deepspeed(output, **changes):
+    """What DeepSpeed can do too: the same parts frozen in all stages, a video somewhere in every step. Often one
+    process has none."""
+    data = {**DATA, "text_only_share": 0.4}
+    return config(
+        output, stages=(Stage("a", 1e-2, data, 4), Stage("b", 1e-2, data, 2, tower_learning_rate=1e-3)), **changes
+    )
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -48,7 +58,8 @@ def launch(settings, folder, *options, processes=2, before=()):
     path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(settings)))))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
                "--master-port", free_port(), *before, "-m", "vidlada", "train", str(path), *options]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed looks for ninja
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": search}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     return ended.returncode, ended.stdout + ended.stderr
 
@@ -57,15 +68,19 @@ def losses(text):
     return [float(value) for value in re.findall(r"step \d+/.* loss (\S+)", text)]
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    """One process in two passes a step."""
+def alone(settings):
+    """Weights and losses of one process in two passes a step."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     lines = []
-    final = train(config(tmp_path_factory.mktemp("one") / "run"), report=lines.append)
+    final = train(settings, report=lines.append)
     torch.set_num_threads(before)
     return weights(final), losses("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return alone(config(tmp_path_factory.mktemp("one") / "run"))
 
 
 def test_passes_are_a_whole_batch_in_parts(one, tmp_path):
@@ -85,24 +100,48 @@ def test_passes_are_a_whole_batch_in_parts(one, tmp_path):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_follow_the_curve_of_one(one, tmp_path, parallel):
-    code, said = launch(config(tmp_path / "run", parallel=parallel), tmp_path)
-    assert code == 0, said
-    assert len(one[1]) == 6
-    assert losses(said) == pytest.approx(one[1], abs=2e-4)
-    found = weights(tmp_path / "run" / "model")
-    for name, tensor in one[0].items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
-    assert not list((tmp_path / "run").glob("*.partial"))
-    newest = checkpoints(tmp_path / "run")[-1]
-    assert (newest / "pytorch_model_fsdp_0").is_dir() == (parallel == "fsdp")
+    follows_and_resumes(config(tmp_path / "run", parallel=parallel), one, tmp_path)
+    sharded = (checkpoints(tmp_path / "run")[-1] / "pytorch_model_fsdp_0").is_dir()
+    assert sharded == (parallel == "fsdp")
 
-    # as after kill -9 between step 4 and 6
-    for leftover in (newest, tmp_path / "run" / "model"):
-        leftover.rename(tmp_path / leftover.name)
-    code, resumed = launch(config(tmp_path / "run", parallel=parallel), tmp_path, "--resume")
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler, for DeepSpeed's communication on CPUs")
+@pytest.mark.parametrize("parallel", ["zero2", "zero3"])
+def test_deepspeed_follows_the_curve_of_one_process(tmp_path, parallel):
+    expected = alone(config_of_deepspeed(tmp_path / "one"))
+    settings = config_of_deepspeed(tmp_path / "run", parallel=parallel)
+    if parallel == "zero2":  # resuming takes the same code as with zero3
+        follows(settings, expected, tmp_path)
+    else:
+        follows_and_resumes(settings, expected, tmp_path)
+    kept = {path.name for path in (checkpoints(tmp_path / "run")[-1] / "pytorch_model").iterdir()}
+    assert any(name.startswith("zero_pp_rank_1") or "_zero_pp_rank_1" in name for name in kept), kept
+
+
+def follows(settings, expected, folder):
+    """Two processes come to the losses and weights of one; returns their own."""
+    code, said = launch(settings, folder)
+    assert code == 0, said
+    assert len(expected[1]) == 6
+    assert losses(said) == pytest.approx(expected[1], abs=2e-4)
+    found = weights(Path(settings.output) / "model")
+    for name, tensor in expected[0].items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
+    assert not list(Path(settings.output).glob("*.partial"))
+    return found, losses(said)
+
+
+def follows_and_resumes(settings, expected, folder):
+    """And where they go on, as after kill -9 between step 4 and 6, they come to the same weights to the bit."""
+    found, curve = follows(settings, expected, folder)
+    output = Path(settings.output)
+    for leftover in (checkpoints(output)[-1], output / "model"):
+        leftover.rename(folder / leftover.name)
+    code, resumed = launch(settings, folder, "--resume")
     assert code == 0, resumed
-    assert losses(resumed) == losses(said)[4:]
-    assert_same(tmp_path / "run" / "model", found)
+    assert losses(resumed) == curve[4:]
+    assert_same(output / "model", found)
 
 
 # Two hosts in network namespaces of their own, a cable between them; each runs the launch script.
