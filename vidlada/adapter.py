@@ -10,19 +10,22 @@ from vidlada.errors import InputError
 from vidlada.model import VidLaDAForMaskedDiffusion
 
 
-def load_with_adapter(folder: Path, dtype: str | torch.dtype = "auto", **places: Any) -> VidLaDAForMaskedDiffusion:
+def load_with_adapter(
+    folder: Path, dtype: str | torch.dtype = "auto", base_folder: Path | None = None, **places: Any
+) -> VidLaDAForMaskedDiffusion:
     """The base model with an adapter merged into its weights: as fast as the base model.
 
     Args:
         folder: of the adapter.
         dtype: of the weights.
+        base_folder: of the base model; by default the one the adapter names.
         places: `device`, `device_map` of `vidlada.checkpoint.load_model`.
 
     Raises:
         InputError: the adapter or its base is missing or damaged, or peft is not installed.
     """
 
-    base = load_model(base_of(folder), dtype=dtype, **places)
+    base = load_model(base_folder or base_of(folder), dtype=dtype, **places)
     try:
         from peft import PeftModel
     except ImportError as error:

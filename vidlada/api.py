@@ -357,6 +357,7 @@ def load(
     device_map: Any = None,
     quantization: Quantization | None = None,
     compiled: bool = False,
+    adapter: str | Path | None = None,
 ) -> VidLaDA:
     """Load a model.
 
@@ -367,6 +368,8 @@ def load(
         device_map: as in transformers, to spread a model over devices.
         quantization: of the language model's projections; see `vidlada.quantization`.
         compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
+        adapter: folder of a LoRA adapter for this model, to be merged into it. (An adapter's own folder may also be
+            loaded by its name; its base is then the one it names.)
 
     Raises:
         InputError: there is no such folder, or it is not a checkpoint of this family.
@@ -377,7 +380,13 @@ def load(
         dtype = torch.float32
     if device_map is None:
         check_memory_of_weights(describe(folder), dtype, torch.device(device))
-    model = load_model(folder, dtype=dtype, device=device, device_map=device_map).eval()
+    if adapter is None:
+        model = load_model(folder, dtype=dtype, device=device, device_map=device_map)
+    else:
+        from vidlada.adapter import load_with_adapter
+
+        model = load_with_adapter(model_folder(adapter), dtype, folder, device=device, device_map=device_map)
+    model.eval()
     if quantization is not None:
         quantize(model.language_model, quantization)
     if compiled:

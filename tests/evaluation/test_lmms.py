@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import vidlada
 from vidlada.evaluation.benchmarks import BENCHMARKS, MVBENCH_FOLDERS
 from vidlada.evaluation.data import documents
-from vidlada.evaluation.folder import LOG_FILE, SUBMISSION_FILE
+from vidlada.evaluation.folder import LOG_FILE, RECORD_FOLDER, SUBMISSION_FILE, read_record
 from vidlada.evaluation.likelihood import negative_log_likelihood
 from vidlada.evaluation.miniature import write_miniatures
 from vidlada.evaluation.results import read_run
@@ -25,6 +26,8 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: make eval-e
 from lmms_eval.api.instance import Instance
 from lmms_eval.caching.response_cache import ResponseCache
 from lmms_eval.models import get_model
+
+from vidlada.evaluation.lmms import picture
 
 FRAMES = 4
 BROKEN, MISSING = "videomme/data/clip0000001.mp4", "lvbench/clip1.mp4"
@@ -43,7 +46,7 @@ def vidlada_eval(*arguments):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Every benchmark, with a damaged and a missing video."""
+    """Every benchmark, with a damaged and a missing video; the others' data root is complete."""
     folder = tmp_path_factory.mktemp("data") / "root"
     write_miniatures(folder, list(BENCHMARKS.values()))
     (folder / BROKEN).write_bytes((folder / BROKEN).read_bytes()[:2000])
@@ -142,10 +145,72 @@ def test_rounds(root, small_lm):
     assert answers == [answer.text.removesuffix(".").strip() for answer in alone]
 
 
+def conversation(first, rounds=2):
+    """A task of several rounds; later ones name no video."""
+
+    def to_messages(doc, round_idx=None, previous_output=None, previous_round_info=None):
+        if round_idx == rounds:
+            return None, True, previous_output, previous_round_info
+        text = [{"role": "user", "content": [{"type": "text", "text": "is it blue ?"}]}]
+        return (first() if round_idx == 0 else text), False, previous_output, round_idx
+
+    return to_messages
+
+
+def missing():
+    sys.exit("video path: x.mp4 does not exist, please check")
+
+
+def test_conversations_that_fail_cost_one_sample(root, small_lm, tmp_path, monkeypatch):
+    video = root / "mvbench_video/perception/videos/clip1.mp4"
+    small_lm.task_dict["t"] = {"test": [{}] * 5}
+    two = [{"type": "video", "url": str(video)}] * 2
+    firsts = [
+        lambda: said(video, "is it red ?"),
+        lambda: [{"role": "user", "content": [*two, {"type": "text", "text": "is it red ?"}]}],
+        missing,
+        lambda: said(tmp_path / "nowhere.mp4", "is it red ?"),
+        lambda: said(video, "is it red ?"),
+    ]
+    requests = [request_of(number, conversation(first), GENERATION, "generate_until_multi_round")
+                for number, first in enumerate(firsts)]  # fmt: skip
+    monkeypatch.setenv(RECORD_FOLDER, str(tmp_path))
+    answers = list(small_lm.generate_until_multi_round(requests))
+    assert answers[0] == answers[4] and all(answers[0]) and len(answers[0]) == 2
+    assert answers[1:4] == [["", ""], [""], ["", ""]]  # not asked without their video
+    errors = [entry["error"] for _, entry in sorted(read_record(tmp_path).items())]
+    assert errors[0] is errors[4] is None
+    assert "2 videos" in errors[1] and "x.mp4 does not exist" in errors[2] and "nowhere.mp4" in errors[3]
+    assert read_record(tmp_path)["t", 0]["tokens"] > 2  # of both rounds
+
+
+def test_a_conversation_about_images(small_lm):
+    small_lm.task_dict["t"] = {"test": [{}]}
+    image = Image.new("RGB", (40, 40), "red")
+    first = [{"role": "user", "content": [{"type": "image", "url": image}, {"type": "text", "text": "is it red ?"}]}]
+    request = request_of(0, conversation(lambda: first), GENERATION, "generate_until_multi_round")
+    (answers,) = small_lm.generate_until_multi_round([request])
+    frames = picture(image, small_lm.vidlada.processor.image_size)[None]
+    alone = [small_lm.vidlada.ask(frames, text, gen_length=4, block_length=4).text.removesuffix(".").strip()
+             for text in ("is it red ?", "is it blue ?")]  # fmt: skip
+    assert answers == alone
+
+
+def test_samples_that_cannot_be_asked_cost_only_themselves(root, small_lm):
+    video = root / "mvbench_video/perception/videos/clip1.mp4"
+    small_lm.task_dict["t"] = {"test": [{}] * 3}
+    mixed = [{"type": "video", "url": str(video)}, {"type": "image", "url": Image.new("RGB", (8, 8))}]
+    asked = [said(video, "is it red ?"), [{"role": "user", "content": mixed}], said(video, "is it red ?")]
+    requests = [request_of(n, lambda doc, n=n: asked[n], GENERATION) for n in range(3)]
+    first, second, third = (answer.text for answer in small_lm.generate_until(requests))
+    assert first == third != "" and second == ""
+
+
 @pytest.mark.parametrize(
     "content, why",
     [
-        ([{"type": "video", "url": "a.mp4"}, {"type": "video", "url": "b.mp4"}], "2 videos"),
+        ([{"type": "video", "url": "a.mp4"}, {"type": "video", "url": "b.mp4"}], "2 videos and 0 images"),
+        ([{"type": "video", "url": "a.mp4"}, {"type": "image", "url": "b.png"}], "1 videos and 1 images"),
         ([{"type": "audio", "url": "a.wav"}], "sound"),
         ([{"type": "video", "url": {"video_start": 1}}], "dict"),
     ],
@@ -160,6 +225,23 @@ def test_wrong_arguments_stop_the_run(small_lm):
     request = request_of(0, lambda doc: said("x.mp4", "q"), {"gen_length": 4, "num_beams": 5})
     with pytest.raises(vidlada.errors.InputError, match="num_beams 5"):
         list(small_lm.generate_until([request]))
+
+
+def test_adapters(root, small_folder, small_lm, adapter):
+    video = root / "mvbench_video/perception/videos/clip1.mp4"
+    small_lm.task_dict["t"] = {"test": [{}]}
+    request = request_of(0, lambda doc: said(video, "is it red ?"), GENERATION)
+
+    def answer(lm):
+        lm.task_dict = small_lm.task_dict
+        (result,) = lm.generate_until([request])
+        return result.text
+
+    options = {"max_frames_num": 2, "device": "cpu"}
+    alone = answer(get_model("vidlada")(pretrained=str(adapter), **options))
+    beside = answer(get_model("vidlada")(pretrained=str(small_folder), adapter=str(adapter), **options))
+    asked = vidlada.load(adapter, device="cpu").ask(video, "is it red ?", frames=2, gen_length=4, block_length=4)
+    assert alone == beside == asked.text.removesuffix(".").strip() != answer(small_lm)
 
 
 # --- whole runs ---
@@ -308,12 +390,25 @@ def test_two_processes_give_the_answers_of_one(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_with_an_adapter(root, small_folder, adapter, tmp_path):
+    options = ("--tasks", "mlvu_dev", "--data-root", root, "--frames", 2, "--device", "cpu", "--gen", "gen_length=4")
+    vidlada_eval("--model", small_folder, "--adapter", adapter, "--output", tmp_path / "run", *options)
+    model = vidlada.load(adapter, device="cpu")
+    samples = read_run(tmp_path / "run").samples
+    asked = [prompt for prompt in prompts(root) if prompt[0] == "mlvu_dev"]
+    assert len(samples) == len(asked)
+    for task, number, video, text in asked:
+        answer = model.ask(root / video, text + "/no_think", frames=2, gen_length=4)
+        assert samples[task, number].answer == answer.text.removesuffix(".").strip()
+
+
+@pytest.mark.slow
 def test_choosing_by_likelihood(root, tiny, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "lmms_eval", "--model", "llava_llada_video", "--force_simple", "--model_args",
          f"pretrained=tiny,max_frames_num={FRAMES},device=cpu,mc_num=4,is_check_greedy=False",
          "--tasks", "egoschema_subset_mcppl", "--log_samples", "--output_path", str(tmp_path)],
-        capture_output=True, text=True, cwd=root, env=environment(root, tmp_path, download=False), timeout=1800,
+        capture_output=True, text=True, cwd=root, env=environment(root, tmp_path), timeout=1800,
     )  # fmt: skip
     (file,) = Path(tmp_path).rglob("*_samples_egoschema_subset_mcppl.jsonl")
     rows = documents(root / "lmms-eval/egoschema", "Subset", "test")

@@ -6,30 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from vidlada.cli import main
+import vidlada
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation import run as running
-from vidlada.evaluation.benchmarks import BENCHMARKS, chosen
-from vidlada.evaluation.data import check_task, documents, repository_folder
-from vidlada.evaluation.folder import SUBMISSION_FILE, read_run_file
-from vidlada.evaluation.miniature import write_miniatures
-from vidlada.evaluation.run import RunSettings, command, launches, letter_place, start_run
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "root"
-    write_miniatures(folder, list(BENCHMARKS.values()), clips=1, number=2)
-    return folder
-
-
-def vidlada(*arguments):
-    done = CliRunner().invoke(main, ["eval", *map(str, arguments)])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done.exit_code, done.stdout, done.stderr
+from vidlada.evaluation.benchmarks import chosen
+from vidlada.evaluation.data import documents
+from vidlada.evaluation.folder import read_run_file
+from vidlada.evaluation.run import RunSettings, command, launches, start_run
 
 
 def options_after(arguments, name):
@@ -50,14 +34,6 @@ def test_paper_preset():
     )
     assert options_after(arguments, "--batch_size") == "4" and "--predict_only" not in arguments
     assert "--predict_only" in command(second, RunSettings("tiny"), Path("/out"))
-
-
-def test_egoschema_is_sent_only_when_asked():
-    (unsent,) = launches(chosen("egoschema"), RunSettings("tiny"))
-    (sent,) = launches(chosen("egoschema"), RunSettings("tiny"), submit=True)
-    assert unsent.predict_only and not sent.predict_only
-    (subset,) = launches(chosen("egoschema_subset"), RunSettings("tiny"))
-    assert not subset.predict_only
 
 
 def test_changes_replace_the_preset():
@@ -116,61 +92,31 @@ def test_fingerprints_tell_weights_apart(small_folder, tmp_path):
     assert running.weights_fingerprint(copy) != running.weights_fingerprint(small_folder)
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS.values(), ids=lambda benchmark: benchmark.name)
-def test_miniatures_are_complete(root, benchmark):
-    for task in benchmark.tasks:
-        found = check_task(root, benchmark, task)
-        assert found.complete and found.videos >= 1 and found.questions >= 2
+def test_fingerprints_tell_adapters_apart(small_folder, adapter, tmp_path):
+    fingerprint = running.weights_fingerprint
+    assert len({fingerprint(small_folder), fingerprint(adapter)}) == 2
+    assert fingerprint(adapter) == fingerprint(small_folder, adapter)  # the base it names, and the same base given
+    settings = RunSettings(str(small_folder), model_changes={"adapter": str(adapter)})
+    start_run(tmp_path / "run", settings, chosen("lvbench"))
+    with pytest.raises(InputError, match="another weights"):
+        start_run(tmp_path / "run", RunSettings(str(small_folder)), chosen("lvbench"))
+    (launch,) = launches(chosen("lvbench"), settings)
+    text = options_after(command(launch, settings, Path("/out")), "--model_args")
+    assert f"pretrained={small_folder}," in text and f"adapter={adapter}" in text
 
 
-def test_check_tells_what_is_missing(root, tmp_path):
-    (root / "lvbench").rename(root / "elsewhere")
-    try:
-        code, out, _ = vidlada("--check", "--tasks", "lvbench,mlvu_dev", "--data-root", root)
-    finally:
-        (root / "elsewhere").rename(root / "lvbench")
-    assert code == 0 and "lvbench: missing lvbench/clip0.mp4" in out
-    assert "hf download lmms-eval/LVBench" in out and "hf download sy1998" not in out
-    code, out, _ = vidlada("--check", "--tasks", "lvbench", "--data-root", root)
-    assert "Everything is there." in out
-    code, out, _ = vidlada("--check", "--tasks", "lvbench", "--data-root", tmp_path / "nowhere")
-    assert code == 0 and "lmms-eval/LVBench is not below" in out
-
-
-def test_hf_home_is_the_root(root, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(root))
-    assert "Everything is there." in vidlada("--check", "--tasks", "videomme")[1]
-
-
-def test_the_hub_s_own_cache(root, tmp_path):
-    snapshot = tmp_path / "hub/datasets--lmms-eval--LVBench/snapshots/abc"
-    snapshot.parent.mkdir(parents=True)
-    snapshot.symlink_to(root / "lmms-eval/LVBench")
-    assert repository_folder(tmp_path, "lmms-eval/LVBench") == snapshot
-    assert len(documents(snapshot, None, "train")) == 2
-
-
-def test_layouts_of_datasets(tmp_path):
-    (tmp_path / "json").mkdir()
-    (tmp_path / "json/count.json").write_text('[{"a": 1}]')
-    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: count\n  data_files: json/count.json\n---\ntext")
-    assert documents(tmp_path, "count", "train") == [{"a": 1}]
-    with pytest.raises(InputError, match="no files of the test split of other"):
-        documents(tmp_path, "other", "test")
-    (tmp_path / "README.md").write_text("---\n{: damaged\n---\n")
-    with pytest.raises(InputError, match="damaged"):
-        documents(tmp_path, "count", "train")
-    (tmp_path / "README.md").unlink()
-    (tmp_path / "test-00000-of-00001.jsonl").write_text('{"a": 2}\n')
-    assert documents(tmp_path, None, "test") == [{"a": 2}]
-    (tmp_path / "test-00000-of-00001.jsonl").write_text('{"a":')
-    with pytest.raises(InputError, match="cannot be read"):
-        documents(tmp_path, None, "test")
-
-
-def test_miniatures_overwrite_nothing(root):
-    code, _, err = vidlada("--miniature", root, "--tasks", "lvbench")
-    assert code == 2 and "in use" in err
+def test_an_adapter_for_a_given_base(small_folder, small, adapter, tmp_path):
+    moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone"}))
+    with pytest.raises(InputError, match="/gone"):
+        vidlada.load(moved)
+    question, settings = "is it red ?", {"gen_length": 8, "block_length": 8}
+    beside, named = vidlada.load(small_folder, adapter=moved), vidlada.load(adapter)
+    answer = beside.ask(None, question, **settings).token_ids
+    assert answer == named.ask(None, question, **settings).token_ids != small.ask(None, question, **settings).token_ids
+    with pytest.raises(InputError, match="no such model folder"):
+        vidlada.load(small_folder, adapter=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -184,16 +130,16 @@ def test_miniatures_overwrite_nothing(root):
         (["--compare", "nowhere", "--compare", "x"], "not the folder of a run"),
     ],
 )
-def test_bad_command_lines_end_in_one_line(arguments, named, root, tmp_path, monkeypatch):
+def test_bad_command_lines_end_in_one_line(arguments, named, root, tmp_path, monkeypatch, vidlada_eval):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(root))
-    code, _, err = vidlada(*arguments)
+    code, _, err = vidlada_eval(*arguments)
     assert code == 2 and named in err and err.count("\n") == 1
 
 
-def test_without_lmms_eval(root, tmp_path, monkeypatch):
+def test_without_lmms_eval(root, tmp_path, monkeypatch, vidlada_eval):
     monkeypatch.setattr(running.importlib.util, "find_spec", lambda name: None)
-    code, _, err = vidlada("--tasks", "lvbench", "--data-root", root, "--output", tmp_path / "run")
+    code, _, err = vidlada_eval("--tasks", "lvbench", "--data-root", root, "--output", tmp_path / "run")
     assert code == 2 and "make eval-env" in err and not (tmp_path / "run").exists()
 
 
@@ -210,22 +156,3 @@ def test_lmms_eval_sees_the_questions_and_no_folder_named_like_a_task(root, tmp_
     assert len(documents(folder / "lmms-eval/egoschema", "Subset", "test")) == 2
     running.link_questions(tmp_path, tmp_path / "moved", chosen("lvbench"))
     assert not (folder / "lmms-eval/LVBench").exists()
-
-
-def test_submission(root, tmp_path):
-    below = tmp_path / "lmms-eval" / "tiny"
-    below.mkdir(parents=True)
-    (below / "20260101_000000_results.json").write_text("{}")
-    lines = [{"doc_id": 0, "filtered_resps": "B"}, {"doc_id": 1, "filtered_resps": "right"}]
-    (below / "20260101_000000_samples_egoschema.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    running.write_submission(tmp_path, root, BENCHMARKS["egoschema"])
-    rows = documents(root / "lmms-eval/egoschema", "GENERATION", "test")
-    assert json.loads((tmp_path / SUBMISSION_FILE).read_text()) == {
-        rows[0]["video_idx"]: 1,
-        rows[1]["video_idx"]: -1,
-    }
-
-
-@pytest.mark.parametrize("answer, place", [("B", 1), ("(C)", 2), ("The answer is D.", 3), ("right", -1), ("", -1)])
-def test_letters(answer, place):
-    assert letter_place(answer) == place

@@ -34,6 +34,7 @@ from vidlada.errors import InputError
     default=None,
     help="Tell the model when its frames were taken; by default to MVBench only.",
 )
+@click.option("--adapter", type=click.Path(path_type=Path), help="Folder of a LoRA adapter for --model.")
 @click.option("--cache", help="Reuse between steps: none, dual, mars …, settings after a colon.")
 @click.option("--threshold", type=float, help="Commit every token at least this confident, instead of fixed steps.")
 @click.option(
@@ -52,7 +53,9 @@ from vidlada.errors import InputError
     show_default=True,
     help="One for each GPU; each takes a share of the samples.",
 )
-@click.option("--download", is_flag=True, help="Let lmms-eval download what is missing.")
+@click.option(
+    "--download", is_flag=True, help="First fetch what is missing from the Hugging Face hub into the data root."
+)
 @click.option(
     "--submit", is_flag=True, help="Send EgoSchema's answers to its public server instead of only writing them."
 )
@@ -83,7 +86,7 @@ from vidlada.errors import InputError
 def evaluate(
     tasks: str | None, output: Path | None, data_root: Path | None, only_check: bool, compared: tuple[Path, ...],
     miniature: Path | None, as_json: bool, shapes_clips: int, processes: int, download: bool, submit: bool,
-    source: ModelSource, **options: Any,
+    source: ModelSource, adapter: Path | None, **options: Any,
 ) -> None:  # fmt: skip
     """Evaluate a model on benchmarks with lmms-eval, and report.
 
@@ -91,7 +94,7 @@ def evaluate(
     the run folder.
     """
     from vidlada.evaluation import data
-    from vidlada.evaluation.benchmarks import chosen
+    from vidlada.evaluation.benchmarks import UNSENT, chosen
     from vidlada.evaluation.miniature import write_miniatures
 
     if compared:
@@ -106,15 +109,19 @@ def evaluate(
         click.echo(str(miniature))
         return
     root = data.data_root(data_root)
-    if only_check:
+    if submit and (options["limit"] is not None or all(benchmark.name != UNSENT for benchmark in benchmarks)):
+        raise InputError(f"--submit sends the answers of the whole task {UNSENT}; put it in --tasks, leave --limit out")
+    if download:
+        print_download(root, benchmarks)
+    if only_check or (download and output is None):
         found = data.check(root, benchmarks)
-        click.echo(data.check_table(root, benchmarks, found))
+        click.echo(json.dumps(data.check_object(root, found)) if as_json else data.check_table(root, benchmarks, found))
         return
     if output is None:
         raise InputError("give --output, a folder for this run")
-    settings = run_settings(source, options)
-    refuse_missing(root, benchmarks, shapes_clips, download)
-    print_run(benchmarks, settings, output, root, as_json, processes=processes, download=download, submit=submit)
+    settings = run_settings(source, adapter, options)
+    refuse_missing(root, benchmarks, shapes_clips)
+    print_run(benchmarks, settings, output, root, as_json, processes, submit)
 
 
 def print_comparison(folders: tuple[Path, ...], as_json: bool) -> None:
@@ -126,13 +133,25 @@ def print_comparison(folders: tuple[Path, ...], as_json: bool) -> None:
     click.echo(json.dumps(compare(runs)) if as_json else compare_text(runs))
 
 
-def run_settings(source: ModelSource, options: dict[str, Any]) -> Any:
+def print_download(root: Path, benchmarks: list[Any]) -> None:
+    """Fetch what is missing of benchmarks that are on the hub."""
+    from vidlada.evaluation.download import download
+
+    for benchmark in benchmarks:
+        if benchmark.name != "shapes":
+            click.echo(f"fetching what is missing of {benchmark.repository} into {root}", err=True)
+            download(root, benchmark)
+
+
+def run_settings(source: ModelSource, adapter: Path | None, options: dict[str, Any]) -> Any:
     """The options as settings of a run."""
     import yaml
 
+    from vidlada.api import model_folder
     from vidlada.evaluation.run import RunSettings
 
     model = {
+        "adapter": None if adapter is None else str(model_folder(adapter).absolute()),
         "max_frames_num": options["frames"], "video_fps": options["fps"],
         "force_sample": options["force_sample"] or None, "add_time_instruction": options["time_instruction"],
         "cache": options["cache"], "threshold": options["threshold"], "device": source.device,
@@ -155,8 +174,9 @@ def run_settings(source: ModelSource, options: dict[str, Any]) -> Any:
     )
 
 
-def refuse_missing(root: Path, benchmarks: list[Any], shapes_clips: int, download: bool) -> None:
-    """Stop before anything is loaded where questions are missing; warn of missing videos; write the shapes world."""
+def refuse_missing(root: Path, benchmarks: list[Any], shapes_clips: int) -> None:
+    """Stop before anything is loaded where questions or all videos are missing; warn where some videos are; write the
+    shapes world."""
     from vidlada.evaluation import data
     from vidlada.evaluation.miniature import write_shapes
 
@@ -164,23 +184,29 @@ def refuse_missing(root: Path, benchmarks: list[Any], shapes_clips: int, downloa
         if benchmark.name == "shapes" and data.repository_folder(root, benchmark.repository) is None:
             click.echo(f"writing {shapes_clips} clips to {root / benchmark.folder}", err=True)
             write_shapes(root, shapes_clips)
-        if download and benchmark.name != "shapes":
-            continue
         for found in (data.check_task(root, benchmark, task) for task in benchmark.tasks):
-            if found.problem:
-                raise InputError(f"{found.task.name}: {found.problem}; {data.how_to_get(root, benchmark)}")
+            problem = found.problem or (found.videos and len(found.missing) == found.videos and (
+                f"none of its {found.videos} videos is below {root / benchmark.folder}"))  # fmt: skip
+            if problem:
+                raise InputError(f"{found.task.name}: {problem}; {data.how_to_get(root, benchmark)}")
             if found.missing:
                 click.echo(f"{found.task.name}: {len(found.missing)} of {found.videos} videos are missing (e.g. "
                            f"{found.missing[0]}); their questions will count as failed", err=True)  # fmt: skip
 
 
-def print_run(benchmarks: list[Any], settings: Any, output: Path, root: Path, as_json: bool, **options: Any) -> None:
-    """Run, write the report, print it."""
+def print_run(
+    benchmarks: list[Any], settings: Any, output: Path, root: Path, as_json: bool, processes: int, submit: bool
+) -> None:
+    """Run, send what is to be sent, write the report, print it."""
+    from vidlada.evaluation import submission
     from vidlada.evaluation.report import report_object, report_text, write_report
     from vidlada.evaluation.results import read_run
     from vidlada.evaluation.run import run
 
-    run(benchmarks, settings, output, root, **options)
+    run(benchmarks, settings, output, root, processes)
+    if submit:
+        write_report(read_run(output))  # stays if the server does not answer
+        submission.submit(output)
     finished = read_run(output)
     written = write_report(finished)
     click.echo(json.dumps(report_object(finished)) if as_json else report_text(finished))

@@ -11,7 +11,7 @@ from vidlada.video import Sampling
 
 ThinkMode = Literal["no_think", "think"]
 DECODING = ("cache", "threshold", "factor", "reuse")  # generation settings that model arguments may give for all tasks
-RENAMED = {"torch_dtype": "dtype", "peft": "pretrained"}
+RENAMED = {"torch_dtype": "dtype", "peft": "adapter"}
 GENERATION_NAMES = {
     "gen_length": "gen_length", "block_length": "block_length", "steps": "steps", "gen_steps": "steps",
     "temperature": "temperature", "cfg_scale": "cfg_scale", "cfg": "cfg_scale", "remasking": "remasking",
@@ -31,6 +31,7 @@ class ModelArguments:
 
     Args:
         pretrained: `tiny`, or a folder: a checkpoint, or a LoRA adapter whose base is at hand.
+        adapter: folder of a LoRA adapter for `pretrained`.
         max_frames_num: most frames of a video.
         video_fps: candidate frames a second.
         force_sample: always take `max_frames_num` frames.
@@ -49,6 +50,7 @@ class ModelArguments:
     """
 
     pretrained: str = "tiny"
+    adapter: str | None = None
     max_frames_num: int = 64
     video_fps: float = 1.0
     force_sample: bool = False
@@ -98,7 +100,7 @@ class ModelArguments:
                 values["batch_size"] = int(values["batch_size"])
             except ValueError as error:
                 raise InputError(f"batch_size must be a number, not {values['batch_size']!r}") from error
-        for name in ("pretrained", "system_prompt"):  # lmms-eval turns whatever looks like a number into one
+        for name in ("pretrained", "adapter", "system_prompt"):  # lmms-eval turns whatever looks like a number into one
             if values.get(name) is not None:
                 values[name] = str(values[name])
         return cls(**values)

@@ -35,7 +35,7 @@ class Benchmark:
         title: in reports.
         repository: of the questions, on the Hugging Face hub and below the data root.
         split: of the dataset.
-        folder: of the videos, below the data root.
+        folder: of the videos, below the data root; where lmms-eval unpacks what it downloads.
         tasks: what it consists of.
         videos: candidate paths of a document's video below the folder, with the name of the task.
         metric: key of a logged sample that judges it.
@@ -45,6 +45,8 @@ class Benchmark:
         mean: what the score averages: samples, question types or tasks.
         scale: lmms-eval's own score times this is in percent.
         paper: VidLaDA-8B at 64 frames (arXiv 2601.17868), where the figure is known.
+        unpacked: revision of the repository that holds the videos as files instead of archives.
+        beside: further folder below that of the videos, without which lmms-eval would ask something else.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Benchmark:
     mean: Literal["samples", "kinds", "tasks"] = "samples"
     scale: float = 100
     paper: float | None = None
+    unpacked: str | None = None
+    beside: str | None = None
 
 
 DISCIPLINES = {
@@ -136,19 +140,19 @@ MLVU_TEST = ("anomaly_reco", "count", "ego", "needleQA", "order", "plotQA", "spo
              "tutorialQA")  # fmt: skip
 
 
-def _videomme(name: str, title: str) -> Benchmark:
+def _videomme(name: str, title: str, beside: str | None = None) -> Benchmark:
     return Benchmark(
         name, title, "lmms-eval/Video-MME", "test", "videomme", (Task(name, expected=2700),),
         lambda document, task: [f"data/{document['videoID']}{suffix}" for suffix in VIDEO_SUFFIXES],
         "videomme_perception_score", lambda judged: float(judged["score"]), field("duration"),
-        ("short", "medium", "long"), scale=1,
+        ("short", "medium", "long"), scale=1, beside=beside,
     )  # fmt: skip
 
 
 def _egoschema(name: str, title: str, config: str, expected: int) -> Benchmark:
     return Benchmark(
-        name, title, "lmms-eval/egoschema", "test", "egoschema/videos", (Task(name, config, expected),),
-        lambda document, task: [f"{document['video_idx']}{suffix}" for suffix in (".mp4", ".MP4")],
+        name, title, "lmms-eval/egoschema", "test", "egoschema", (Task(name, config, expected),),
+        lambda document, task: [f"videos/{document['video_idx']}{suffix}" for suffix in (".mp4", ".MP4")],
         "score", same("pred", "ground_truth"),
     )  # fmt: skip
 
@@ -166,7 +170,7 @@ BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
         _videomme("videomme", "Video-MME"),
-        _videomme("videomme_w_subtitle", "Video-MME with subtitles"),
+        _videomme("videomme_w_subtitle", "Video-MME with subtitles", "subtitle"),
         _egoschema("egoschema_subset", "EgoSchema, subset", "Subset", 500),
         _egoschema("egoschema", "EgoSchema", "GENERATION", 5031),
         _mlvu("mlvu_dev", "MLVU, dev", "sy1998/MLVU_dev", "mlvu", MLVU_DEV, None),
@@ -183,8 +187,8 @@ BENCHMARKS = {
         ),
         Benchmark(
             "longvideobench_val_v", "LongVideoBench, val", "longvideobench/LongVideoBench", "validation",
-            "datasets/longvideobench/videos", (Task("longvideobench_val_v", expected=1337),),
-            lambda document, task: [document["video_path"]], "lvb_acc", same("answer", "parsed_pred"),
+            "datasets/longvideobench", (Task("longvideobench_val_v", expected=1337),),
+            lambda document, task: [f"videos/{document['video_path']}"], "lvb_acc", same("answer", "parsed_pred"),
             field("duration_group"), ("15", "60", "600", "3600"), paper=61.4,
         ),
         Benchmark(
@@ -192,6 +196,7 @@ BENCHMARKS = {
             tuple(Task(f"mvbench_{kind}", kind, 200) for kind in MVBENCH_FOLDERS),
             lambda document, task: [f"{MVBENCH_FOLDERS[task.removeprefix('mvbench_')]}/{document['video']}"],
             "mvbench_accuracy", lambda judged: float(judged["score"]), mean="tasks", scale=1, paper=59.4,
+            unpacked="video",
         ),
         Benchmark(
             "shapes", "Shapes", "vidlada/shapes", "test", "vidlada/shapes", (Task("shapes"),),

@@ -13,6 +13,7 @@ from vidlada.errors import InputError
 from vidlada.evaluation.benchmarks import Benchmark, Document, Task
 
 SHOWN_MISSING = 3  # videos named in a check
+QUESTION_KINDS = ("parquet", "jsonl", "json")
 
 
 def data_root(given: Path | None) -> Path:
@@ -35,31 +36,42 @@ def documents(folder: Path, config: str | None, split: str) -> list[Document]:
 
     Args:
         folder: a copy of its repository.
-        config: name of its configuration; None if it has only one.
+        config: name of its configuration; None for the default one.
         split: train, validation or test.
 
     Raises:
         InputError: the questions are not there, or cannot be read.
     """
-    files = sorted({file for pattern in _patterns(folder, config, split) for file in folder.glob(pattern)})
-    if not files:
-        raise InputError(f"{folder}: no files of the {split} split{f' of {config}' if config else ''}")
-    return [row for file in files for row in _rows(file)]
+    return [row for file in question_files(folder, config, split) for row in _rows(file)]
 
 
-def _patterns(folder: Path, config: str | None, split: str) -> list[str]:
-    """Where a split lies: as the README's `configs` say, else by name."""
+def question_files(folder: Path, config: str | None, split: str) -> list[Path]:
+    """Where the rows of a split lie, in order; arguments and errors as for `documents`."""
+    for patterns in _patterns(folder, config, split):
+        files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+        if files:
+            return files
+    raise InputError(f"{folder}: no files of the {split} split{f' of {config}' if config else ''}")
+
+
+def _patterns(folder: Path, config: str | None, split: str) -> list[list[str]]:
+    """Where a split may lie, best first: as the README's `configs` say, else by name; many copies lack the README."""
+    found = []
     configs = _configs(folder / "README.md")
     for entry in configs:
-        if entry.get("config_name") == config or (config is None and len(configs) == 1):
+        default = entry.get("default") or entry.get("config_name") == "default" or len(configs) == 1
+        if entry.get("config_name") == config or (config is None and default):
             listed = entry.get("data_files", [])
-            if isinstance(listed, str):
-                return [listed]
-            paths = [part if isinstance(part, str) else part["path"] for part in listed
+            parts = [listed] if isinstance(listed, str | dict) else listed
+            paths = [part if isinstance(part, str) else part["path"] for part in parts
                      if isinstance(part, str) or part.get("split", "train") == split]  # fmt: skip
-            return [path for part in paths for path in ([part] if isinstance(part, str) else part)]
-    below = f"{config}/" if config else ""
-    return [f"**/{below}{split}*.{kind}" for kind in ("parquet", "jsonl", "json")]
+            found.append([path for part in paths for path in ([part] if isinstance(part, str) else part)])
+    for kind in QUESTION_KINDS:
+        if config is None:
+            found.append([f"**/{split}*.{kind}"])
+        else:
+            found.append([f"**/{config}/{split}*.{kind}", f"**/{config}.{kind}"])
+    return found
 
 
 def _configs(readme: Path) -> list[dict[str, Any]]:
@@ -121,6 +133,8 @@ def check_task(root: Path, benchmark: Benchmark, task: Task) -> TaskData:
     folder = repository_folder(root, benchmark.repository)
     if folder is None:
         return TaskData(task, f"{benchmark.repository} is not below {root}")
+    if benchmark.beside and not (root / benchmark.folder / benchmark.beside).is_dir():
+        return TaskData(task, f"{root / benchmark.folder / benchmark.beside} is not there")
     try:
         rows = documents(folder, task.config, benchmark.split)
         needed: dict[str, bool] = {}
@@ -145,10 +159,24 @@ def how_to_get(root: Path, benchmark: Benchmark) -> str:
     """What to do about a benchmark whose data is not complete."""
     if benchmark.name == "shapes":
         return f"vidlada eval --tasks shapes writes its clips to {root / benchmark.folder}"
-    return (
-        f"hf download {benchmark.repository} --repo-type dataset --local-dir {root / benchmark.repository}, then "
-        f"unpack its archives into {root / benchmark.folder}; or let vidlada eval --download do it"
-    )
+    by_hand = f"hf download {benchmark.repository} --repo-type dataset --local-dir {root / benchmark.repository}"
+    if benchmark.unpacked:
+        videos = f"the same with --revision {benchmark.unpacked} --local-dir {root / benchmark.folder}"
+    else:
+        videos = f"unpack its archives into {root / benchmark.folder}"
+    return f"vidlada eval --download --tasks {benchmark.name} gets it; by hand: {by_hand}, then {videos}"
+
+
+def check_object(root: Path, found: dict[str, list[TaskData]]) -> dict[str, Any]:
+    """A check as plain values."""
+    tasks = {
+        data.task.name: {
+            "problem": data.problem, "questions": data.questions, "published": data.task.expected,
+            "videos": data.videos, "missing": list(data.missing), "complete": data.complete,
+        }
+        for each in found.values() for data in each
+    }  # fmt: skip
+    return {"data_root": str(root), "tasks": tasks}
 
 
 def check_table(root: Path, benchmarks: Sequence[Benchmark], found: dict[str, list[TaskData]]) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 from vidlada.errors import InputError
 
-RUN_FILE, LOG_FILE, SUBMISSION_FILE = "run.json", "lmms-eval.log", "egoschema_submission.json"
+RUN_FILE, LOG_FILE = "run.json", "lmms-eval.log"
+SUBMISSION_FILE, VERDICT_FILE = "egoschema_submission.json", "egoschema_verdict.json"
 # In the environment rather than among the model arguments, which lmms-eval's response cache takes for the model's name.
 RECORD_FOLDER = "VIDLADA_EVAL_RECORD"
 

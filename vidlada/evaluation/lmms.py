@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +26,8 @@ from vidlada.evaluation.folder import RECORD_FOLDER, record_path
 from vidlada.evaluation.likelihood import is_greedy, negative_log_likelihood
 
 Messages = list[dict[str, Any]]
+MISSING_VIDEO = (SystemExit, OSError, AssertionError)  # what tasks raise for one
+NOT_FOUND = "the task did not find its video"
 
 
 class VidLaDAChat(lmms):
@@ -48,8 +51,9 @@ class VidLaDAChat(lmms):
         if given.device is not None and torch.device(given.device).type != torch.device(device or "cpu").type:
             raise InputError(f"device {given.device} was asked for, but accelerate runs its processes on {device}")
         self.vidlada = load(
-            given.pretrained, given.dtype, device, quantization=given.quantization, compiled=given.compiled
-        )
+            given.pretrained, given.dtype, device, quantization=given.quantization, compiled=given.compiled,
+            adapter=given.adapter,
+        )  # fmt: skip
         self.answerer = Answerer(
             self.vidlada, given.sampling, given.batch_size,
             time_instruction=given.add_time_instruction, system=given.system_prompt,
@@ -80,12 +84,12 @@ class VidLaDAChat(lmms):
         return self.task_dict[task][split][doc_id]
 
     def asked(self, request: Instance) -> Question:
-        """The question of a generation request. Tasks call `sys.exit` or assert when a video is missing."""
+        """The question of a generation request."""
         _, to_messages, arguments, doc_id, task, split = request.args
         try:
             messages = to_messages(self.document(task, split, doc_id))
-        except (SystemExit, OSError, AssertionError) as error:
-            return Question(settings=self.settings(arguments)[0], error=str(error) or "the task did not find its video")
+        except MISSING_VIDEO as error:
+            return Question(settings=self.settings(arguments)[0], error=str(error) or NOT_FOUND)
         return self.question(messages, arguments)
 
     def generate_until(self, requests: Sequence[Instance]) -> Iterator[GenerationResult]:
@@ -99,32 +103,56 @@ class VidLaDAChat(lmms):
                 yield GenerationResult(reply.text, TokenCounts(output_tokens=reply.tokens))
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> Iterator[list[str]]:
-        """Answers of every round; the task words each from the answers before it. A video is encoded once."""
+        """Answers of every round of conversations."""
         with Record(self._rank) as record, self.bar(len(requests)) as bar:
             for request in requests:
-                _, to_messages, arguments, doc_id, task, split = request.args
-                document = self.document(task, split, doc_id)
-                said: list[str] = []
-                seen: dict[Any, EncodedVideo | str] = {}
-                round_index, information = 0, None
-                while True:
-                    made = to_messages(
-                        document, round_idx=round_index, previous_output=said, previous_round_info=information
-                    )
-                    messages, finished, _, information = made
-                    if finished:
-                        break
-                    question = self.question(messages, arguments)
-                    if question.media is None and seen:  # later rounds go on about the video of the first
-                        question = Question(question.text, next(iter(seen)), question.settings, question.error)
-                    if question.media not in seen and question.error is None:
-                        seen[question.media] = self.watched(question.media)
-                    (reply,) = self.answerer.ask([question], [seen.get(question.media, "")])
-                    record.add(request, question, reply)
-                    said = [*said, reply.text]
-                    round_index += 1
+                started = time.perf_counter()
+                rounds = list(self.rounds(request))
+                replies = [reply for _, reply in rounds]
+                spent = Reply(
+                    tokens=sum(reply.tokens for reply in replies),
+                    forward_passes=sum(reply.forward_passes for reply in replies),
+                    seconds=time.perf_counter() - started,
+                    error=next((reply.error for reply in replies if reply.error is not None), None),
+                )
+                record.add(request, rounds[0][0] if rounds else Question(), spent)
                 bar.update(1)
-                yield said
+                yield [reply.text for reply in replies]
+
+    def rounds(self, request: Instance) -> Iterator[tuple[Question, Reply]]:
+        """Questions and replies of a conversation; the task words each from the replies before it.
+
+        A video is encoded once; later rounds go on about the video of the first. After a round that failed the others
+        have no answers: they would be asked about something else.
+        """
+        _, to_messages, arguments, doc_id, task, split = request.args
+        document = self.document(task, split, doc_id)
+        said: list[str] = []
+        seen: dict[Hashable, tuple[Media, EncodedVideo | str]] = {}
+        information, error = None, None
+        while True:
+            try:
+                messages, finished, _, information = to_messages(
+                    document, round_idx=len(said), previous_output=said, previous_round_info=information
+                )
+            except MISSING_VIDEO as failure:
+                yield Question(), Reply(error=str(failure) or NOT_FOUND)
+                return
+            if finished:
+                return
+            question = self.question(messages, arguments)
+            if question.media is None and seen:
+                question = replace(question, media=next(iter(seen.values()))[0])
+            error = error or question.error
+            if error is None:
+                if question.video_key not in seen:
+                    seen[question.video_key] = (question.media, self.watched(question.media))
+                (reply,) = self.answerer.ask([question], [seen[question.video_key][1]])
+                error = reply.error
+            else:
+                reply = Reply(error=error)
+            yield question, reply
+            said = [*said, reply.text]
 
     def watched(self, media: Media) -> EncodedVideo | str:
         """Visual tokens, or why there are none."""
@@ -155,7 +183,7 @@ class VidLaDASimple(VidLaDAChat):
         """Text and visuals as the messages of one turn; a missing video becomes an error part."""
         try:
             visuals = to_visual(self.document(task, split, doc_id)) or []
-        except (SystemExit, OSError, AssertionError) as error:
+        except MISSING_VIDEO as error:
             visuals = [{"type": "missing", "url": str(error)}]
         parts = [
             visual if isinstance(visual, dict)
@@ -207,7 +235,7 @@ def read_messages(messages: Messages, image_size: int) -> tuple[str, Media]:
     parts = [part for message in messages for part in message["content"]]
     missing = [part["url"] for part in parts if part["type"] == "missing"]
     if missing:
-        raise InputError(missing[0] or "the task did not find its video")
+        raise InputError(missing[0] or NOT_FOUND)
     images, videos, sounds = ChatMessages(messages=messages).extract_media()
     if sounds:
         raise InputError("the task gives sound; the model sees only video")

@@ -24,6 +24,7 @@ from vidlada.video import IMAGE_FOLDER_FPS
 SECONDS, SIZE, FPS = 4, 96, 4
 FIVE = 5  # options of EgoSchema and fields of LongVideoBench
 LETTERS_OF_FIVE = "ABCDE"
+PARQUET = "{config}/{split}-00000-of-00001.parquet"
 
 
 @dataclass(frozen=True)
@@ -103,22 +104,42 @@ class Miniature:
         for number, frame in enumerate(render_frames(clip_for("test", index, SECONDS), times, SIZE), start=1):
             Image.fromarray(frame).save(folder / f"{number:05d}.jpg")
 
-    def dataset(self, repository: str, configs: Mapping[str, tuple[str, Sequence[Document]]]) -> None:
+    def dataset(
+        self, repository: str, configs: Mapping[str, tuple[str, Sequence[Document]]], place: str = PARQUET,
+        listed: bool = True,
+    ) -> None:  # fmt: skip
         """Write questions as the hub lays them out.
 
         Args:
             configs: split and documents by name of configuration.
+            place: of a file, with `{config}` and `{split}`; its ending says how it is written.
+            listed: name the configurations in the README.
         """
         folder = self.root / repository
-        folder.mkdir(parents=True, exist_ok=True)
-        listed = []
+        entries = []
         for config, (split, documents) in configs.items():
-            file = f"{config}/{split}-00000-of-00001.jsonl"
-            (folder / config).mkdir(exist_ok=True)
-            lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
-            (folder / file).write_text("".join(lines), encoding="utf-8")
-            listed.append({"config_name": config, "data_files": [{"split": split, "path": file}]})
-        (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n", encoding="utf-8")
+            path = place.format(config=config, split=split)
+            write_rows(folder / path, documents)
+            entries.append({"config_name": config, "data_files": [{"split": split, "path": path}]})
+        head = yaml.safe_dump({"configs": entries} if listed else {"license": "other"})
+        (folder / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
+
+
+def write_rows(file: Path, documents: Sequence[Document]) -> None:
+    """A table of questions: parquet, json or jsonl, by its name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".parquet":
+        try:
+            import pyarrow
+            from pyarrow.parquet import write_table
+        except ImportError as error:
+            raise InputError(f"{file}: writing it needs pyarrow; install vidlada[eval]") from error
+        write_table(pyarrow.Table.from_pylist(list(documents)), file)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
+    else:
+        lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
+        file.write_text("".join(lines), encoding="utf-8")
 
 
 def videomme(mini: Miniature) -> None:
@@ -166,7 +187,7 @@ def mlvu(repository: str, folder: str, kinds: Sequence[str]) -> Callable[[Miniat
                 "question": "\n".join([choice.text, *choice.lettered("({}) {}")]),
                 "candidates": list(choice.options), "answer": choice.letter,
             })  # fmt: skip
-        mini.dataset(repository, {"default": ("test", documents)})
+        mini.dataset(repository, {"default": ("test", documents)}, "data/{split}-00000-of-00001.parquet")
 
     return write
 
@@ -181,7 +202,7 @@ def lvbench(mini: Miniature) -> None:
             "question": "\n".join([choice.text, *choice.lettered("({}) {}")]), "answer": choice.letter,
             "question_type": ["event understanding"], "time_reference": "00:00-00:04",
         })  # fmt: skip
-    mini.dataset("lmms-eval/LVBench", {"default": ("train", documents)})
+    mini.dataset("lmms-eval/LVBench", {"default": ("train", documents)}, "data/{split}-00000-of-00001.parquet")
 
 
 def video_mmmu(mini: Miniature) -> None:
@@ -217,7 +238,9 @@ def longvideobench(mini: Miniature) -> None:
             "duration_group": (15, 60)[index % 2], "starting_timestamp_for_subtitles": 0.0,
             "duration": float(SECONDS), "view_count": 1,
         })  # fmt: skip
-    mini.dataset("longvideobench/LongVideoBench", {"default": ("validation", documents)})
+    name = "longvideobench/LongVideoBench"
+    mini.dataset(name, {"default": ("validation", documents)}, "{split}-00000-of-00001.parquet", listed=False)
+    write_rows(mini.root / name / "lvb_val.json", documents)  # the same again, published beside
 
 
 def mvbench(mini: Miniature) -> None:
@@ -230,7 +253,7 @@ def mvbench(mini: Miniature) -> None:
             documents.append({"video": name, "question": choice.text, "candidates": list(choice.options),
                               "answer": choice.options[choice.answer]})  # fmt: skip
         configs[kind] = ("train", documents)
-    mini.dataset("OpenGVLab/MVBench", configs)
+    mini.dataset("OpenGVLab/MVBench", configs, "json/{config}.json")
 
 
 def shapes(mini: Miniature) -> None:
@@ -256,7 +279,7 @@ def write_shapes(root: Path, clips: int, number: int = 10, seconds: int | None =
         }
         for entry in json.loads(written.read_text(encoding="utf-8"))
     ]  # fmt: skip
-    Miniature(root, clips, number).dataset("vidlada/shapes", {"questions": ("test", documents)})
+    Miniature(root, clips, number).dataset("vidlada/shapes", {"questions": ("test", documents)}, "{split}.jsonl")
 
 
 WRITERS: dict[str, Callable[[Miniature], None]] = {

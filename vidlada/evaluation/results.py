@@ -3,13 +3,14 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vidlada.errors import InputError
 from vidlada.evaluation.benchmarks import BENCHMARKS, UNSENT, Benchmark
 from vidlada.evaluation.folder import read_record, read_run_file, results_files, samples_file
+from vidlada.evaluation.submission import verdict_of
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class BenchmarkResult:
         tasks, kinds: scores of its tasks and question types that are there.
         absent: tasks or question types without a sample.
         lmms_eval: what lmms-eval itself printed for each task, in percent; a task it could not score is left out.
+        verdict: score of samples whose truths are not public, where their server was asked.
     """
 
     benchmark: Benchmark
@@ -113,10 +115,13 @@ class BenchmarkResult:
     kinds: dict[str, Score]
     absent: tuple[str, ...]
     lmms_eval: dict[str, float]
+    verdict: Score | None = None
 
     @property
     def score(self) -> Score:
         """What the benchmark's paper reports, over what is there."""
+        if self.verdict is not None:
+            return self.verdict
         if self.benchmark.mean == "tasks":
             return mean_of_scores(list(self.tasks.values()))
         if self.benchmark.mean == "kinds":
@@ -166,10 +171,22 @@ def read_run(folder: Path) -> Run:
         benchmark = BENCHMARKS[name]
         tasks = {task.name: newest[task.name] for task in benchmark.tasks if task.name in newest}
         if tasks:
-            results[name] = _benchmark_result(benchmark, tasks, record)
+            results[name] = replace(
+                _benchmark_result(benchmark, tasks, record), verdict=_verdict(folder) if name == UNSENT else None
+            )
     if not results:
         raise InputError(f"{folder} holds no results yet; run the same command again to continue")
     return Run(folder, about, results)
+
+
+def _verdict(folder: Path) -> Score | None:
+    """The server's accuracy as a score; every question has a video of its own."""
+    verdict = verdict_of(folder)
+    if verdict is None:
+        return None
+    accuracy, number = verdict["accuracy"], verdict["number"]
+    error = math.sqrt(accuracy * (1 - accuracy) / (number - 1)) if number > 1 else math.nan
+    return Score(100 * accuracy, 100 * error, number)
 
 
 def _benchmark_result(

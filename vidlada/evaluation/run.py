@@ -11,28 +11,26 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
+
 from vidlada.api import SHIPPED, model_folder
+from vidlada.checkpoint import ADAPTER_CONFIG, base_of
 from vidlada.config import GenerationSettings
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation.arguments import ModelArguments, generation_settings
-from vidlada.evaluation.benchmarks import LMMS_EVAL_VERSION, UNSENT, Benchmark
-from vidlada.evaluation.data import documents, repository_folder
-from vidlada.evaluation.folder import (
-    LOG_FILE,
-    RECORD_FOLDER,
-    RUN_FILE,
-    SUBMISSION_FILE,
-    read_run_file,
-    results_files,
-    samples_file,
-)
+from vidlada.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL_VERSION, UNSENT, Benchmark
+from vidlada.evaluation.data import question_files, repository_folder
+from vidlada.evaluation.folder import LOG_FILE, RECORD_FOLDER, RUN_FILE, read_run_file, results_files
 from vidlada.evaluation.presets import PresetName, generation_arguments, model_arguments
+from vidlada.evaluation.submission import write_submission
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 PACKAGES = ("vidlada", "lmms-eval", "torch", "transformers", "av", "datasets")
@@ -62,13 +60,19 @@ class RunSettings:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if "," in self.location or "=" in self.location:
-            raise InputError(f"{self.location}: lmms-eval cannot be given a path with a comma or equals sign in it")
+        for place in self.folders:
+            if "," in place or "=" in place:
+                raise InputError(f"{place}: lmms-eval cannot be given a path with a comma or equals sign in it")
 
     @property
     def location(self) -> str:
         """Of the model, from any working directory."""
         return SHIPPED if self.model == SHIPPED else str(model_folder(self.model).absolute())
+
+    @property
+    def folders(self) -> list[str]:
+        """Of the model and, if there is one, its adapter."""
+        return [self.location, *([self.model_changes["adapter"]] if "adapter" in self.model_changes else [])]
 
     def model_arguments(self, benchmark: Benchmark) -> dict[str, Any]:
         """For one benchmark, validated."""
@@ -94,7 +98,7 @@ class RunSettings:
         """What has to agree between the parts of a run."""
         return {
             "model": self.model,
-            "weights": weights_fingerprint(model_folder(self.location)),
+            "weights": weights_fingerprint(*map(model_folder, self.folders)),
             "preset": self.preset,
             "model_arguments": dict(self.model_changes),
             "generation_arguments": dict(self.generation_changes),
@@ -103,11 +107,20 @@ class RunSettings:
         }
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """Tells one model from another in the same place: lmms-eval's response cache knows only the place."""
+def weights_fingerprint(*folders: Path) -> str:
+    """Tells one model from another in the same place: lmms-eval's response cache knows only the place.
+
+    Args:
+        folders: of a checkpoint and its adapters; an adapter's base is added.
+    """
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "adapter_config.json"]):
-        if path.is_file():
+    adapters = [folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()]
+    if len(adapters) == len(folders):
+        folders = (base_of(folders[0]), *folders)
+    for folder in folders:
+        for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / ADAPTER_CONFIG]):
+            if not path.is_file():
+                continue
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:
@@ -127,11 +140,11 @@ class Launch:
     predict_only: bool
 
 
-def launches(benchmarks: Sequence[Benchmark], settings: RunSettings, submit: bool = False) -> list[Launch]:
-    """How often lmms-eval has to be started, and with what."""
+def launches(benchmarks: Sequence[Benchmark], settings: RunSettings) -> list[Launch]:
+    """How often lmms-eval has to be started, and with what. Its own scoring of EgoSchema would send the answers."""
     grouped: dict[str, Launch] = {}
     for benchmark in benchmarks:
-        predict_only = benchmark.name == UNSENT and not submit
+        predict_only = benchmark.name == UNSENT
         parts = (settings.model_arguments(benchmark), settings.generation_arguments(benchmark), predict_only)
         key = json.dumps(parts, sort_keys=True)
         tasks = grouped[key].tasks if key in grouped else ()
@@ -161,15 +174,15 @@ def command(launch: Launch, settings: RunSettings, output: Path, processes: int 
     ]  # fmt: skip
 
 
-def environment(root: Path, output: Path, download: bool = False, device: str | None = None) -> dict[str, str]:
-    """What lmms-eval finds its data by. Nothing of the data root is written to, and nothing is fetched unless asked."""
-    offline = {} if download else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+def environment(home: Path, output: Path, device: str | None = None) -> dict[str, str]:
+    """What lmms-eval finds its data by. It fetches nothing, and writes nothing into the data root."""
     on_cpu = {"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {}
     return {
         **os.environ,
-        **offline,
         **on_cpu,
-        "HF_HOME": str(root),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(home),
         "HF_DATASETS_CACHE": str(output / "datasets"),
         "PYTHONSAFEPATH": "1",  # folders of the data root are no modules
         "TOKENIZERS_PARALLELISM": "false",
@@ -229,15 +242,7 @@ def start_run(output: Path, settings: RunSettings, benchmarks: Sequence[Benchmar
     partial.replace(path)
 
 
-def run(
-    benchmarks: Sequence[Benchmark],
-    settings: RunSettings,
-    output: Path,
-    root: Path,
-    processes: int = 1,
-    download: bool = False,
-    submit: bool = False,
-) -> None:
+def run(benchmarks: Sequence[Benchmark], settings: RunSettings, output: Path, root: Path, processes: int = 1) -> None:
     """Run lmms-eval on benchmarks.
 
     Args:
@@ -246,8 +251,6 @@ def run(
         output: run folder, new or of the same settings.
         root: data root.
         processes: started by torchrun, each with a share of the samples.
-        download: let lmms-eval fetch what is missing.
-        submit: let EgoSchema's answers be sent to its public server; otherwise they are only written down.
 
     Raises:
         InputError: something is missing.
@@ -255,37 +258,74 @@ def run(
     """
     require_lmms_eval()
     output = output.absolute()
-    planned = launches(benchmarks, settings, submit)
+    planned = launches(benchmarks, settings)
     start_run(output, settings, benchmarks)
     questions = link_questions(output, root, benchmarks)
-    for launch in planned:
-        keep_interrupted(output / "cache")
-        before = results_files(output)
-        variables = environment(root, output, download, launch.model_arguments.get("device"))
-        execute(command(launch, settings, output, processes), questions, output, variables)
-        done = {task for file in results_files(output) - before for task in json.loads(file.read_text())["results"]}
-        names = {task.name for benchmark in benchmarks if benchmark.name in launch.tasks for task in benchmark.tasks}
-        if names - done:
-            raise VidLaDAError(f"lmms-eval gave no results for {', '.join(sorted(names - done))}: {reason(output)}")
-        if launch.predict_only:
-            write_submission(output, root, next(each for each in benchmarks if each.name == UNSENT))
+    with lmms_home(root, benchmarks) as home:
+        for launch in planned:
+            keep_interrupted(output / "cache")
+            before = results_files(output)
+            variables = environment(home, output, launch.model_arguments.get("device"))
+            execute(command(launch, settings, output, processes), questions, output, variables)
+            done = {task for file in results_files(output) - before for task in json.loads(file.read_text())["results"]}
+            chosen = (benchmark for benchmark in benchmarks if benchmark.name in launch.tasks)
+            if names := {task.name for benchmark in chosen for task in benchmark.tasks} - done:
+                raise VidLaDAError(f"lmms-eval gave no results for {', '.join(sorted(names))}: {reason(output)}")
+    if any(benchmark.name == UNSENT for benchmark in benchmarks):
+        write_submission(output, root)
 
 
 def link_questions(output: Path, root: Path, benchmarks: Sequence[Benchmark]) -> Path:
-    """A folder with nothing but links to the local copies of the questions, where lmms-eval finds them by their names.
+    """A folder with nothing but links to the local questions, where lmms-eval finds them by their datasets' names.
 
     It takes a local folder of a dataset's name before the hub's. Run in the data root itself, it would take the folder
-    of videos `egoschema` for the task of that name.
+    of videos `egoschema` for the task of that name, and miss what lies in the hub's cache or has no README.
     """
     folder = output / "questions"
-    for benchmark in benchmarks:
-        link = folder / benchmark.repository
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if link.is_symlink():
-            link.unlink()
-        if (root / benchmark.repository).is_dir() and not link.exists():  # a copied run folder holds copies
-            link.symlink_to(root / benchmark.repository)
+    for repository in dict.fromkeys(benchmark.repository for benchmark in benchmarks):
+        source, target = repository_folder(root, repository), folder / repository
+        if target.is_symlink():
+            target.unlink()
+        elif target.is_dir():
+            shutil.rmtree(target)
+        if source is None:
+            continue
+        configs = {}
+        parts = {(task.config, each.split) for each in BENCHMARKS.values() if each.repository == repository
+                 for task in each.tasks}  # fmt: skip
+        for config, split in sorted(parts, key=str):
+            try:
+                files = question_files(source, config, split)
+            except InputError:  # those that are asked for have been checked
+                continue
+            place = target / (config or "default")
+            place.mkdir(parents=True)
+            for number, file in enumerate(files):
+                (place / f"{split}-{number:05d}{file.suffix}").symlink_to(file.resolve())
+            configs[place.name] = [{"split": split, "path": f"{place.name}/*"}]
+        listed = [{"config_name": name, "data_files": files} for name, files in configs.items()]
+        (target / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n", encoding="utf-8")
     return folder
+
+
+@contextmanager
+def lmms_home(root: Path, benchmarks: Sequence[Benchmark]) -> Iterator[Path]:
+    """What HF_HOME has to be: the data root. lmms-eval replaces some folders that are links: for those, a folder of
+    links to all that is there."""
+    replaced = {each.folder for each in benchmarks if each.unpacked and (root / each.folder).is_symlink()}
+    if not replaced:
+        yield root
+        return
+    with TemporaryDirectory(prefix="vidlada-eval-") as name:
+        home = Path(name)
+        for path in root.iterdir():
+            if path.name not in replaced:
+                (home / path.name).symlink_to(path)
+                continue
+            (home / path.name).mkdir()
+            for inside in path.iterdir():
+                (home / path.name / inside.name).symlink_to(inside)
+        yield home
 
 
 def execute(arguments: Sequence[str], place: Path, output: Path, variables: dict[str, str]) -> None:
@@ -313,24 +353,3 @@ def keep_interrupted(cache: Path) -> None:
 
         ResponseCache.merge_shards(shards, str(cache / "cache.db"))
         shutil.rmtree(cache / "runs")
-
-
-def write_submission(output: Path, root: Path, benchmark: Benchmark) -> None:
-    """EgoSchema's submission file: the place of the chosen option by video; -1 where no letter was given."""
-    folder = repository_folder(root, benchmark.repository)
-    assert folder is not None
-    rows = documents(folder, benchmark.tasks[0].config, benchmark.split)
-    newest = max(
-        (f for f in results_files(output) if samples_file(f, UNSENT).exists()), key=lambda f: f.stat().st_mtime
-    )
-    chosen = {}
-    for line in samples_file(newest, UNSENT).read_text(encoding="utf-8").splitlines():
-        sample = json.loads(line)
-        chosen[rows[sample["doc_id"]]["video_idx"]] = letter_place(str(sample["filtered_resps"]))
-    (output / SUBMISSION_FILE).write_text(json.dumps(chosen, indent=1), encoding="utf-8")
-
-
-def letter_place(answer: str, letters: str = "ABCDE") -> int:
-    """Place of the first letter that stands by itself, or -1."""
-    words = answer.replace("(", " ").replace(")", " ").replace(".", " ").replace(":", " ").split()
-    return next((letters.index(word) for word in words if len(word) == 1 and word in letters), -1)

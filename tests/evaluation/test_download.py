@@ -1,0 +1,257 @@
+"""Fetching from a hub on this machine: what is asked of it, where things land, what goes wrong."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import snapshot_download
+
+from vidlada.errors import InputError, VidLaDAError
+from vidlada.evaluation.benchmarks import BENCHMARKS
+from vidlada.evaluation.data import check
+from vidlada.evaluation.download import archives, download, unpack
+
+
+def commit_of(revision):
+    return hashlib.sha1(revision.encode()).hexdigest()
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the hub as a snapshot needs: the list of files, and the files.
+
+    Attributes:
+        repositories: files by repository and revision.
+        fetched: paths whose contents were given away.
+        gated: a repository's terms have to be accepted.
+    """
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories: dict[tuple[str, str], dict[str, bytes]] = {}
+        self.fetched: list[str] = []
+        self.gated = False
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def do_GET(self):
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts[0] == "api":
+            repository, revision = "/".join(parts[2:4]), parts[5]
+        else:
+            repository, revision = "/".join(parts[1:3]), parts[4]
+        published = self.server.repositories.items()
+        revision, found = next((
+            (name, files) for (which, name), files in published
+            if which == repository and revision in (name, commit_of(name))
+        ), (None, None))  # fmt: skip
+        if found is None:
+            return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
+        if self.server.gated:
+            return self.reply(403, b"", {"X-Error-Code": "GatedRepo"})
+        if parts[0] == "api" and parts[4] == "tree":
+            listed = [
+                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in found.items()
+            ]
+            return self.reply(200, json.dumps(listed).encode())
+        if parts[0] == "api":
+            listed = {"id": repository, "sha": commit_of(revision), "siblings": [{"rfilename": name} for name in found]}
+            return self.reply(200, json.dumps(listed).encode())
+        path = "/".join(parts[5:])
+        if self.command == "GET":
+            self.server.fetched.append(path)
+        etag = hashlib.sha256(found[path]).hexdigest()
+        return self.reply(200, found[path], {"ETag": f'"{etag}"', "X-Repo-Commit": commit_of(revision)})
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def reply(self, status, body, headers=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def ask_at(endpoint, monkeypatch):
+    """HF_ENDPOINT, which the hub's client reads only once."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", partial(snapshot_download, endpoint=endpoint))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    ask_at(f"http://127.0.0.1:{server.server_port}", monkeypatch)
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def zipped(files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def tarred(files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def files_below(folder, *inside):
+    """Names and contents, without the hub's own notes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.joinpath(*inside).rglob("*"))
+        if path.is_file() and ".cache" not in path.parts
+    }
+
+
+def publish(hub, root, benchmark):
+    """A miniature as the hub has it: tables, and videos in archives or on a branch."""
+    questions = files_below(root / benchmark.repository)
+    videos = files_below(root / benchmark.folder)
+    if benchmark.unpacked:
+        hub.repositories[benchmark.repository, "main"] = questions
+        hub.repositories[benchmark.repository, benchmark.unpacked] = {**questions, **videos}
+    elif benchmark.repository.startswith("longvideobench"):
+        whole = tarred(videos)
+        cuts = [whole[: len(whole) // 3], whole[len(whole) // 3 :]]
+        parts = {f"videos.tar.part.a{letter}": part for letter, part in zip("ab", cuts, strict=True)}
+        hub.repositories[benchmark.repository, "main"] = {**questions, **parts}
+    else:
+        names = list(videos)
+        packed = {f"videos_chunked_{n:02d}.zip": zipped({name: videos[name] for name in names[n::2]}) for n in (0, 1)}
+        hub.repositories[benchmark.repository, "main"] = {**questions, **packed}
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "shapes"])
+def test_a_download_is_complete(root, hub, tmp_path, name):
+    benchmark = BENCHMARKS[name]
+    publish(hub, root, benchmark)
+    download(tmp_path, benchmark)
+    assert all(found.complete for found in check(tmp_path, [benchmark])[name])
+    assert files_below(tmp_path / benchmark.folder) == files_below(root / benchmark.folder)
+    fetched = len(hub.fetched)
+    download(tmp_path, benchmark)
+    assert len(hub.fetched) == fetched  # nothing is fetched twice
+
+
+def test_only_what_is_missing_is_fetched(root, hub, tmp_path):
+    benchmark = BENCHMARKS["lvbench"]
+    publish(hub, root, benchmark)
+    shutil.copytree(root / benchmark.folder, tmp_path / benchmark.folder)
+    download(tmp_path, benchmark)
+    assert sorted(hub.fetched) == ["README.md", "data/train-00000-of-00001.parquet"]
+    shutil.rmtree(tmp_path / benchmark.folder)
+    mine = tmp_path / benchmark.folder / "mine.mp4"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    download(tmp_path, benchmark)
+    assert sorted(hub.fetched)[2:] == ["videos_chunked_00.zip", "videos_chunked_01.zip"]
+    assert mine.read_bytes() == b"mine" and (tmp_path / benchmark.folder / "clip0.mp4").exists()
+
+
+def test_from_the_command_line(root, hub, tmp_path):
+    publish(hub, root, BENCHMARKS["egoschema_subset"])
+    arguments = ["--download", "--tasks", "egoschema_subset", "--data-root", str(tmp_path)]
+    variables = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "vidlada", "eval", *arguments], capture_output=True, text=True, timeout=120,
+        env={**os.environ, **variables},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| egoschema_subset | 2 | 500 | 2 | 0 |" in done.stdout and "Everything is there." in done.stdout
+
+
+def test_nothing_is_fetched_unless_asked(root, hub, tmp_path, vidlada_eval):
+    publish(hub, root, BENCHMARKS["lvbench"])
+    options = ["--tasks", "lvbench", "--data-root", tmp_path]
+    assert vidlada_eval(*options, "--check")[0] == 0
+    assert vidlada_eval(*options, "--output", tmp_path / "run")[0] == 2
+    assert hub.fetched == [] and not (tmp_path / "lmms-eval").exists()
+    assert "Everything is there." in vidlada_eval(*options, "--check", "--download")[1]
+
+
+def test_terms_have_to_be_accepted(hub, tmp_path, vidlada_eval):
+    hub.repositories["longvideobench/LongVideoBench", "main"] = {}
+    hub.gated = True
+    code, _, err = vidlada_eval("--download", "--tasks", "longvideobench_val_v", "--data-root", tmp_path)
+    assert code == 1 and "accept its terms" in err and "hf auth login" in err
+
+
+def test_unknown_to_the_hub(hub, tmp_path):
+    with pytest.raises(VidLaDAError, match="lmms-eval/LVBench could not be fetched: .*404"):
+        download(tmp_path, BENCHMARKS["lvbench"])
+
+
+def test_offline(tmp_path, monkeypatch, vidlada_eval):
+    ask_at("http://127.0.0.1:9", monkeypatch)
+    code, _, err = vidlada_eval("--download", "--tasks", "lvbench", "--data-root", tmp_path)
+    assert code == 1 and err.splitlines()[-1].startswith("error: lmms-eval/LVBench could not be fetched: ")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert vidlada_eval("--download", "--tasks", "lvbench", "--data-root", tmp_path)[0] == 1
+
+
+def test_tars_of_their_own_and_tars_in_parts(tmp_path):
+    whole = tarred({"b/2.mp4": b"2" * 5000, "b/3.mp4": b"3"})
+    (tmp_path / "one_1.tar").write_bytes(tarred({"a/0.mp4": b"0"}))
+    (tmp_path / "one_2.tar").write_bytes(tarred({"a/1.mp4": b"1"}))
+    for letter, start in zip("abc", (0, 1000, 4000), strict=True):
+        end = {0: 1000, 1000: 4000, 4000: None}[start]
+        (tmp_path / f"two.tar.part.a{letter}").write_bytes(whole[start:end])
+    groups = archives(tmp_path)
+    assert [[path.name for path in group] for group in groups] == [
+        ["one_1.tar"], ["one_2.tar"], ["two.tar.part.aa", "two.tar.part.ab", "two.tar.part.ac"]]  # fmt: skip
+    for group in groups:
+        unpack(group, tmp_path / "out")
+    assert files_below(tmp_path / "out") == {
+        "a/0.mp4": b"0", "a/1.mp4": b"1", "b/2.mp4": b"2" * 5000, "b/3.mp4": b"3"}  # fmt: skip
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred])
+def test_archives_write_nowhere_else(tmp_path, pack):
+    packed = tmp_path / f"evil.{'zip' if pack is zipped else 'tar'}"
+    packed.write_bytes(pack({"../outside.mp4": b"x"}))
+    with pytest.raises(InputError, match="outside of"):
+        unpack([packed], tmp_path / "out")
+    assert not (tmp_path / "outside.mp4").exists()
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred])
+def test_damaged_archives(tmp_path, pack):
+    packed = tmp_path / f"cut.{'zip' if pack is zipped else 'tar'}"
+    packed.write_bytes(
+        pack({"a.mp4": b"a" * 3000, "b.mp4": bytes(range(256)) * 30})[: -3000 if pack is zipped else 6000]
+    )
+    with pytest.raises(InputError, match="cannot be unpacked"):
+        unpack([packed], tmp_path / "out")
+    assert not (Path(tmp_path) / "out/b.mp4").exists()
