@@ -80,12 +80,17 @@ def wait_for_lines(process, out, number):
         time.sleep(0.01)
 
 
-def test_a_worker_killed_midway_loses_and_doubles_nothing(start, expected, tmp_path):
+@pytest.mark.parametrize("what", ["worker", "machine"])
+def test_a_death_midway_loses_and_doubles_nothing(cluster, start, expected, tmp_path, what):
     process = start(tmp_path / "out.jsonl", "--ray", "--workers", 2)
     wait_for_lines(process, tmp_path / "out.jsonl", 1)
     before = workers()
     assert len(before) == 2
-    os.kill(min(before), signal.SIGKILL)
+    if what == "worker":
+        os.kill(min(before), signal.SIGKILL)
+    else:
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+        cluster.add_node(num_cpus=1)
     assert lines_of(tmp_path / "out.jsonl") < LINES / 2
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1  # a line could not be answered

@@ -34,8 +34,10 @@ def batch(
     as the options: {"id": 7, "video": "talk.mp4", "question": "Who speaks?", "gen_length": 64}. What cannot be answered
     gives a line with "error", and exit code 1 in the end.
     """
-    from vidlada.serve.batch import Answerer, answer_all, opened, read_lines
-
+    try:
+        from vidlada.serve.batch import Answerer, answer_all, opened, read_lines
+    except ImportError as error:
+        raise InputError(f"batches need more packages: pip install 'vidlada[serve]' ({error.name})") from error
     if workers is not None and not ray:
         raise InputError("--workers are those of a cluster; add --ray")
     given = given_options(options)

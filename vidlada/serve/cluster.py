@@ -31,7 +31,7 @@ except ImportError as error:
     raise InputError(f"a cluster needs more packages: pip install 'vidlada[ray]' ({error.name})") from error
 
 LINES_A_TASK = 8  # given out, and after a death answered anew, together
-MOST_DEATHS = 3  # of the workers that a task was given to
+MOST_RESTARTS = 8  # of a worker: a line that kills its worker is not tried for ever
 
 
 class Worker:
@@ -77,7 +77,7 @@ def answer_on_cluster(
     if not lines:
         return
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (RayError, ConnectionError, ValueError) as error:
         raise InputError(f"no Ray cluster: {error}") from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what matters arrives as an exception
@@ -96,10 +96,10 @@ def answer_on_cluster(
             size=workers or gpus, max_concurrent_calls_per_actor=math.ceil(2 * concurrency / LINES_A_TASK)
         )
         with warnings.catch_warnings(category=ray.util.annotations.RayDeprecationWarning, action="ignore"):
-            # without max_task_retries a line that kills its worker would be tried for ever; nothing else sets it yet
+            # of keywords like max_restarts, which nothing replaces yet
             outputs = rows.map(
                 Worker, fn_constructor_args=(load, folder, defaults, concurrency), compute=pool, num_gpus=min(gpus, 1),
-                max_task_retries=MOST_DEATHS,
+                max_restarts=MOST_RESTARTS,
             )  # fmt: skip
         for row in outputs.iter_rows():
             if row["refusal"]:
