@@ -14,7 +14,7 @@ from PIL import Image
 
 import vidlada
 from vidlada.evaluation.benchmarks import BENCHMARKS, MVBENCH_FOLDERS
-from vidlada.evaluation.data import documents
+from vidlada.evaluation.data import documents, repository_folder
 from vidlada.evaluation.folder import LOG_FILE, RECORD_FOLDER, SUBMISSION_FILE, read_record
 from vidlada.evaluation.likelihood import negative_log_likelihood
 from vidlada.evaluation.miniature import write_miniatures
@@ -46,12 +46,27 @@ def vidlada_eval(*arguments):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Every benchmark, with a damaged and a missing video; the others' data root is complete."""
+    """Every benchmark, with a damaged and a missing video, one in the hub's cache, one's videos behind a link."""
     folder = tmp_path_factory.mktemp("data") / "root"
     write_miniatures(folder, list(BENCHMARKS.values()))
     (folder / BROKEN).write_bytes((folder / BROKEN).read_bytes()[:2000])
     (folder / MISSING).unlink()
+    snapshot = folder / "hub/datasets--lmms-eval--LVBench/snapshots/abc"
+    snapshot.parent.mkdir(parents=True)
+    (folder / "lmms-eval/LVBench").rename(snapshot)
+    (folder / "mvbench_video").rename(folder.parent / "elsewhere")
+    (folder / "mvbench_video").symlink_to(folder.parent / "elsewhere")
     return folder
+
+
+def listing(root):
+    """Everything below a data root."""
+    return {path: path.lstat().st_mtime_ns for path in [*root.rglob("*"), *(root / "mvbench_video").rglob("*")]}
+
+
+def rows_of(root, repository, config, split):
+    """Questions, wherever they lie."""
+    return documents(repository_folder(root, repository), config, split)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +74,9 @@ def finished(root, tmp_path_factory):
     """A run of everything, with its output."""
     output = tmp_path_factory.mktemp("runs") / "run"
     options = ("--data-root", root, "--frames", FRAMES, "--batch-size", 3, "--device", "cpu")
+    before = listing(root)
     printed = vidlada_eval("--tasks", ALL, "--output", output, *options)
+    assert listing(root) == before  # nothing is written into the data root
     return output, printed, options
 
 
@@ -271,29 +288,29 @@ def test_broken_and_missing_videos_cost_their_questions(finished):
 
 def prompts(root):
     """Task, number, video and the words of a question, put together here from the benchmarks' descriptions."""
-    for number, row in enumerate(documents(root / "lmms-eval/Video-MME", None, "test")):
+    for number, row in enumerate(rows_of(root, "lmms-eval/Video-MME", None, "test")):
         yield "videomme", number, f"videomme/data/{row['videoID']}.mp4", (
             "Select the best answer to the following multiple-choice question based on the video and the subtitles. "
             "Respond with only the letter (A, B, C, or D) of the correct option.\n" + row["question"] + "\n"
             + "\n".join(row["options"]) + "\n\nAnswer with the option's letter from the given choices directly."
         )  # fmt: skip
-    for number, row in enumerate(documents(root / "sy1998/MLVU_dev", None, "test")):
+    for number, row in enumerate(rows_of(root, "sy1998/MLVU_dev", None, "test")):
         yield (
             "mlvu_dev",
             number,
             f"mlvu/{row['video_name']}",
             (row["question"] + "\nOnly give the best option.\nBest option: ("),
         )
-    for number, row in enumerate(documents(root / "sy1998/MLVU_Test", None, "test")):
+    for number, row in enumerate(rows_of(root, "sy1998/MLVU_Test", None, "test")):
         yield "mlvu_test", number, f"mlvu_test/{row['video_name']}", row["question"]
-    for number, row in enumerate(documents(root / "lmms-eval/LVBench", None, "train")):
+    for number, row in enumerate(rows_of(root, "lmms-eval/LVBench", None, "train")):
         yield (
             "lvbench",
             number,
             f"lvbench/{row['video_path']}",
             (row["question"] + "\nAnswer the question with the option letter"),
         )
-    for number, row in enumerate(documents(root / "lmms-eval/egoschema", "Subset", "test")):
+    for number, row in enumerate(rows_of(root, "lmms-eval/egoschema", "Subset", "test")):
         yield (
             "egoschema_subset",
             number,
@@ -304,7 +321,7 @@ def prompts(root):
             ),
         )
     for kind, folder in MVBENCH_FOLDERS.items():
-        for number, row in enumerate(documents(root / "OpenGVLab/MVBench", kind, "train")):
+        for number, row in enumerate(rows_of(root, "OpenGVLab/MVBench", kind, "train")):
             listed = "".join(
                 f"({letter}) {option}\n" for letter, option in zip("ABCD", row["candidates"], strict=False)
             )
@@ -320,11 +337,11 @@ def prompts(root):
 def test_answers_and_scores_against_asking_directly(root, finished, tiny):
     samples = read_run(finished[0]).samples
     truths = {}
-    for row_of, task, config, split in (
+    for repository, task, config, split in (
         ("lmms-eval/Video-MME", "videomme", None, "test"), ("sy1998/MLVU_dev", "mlvu_dev", None, "test"),
         ("sy1998/MLVU_Test", "mlvu_test", None, "test"), ("lmms-eval/LVBench", "lvbench", None, "train"),
     ):  # fmt: skip
-        truths |= {(task, n): row["answer"] for n, row in enumerate(documents(root / row_of, config, split))}
+        truths |= {(task, n): row["answer"] for n, row in enumerate(rows_of(root, repository, config, split))}
     checked = 0
     for task, number, video, text in prompts(root):
         sample = samples[task, number]
@@ -360,7 +377,7 @@ def test_lmms_eval_s_own_scores_agree_where_nothing_failed(finished):
 def test_egoschema_is_written_not_sent(root, finished):
     output, (printed, _), _ = finished
     written = json.loads((output / SUBMISSION_FILE).read_text())
-    assert set(written) == {row["video_idx"] for row in documents(root / "lmms-eval/egoschema", "Subset", "test")}
+    assert set(written) == {row["video_idx"] for row in rows_of(root, "lmms-eval/egoschema", "Subset", "test")}
     assert set(written.values()) <= {-1, 0, 1, 2, 3, 4}
     assert "| EgoSchema | 4 | – |" in printed
 
@@ -403,15 +420,16 @@ def test_a_run_with_an_adapter(root, small_folder, adapter, tmp_path):
 
 
 @pytest.mark.slow
-def test_choosing_by_likelihood(root, tiny, tmp_path):
+def test_choosing_by_likelihood_in_two_processes(root, tiny, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "lmms_eval", "--model", "llava_llada_video", "--force_simple", "--model_args",
+        [Path(sys.executable).with_name("accelerate"), "launch", "--cpu", "--num_processes", "2", "-m", "lmms_eval",
+         "--model", "llava_llada_video", "--force_simple", "--model_args",
          f"pretrained=tiny,max_frames_num={FRAMES},device=cpu,mc_num=4,is_check_greedy=False",
          "--tasks", "egoschema_subset_mcppl", "--log_samples", "--output_path", str(tmp_path)],
         capture_output=True, text=True, cwd=root, env=environment(root, tmp_path), timeout=1800,
     )  # fmt: skip
     (file,) = Path(tmp_path).rglob("*_samples_egoschema_subset_mcppl.jsonl")
-    rows = documents(root / "lmms-eval/egoschema", "Subset", "test")
+    rows = rows_of(root, "lmms-eval/egoschema", "Subset", "test")
     samples = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(samples) == len(rows) == 4, done.stdout
     for sample in samples:
