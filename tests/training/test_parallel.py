@@ -22,8 +22,10 @@ import torch
 import yaml
 from trainings import assert_same, quietly, run, weights
 
+from vidlada.errors import InputError
 from vidlada.training.checkpoints import checkpoints
 from vidlada.training.config import Stage
+from vidlada.training.parallel import make_accelerator
 from vidlada.training.trainer import train
 
 # Each step has four samples, so one process in two passes and two processes in one split it into the same parts.
@@ -41,9 +43,8 @@ def config_of_deepspeed(output, **changes):
     """What DeepSpeed can do too: the same parts frozen in all stages, a video somewhere in every step. Often one
     process has none."""
     data = {**DATA, "text_only_share": 0.4}
-    return config(
-        output, stages=(Stage("a", 1e-2, data, 4), Stage("b", 1e-2, data, 2, tower_learning_rate=1e-3)), **changes
-    )
+    stages = (Stage("a", 1e-2, data, 4), Stage("b", 1e-2, data, 2, tower_learning_rate=1e-3))
+    return config(output, **{"stages": stages, **changes})
 
 
 def free_port():
@@ -52,12 +53,12 @@ def free_port():
         return str(listener.getsockname()[1])
 
 
-def launch(settings, folder, *options, processes=2, before=()):
-    """`vidlada train` under torchrun; returns the exit code and what it said."""
+def launch(settings, folder, *options, launcher=None):
+    """`vidlada train` in two processes, under torchrun or another launcher; the exit code and what it said."""
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(settings)))))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
-               "--master-port", free_port(), *before, "-m", "vidlada", "train", str(path), *options]  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", free_port()]
+    command = [sys.executable, *(launcher or torchrun), "-m", "vidlada", "train", str(path), *options]
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed looks for ninja
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": search}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
@@ -83,6 +84,11 @@ def one(tmp_path_factory):
     return alone(config(tmp_path_factory.mktemp("one") / "run"))
 
 
+@pytest.fixture(scope="module")
+def one_like_deepspeed(tmp_path_factory):
+    return alone(config_of_deepspeed(tmp_path_factory.mktemp("one") / "run"))
+
+
 def test_passes_are_a_whole_batch_in_parts(one, tmp_path):
     """Where every answer is hidden whole nothing is drawn, and the number of parts changes nothing at all."""
     found = []
@@ -105,11 +111,16 @@ def test_two_processes_follow_the_curve_of_one(one, tmp_path, parallel):
     assert sharded == (parallel == "fsdp")
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler, for DeepSpeed's communication on CPUs")
+DEEPSPEED = pytest.mark.skipif(
+    find_spec("deepspeed") is None or shutil.which("c++") is None,
+    reason="needs deepspeed, and a C++ compiler for its communication on CPUs",
+)
+
+
+@DEEPSPEED
 @pytest.mark.parametrize("parallel", ["zero2", "zero3"])
-def test_deepspeed_follows_the_curve_of_one_process(tmp_path, parallel):
-    expected = alone(config_of_deepspeed(tmp_path / "one"))
+def test_deepspeed_follows_the_curve_of_one_process(one_like_deepspeed, tmp_path, parallel):
+    expected = one_like_deepspeed
     settings = config_of_deepspeed(tmp_path / "run", parallel=parallel)
     if parallel == "zero2":  # resuming takes the same code as with zero3
         follows(settings, expected, tmp_path)
@@ -119,9 +130,9 @@ def test_deepspeed_follows_the_curve_of_one_process(tmp_path, parallel):
     assert any(name.startswith("zero_pp_rank_1") or "_zero_pp_rank_1" in name for name in kept), kept
 
 
-def follows(settings, expected, folder):
+def follows(settings, expected, folder, launcher=None):
     """Two processes come to the losses and weights of one; returns their own."""
-    code, said = launch(settings, folder)
+    code, said = launch(settings, folder, launcher=launcher)
     assert code == 0, said
     assert len(expected[1]) == 6
     assert losses(said) == pytest.approx(expected[1], abs=2e-4)
@@ -142,6 +153,53 @@ def follows_and_resumes(settings, expected, folder):
     assert code == 0, resumed
     assert losses(resumed) == curve[4:]
     assert_same(output / "model", found)
+
+
+# What `accelerate config` writes. Without GPUs its MULTI_CPU needs MPI; MULTI_GPU starts processes as torchrun does.
+ACCELERATE = {
+    "ddp": {"distributed_type": "MULTI_GPU"},
+    "fsdp": {
+        "distributed_type": "FSDP",
+        "fsdp_config": {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                        "fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_cpu_ram_efficient_loading": True},
+    },
+    # the run accumulates gradients and clips them as it says itself
+    "deepspeed": {"distributed_type": "DEEPSPEED",
+                  "deepspeed_config": {"zero_stage": 3, "gradient_accumulation_steps": 4, "gradient_clipping": 9.0}},
+}  # fmt: skip
+
+
+def accelerate_launch(folder, kind):
+    """A launcher with a configuration file of accelerate's own."""
+    path = folder / "accelerate.yaml"
+    values = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": 2, **ACCELERATE[kind]}
+    path.write_text(yaml.safe_dump(values))
+    return ["-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", free_port()]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", pytest.param("deepspeed", marks=DEEPSPEED)])
+def test_accelerate_launch_decides_where_the_run_says_auto(one_like_deepspeed, tmp_path, kind):
+    settings = config_of_deepspeed(tmp_path / "run", checkpoint_every=6)
+    follows(settings, one_like_deepspeed, tmp_path, launcher=accelerate_launch(tmp_path, kind))
+    files = {path.name for path in checkpoints(tmp_path / "run")[-1].iterdir()}
+    assert files & {"model.safetensors", "pytorch_model_fsdp_0", "pytorch_model"} == {
+        {"ddp": "model.safetensors", "fsdp": "pytorch_model_fsdp_0", "deepspeed": "pytorch_model"}[kind]
+    }
+
+
+@pytest.mark.parametrize(
+    ("environment", "changes", "match"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {"parallel": "ddp"}, "parallel: auto"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"parallel": "fsdp"}, "configured for deepspeed"),
+    ],
+)
+def test_a_launch_that_contradicts_the_run_is_refused(tmp_path, monkeypatch, environment, changes, match):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=match):
+        make_accelerator(config(tmp_path / "run", **changes))
 
 
 # Two hosts in network namespaces of their own, a cable between them; each runs the launch script.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -12,10 +13,13 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    parse_flag_from_env,
 )
 
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.config import TrainingConfig
+
+Engine = Literal["ddp", "fsdp", "deepspeed"]
 
 SHARDED_LAYERS = ["Layer", "SiglipEncoderLayer"]
 
@@ -25,56 +29,89 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
     Args:
         config: `parallel` says how several processes share the work; with `auto`, the environment that
-            `accelerate launch` sets does.
+            `accelerate launch` sets does. Precision, clipping and accumulation are always the run's own.
 
     Raises:
-        InputError: the engine asked for is not installed, or does not go with the optimizer.
+        InputError: the engine asked for is not installed, is configured for something the run cannot do, or does not
+            go with the optimizer.
     """
-    arguments = {}
-    if config.parallel == "fsdp":
-        arguments["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=SHARDED_LAYERS,
-            state_dict_type="SHARDED_STATE_DICT",
-            cpu_ram_efficient_loading=False,
-        )
-    elif config.parallel in ("zero2", "zero3"):
-        try:
-            arguments["deepspeed_plugin"] = DeepSpeedPlugin(
-                zero_stage=int(config.parallel[-1]),
-                gradient_clipping=config.gradient_clip,
-                zero3_save_16bit_model=True,
-                zero3_init_flag=False,
-            )
-        except (ImportError, ValueError) as error:
-            raise InputError(f"parallel: {config.parallel} needs DeepSpeed: pip install deepspeed") from error
-        plugin = arguments["deepspeed_plugin"]
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-        plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
-        plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+    engine = engine_of(config)
+    fsdp = fsdp_plugin(config) if engine == "fsdp" else None
+    zero = deepspeed_plugin(config) if engine == "deepspeed" else None
     on_cpu = not torch.accelerator.is_available()
-    zero = config.parallel in ("zero2", "zero3")
     accelerator = Accelerator(
         mixed_precision=config.precision,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output,
         # without it, accelerate does not join processes on a machine without GPU; with it, it does not use DeepSpeed
-        cpu=on_cpu and not zero,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and zero else [],
+        cpu=on_cpu and zero is None,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and zero is not None else [],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        **arguments,
+        fsdp_plugin=fsdp,
+        deepspeed_plugin=zero,
     )
-    plugin = arguments.get("fsdp_plugin")
-    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    if fsdp is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate shards over GPUs only, though what it does then works on CPUs too; so it is tested there
         if config.precision != "no":
-            plugin.set_mixed_precision(config.precision)
+            fsdp.set_mixed_precision(config.precision)
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.fsdp_plugin = fsdp
     if config.optimizer == "muon" and is_sharded(accelerator):
         raise InputError("optimizer: muon needs whole matrices, which this launch splits; use adamw")
     return accelerator
+
+
+def engine_of(config: TrainingConfig) -> Engine:
+    """What shares the work: as the run says, or as `accelerate launch` was configured; `InputError` if they differ."""
+    launched: Engine = "ddp"
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        launched = "fsdp"
+    elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        launched = "deepspeed"
+    if config.parallel == "auto":
+        return launched
+    asked: Engine = "ddp" if config.parallel == "ddp" else "fsdp" if config.parallel == "fsdp" else "deepspeed"
+    if launched not in ("ddp", asked):
+        raise InputError(
+            f"parallel: {config.parallel}, but accelerate launch is configured for {launched}; use parallel: auto"
+        )
+    return asked
+
+
+def fsdp_plugin(config: TrainingConfig) -> FullyShardedDataParallelPlugin:
+    """Settings of FSDP2: ours, or those of `accelerate launch`."""
+    if config.parallel == "auto":
+        plugin = FullyShardedDataParallelPlugin()
+        if plugin.fsdp_version != 2:
+            raise InputError("accelerate launch is configured for FSDP 1; set fsdp_version: 2 in its fsdp_config")
+        return plugin
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=SHARDED_LAYERS,
+        state_dict_type="SHARDED_STATE_DICT",
+        cpu_ram_efficient_loading=True,
+    )
+
+
+def deepspeed_plugin(config: TrainingConfig) -> DeepSpeedPlugin:
+    """Settings of DeepSpeed: ours, or those of `accelerate launch`."""
+    stage = None if config.parallel == "auto" else int(config.parallel[-1])
+    try:
+        plugin = DeepSpeedPlugin(zero_stage=stage, zero3_save_16bit_model=True, zero3_init_flag=False)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"parallel: {config.parallel} needs DeepSpeed: pip install deepspeed ({error})") from error
+    for entry in ("optimizer", "scheduler"):
+        if entry in plugin.deepspeed_config:
+            raise InputError(f"DeepSpeed's own configuration names an {entry}; remove it, the run has its own")
+    plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own figures follow from it
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.gradient_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return plugin
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
