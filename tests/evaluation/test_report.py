@@ -3,12 +3,21 @@
 import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 
 from vidlada.errors import InputError
 from vidlada.evaluation.benchmarks import BENCHMARKS, MLVU_DEV, video_mmmu_right
-from vidlada.evaluation.report import compare, compare_text, exact_mcnemar, report_object, report_text, write_report
+from vidlada.evaluation.report import (
+    COMPARISON_FILES,
+    compare,
+    compare_text,
+    exact_mcnemar,
+    report_object,
+    report_text,
+    write_report,
+)
 from vidlada.evaluation.results import mean_score, read_run
 from vidlada.evaluation.run import RunSettings, start_run
 
@@ -90,7 +99,7 @@ def test_fractions_and_percents_on_one_scale(tmp_path):
         for task, score in result.tasks.items():
             assert result.lmms_eval[task] == pytest.approx(score.percent)
     text = report_text(run)
-    assert "| LVBench | 4 | 75.0 | 25.0 | 44.7 | +30.3 | 0 |" in text
+    assert "| LVBench * | 4 | 75.0 | 25.0 | 44.7 | – | 0 |" in text
     assert "Video-MMMU lacks video_mmmu_comprehension, video_mmmu_perception" in text
 
 
@@ -123,7 +132,7 @@ def test_newest_results_count_and_a_repaired_video_is_forgiven(mlvu):
 def test_hidden_answers_give_no_score(tmp_path):
     samples = [{"doc_id": 0, "filtered_resps": "A", "bypass": None}]
     run = read_run(make_run(tmp_path / "run", {"egoschema": ("bypass", 999, samples)}))
-    assert "| EgoSchema | 1 | – | – | – | – | 0 |" in report_text(run)
+    assert "| EgoSchema * | 1 | – | – | – | – | 0 |" in report_text(run)
     assert report_object(run)["benchmarks"]["egoschema"]["percent"] is None
 
 
@@ -136,24 +145,81 @@ def test_open_answers_of_video_mmmu():
     assert right(["x y", "7"], [7.0]) and not right("5", "API Error")
 
 
-def test_comparison(tmp_path):
+@pytest.mark.parametrize(
+    "said, right", [("B", True), ("A", False), ([" b", "b "], True), ([" a", "a "], False), ("API Error", False)]
+)
+def test_letters_of_video_mmmu(said, right):
+    for kind in ("multiple-choice", "perception"):
+        assert video_mmmu_right({"question_type": kind, "answer": "B", "parsed_pred": said}) == right
+
+
+def test_only_whole_benchmarks_are_set_against_the_paper(tmp_path):
+    few, whole = run_of(tmp_path / "few", [True] * 20), run_of(tmp_path / "whole", [True, False] * 774 + [True])
+    assert "| LVBench * | 20 | 100.0 | 0.0 | 44.7 | – | 0 |" in report_text(few)
+    assert "| LVBench | 1549 | 50.0 | 1.3 | 44.7 | +5.3 | 0 |" in report_text(whole)
+    differences = [report_object(run)["benchmarks"]["lvbench"]["difference"] for run in (few, whole)]
+    assert differences == [None, pytest.approx(50.0 - 44.7, abs=0.1)]
+
+
+def run_of(folder, rights, task="lvbench", **settings):
+    """A run whose samples were right or wrong."""
+    samples = [{"doc_id": n, "filtered_resps": "A", "lvbench_score": right} for n, right in enumerate(rights)]
+    return read_run(make_run(folder, {task: ("lvbench_score", 0, samples)}, **settings))
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two runs of forty samples, of which seven differ."""
     first = [i % 2 == 0 for i in range(40)]
     other = [True if i < 12 else right for i, right in enumerate(first)]
     other[20] = False
-    runs = [
-        read_run(make_run(tmp_path / name, {"lvbench": ("lvbench_score", 0, [
-            {"doc_id": n, "filtered_resps": "A", "lvbench_score": right} for n, right in enumerate(rights)
-        ])})) for name, rights in (("none", first), ("mars", other))
-    ]  # fmt: skip
+    runs = [run_of(tmp_path / "none", first, model_changes={"cache": "none"}),
+            run_of(tmp_path / "mars", other, model_changes={"cache": "mars"})]  # fmt: skip
+    return runs, [int(b) - int(a) for a, b in zip(first, other, strict=True)]
+
+
+def test_comparison(pair):
+    runs, gains = pair
     (row,) = compare(runs)["compared"]
     assert (row["better"], row["worse"], row["number"]) == (6, 1, 40)
     assert row["difference"] == pytest.approx(100 * 5 / 40)
-    gains = [int(b) - int(a) for a, b in zip(first, other, strict=True)]
     assert row["standard_error"] == pytest.approx(100 * statistics.stdev(gains) / math.sqrt(40), abs=1e-3)
     assert row["p"] == pytest.approx(2 * (1 + 7) / 2**7)
-    assert "| LVBench | 40 | 50.0 | 62.5 | +12.5 |" in compare_text(runs)
+    text = compare_text(runs)
+    assert "| LVBench | 40 | 50.0 | mars | 62.5 | +12.5 |" in text and "| cache | none | mars |" in text
+    assert compare(runs)["differing"] == {"cache": ["none", "mars"]}
     with pytest.raises(InputError, match="two runs"):
         compare(runs[:1])
+
+
+def test_several_runs_against_the_first(pair, tmp_path):
+    runs, _ = pair
+    third = run_of(tmp_path / "third", [True] * 20, limit=20)  # has only half of the samples
+    rows = compare([*runs, third])["compared"]
+    assert [(Path(row["run"]).name, row["number"], row["worse"]) for row in rows] == [("mars", 40, 1), ("third", 20, 0)]
+
+
+def test_all_samples_together(tmp_path):
+    judged = {"question_id": "q", "task_type": "count", "pred_answer": "A", "answer": "A"}
+
+    def run_with(name, right):
+        lvbench = [{"doc_id": n, "filtered_resps": "A", "lvbench_score": right} for n in range(3)]
+        mlvu = [{"doc_id": 0, "filtered_resps": "A", "mlvu_percetion_score": judged}]
+        tasks = {"lvbench": ("lvbench_score", 0, lvbench), "mlvu_dev": ("mlvu_percetion_score", 0, mlvu)}
+        return read_run(make_run(tmp_path / name, tasks))
+
+    *_, last = compare([run_with("a", False), run_with("b", True)])["compared"]
+    assert (last["title"], last["number"], last["better"]) == ("all samples", 4, 3)
+    assert (last["baseline_percent"], last["percent"]) == (25.0, 100.0)
+
+
+def test_a_comparison_is_written(pair, tmp_path, vidlada_eval):
+    folder = tmp_path / "comparison"
+    runs = [option for run in pair[0] for option in ("--compare", run.folder)]
+    code, out, err = vidlada_eval(*runs, "--output", folder)
+    assert code == 0 and out.startswith("| benchmark | samples | none | run |") and "comparison.png" in err
+    assert {path.name for path in folder.iterdir()} == set(COMPARISON_FILES)
+    assert json.loads((folder / "comparison.json").read_text())["compared"][0]["better"] == 6
 
 
 def test_mcnemar():

@@ -65,7 +65,7 @@ from vidlada.errors import InputError
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="RUN",
-    help="Instead: print finished runs side by side; give it twice or more, the baseline first.",
+    help="Instead: finished runs side by side, also written into --output; twice or more, the baseline first.",
 )
 @click.option(
     "--miniature",
@@ -98,7 +98,7 @@ def evaluate(
     from vidlada.evaluation.miniature import write_miniatures
 
     if compared:
-        print_comparison(compared, as_json)
+        print_comparison(compared, output, as_json)
         return
     if tasks is None:
         raise InputError("give --tasks, e.g. --tasks videomme,mlvu_dev, or --tasks paper for the published eight")
@@ -124,13 +124,15 @@ def evaluate(
     print_run(benchmarks, settings, output, root, as_json, processes, submit)
 
 
-def print_comparison(folders: tuple[Path, ...], as_json: bool) -> None:
+def print_comparison(folders: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     """Runs side by side."""
-    from vidlada.evaluation.report import compare, compare_text
+    from vidlada.evaluation.report import compare, compare_text, write_comparison
     from vidlada.evaluation.results import read_run
 
     runs = [read_run(folder) for folder in folders]
     click.echo(json.dumps(compare(runs)) if as_json else compare_text(runs))
+    if output is not None:
+        click.echo("written: " + ", ".join(map(str, write_comparison(runs, output))), err=True)
 
 
 def print_download(root: Path, benchmarks: list[Any]) -> None:

@@ -106,10 +106,16 @@ def same(first: str, second: str) -> Callable[[Any], float]:
 
 
 def video_mmmu_right(judged: dict[str, Any]) -> float:
-    """Choices have to be equal; an open answer has to hold the true text or number (the rule of MMMU)."""
-    if judged["question_type"] in ("multiple-choice", "perception"):
-        return same("answer", "parsed_pred")(judged)
+    """Choices have to be equal; an open answer has to hold the true text or number (the rule of MMMU).
+
+    lmms-eval 0.7.3 reads the letters of questions of the type `perception` as if they were open answers, in lower case
+    and with spaces, and then compares them with the true letter: all are wrong there, but not here.
+    """
     truths = judged["answer"] if isinstance(judged["answer"], list) else [judged["answer"]]
+    if judged["question_type"] in ("multiple-choice", "perception"):
+        said = judged["parsed_pred"] if isinstance(judged["parsed_pred"], list) else [judged["parsed_pred"]]
+        letters = {str(form).strip().upper() for form in said}
+        return float(any(str(truth).strip().upper() in letters for truth in truths))
     wanted = [form for truth in truths for form in _forms(str(truth))]
     said = judged["parsed_pred"] if isinstance(judged["parsed_pred"], list) else [judged["parsed_pred"]]
     return float(
@@ -207,6 +213,14 @@ BENCHMARKS = {
 }  # fmt: skip
 PAPER_TASKS = ("videomme", "egoschema", "mlvu_dev", "mlvu_test", "lvbench", "video_mmmu", "longvideobench_val_v",
                "mvbench")  # fmt: skip
+
+
+def video_of(task: str, document: Document) -> str | None:
+    """Where a task of the benchmarks looks for a document's video, below the data root; None for other tasks."""
+    for benchmark in BENCHMARKS.values():
+        if any(each.name == task for each in benchmark.tasks):
+            return f"{benchmark.folder}/{benchmark.videos(document, task)[0]}"
+    return None
 
 
 def chosen(names: str) -> list[Benchmark]:

@@ -22,12 +22,12 @@ from vidlada.config import GenerationSettings
 from vidlada.errors import InputError
 from vidlada.evaluation.answering import Answerer, Media, Question, Reply
 from vidlada.evaluation.arguments import ModelArguments, generation_settings, with_think_mode
+from vidlada.evaluation.benchmarks import video_of
 from vidlada.evaluation.folder import RECORD_FOLDER, record_path
 from vidlada.evaluation.likelihood import is_greedy, negative_log_likelihood
 
 Messages = list[dict[str, Any]]
 MISSING_VIDEO = (SystemExit, OSError, AssertionError)  # what tasks raise for one
-NOT_FOUND = "the task did not find its video"
 
 
 class VidLaDAChat(lmms):
@@ -86,10 +86,11 @@ class VidLaDAChat(lmms):
     def asked(self, request: Instance) -> Question:
         """The question of a generation request."""
         _, to_messages, arguments, doc_id, task, split = request.args
+        document = self.document(task, split, doc_id)
         try:
-            messages = to_messages(self.document(task, split, doc_id))
+            messages = to_messages(document)
         except MISSING_VIDEO as error:
-            return Question(settings=self.settings(arguments)[0], error=str(error) or NOT_FOUND)
+            return without_video(task, document, error, self.settings(arguments)[0])
         return self.question(messages, arguments)
 
     def generate_until(self, requests: Sequence[Instance]) -> Iterator[GenerationResult]:
@@ -136,7 +137,8 @@ class VidLaDAChat(lmms):
                     document, round_idx=len(said), previous_output=said, previous_round_info=information
                 )
             except MISSING_VIDEO as failure:
-                yield Question(), Reply(error=str(failure) or NOT_FOUND)
+                question = without_video(task, document, failure)
+                yield question, Reply(error=question.error)
                 return
             if finished:
                 return
@@ -177,20 +179,18 @@ class VidLaDASimple(VidLaDAChat):
 
     def asked(self, request: Instance) -> Question:
         text, arguments, to_visual, doc_id, task, split = request.args
-        return self.question(self.messages(text, to_visual, task, split, doc_id), arguments)
+        return self.simple_question(text, to_visual, arguments, self.document(task, split, doc_id), task)
 
-    def messages(self, text: str, to_visual: Any, task: str, split: str, doc_id: int) -> Messages:
-        """Text and visuals as the messages of one turn; a missing video becomes an error part."""
+    def simple_question(
+        self, text: str, to_visual: Any, arguments: dict[str, Any], document: dict[str, Any], task: str
+    ) -> Question:
+        """Text and visuals as a question."""
         try:
-            visuals = to_visual(self.document(task, split, doc_id)) or []
+            visuals = to_visual(document) or []
         except MISSING_VIDEO as error:
-            visuals = [{"type": "missing", "url": str(error)}]
-        parts = [
-            visual if isinstance(visual, dict)
-            else {"type": "video" if isinstance(visual, str) else "image", "url": visual}
-            for visual in visuals
-        ]  # fmt: skip
-        return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+            return without_video(task, document, error, self.settings(arguments)[0])
+        parts = [{"type": "video" if isinstance(visual, str) else "image", "url": visual} for visual in visuals]
+        return self.question([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], arguments)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Iterator[GenerationResult]:
         """For every continuation the bound of its negative log-likelihood: lmms-eval's tasks take the smallest.
@@ -203,7 +203,7 @@ class VidLaDASimple(VidLaDAChat):
         with Record(self._rank) as record, self.bar(len(requests)) as bar:
             for request in requests:
                 text, continuation, to_visual, doc_id, task, split = request.args
-                question = self.question(self.messages(text, to_visual, task, split, doc_id), {})
+                question = self.simple_question(text, to_visual, {}, self.document(task, split, doc_id), task)
                 if question.video_key not in seen and question.error is None:
                     seen = {question.video_key: self.watched(question.media)}  # a video's requests come together
                 video = seen.get(question.video_key, "")
@@ -224,6 +224,15 @@ class VidLaDASimple(VidLaDAChat):
                 yield GenerationResult((value, greedy))
 
 
+def without_video(
+    task: str, document: dict[str, Any], error: BaseException, settings: GenerationSettings | None = None
+) -> Question:
+    """What becomes of a question whose video the task does not find; some tasks do not say which one."""
+    path = video_of(task, document)
+    why = str(error) or f"{path or 'its video'} is not there"
+    return Question(media=path, settings=settings or GenerationSettings(), error=why)
+
+
 def read_messages(messages: Messages, image_size: int) -> tuple[str, Media]:
     """Text and visual part of a task's messages.
 
@@ -233,9 +242,6 @@ def read_messages(messages: Messages, image_size: int) -> tuple[str, Media]:
         InputError: sound, several videos, a part of a video, or what only a conversation has.
     """
     parts = [part for message in messages for part in message["content"]]
-    missing = [part["url"] for part in parts if part["type"] == "missing"]
-    if missing:
-        raise InputError(missing[0] or NOT_FOUND)
     images, videos, sounds = ChatMessages(messages=messages).extract_media()
     if sounds:
         raise InputError("the task gives sound; the model sees only video")

@@ -207,7 +207,7 @@ def lvbench(mini: Miniature) -> None:
 
 def video_mmmu(mini: Miniature) -> None:
     configs = {}
-    tracks = {"Adaptation": "multiple-choice", "Comprehension": "perception", "Perception": "perception"}
+    tracks = {"Adaptation": "multiple-choice", "Comprehension": "multiple-choice", "Perception": "perception"}
     for place, (track, kind) in enumerate(tracks.items()):
         documents: list[Document] = []
         for number, (index, choice) in enumerate(mini.asked(place)):

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vidlada.errors import InputError
-from vidlada.evaluation.results import BenchmarkResult, Run, Score, mean_score, score_of
+from vidlada.evaluation.results import BenchmarkResult, Run, Sample, Score, mean_score, score_of
 
 FAILURES_SHOWN = 20
 REPORT_FILES = ("report.md", "report.json", "report.png")
+COMPARISON_FILES = ("comparison.md", "comparison.json", "comparison.png")
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -23,9 +24,9 @@ def signed(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:+.1f}"
 
 
-def plain(value: float) -> float | None:
+def plain(value: float | None) -> float | None:
     """For JSON, which has no NaN."""
-    return None if math.isnan(value) else round(value, 4)
+    return None if value is None or math.isnan(value) else round(value, 4)
 
 
 def score_object(score: Score) -> dict[str, Any]:
@@ -35,7 +36,17 @@ def score_object(score: Score) -> dict[str, Any]:
 
 def is_partial(run: Run, result: BenchmarkResult) -> bool:
     """Whether a score leaves something of its benchmark out."""
-    return bool(result.absent) or run.about["settings"]["limit"] is not None
+    few = any(
+        task.expected and sum(sample.task == task.name for sample in result.samples) < task.expected
+        for task in result.benchmark.tasks
+    )
+    return few or bool(result.absent) or run.about["settings"]["limit"] is not None
+
+
+def difference(run: Run, result: BenchmarkResult) -> float | None:
+    """Of our score and the paper's, where both are of the whole benchmark."""
+    paper = result.benchmark.paper
+    return None if paper is None or is_partial(run, result) else result.score.percent - paper
 
 
 def report_object(run: Run) -> dict[str, Any]:
@@ -55,7 +66,7 @@ def benchmark_object(run: Run, result: BenchmarkResult) -> dict[str, Any]:
         **score_object(score),
         "mean_over": benchmark.mean,
         "paper": benchmark.paper,
-        "difference": None if benchmark.paper is None else plain(score.percent - benchmark.paper),
+        "difference": plain(difference(run, result)),
         "partial": is_partial(run, result),
         "failed": [
             {"task": s.task, "doc_id": s.doc_id, "video": s.video, "error": s.error} for s in result.failed
@@ -92,11 +103,10 @@ def report_text(run: Run) -> str:
     notes = []
     for result in run.results.values():
         score, paper = result.score, result.benchmark.paper
-        mark = " *" if is_partial(run, result) else ""
-        difference = None if paper is None else score.percent - paper
+        mark, gain = " *" if is_partial(run, result) else "", signed(difference(run, result))
         lines.append(
             f"| {result.benchmark.title}{mark} | {len(result.samples)} | {number(score.percent)} "
-            f"| {number(score.standard_error)} | {number(paper)} | {signed(difference)} | {len(result.failed)} |"
+            f"| {number(score.standard_error)} | {number(paper)} | {gain} | {len(result.failed)} |"
         )
         if result.absent:
             notes.append(f"{result.benchmark.title} lacks {', '.join(result.absent)}: the mean is over the others.")
@@ -162,11 +172,21 @@ def cost_lines(runs: Sequence[Run]) -> list[str]:
 def settings_lines(run: Run) -> list[str]:
     """Everything a score depends on."""
     about = run.about
-    lines = [f"- {name}: {value}" for name, value in about["settings"].items()]
-    for name, arguments in about["arguments"].items():
-        for kind, values in arguments.items():
-            lines.append(f"- {name}, {kind}: {', '.join(f'{k}={v}' for k, v in values.items()) or 'the task’s own'}")
+    settings = {name: listed(value) for name, value in about["settings"].items()}
+    lines = [f"- {name}: {value}" for name, value in settings.items() if value]
+    for kind in ("model", "generation"):
+        shared: dict[str, list[str]] = {}
+        for name, arguments in about["arguments"].items():
+            shared.setdefault(listed(arguments[kind]) or "the task’s own", []).append(name)
+        lines += [f"- {kind} of {', '.join(names)}: {values}" for values, names in shared.items()]
     return [*lines, f"- versions: {', '.join(f'{k} {v}' for k, v in about['versions'].items())}"]
+
+
+def listed(value: Any) -> str:
+    """A setting, or a group of them; nothing where none was given."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={each}" for name, each in value.items())
+    return "" if value is None else str(value)
 
 
 def write_report(run: Run) -> list[Path]:
@@ -174,11 +194,7 @@ def write_report(run: Run) -> list[Path]:
     text, data, plot = (run.folder / name for name in REPORT_FILES)
     text.write_text(report_text(run), encoding="utf-8")
     data.write_text(json.dumps(report_object(run), indent=1, ensure_ascii=False), encoding="utf-8")
-    try:
-        draw([run], plot)
-    except ImportError:
-        return [text, data]
-    return [text, data, plot]
+    return [text, data, *drawn([run], plot)]
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
@@ -195,8 +211,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         heights = [row + (place - (len(runs) - 1) / 2) * height for row in range(len(names))]
         widths = [0.0 if math.isnan(score.percent) else score.percent for score in scores]
         errors = [0.0 if math.isnan(score.standard_error) else 2 * score.standard_error for score in scores]
-        bars = axes.barh(heights, widths, height, xerr=errors, label=run.folder.name, capsize=2)
-        axes.bar_label(bars, [number(score.percent) for score in scores], padding=3)
+        axes.barh(heights, widths, height, xerr=errors, label=run.folder.name, capsize=2)
+        for middle, score in zip(heights, scores, strict=True):
+            axes.text(1.01, middle, number(score.percent), transform=axes.get_yaxis_transform(), va="center")
     known = {name: next(run.results[name] for run in runs if name in run.results).benchmark for name in names}
     label = "paper, 8B"
     for row, name in enumerate(names):
@@ -206,9 +223,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             label = "_"
     axes.set_yticks(range(len(names)), [known[name].title for name in names])
     axes.invert_yaxis()
-    axes.set_xlim(0, 105)
+    axes.set_xlim(0, 100)
     axes.set_xlabel("score, %; bars of two standard errors")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(runs) + 1)
     figure.savefig(path)
 
 
@@ -231,40 +248,91 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
         raise InputError("a comparison needs at least two runs")
     first, compared = runs[0], []
     for other in runs[1:]:
-        for name in first.results:
-            if name not in other.results:
-                continue
-            ours = {(s.task, s.doc_id): s for s in other.results[name].samples if s.points is not None}
-            both = [(s, ours[s.task, s.doc_id]) for s in first.results[name].samples
-                    if s.points is not None and (s.task, s.doc_id) in ours]  # fmt: skip
-            if not both:
-                continue
-            gains = [(b.points or 0.0) - (a.points or 0.0) for a, b in both]
-            difference = mean_score(gains, [a.cluster for a, _ in both])
-            better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
-            compared.append({
-                "benchmark": name, "title": first.results[name].benchmark.title, "first": str(first.folder),
-                "other": str(other.folder), "number": len(both),
-                "first_percent": plain(score_of([a for a, _ in both]).percent),
-                "other_percent": plain(score_of([b for _, b in both]).percent),
-                "difference": plain(difference.percent), "standard_error": plain(difference.standard_error),
-                "better": better, "worse": worse, "p": exact_mcnemar(better, worse),
-            })  # fmt: skip
+        pairs = {name: paired(first, other, name) for name in first.results}
+        pairs = {name: both for name, both in pairs.items() if both}
+        rows: list[tuple[str | None, str, list[tuple[Sample, Sample]]]]
+        rows = [(name, first.results[name].benchmark.title, both) for name, both in pairs.items()]
+        if len(rows) > 1:
+            rows.append((None, "all samples", [pair for both in pairs.values() for pair in both]))
+        compared += [{"run": str(other.folder), "benchmark": name, "title": title, **compare_pairs(both)}
+                     for name, title, both in rows]  # fmt: skip
     if not compared:
         raise InputError("the runs have no samples in common")
-    return {"compared": compared, "cost": {str(run.folder): cost(run) for run in runs}}
+    return {
+        "baseline": str(first.folder),
+        "compared": compared,
+        "differing": differing(runs),
+        "cost": {str(run.folder): cost(run) for run in runs},
+    }
+
+
+def paired(first: Run, other: Run, name: str) -> list[tuple[Sample, Sample]]:
+    """Judged samples of a benchmark that both runs have."""
+    if name not in other.results:
+        return []
+    theirs = {(s.task, s.doc_id): s for s in other.results[name].samples if s.points is not None}
+    ours = (s for s in first.results[name].samples if s.points is not None)
+    return [(s, theirs[s.task, s.doc_id]) for s in ours if (s.task, s.doc_id) in theirs]
+
+
+def compare_pairs(pairs: Sequence[tuple[Sample, Sample]]) -> dict[str, Any]:
+    """Scores of both, and the paired difference."""
+    gains = [(b.points or 0.0) - (a.points or 0.0) for a, b in pairs]
+    gain = mean_score(gains, [a.cluster for a, _ in pairs])
+    better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    return {
+        "number": len(pairs),
+        "baseline_percent": plain(score_of([a for a, _ in pairs]).percent),
+        "percent": plain(score_of([b for _, b in pairs]).percent),
+        "difference": plain(gain.percent), "standard_error": plain(gain.standard_error),
+        "better": better, "worse": worse, "p": exact_mcnemar(better, worse),
+    }  # fmt: skip
+
+
+def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Settings and versions that are not the same in all runs, with the value in each."""
+    values = [
+        {**run.about["settings"], **run.about["settings"]["model_arguments"],
+         **run.about["settings"]["generation_arguments"], **run.about["versions"]} for run in runs
+    ]  # fmt: skip
+    names = [
+        name for name in dict.fromkeys(name for each in values for name in each) if not name.endswith("_arguments")
+    ]
+    found = {name: [listed(each.get(name)) or "–" for each in values] for name in names}
+    return {name: each for name, each in found.items() if len(set(each)) > 1}
 
 
 def compare_text(runs: Sequence[Run]) -> str:
     """A comparison in Markdown."""
-    lines = ["| benchmark | samples | first | other | difference | standard error | better / worse | p | runs |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in compare(runs)["compared"]:
+    compared = compare(runs)
+    lines = [f"| benchmark | samples | {runs[0].folder.name} | run | score | difference | standard error "
+             "| better / worse | p |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in compared["compared"]:
         lines.append(
-            f"| {row['title']} | {row['number']} | {number(row['first_percent'])} | {number(row['other_percent'])} "
-            f"| {signed(row['difference'])} | {number(row['standard_error'])} | {row['better']} / {row['worse']} "
-            f"| {row['p']:.3g} | {Path(row['first']).name}, {Path(row['other']).name} |"
+            f"| {row['title']} | {row['number']} | {number(row['baseline_percent'])} | {Path(row['run']).name} "
+            f"| {number(row['percent'])} | {signed(row['difference'])} | {number(row['standard_error'])} "
+            f"| {row['better']} / {row['worse']} | {row['p']:.3g} |"
         )
     lines += ["", "Over the samples both runs have, every one counting alike. p: exact McNemar test, two-sided, which "
-              "takes samples as independent; the standard error does not.", "", *cost_lines(runs)]  # fmt: skip
-    return "\n".join(lines)
+              "takes samples as independent; the standard error does not.", "", *cost_lines(runs), ""]  # fmt: skip
+    lines += [f"| differing | {' | '.join(run.folder.name for run in runs)} |", "|---" * (len(runs) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(values)} |" for name, values in compared["differing"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def write_comparison(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Write a comparison into a folder; the plot only where matplotlib is installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text, data, plot = (folder / name for name in COMPARISON_FILES)
+    text.write_text(compare_text(runs), encoding="utf-8")
+    data.write_text(json.dumps(compare(runs), indent=1, ensure_ascii=False), encoding="utf-8")
+    return [text, data, *drawn(runs, plot)]
+
+
+def drawn(runs: Sequence[Run], path: Path) -> list[Path]:
+    """The plot, unless matplotlib is missing."""
+    try:
+        draw(runs, path)
+    except ImportError:
+        return []
+    return [path]
