@@ -120,7 +120,7 @@ def test_refusals_are_one_line(start, tmp_path):
     ]:
         process = start(tmp_path / "out.jsonl", *options)
         _, err = process.communicate(timeout=300)
-        assert process.returncode == 2
+        assert process.returncode == 2, err
         assert message in err.splitlines()[-1]
         assert "Traceback" not in err
     assert lines_of(tmp_path / "out.jsonl") == 0

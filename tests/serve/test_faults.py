@@ -63,15 +63,6 @@ def test_a_client_that_hangs_up_without_a_stream(server):
     wait_for(lambda: idle(server))
 
 
-def test_a_client_that_never_sends_its_body(server):
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=300) as connection:
-        head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEY}", "Content-Length: 50")
-        connection.sendall("\r\n".join((*head, "", "{")).encode())
-        assert b" 408 " in connection.recv(4096)
-    wait_for(lambda: idle(server))
-
-
 def test_a_crowd_is_answered_or_told_to_wait(server):
     async def crowd():
         async with httpx2.AsyncClient(

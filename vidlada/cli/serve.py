@@ -57,6 +57,7 @@ def serve(
         import uvicorn
 
         from vidlada.serve.app import ServerSettings, create_app
+        from vidlada.serve.connection import drop_idle_readers, impatient_protocol
     except ImportError as error:
         raise InputError(f"the server needs more packages: pip install 'vidlada[serve]' ({error.name})") from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -65,8 +66,9 @@ def serve(
     settings = ServerSettings(name or Path(source.model).name, keys, allowed, allow_private_urls, log_content)
     config = uvicorn.Config(
         create_app(vidlada, settings, checked), log_config=None, access_log=False, server_header=False, ws="none",
-        lifespan="on", timeout_graceful_shutdown=checked.drain_seconds,
+        lifespan="on", timeout_graceful_shutdown=checked.drain_seconds, http=impatient_protocol(checked.body_seconds),
     )  # fmt: skip
+    drop_idle_readers(listener, checked.reader_seconds)
     address = f"[{host}]" if ":" in host else host
     click.echo(f"{settings.name} at http://{address}:{listener.getsockname()[1]}", err=True)
     uvicorn.Server(config).run(sockets=[listener])
@@ -93,6 +95,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen()  # whoever comes while the model is loaded waits
     except OSError as error:
         raise InputError(f"cannot listen at {host}:{port}: {error.strerror or error}") from error
     return listener

@@ -35,6 +35,7 @@ from vidlada.serve.http import (
     error_body,
     error_response,
     limited_receive,
+    not_sent,
     parse,
     read_body,
     unless_gone,
@@ -48,7 +49,6 @@ from vidlada.video import Frames
 
 PAGE = Path(__file__).parent / "page"
 MULTIPART_BYTES = 2**16  # an upload's envelope may add
-SLOW_READER_SECONDS = 30  # a client may lag behind a finished answer
 log = logging.getLogger("vidlada.serve")
 
 
@@ -113,8 +113,7 @@ class Server:
             except TimeoutError:
                 raise self.too_slow() from None
             events = self.stream(completion, order, started, deadline)
-            limit = deadline + SLOW_READER_SECONDS
-            return EventStream(events, stack.pop_all(), limit)
+            return EventStream(events, stack.pop_all(), deadline + self.limits.reader_seconds)
         raise AssertionError("unreachable")
 
     def too_slow(self) -> RequestError:
@@ -208,7 +207,7 @@ class Server:
                     upload = await asyncio.to_thread(self.service.files.write, file.file, name, purpose, owner)
                     self.service.files.add(upload)
         except TimeoutError:
-            raise self.too_slow() from None
+            raise not_sent(self.limits.request_seconds) from None
         return JSONResponse(self.file_object(upload))
 
     def file_object(self, upload: Upload) -> dict[str, Any]:

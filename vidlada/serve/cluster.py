@@ -10,6 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,11 @@ def answer_on_cluster(
                 Worker, fn_constructor_args=(load, folder, defaults, concurrency), compute=pool, num_gpus=min(gpus, 1),
                 max_restarts=MOST_RESTARTS,
             )  # fmt: skip
-        for row in outputs.iter_rows():
-            if row["refusal"]:
-                raise InputError(row["refusal"])
-            write(json.loads(row["output"]))
+        with closing(iter(outputs.iter_rows())) as results:  # Ray Data's thread must end before Ray does
+            for row in results:
+                if row["refusal"]:
+                    raise InputError(row["refusal"])
+                write(json.loads(row["output"]))
     except RayError as error:  # the cause stands behind the tracebacks of all processes between
         raise VidLaDAError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
     finally:

@@ -117,7 +117,12 @@ async def read_body(request: Request, mebibytes: int, seconds: float) -> bytes:
         async with asyncio.timeout(seconds):
             return await limited.body()
     except TimeoutError:
-        raise RequestError(408, f"the request was not sent within {seconds:g} s", "request_timeout") from None
+        raise not_sent(seconds) from None
+
+
+def not_sent(seconds: float) -> RequestError:
+    """The refusal of a client that takes too long."""
+    return RequestError(408, f"the request was not sent within {seconds:g} s", "request_timeout")
 
 
 def parse(body: bytes) -> ChatRequest:
