@@ -12,7 +12,8 @@ import httpx2
 
 KEY = "secret"
 LIMITS = ("--max-upload-mb", 4, "--max-body-mb", 8, "--max-duration", 100, "--max-pixels", 500_000, "--max-frames", 32,
-          "--max-running", 8, "--max-queue", 60, "--decode-seconds", 300, "--body-seconds", 10, "--reader-seconds", 5)  # fmt: skip
+          "--max-running", 8, "--max-queue", 60, "--decode-seconds", 300, "--body-seconds", 10,
+          "--reader-seconds", 5)  # fmt: skip
 
 
 class RunningServer:

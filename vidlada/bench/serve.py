@@ -25,6 +25,7 @@ from vidlada.machine import machine
 SAMPLE = "serve/page/samples/shapes.mp4"
 SERVERS = {"one at a time": ["--max-running", "1"], "together": []}
 MEMORY_SAMPLES = 10
+SHORT = 16  # answer slots of the requests that only memory is watched over
 MEBI = 2**20
 
 
@@ -50,11 +51,11 @@ def running_server(arguments: Sequence[str]) -> Iterator[str]:
         process.communicate()  # empties its log until it has ended
 
 
-def question(gen_length: int) -> dict[str, Any]:
+def question(text: str, gen_length: int) -> dict[str, Any]:
     """A request about the sample video."""
     content = (resources.files("vidlada") / SAMPLE).read_bytes()
     url = f"data:video/mp4;base64,{base64.b64encode(content).decode()}"
-    parts = [{"type": "text", "text": "describe the video ."}, {"type": "video_url", "video_url": {"url": url}}]
+    parts = [{"type": "text", "text": text}, {"type": "video_url", "video_url": {"url": url}}]
     return {"messages": [{"role": "user", "content": parts}], "gen_length": gen_length, "max_tokens": gen_length}
 
 
@@ -127,19 +128,19 @@ def serve_figures(
         clients: numbers of clients.
         requests: questions at every number of clients.
         gen_length: answer slots.
-        memory_requests: so many more questions to the server that decodes together, watching its memory.
+        memory_requests: so many more short questions to the server that decodes together, watching its memory.
         device: where the model runs.
         progress: called with what is measured next.
     """
     if any(number < 1 for number in (*clients, requests)):
         raise InputError("clients and requests must be at least 1")
-    body = question(gen_length)
+    body, short = question("describe the video .", gen_length), question("is it red ?", SHORT)
     rows: list[dict[str, Any]] = []
     held: list[float] = []
     common = ["--model", model, "--device", device]
     progress("starting the servers")
     with running_server([*common, *SERVERS["one at a time"]]) as alone, running_server(common) as together:
-        body["model"] = httpx2.get(f"{together}/v1/models").json()["data"][0]["id"]
+        body["model"] = short["model"] = httpx2.get(f"{together}/v1/models").json()["data"][0]["id"]
         urls = {"one at a time": alone, "together": together}
         for url in urls.values():
             asyncio.run(load(url, body, 1, 2))  # what only the first request pays for
@@ -150,7 +151,7 @@ def serve_figures(
         for part in range(MEMORY_SAMPLES if memory_requests else 0):
             progress(f"memory, part {part + 1} of {MEMORY_SAMPLES}")
             held = held or [memory(together)]
-            asyncio.run(load(together, body, max(clients), max(1, memory_requests // MEMORY_SAMPLES)))
+            asyncio.run(load(together, short, max(clients), max(1, memory_requests // MEMORY_SAMPLES)))
             held.append(memory(together))
     answers = {row.pop("answer") for row in rows}
     return {
@@ -183,5 +184,5 @@ def serve_table(figures: dict[str, Any]) -> str:
         )
     if figures["memory_mib"]:
         held = " ".join(f"{value:.0f}" for value in figures["memory_mib"])
-        lines += ["", f"memory over {figures['memory_requests']} further requests, MiB: {held}"]
+        lines += ["", f"memory over {figures['memory_requests']} further short requests, MiB: {held}"]
     return "\n".join(lines)
