@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation import run as running
 from vidlada.evaluation.benchmarks import chosen
 from vidlada.evaluation.data import documents
-from vidlada.evaluation.folder import read_run_file
+from vidlada.evaluation.folder import held, read_run_file
 from vidlada.evaluation.run import RunSettings, command, launches, start_run
 
 
@@ -146,8 +147,22 @@ def test_without_lmms_eval(root, tmp_path, monkeypatch, vidlada_eval):
 def test_failures_of_lmms_eval_are_told(tmp_path):
     start_run(tmp_path / "run", RunSettings("tiny"), chosen("lvbench"))
     program = "print('ERROR - Error during evaluation: no disk'); raise SystemExit({})"
-    with pytest.raises(VidLaDAError, match="code 3.*no disk"):
-        running.execute([sys.executable, "-c", program.format(3)], tmp_path, tmp_path / "run", {})
+    with held(tmp_path / "run") as lock, pytest.raises(VidLaDAError, match="code 3.*no disk"):
+        running.execute([sys.executable, "-c", program.format(3)], tmp_path, tmp_path / "run", {}, lock)
+
+
+def test_a_folder_is_for_one_command_at_a_time(root, tmp_path, monkeypatch, vidlada_eval):
+    monkeypatch.setattr(running, "require_lmms_eval", lambda: None)
+    output = tmp_path / "run"
+    start_run(output, RunSettings("tiny"), chosen("lvbench"))
+    with held(output) as lock:
+        left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
+    options = ["--tasks", "lvbench", "--data-root", root, "--output", output]
+    code, _, err = vidlada_eval(*options)  # lmms-eval goes on after its command was killed
+    assert code == 2 and "another run is going on in it" in err
+    left.communicate(b"\n", timeout=60)
+    with held(output):
+        pass
 
 
 def test_lmms_eval_sees_the_questions_and_no_folder_named_like_a_task(root, tmp_path):

@@ -124,7 +124,7 @@ def test_only_submit_sends(root, server, tmp_path, monkeypatch, vidlada_eval, as
     monkeypatch.setattr(running, "keep_interrupted", lambda cache: None)
     launched = []
 
-    def lmms_eval(arguments, place, output, variables):
+    def lmms_eval(arguments, place, output, variables, lock):
         launched.append(arguments)
         finish(output)
 

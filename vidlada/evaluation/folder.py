@@ -1,6 +1,10 @@
 """What a run folder holds: settings, lmms-eval's results and samples, and our own record of every sample."""
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,24 @@ RUN_FILE, LOG_FILE = "run.json", "lmms-eval.log"
 SUBMISSION_FILE, VERDICT_FILE = "egoschema_submission.json", "egoschema_verdict.json"
 # In the environment rather than among the model arguments, which lmms-eval's response cache takes for the model's name.
 RECORD_FOLDER = "VIDLADA_EVAL_RECORD"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[int]:
+    """A run folder for one command at a time: the lock's file descriptor; processes that inherit it hold it too.
+
+    Raises:
+        InputError: another command is at work in it.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder}: another run is going on in it") from error
+        yield lock
+    finally:
+        os.close(lock)
 
 
 def record_path(folder: Path, rank: int) -> Path:

@@ -28,7 +28,7 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation.arguments import ModelArguments, generation_settings
 from vidlada.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL_VERSION, UNSENT, Benchmark
 from vidlada.evaluation.data import question_files, repository_folder
-from vidlada.evaluation.folder import LOG_FILE, RECORD_FOLDER, RUN_FILE, read_run_file, results_files
+from vidlada.evaluation.folder import LOG_FILE, RECORD_FOLDER, RUN_FILE, held, read_run_file, results_files
 from vidlada.evaluation.presets import PresetName, generation_arguments, model_arguments
 from vidlada.evaluation.submission import write_submission
 
@@ -260,13 +260,13 @@ def run(benchmarks: Sequence[Benchmark], settings: RunSettings, output: Path, ro
     output = output.absolute()
     planned = launches(benchmarks, settings)
     start_run(output, settings, benchmarks)
-    questions = link_questions(output, root, benchmarks)
-    with lmms_home(root, benchmarks) as home:
+    with held(output) as lock, lmms_home(root, benchmarks) as home:
+        questions = link_questions(output, root, benchmarks)
         for launch in planned:
             keep_interrupted(output / "cache")
             before = results_files(output)
             variables = environment(home, output, launch.model_arguments.get("device"))
-            execute(command(launch, settings, output, processes), questions, output, variables)
+            execute(command(launch, settings, output, processes), questions, output, variables, lock)
             done = {task for file in results_files(output) - before for task in json.loads(file.read_text())["results"]}
             chosen = (benchmark for benchmark in benchmarks if benchmark.name in launch.tasks)
             if names := {task.name for benchmark in chosen for task in benchmark.tasks} - done:
@@ -328,11 +328,14 @@ def lmms_home(root: Path, benchmarks: Sequence[Benchmark]) -> Iterator[Path]:
         yield home
 
 
-def execute(arguments: Sequence[str], place: Path, output: Path, variables: dict[str, str]) -> None:
-    """Run a command somewhere, its output in the log of a run; its progress also on a terminal."""
+def execute(arguments: Sequence[str], place: Path, output: Path, variables: dict[str, str], lock: int) -> None:
+    """Run a command somewhere, its output in the log of a run; its progress also on a terminal. It keeps the lock of
+    the run folder even if this process is killed."""
     with (output / LOG_FILE).open("a", encoding="utf-8") as log:
         shown = None if sys.stderr.isatty() else log
-        finished = subprocess.run(arguments, cwd=place, env=variables, stdout=log, stderr=shown, check=False)
+        finished = subprocess.run(
+            arguments, cwd=place, env=variables, stdout=log, stderr=shown, check=False, pass_fds=[lock]
+        )
     if finished.returncode:
         raise VidLaDAError(f"lmms-eval ended with code {finished.returncode}: {reason(output)}")
 
