@@ -11,7 +11,7 @@ from serve.test_faults import LONG, SHORT, idle, wait_for
 # every event tells all slots, so that nobody's buffers hold the stream
 LARGE = {**LONG, "block_length": 1024, "temperature": 2, "remasking": "random"}
 SECONDS = 10  # to send a head, and a body
-HEAD = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+HEAD = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
 
 
 @pytest.fixture
