@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,10 +46,11 @@ def running_server(arguments: Sequence[str]) -> Iterator[str]:
         address = re.search(r"http://\S+", "".join(lines))
         if address is None or process.poll() is not None:
             raise VidLaDAError(f"the server did not start: {lines[-1].strip() if lines else 'it said nothing'}")
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop the server
         yield address[0]
     finally:
         process.terminate()
-        process.communicate()  # empties its log until it has ended
+        process.wait()
 
 
 def question(text: str, gen_length: int) -> dict[str, Any]:
