@@ -50,7 +50,7 @@ def test_faster_paces():
 def test_bad_settings_are_refused_before_anything_is_measured():
     said = []
     with pytest.raises(InputError, match="anchors"):
-        decoding_figures("mid", caches=["mars:anchors=1000"], progress=said.append, **SMALL)
+        decoding_figures("mid", caches=["mars:window=1,anchors=1000"], progress=said.append, **SMALL)
     assert said == ["making the model"]
     with pytest.raises(InputError, match="unknown cache"):
         decoding_figures("mid", caches=["lazy"], **SMALL)

@@ -29,8 +29,8 @@ APPROXIMATE = [
     "frozen",
     "interval",
     "sparse",
-    "mars:text=2,anchors=4",
-    "mars:text=2,group=1,anchors=4",
+    "mars:text=2,window=1,anchors=4",
+    "mars:text=2,group=1,window=1,anchors=4",
 ]
 
 
@@ -226,7 +226,7 @@ def test_drift_above_nothing_renews_everything_that_moved(small):
     index = layout(2, [6] * 4, 4)
     states = {}
     for drift in (1e-9, 2.0):
-        cache = f"mars:drift={drift},probes=3,anchors=4,group=1"
+        cache = f"mars:drift={drift},probes=3,window=1,anchors=4,group=1"
         (states[drift],) = decode(small.model, request(small.model, index, cache=cache))
     assert states[2.0].statistics.refreshes == {"text": 1, "visual": 1}
     prompt, probes = len(index), 2 * 3
@@ -249,7 +249,9 @@ def test_the_work_of_each_policy(small):
     for cache, count in expected.items():
         (state,) = decode(small.model, request(small.model, index, cache=cache))
         assert state.statistics.layer_tokens == (count, count), cache
-    (state,) = decode(small.model, request(small.model, index, cache="mars:text=4,ratio=2,pyramid=1,anchors=4"))
+    (state,) = decode(
+        small.model, request(small.model, index, cache="mars:text=4,ratio=2,pyramid=1,window=1,anchors=4")
+    )
     assert state.statistics.refreshes == {"text": 4, "visual": 2}
     (state,) = decode(small.model, request(small.model, index, cache="interval:prompt=8,response=4"))
     assert state.statistics.layer_tokens == (2 * everything + 14 * 16, 2 * everything + 2 * 16 + 12 * 4)
@@ -271,7 +273,12 @@ def test_bad_policies_are_refused(cache, message):
 
 @pytest.mark.parametrize(
     ("cache", "message"),
-    [("mars:anchors=99", "99 anchors are more than the 8"), ("mars:window=2,anchors=1", "window of 2")],
+    [
+        ("mars:window=1,anchors=99", "99 anchors are more than the 8"),
+        ("mars:window=2,anchors=1", "window of 2"),
+        ("mars:anchors=4", "anchors=4 is part of chunk attention; give a window"),
+        ("mars:scene=0.5", "scene=0.5 is part"),
+    ],
 )
 def test_policies_that_do_not_fit_the_video_are_refused(small, cache, message):
     with pytest.raises(InputError, match=message):
@@ -300,7 +307,7 @@ def test_scenes_are_cut_where_frames_change_abruptly():
 def test_every_scene_has_its_own_anchors():
     model = load_reference_model("gqa")
     index = layout(3, [5, 5, 5, 5], 4)
-    asked = request(model, index, cache="mars:scene=0.5,anchors=4")
+    asked = request(model, index, cache="mars:scene=0.5,window=1,anchors=4")
     direction = torch.randn(asked.prompt.shape[1])
     with_scenes = asked.prompt.clone()
     with_scenes[3:13], with_scenes[13:23] = direction, -direction  # two scenes of two frames
@@ -312,7 +319,9 @@ def test_every_scene_has_its_own_anchors():
         assert ((anchors >= 3) & (anchors < 13)).sum() == ((anchors >= 13) & (anchors < 23)).sum() == 2
 
 
-@pytest.mark.parametrize("cache", ["frozen", "mars:text=2,ratio=1,anchors=4", "mars:text=2,drift=0.01,anchors=4"])
+@pytest.mark.parametrize(
+    "cache", ["frozen", "mars:text=2,ratio=1,window=1,anchors=4", "mars:text=2,drift=0.01,window=1,anchors=4"]
+)
 def test_a_further_question_reuses_the_frames(cache):
     model = load_reference_model("gqa")
     index = layout(3, [5, 5, 5], 4)

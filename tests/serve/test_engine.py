@@ -58,7 +58,7 @@ CASES = [
     {"question": "count", "gen_length": 32},
     {"question": "is it red ?", "frames": 20, "temperature": 0.7, "seed": 0},
     {"question": "how many are large ?", "frames": 5, "cache": "dual"},
-    {"question": "how many are large ?", "frames": 5, "cache": "mars:anchors=4"},
+    {"question": "how many are large ?", "frames": 5, "cache": "mars:window=1,anchors=4"},
     {"question": "is it red ?", "frames": 2, "cfg_scale": 1.0},
 ]
 
@@ -182,7 +182,7 @@ def test_what_does_not_fit_fails_alone(small):
     async def run(engine):
         good = asyncio.ensure_future(answer(engine, job_of(small, frames=20)))
         with pytest.raises(InputError, match="anchors"):
-            await answer(engine, job_of(small, frames=1, cache="mars:anchors=999"))
+            await answer(engine, job_of(small, frames=1, cache="mars:window=0,anchors=999"))
         return await good
 
     with engine_of(small) as engine:

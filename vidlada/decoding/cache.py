@@ -15,7 +15,6 @@ from vidlada.decoding.store import Pattern, Store, Work, see_everything
 from vidlada.errors import InputError
 
 DEFAULT_ANCHORS = 64
-DEFAULT_WINDOW = 1
 
 
 @dataclass(frozen=True)
@@ -92,19 +91,18 @@ class Cache:
             return None
         visual, frames = len(self.frames.visual), len(self.frames.positions)
         anchors = min(DEFAULT_ANCHORS, visual) if policy.anchors is None else policy.anchors
-        window = min(DEFAULT_WINDOW, frames - 1) if policy.window is None else policy.window
         if anchors > visual:
             raise InputError(f"cache mars: {anchors} anchors are more than the {visual} visual tokens; use fewer")
-        if window and window >= frames:
+        if policy.window and policy.window >= frames:
             raise InputError(
-                f"cache mars: a window of {window} is larger than the video of {frames} frames; "
+                f"cache mars: a window of {policy.window} is larger than the video of {frames} frames; "
                 f"use a smaller one, or -1 for full attention"
             )
         sizes = self.frames.valid.sum(1)
         means = torch.stack([part.mean(0) for part in self.prompt[self.frames.visual].split(sizes.tolist())])
         scenes = scenes_of(means, sizes, policy.scene)
         fused = can_fuse(self.prompt.device) if policy.fused is None else policy.fused
-        return FramePattern(self.frames, window, anchors, policy.queries, policy.per_head, scenes, fused)
+        return FramePattern(self.frames, policy.window, anchors, policy.queries, policy.per_head, scenes, fused)
 
     def segments(self) -> dict[str, Tensor]:
         """Positions of each segment of `vidlada.decoding.policies.SEGMENTS`."""

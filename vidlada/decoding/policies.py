@@ -210,10 +210,9 @@ class Mars:
         ratio: frames are renewed `ratio` times less often (R = τ_v / τ_t).
         group: layers in a group.
         pyramid: ratio of a group's interval to the next deeper one's; 1 renews all layers together.
-        window: neighbours on either side that a visual query sees in a renewal; -1 for full attention. By default 1,
-            or 0 for a single frame.
-        anchors: visual tokens that all visual queries see besides; 0 for none. By default 64, or all where there are
-            fewer.
+        window: chunk attention: neighbours on either side that a visual query sees in a renewal; -1 for full attention.
+        anchors: with a window, visual tokens that all visual queries see besides; 0 for none. By default 64, or all
+            where there are fewer.
         queries: visual queries sampled in the search for anchors.
         per_head: anchors of each key/value head instead of each layer.
         chunk_first: restrict visual queries in the first step too.
@@ -228,11 +227,11 @@ class Mars:
     """
 
     name: ClassVar[str] = "mars"
-    text: int = 16
-    ratio: int = 2
+    text: int = 4
+    ratio: int = 8
     group: int = 4
     pyramid: int = 2
-    window: int | None = None
+    window: int = -1
     anchors: int | None = None
     queries: int = 32
     per_head: bool = False
@@ -246,11 +245,15 @@ class Mars:
         _at_least(self, 1, "text", "ratio", "group", "pyramid", "queries", "probes")
         _at_least(self, 0, "anchors", "drift", "scene")
         _at_least(self, -1, "window")
+        needs_window = {name: getattr(self, name) for name in ("anchors", "per_head", "chunk_first", "scene", "fused")}
+        for name, value in needs_window.items():
+            if value and not self.chunks:
+                raise InputError(f"cache mars: {name}={value} is part of chunk attention; give a window too: window=1")
 
     @property
     def chunks(self) -> bool:
         """Whether visual queries are restricted in renewals."""
-        return self.window is None or self.window >= 0
+        return self.window >= 0
 
     def entries(self, layers: int) -> list[int]:
         """Where the groups begin."""
