@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# beside the project: by itself it would replace torch and pull torchvision in
+LMMS_EVAL = $(BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 
 .PHONY: ask test lint eval-env clean
 
@@ -25,15 +27,15 @@ $(VENV)/ready: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@ $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
+	$(LMMS_EVAL)
+	touch $@ $(VENV)/ready $(VENV)/ready-eval
 
-# lmms-eval beside the project: by itself it would replace torch and pull torchvision in, hence --no-deps.
 eval-env: $(VENV)/ready-eval
 
 $(VENV)/ready-eval: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
-	$(BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
+	$(LMMS_EVAL)
 	touch $@ $(VENV)/ready
 
 clean:
