@@ -12,8 +12,14 @@ import click
 
 from vidlada.errors import VidLaDAError
 
-# transformers imports torchao wherever it is installed, which then warns of every kernel this machine lacks
-NOISY_LIBRARIES = ("torchao", "torch.utils._pytree")
+# transformers imports torchao wherever it is installed, which then warns of every kernel this machine lacks; accelerate
+# imports DeepSpeed, which warns on stdout, where our results go
+NOISY_LIBRARIES = ("torchao", "torch.utils._pytree", "DeepSpeed")
+
+
+def only_errors(record: logging.LogRecord) -> bool:
+    """Filter of a logger whose library sets its level when it is imported."""
+    return record.levelno >= logging.ERROR
 
 
 def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,6 +29,7 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         for name in NOISY_LIBRARIES:
             logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).addFilter(only_errors)
         try:
             return command(*args, **kwargs)
         except VidLaDAError as error:
