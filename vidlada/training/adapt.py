@@ -106,6 +106,8 @@ def adapted_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokens = [AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS]
     tokenizer.add_tokens(tokens, special_tokens=True)
     tokenizer.pad_token, tokenizer.mask_token = END_OF_TEXT, MASK
+    # SmolLM2's is the end of text, which would then pass for a token that is missing; bytes are never unknown
+    tokenizer.unk_token = None
     return tokenizer
 
 
