@@ -13,18 +13,19 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from trainings import assert_same, quietly, run, weights
+from trainings import MODEL, assert_same, quietly, run, weights
 
 from vidlada.errors import InputError
 from vidlada.training.checkpoints import checkpoints
-from vidlada.training.config import Stage
+from vidlada.training.config import Lora, Stage
+from vidlada.training.models import new_model, save_model
 from vidlada.training.parallel import make_accelerator
 from vidlada.training.trainer import train
 
@@ -200,6 +201,27 @@ def test_a_launch_that_contradicts_the_run_is_refused(tmp_path, monkeypatch, env
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=match):
         make_accelerator(config(tmp_path / "run", **changes))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model folder to start from, stored in bfloat16 as published ones are."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    model, processor = new_model({**MODEL, "text_config": {**MODEL["text_config"], "initializer_range": 0.3}}, seed=5)
+    save_model(model.bfloat16(), processor, folder)
+    return folder
+
+
+def test_adapters_under_fsdp_follow_the_curve_of_one_process(base, tmp_path):
+    """LoRA and recomputed activations; in bf16, where the frozen weights stay as they are stored, roughly."""
+    changes = {"model": None, "init_from": str(base), "lora": Lora(rank=4, alpha=8), "gradient_checkpointing": True}
+    expected = alone(config_of_deepspeed(tmp_path / "one", **changes))
+    settings = config_of_deepspeed(tmp_path / "run", parallel="fsdp", **changes)
+    follows_and_resumes(settings, expected, tmp_path)
+    assert not (tmp_path / "run" / "model" / "model.safetensors").exists()
+    code, said = launch(replace(settings, precision="bf16"), tmp_path, "--overwrite")
+    assert code == 0, said
+    assert losses(said) == pytest.approx(expected[1], rel=0.03)
 
 
 # Two hosts in network namespaces of their own, a cable between them; each runs the launch script.

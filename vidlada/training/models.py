@@ -40,8 +40,9 @@ def starting_model(config: TrainingConfig) -> tuple[VidLaDAForMaskedDiffusion, V
         )
     from vidlada.checkpoint import load_model, load_tokenizer
 
-    # frozen weights under adapters keep their stored type; what is trained is kept in float32
-    model = load_model(folder, dtype="auto" if config.lora is not None else torch.float32)
+    # frozen weights under adapters keep their stored type, where autocast bridges it; what is trained is float32
+    stored = config.lora is not None and config.precision != "no"
+    model = load_model(folder, dtype="auto" if stored else torch.float32)
     return model, VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
 
 
