@@ -224,6 +224,13 @@ def test_adapters_under_fsdp_follow_the_curve_of_one_process(base, tmp_path):
     assert losses(said) == pytest.approx(expected[1], rel=0.03)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler, for torch.compile on CPUs")
+def test_compiled_layers_under_fsdp_follow_the_curve_of_one_process(one, tmp_path):
+    """As the 8B model's configurations combine them."""
+    changes = {"parallel": "fsdp", "compile": True, "gradient_checkpointing": True, "checkpoint_every": 6}
+    follows(config(tmp_path / "run", **changes), one, tmp_path)
+
+
 # Two hosts in network namespaces of their own, a cable between them; each runs the launch script.
 TWO_NODES = """
 set -e
