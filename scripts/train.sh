@@ -4,7 +4,8 @@
 # Several machines: run it on each with NNODES (how many), RANK (which this is, from 0), MASTER_ADDR and MASTER_PORT
 # (of machine 0). NPROC_PER_NODE overrides the number of devices; without GPUs it is one process.
 # Passes per step follow from the config's batch_size and per_device_batch, whatever the number of devices.
-# The configs read LLM_VERSION, VIDEO_FOLDER, DATA and OUTPUT; VISION_TOWER_CACHE_DIR is searched for towers.
+# The configs read LLM_VERSION, VISION_MODEL_VERSION, VIDEO_FOLDER, DATA and OUTPUT; VISION_TOWER_CACHE_DIR is searched
+# for towers.
 set -euo pipefail
 
 if [[ $# -lt 1 ]]; then

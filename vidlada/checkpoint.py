@@ -54,6 +54,12 @@ TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "initializer_range",
 )  # fmt: skip
+# What the published config.json has no place for: an entry of its own in the files that we write.
+OURS = "vidlada"
+OWN_FIELDS = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "suppressed_token_ids", "stop_token_ids",
+    "system_message", "multi_turn", "generation",
+)  # fmt: skip
 LLADA_FIELDS = {
     "vocab_size": "embedding_size",
     "hidden_size": "d_model",
@@ -214,6 +220,7 @@ def config_from_published(published: dict[str, Any], vision: dict[str, Any]) -> 
         spatial_pool_mode=published.get("mm_spatial_pool_mode", "bilinear"),
         newline_position=published.get("mm_newline_position", "grid"),
         max_length=published.get("tokenizer_model_max_length") or 32768,
+        **published.get(OURS, {}),
     )
 
 
@@ -283,6 +290,7 @@ def published_config(config: VidLaDAConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
+        OURS: {name: getattr(config, name) for name in OWN_FIELDS},
         "mm_vision_tower": "google/siglip2-so400m-patch14-384",
         "mm_projector_type": "mlp2x_gelu",
         "mm_hidden_size": config.vision_config.hidden_size,  # type: ignore[union-attr]

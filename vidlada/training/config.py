@@ -117,6 +117,8 @@ class TrainingConfig:
         model: arguments of `VidLaDAConfig`, for a model trained from nothing; or
         init_from: a model folder to start from. A folder of a Llama-family language model loses its causal mask and
             gains the mask and control tokens; `model` then describes the vision half, or says `text_only: true`.
+        vision_tower: name or folder of the tower that a published `init_from` must have been made with; only its last
+            part counts. None: whichever it is.
         seed: of initial weights, data order and masking.
         precision: of the forward pass; weights and optimizer stay float32.
         optimizer: `adamw`, or `muon`: the layers' matrices by Muon, everything else by AdamW, at one learning rate
@@ -147,6 +149,7 @@ class TrainingConfig:
     stages: tuple[Stage, ...]
     model: dict[str, Any] | None = None
     init_from: str | None = None
+    vision_tower: str | None = None
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     optimizer: Literal["adamw", "muon"] = "adamw"

@@ -67,9 +67,15 @@ def starting_config(config: TrainingConfig) -> VidLaDAConfig:
 
     if config.init_from is None or is_llama(origin(config.init_from)):
         return VidLaDAConfig(**(config.model or {"text_only": True}))
-    from vidlada.checkpoint import describe
+    from vidlada.checkpoint import describe, read_json
 
-    return describe(origin(config.init_from)).config
+    folder = origin(config.init_from)
+    checkpoint = describe(folder)
+    if config.vision_tower is not None and checkpoint.layout == "published":
+        named = str(read_json(checkpoint.folder / "config.json").get("mm_vision_tower", ""))
+        if Path(named).name != Path(config.vision_tower).name:
+            raise InputError(f"vision_tower: {config.vision_tower}, but {folder} was made with {named or 'none'}")
+    return checkpoint.config
 
 
 def origin(init_from: str) -> Path:
