@@ -10,13 +10,14 @@ import yaml
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from media import write_video
+from media import number_of, write_video
 from PIL import Image
 from trainings import MODEL
 
 from vidlada.cli import main
 from vidlada.errors import InputError
 from vidlada.processor import VIDEO_PLACE
+from vidlada.training.check import check_source
 from vidlada.training.collate import CollateSettings, Collator, Part, StepDataset, messages_of
 from vidlada.training.llava import LlavaSource
 from vidlada.training.mixture import read_tar, sampled
@@ -148,6 +149,22 @@ def test_webdataset_tars(tmp_path):
     assert sorted(samples) == ["blue alone", "blue and black", "red alone", "red and black"]
     assert [video[0, 0, 0].tolist() for video in samples["red and black"]] == [[255, 0, 0], [0, 0, 0]]
     assert samples["blue alone"][0].shape == (1, 8, 8, 3)
+
+
+def test_tars_of_videos(tmp_path, small):
+    video = write_video(tmp_path / "a.mp4", frames=100).read_bytes()
+    members = []
+    for name, content in (("1", video), ("2", video[:500])):
+        members += [(f"{name}.json", json.dumps(entry(name)).encode()), (f"{name}.mp4", content)]
+    source = LlavaSource(96, write_tar(tmp_path / "a.tar", members), batch_size=2, time_instruction=True)
+    whole, damaged = sorted(source.plan(0), key=lambda item: item.exchanges[0][1])
+    sample = source.load(whole)
+    assert [number_of(frame) for frame in sample.videos[0]] == [0, 25, 50, 75]
+    assert "4 frames" in sample.exchanges[0][0]
+    with pytest.raises(BrokenMedia, match=r"a\.tar:2\.mp4"):
+        source.load(damaged)
+    report = check_source("a", source, small.processor, 2)
+    assert len(report.lengths) == 1 and "a.tar:2.mp4" in report.text(9)
 
 
 @pytest.mark.parametrize(

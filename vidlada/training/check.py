@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,13 +122,15 @@ def check_entry(
 def frames_of(media: Media, source: LlavaSource) -> int | tuple[str, str]:
     """Frames that training takes of a file, or the kind of problem with it and a message."""
     if isinstance(media, TarMember):
-        return 1
-    if not Path(media).exists():
+        if media.is_image:
+            return 1
+    elif not media.exists():
         return "missing files", str(media)
     try:
-        info = probe(media)
-    except InputError as error:
-        return "unreadable files", str(error)
+        with media.as_file() if isinstance(media, TarMember) else nullcontext(media) as path:
+            info = probe(path)
+    except (InputError, OSError) as error:
+        return "unreadable files", f"{media}: {error}" if isinstance(media, TarMember) else str(error)
     return len(sample_indices(info.frames, info.fps, source.sampling))
 
 

@@ -24,10 +24,10 @@ from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.config import build, expanded, read_yaml
+from vidlada.training.mixture import VIDEO_SUFFIXES
 from vidlada.training.samples import STRICT
 from vidlada.video import Sampling, sample_frames
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 LETTERS = "ABCDEFGH"
 WRITE = (
     "These {frames} frames show seconds {start:.0f} to {end:.0f} of a video, in order. Write {questions} "

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -85,10 +86,11 @@ class LlavaSource:
         videos = []
         for media in entry.media:
             try:
-                if isinstance(media, TarMember):
+                if isinstance(media, TarMember) and media.is_image:
                     videos.append(decode_image(media.read(), self.size))
                     continue
-                frames = sample_frames(media, self.sampling, size=self.size)
+                with media.as_file() if isinstance(media, TarMember) else nullcontext(media) as path:
+                    frames = sample_frames(path, self.sampling, size=self.size)
             except (InputError, OSError, Image.DecompressionBombError) as error:
                 raise BrokenMedia(f"{media}: {error}" if isinstance(media, TarMember) else str(error)) from error
             videos.append(frames.images)
@@ -148,8 +150,10 @@ class LlavaSource:
 
 
 def is_video(media: Path | TarMember) -> bool:
-    """Whether a path, by its name, is neither an image nor a member of a tar."""
-    return isinstance(media, Path) and media.suffix.lower() not in IMAGE_SUFFIXES
+    """Whether a file is, by its name, no image."""
+    if isinstance(media, TarMember):
+        return not media.is_image
+    return media.suffix.lower() not in IMAGE_SUFFIXES
 
 
 def decode_image(content: bytes, size: int) -> np.ndarray:

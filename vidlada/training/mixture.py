@@ -4,8 +4,10 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from vidlada.training.samples import STRICT
 
 STRATEGY = re.compile(r"(all|(first|end|random):(\d+(?:\.\d+)?)(%?))(?:,(\d+))?")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+COPIED_AT_ONCE = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,21 @@ class TarMember:
         with self.tar.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether its name is an image's; else it is a video."""
+        return self.name.lower().endswith(IMAGE_SUFFIXES)
+
+    @contextmanager
+    def as_file(self) -> Iterator[Path]:
+        """A temporary file of its content, for readers that need one; a video is never held in memory."""
+        with NamedTemporaryFile(suffix=Path(self.name).suffix) as copy, self.tar.open("rb") as file:
+            file.seek(self.offset)
+            for start in range(0, self.size, COPIED_AT_ONCE):
+                copy.write(file.read(min(COPIED_AT_ONCE, self.size - start)))
+            copy.flush()
+            yield Path(copy.name)
 
     def __str__(self) -> str:
         return f"{self.tar}:{self.name}"
@@ -219,7 +238,8 @@ def entry_of(value: Any, folder: Path, origin: str, attached: Sequence[Media] = 
 
 
 def read_tar(path: Path) -> list[Entry]:
-    """Entries of a WebDataset tar: files of one name up to the first dot belong together, one json and its images.
+    """Entries of a WebDataset tar: files of one name up to the first dot belong together, one json and its images
+    or videos.
 
     Raises:
         InputError: the tar is missing or damaged, or an entry is malformed.
@@ -248,6 +268,6 @@ def _tar_entries(path: Path) -> Iterator[Entry]:
             value = json.loads(described[0].read())
         except ValueError as error:
             raise InputError(f"{described[0]}: not valid json: {error}") from error
-        images = [member for member in members if member.name.lower().endswith(IMAGE_SUFFIXES)]
-        images.sort(key=lambda member: member.name)
-        yield entry_of(value, path.parent, str(described[0]), images)
+        media = [member for member in members if member.name.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES)]
+        media.sort(key=lambda member: member.name)
+        yield entry_of(value, path.parent, str(described[0]), media)
