@@ -2,9 +2,10 @@
 
 Train both with the same data and budget, the second with `objective: autoregressive`, then compare them:
 
-    vidlada train diffusion.yaml && vidlada train autoregressive.yaml
-    vidlada shapes write data/test --split test --clips 200
-    python scripts/compare_twins.py runs/diffusion/model runs/autoregressive/model data/test/test.json out
+    OBJECTIVE=diffusion OUTPUT=runs/diffusion vidlada train configs/twins.yaml
+    OBJECTIVE=autoregressive OUTPUT=runs/causal vidlada train configs/twins.yaml
+    vidlada shapes write data/test --split test --clips 120 --seconds 8 --size 84
+    python scripts/compare_twins.py runs/diffusion/model runs/causal/model data/test/test.json out
 
 Writes scores.json and three plots (needs matplotlib): by family, by the time of the decisive event, and with fewer
 frames a second. The result is whatever it is.
@@ -132,7 +133,7 @@ def plot(scores: dict[str, Any], group: str, path: Path) -> None:
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlabel(group)
     axes.set_ylabel("right, %")
-    axes.legend()
+    figure.legend(loc="outside upper right", ncols=len(scores))
     figure.savefig(path)
 
 
