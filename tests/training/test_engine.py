@@ -1,17 +1,23 @@
 """The long-video data engine against a stub of an OpenAI-compatible endpoint."""
 
+import base64
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
-from media import write_video
+from media import number_of, picture, write_video
+from serve.running import running_server
 
 from vidlada.cli import main
-from vidlada.training.engine import Candidate, candidates_in, letter_in, with_choices
+from vidlada.shapes.dataset import write_dataset
+from vidlada.training.engine import Candidate, Endpoint, Segment, candidates_in, letter_in, with_choices
 from vidlada.training.mixture import read_llava
+from vidlada.video import Sampling, sample_frames
 
 QUESTIONS = [
     {"question": "Who waves?", "answer": "the cook", "wrong": ["the cat", "nobody"]},
@@ -147,10 +153,16 @@ def test_a_busy_server_is_asked_again(stub, config, tmp_path):
 
 def test_wrong_builds_are_named(tmp_path, config):
     values = yaml.safe_load(config.read_text())
-    for change, match in (({"agreement": 3}, "voters"), ({"voter": 1}, "voter: unknown"), ({"videos": "x"}, "x is")):
+    for change, match in (
+        ({"agreement": 3}, "voters"),
+        ({"voter": 1}, "voter: unknown"),
+        ({"videos": "x"}, "x is"),
+        ({"blind": {"url": "u", "model": "m", "prompt": "{question}"}}, "prompt: .*choices"),
+        ({"size": 33}, "size: .*multiple of 2"),
+    ):
         config.write_text(yaml.safe_dump({**values, **change}))
         result = build(config)
-        assert result.exit_code == 2 and match in result.output, result.output
+        assert result.exit_code == 2 and re.search(match, result.output), result.output
 
 
 @pytest.mark.parametrize("reply", ["", "[", "no json", '[{"question": "a"}]', "[1]", '{"question": "a"}'])
@@ -166,7 +178,64 @@ def test_letters():
     candidate = Candidate("Which?", "right", ["w1", "w2", "w3"])
     letters = set()
     for seed in range(30):
-        prompt, letter = with_choices(candidate, [seed])
+        prompt, letter = with_choices(candidate, Endpoint("http://x", "m"), [seed])
         assert f"{letter}. right" in prompt
         letters.add(letter)
     assert letters == set("ABCD")
+
+
+# How the shipped model was asked in training.
+WORDING = {"prompt": "{question} choices : {choices} . answer with the letter .", "choice": "{letter} {choice}",
+           "between": " , "}  # fmt: skip
+
+
+def test_the_shipped_model_votes_on_shapes_videos(tmp_path, stub, monkeypatch):
+    """Through vidlada serve, which shows it the segment as a video of a frame a second."""
+    questions = write_dataset(tmp_path, "validation", clips=2, seconds=6, size=84)
+    asked = [entry for entry in json.loads(questions.read_text()) if entry["choices"]]
+    by_video = {}
+    for entry in asked:
+        right = "ABCDEFGH".index(entry["conversations"][1]["value"])
+        by_video.setdefault(entry["video"], []).append(
+            {
+                "question": entry["conversations"][0]["value"].removeprefix("<image>\n").split(" choices : ")[0],
+                "answer": entry["choices"][right],
+                "wrong": [choice for number, choice in enumerate(entry["choices"]) if number != right],
+            }
+        )
+    left = [by_video[name] for name in sorted(by_video)]
+    monkeypatch.setattr(stub, "answer", lambda body: json.dumps(left.pop(0)) if body["model"] == "writer" else "none")
+    with running_server(VIDLADA_API_KEYS="key") as server:
+        monkeypatch.setenv("KEY_OF_TINY", "key")
+        there = f"http://127.0.0.1:{stub.server_port}/v1"
+        voter = {"url": f"{server.url.rstrip('/')}/v1", "model": "tiny", "key_variable": "KEY_OF_TINY",
+                 "shown": "video", **WORDING}  # fmt: skip
+        values = {
+            "videos": str(tmp_path / "videos"), "output": str(tmp_path / "out.jsonl"), "segments": 1, "frames": 6,
+            "questions": 9, "size": 84, "agreement": 1, "voters": [voter],
+            "writer": {"url": there, "model": "writer"}, "blind": {"url": there, "model": "blind"},
+        }  # fmt: skip
+        (tmp_path / "build.yaml").write_text(yaml.safe_dump(values))
+        result = build(tmp_path / "build.yaml")
+    assert result.exit_code == 0, result.output
+    audit = [json.loads(line) for line in (tmp_path / "out.audit.jsonl").read_text().splitlines()]
+    judged = [candidate for record in audit for candidate in record["candidates"]]
+    assert len(judged) == len(asked) > 2
+    for candidate in judged:
+        blind, vote = candidate["asked"]
+        assert (blind["agrees"], vote["model"]) == (False, "tiny")
+        assert vote["reply"] in list("ABCDEFGH")  # it understood what it was asked, whether it is right or not
+        assert candidate["verdict"] == ("kept" if vote["agrees"] else "0 of 1 voters agree")
+    kept = sum(candidate["verdict"] == "kept" for candidate in judged)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == kept
+
+
+def test_a_segment_as_a_video(tmp_path):
+    frames = np.stack([picture(number, 96, 96) for number in range(4)])
+    (part,) = Segment(frames, (10.0, 18.0)).parts("video")
+    kind, content = part["video_url"]["url"].split(";base64,")
+    assert kind == "data:video/mp4"
+    (tmp_path / "a.mp4").write_bytes(base64.b64decode(content))
+    found = sample_frames(tmp_path / "a.mp4", Sampling(fps=0.5))
+    assert [number_of(image) for image in found.images] == [0, 1, 2, 3]
+    assert found.times == (0, 2, 4, 6)

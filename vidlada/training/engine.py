@@ -13,13 +13,18 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
+from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from string import Formatter
+from typing import Annotated, Any, Literal
 
+import av
 import numpy as np
 from PIL import Image
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError, VidLaDAError
@@ -35,6 +40,7 @@ WRITE = (
     'not name the frames. Reply with JSON alone: [{{"question": "…", "answer": "…", "wrong": ["…", "…", "…"]}}]'
 )
 ANSWER = "{question}\n{choices}\nAnswer with the letter of the right choice alone."
+CHOICE = "{letter}. {choice}"
 WITHOUT = "You do not see the video. Guess. "
 
 
@@ -48,6 +54,11 @@ class Endpoint:
         key_variable: environment variable that holds its API key; sent only if set.
         timeout: seconds for a reply.
         tries: after errors of the network or the server.
+        shown: `frames` as OpenAI's `image_url` parts, or as one `video_url` part (as vLLM and `vidlada serve` take it),
+            for models that were trained on videos.
+        prompt: of a question to be answered, with {question} and {choices}.
+        choice, between: how a choice is written, with {letter} and {choice}, and what stands between two. Small models
+            know one wording alone.
     """
 
     url: str
@@ -55,6 +66,21 @@ class Endpoint:
     key_variable: str = "OPENAI_API_KEY"
     timeout: PositiveFloat = 120.0
     tries: PositiveInt = 3
+    shown: Literal["frames", "video"] = "frames"
+    prompt: str = ANSWER
+    choice: str = CHOICE
+    between: str = "\n"
+
+    def __post_init__(self) -> None:
+        for name, template, places in (
+            ("prompt", self.prompt, {"question", "choices"}), ("choice", self.choice, {"letter", "choice"}),
+        ):  # fmt: skip
+            try:
+                found = {place for _, place, _, _ in Formatter().parse(template) if place is not None}
+            except ValueError as error:
+                raise InputError(f"{name}: {template!r}: {error}") from error
+            if found != places:
+                raise InputError(f"{name}: {template!r} must hold {' and '.join(f'{{{p}}}' for p in sorted(places))}")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -71,7 +97,7 @@ class BuildConfig:
         segments: strata of time a video is cut into.
         frames: shown of each.
         questions: asked for about each.
-        size: pixels along a side of a frame.
+        size: pixels along a side of a frame, an even number.
         blind_tries: a question is dropped if any of so many blind answers, with the choices in another order each,
             is right.
         seed: of the order of choices.
@@ -86,7 +112,7 @@ class BuildConfig:
     segments: PositiveInt = 4
     frames: PositiveInt = 8
     questions: PositiveInt = 3
-    size: PositiveInt = 384
+    size: Annotated[int, Field(gt=0, multiple_of=2)] = 384
     blind_tries: PositiveInt = 1
     seed: NonNegativeInt = 0
 
@@ -122,13 +148,41 @@ def load_build(path: Path) -> BuildConfig:
     return build(BuildConfig, expanded(read_yaml(path), str(path)), str(path))
 
 
-def complete(endpoint: Endpoint, prompt: str, pictures: Sequence[str] = ()) -> str:
+@plain_dataclass(frozen=True)
+class Segment:
+    """What is shown of a stretch of video.
+
+    Attributes:
+        frames: (frames, height, width, 3).
+        seconds: where it starts and ends.
+    """
+
+    frames: np.ndarray
+    seconds: tuple[float, float]
+
+    def parts(self, shown: Literal["frames", "video"]) -> list[dict[str, Any]]:
+        """As parts of a message."""
+        if shown == "frames":
+            return [{"type": "image_url", "image_url": {"url": url}} for url in self._pictures]
+        return [{"type": "video_url", "video_url": {"url": self._video}}]
+
+    @cached_property
+    def _pictures(self) -> list[str]:
+        return [data_url("image/jpeg", jpeg(frame)) for frame in self.frames]
+
+    @cached_property
+    def _video(self) -> str:
+        rate = Fraction(len(self.frames) / max(self.seconds[1] - self.seconds[0], 0.1)).limit_denominator(1000)
+        return data_url("video/mp4", mp4(self.frames, rate))
+
+
+def complete(endpoint: Endpoint, prompt: str, segment: Segment | None = None) -> str:
     """A model's reply.
 
     Args:
         endpoint: which.
         prompt: text.
-        pictures: data URLs, shown before the text.
+        segment: shown before the text.
 
     Raises:
         VidLaDAError: the endpoint refuses the request, or does not answer.
@@ -137,8 +191,9 @@ def complete(endpoint: Endpoint, prompt: str, pictures: Sequence[str] = ()) -> s
         import httpx2
     except ImportError as error:
         raise InputError("vidlada data build needs httpx2: pip install vidlada[train]") from error
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
-    content = [*parts, {"type": "text", "text": prompt}] if pictures else prompt
+    content: Any = prompt
+    if segment is not None:
+        content = [*segment.parts(endpoint.shown), {"type": "text", "text": prompt}]
     body = {"model": endpoint.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
     key = os.environ.get(endpoint.key_variable)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -181,12 +236,15 @@ def candidates_in(reply: str) -> list[Candidate]:
     return kept
 
 
-def with_choices(candidate: Candidate, seed: Sequence[int]) -> tuple[str, str]:
-    """The question with its choices in a random order, and the letter of the right one."""
+def with_choices(candidate: Candidate, endpoint: Endpoint, seed: Sequence[int]) -> tuple[str, str]:
+    """The question with its choices in a random order, worded for an endpoint, and the letter of the right one."""
     choices = [candidate.answer, *candidate.wrong]
     order = np.random.default_rng(list(seed)).permutation(len(choices))
-    listed = "\n".join(f"{letter}. {choices[place]}" for letter, place in zip(LETTERS, order, strict=False))
-    return ANSWER.format(question=candidate.question, choices=listed), LETTERS[order.tolist().index(0)]
+    listed = endpoint.between.join(
+        endpoint.choice.format(letter=letter, choice=choices[place])
+        for letter, place in zip(LETTERS, order, strict=False)
+    )
+    return endpoint.prompt.format(question=candidate.question, choices=listed), LETTERS[order.tolist().index(0)]
 
 
 def letter_in(reply: str) -> str:
@@ -195,11 +253,11 @@ def letter_in(reply: str) -> str:
     return found[1] if found else ""
 
 
-def judge(candidate: Candidate, config: BuildConfig, pictures: Sequence[str], seed: Sequence[int]) -> None:
+def judge(candidate: Candidate, config: BuildConfig, segment: Segment, seed: Sequence[int]) -> None:
     """Ask the blind model and the voters; the verdict and every call are kept in the candidate."""
 
-    def ask(role: str, endpoint: Endpoint, number: int, shown: Sequence[str]) -> bool:
-        prompt, right = with_choices(candidate, [*seed, number])
+    def ask(role: str, endpoint: Endpoint, number: int, shown: Segment | None) -> bool:
+        prompt, right = with_choices(candidate, endpoint, [*seed, number])
         prompt = WITHOUT * (role == "blind") + prompt
         reply = complete(endpoint, prompt, shown)
         agrees = letter_in(reply) == right
@@ -208,10 +266,10 @@ def judge(candidate: Candidate, config: BuildConfig, pictures: Sequence[str], se
         )
         return agrees
 
-    if any(ask("blind", config.blind, number, ()) for number in range(config.blind_tries)):
+    if any(ask("blind", config.blind, number, None) for number in range(config.blind_tries)):
         candidate.verdict = "answered without the video"
         return
-    votes = sum(ask("voter", voter, number, pictures) for number, voter in enumerate(config.voters))
+    votes = sum(ask("voter", voter, number, segment) for number, voter in enumerate(config.voters))
     candidate.verdict = "kept" if votes >= config.agreement else f"{votes} of {len(config.voters)} voters agree"
 
 
@@ -263,13 +321,13 @@ def video_records(config: BuildConfig, path: Path, name: str, number: int, done:
             if (name, segment) not in done:
                 yield {**blank, "segment": segment, "problem": str(error)}
         return
-    pictures = [data_url(image) for image in frames.images]
     for segment in range(config.segments):
         if (name, segment) in done:
             continue
         start, end = (frames.info.duration * edge / config.segments for edge in (segment, segment + 1))
-        shown = pictures[segment * config.frames : (segment + 1) * config.frames]
-        prompt = WRITE.format(frames=len(shown), start=start, end=end, questions=config.questions)
+        images = frames.images[segment * config.frames : (segment + 1) * config.frames]
+        shown = Segment(images, (start, end))
+        prompt = WRITE.format(frames=len(images), start=start, end=end, questions=config.questions)
         reply = complete(config.writer, prompt, shown)
         candidates = candidates_in(reply)[: config.questions]
         for place, candidate in enumerate(candidates):
@@ -290,11 +348,28 @@ def vars_of(candidate: Candidate) -> dict[str, Any]:
     return {name: getattr(candidate, name) for name in ("question", "answer", "wrong", "asked", "verdict")}
 
 
-def data_url(image: np.ndarray) -> str:
-    """A frame as a JPEG data URL."""
+def data_url(kind: str, content: bytes) -> str:
+    """A file's content as a URL."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def jpeg(image: np.ndarray) -> bytes:
+    """A frame, (height, width, 3), as a file."""
     content = io.BytesIO()
     Image.fromarray(image).save(content, "jpeg", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return content.getvalue()
+
+
+def mp4(frames: np.ndarray, rate: Fraction) -> bytes:
+    """Frames, (frames, height, width, 3), as an H.264 file of so many a second."""
+    content = io.BytesIO()
+    with av.open(content, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return content.getvalue()
 
 
 def read_audit(path: Path) -> list[dict[str, Any]]:
