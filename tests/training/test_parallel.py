@@ -231,6 +231,13 @@ def test_compiled_layers_under_fsdp_follow_the_curve_of_one_process(one, tmp_pat
     follows(config(tmp_path / "run", **changes), one, tmp_path)
 
 
+def test_under_fsdp_one_process_reads_the_checkpoint(base, tmp_path):
+    """And sends the others theirs; in one that was sent none the weights would be whatever lay in memory."""
+    changes = {"model": None, "init_from": str(base), "checkpoint_every": 6}
+    expected = alone(config_of_deepspeed(tmp_path / "one", **changes))
+    follows(config_of_deepspeed(tmp_path / "run", parallel="fsdp", **changes), expected, tmp_path)
+
+
 # Two hosts in network namespaces of their own, a cable between them; each runs the launch script.
 TWO_NODES = """
 set -e

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -18,8 +19,12 @@ from vidlada.training.initialization import initialize
 from vidlada.training.tokenizer import word_tokenizer
 
 
-def starting_model(config: TrainingConfig) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
+def starting_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
     """The model a run starts from, and its processor.
+
+    Args:
+        config: of the run.
+        weights: needed; if not, because another process will send them, a checkpoint's are not read.
 
     Raises:
         InputError: `init_from` is not a usable checkpoint.
@@ -38,12 +43,25 @@ def starting_model(config: TrainingConfig) -> tuple[VidLaDAForMaskedDiffusion, V
         raise InputError(
             f"init_from: {folder} is a whole model already; model goes with a Llama-family language model, or alone"
         )
-    from vidlada.checkpoint import load_model, load_tokenizer
+    from vidlada.checkpoint import describe, load_model, load_tokenizer
 
     # frozen weights under adapters keep their stored type, where autocast bridges it; what is trained is float32
     stored = config.lora is not None and config.precision != "no"
-    model = load_model(folder, dtype="auto" if stored else torch.float32)
+    if weights or stored:  # weights in their stored type are mapped from the file: processes share that memory
+        model = load_model(folder, dtype="auto" if stored else torch.float32)
+    else:
+        model = unread_model(describe(folder).config)
     return model, VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
+
+
+def unread_model(config: VidLaDAConfig) -> VidLaDAForMaskedDiffusion:
+    """A model in float32 whose weights are reserved but never written: pages nobody touches take no memory."""
+    with init_empty_weights(include_buffers=False):
+        model = VidLaDAForMaskedDiffusion(config)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
+    return model
 
 
 def starting_processor(config: TrainingConfig) -> VidLaDAProcessor:

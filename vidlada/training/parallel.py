@@ -122,6 +122,12 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
+def weights_come_from_main(accelerator: Accelerator) -> bool:
+    """Whether the main process alone needs the weights, and this is another."""
+    fsdp = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    return fsdp is not None and fsdp.cpu_ram_efficient_loading and not accelerator.is_main_process
+
+
 def is_deepspeed(accelerator: Accelerator) -> bool:
     """Whether DeepSpeed runs backward passes, clips and updates."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED

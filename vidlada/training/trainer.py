@@ -41,7 +41,14 @@ from vidlada.training.objective import (
     next_token_loss,
 )
 from vidlada.training.optimizers import Optimizers, drop_gradients, make_optimizers
-from vidlada.training.parallel import is_deepspeed, is_sharded, make_accelerator, on_main, total
+from vidlada.training.parallel import (
+    is_deepspeed,
+    is_sharded,
+    make_accelerator,
+    on_main,
+    total,
+    weights_come_from_main,
+)
 from vidlada.training.samples import Source
 from vidlada.training.stages import (
     EVALUATION,
@@ -165,7 +172,7 @@ class Run:
     ):
         self.config, self.sources, self.held_out = config, sources, held_out
         self.accelerator, self.say = accelerator, say
-        model, self.processor = starting_model(config)
+        model, self.processor = starting_model(config, weights=not weights_come_from_main(accelerator))
         self.model_config = model.config
         if not model.config.text_only:
             # transformers' fused attention is several times slower than plain products in a CPU's bfloat16 backward
