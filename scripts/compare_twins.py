@@ -24,6 +24,7 @@ from vidlada.api import EncodedVideo, VidLaDA, load
 from vidlada.cli.options import one_line_errors
 from vidlada.errors import InputError
 from vidlada.shapes.benchmark import points, read_questions
+from vidlada.shapes.dataset import question_of
 from vidlada.shapes.questions import BENCHMARK_FAMILIES
 from vidlada.shapes.world import Clip
 from vidlada.training.objective import causal_mask
@@ -37,7 +38,7 @@ Answerer = Callable[[EncodedVideo, list[str]], list[str]]
 
 def decisive_second(entry: dict[str, Any]) -> int | None:
     """The second of the one event a question is about; None if it is about no single event."""
-    question = entry["conversations"][0]["value"].removeprefix("<image>\n")
+    question = question_of(entry)
     answer = entry["conversations"][1]["value"]
     if entry["choices"]:
         answer = entry["choices"]["ABCDEFGH".index(answer)]
@@ -101,7 +102,7 @@ def score(model: VidLaDA, answerer: Answerer, entries: list[dict[str, Any]], fol
         by_video[entry["video"]].append(entry)
     right: dict[tuple[str, str], list[float]] = defaultdict(list)
     for name, asked in by_video.items():
-        questions = [entry["conversations"][0]["value"].removeprefix("<image>\n") for entry in asked]
+        questions = [question_of(entry) for entry in asked]
         for rate in RATES:
             answers = answerer(model.watch(folder / name, fps=rate), questions)
             for entry, answer in zip(asked, answers, strict=True):

@@ -6,7 +6,7 @@ would predict in the open slots of the block is compared with what full recomput
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from vidlada.decoding.policies import policy_from
 from vidlada.decoding.sampler import Denoiser, Request, Row
 from vidlada.errors import InputError
 from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.shapes.dataset import question_of
 from vidlada.shapes.questions import LONG_FAMILIES
 
 
@@ -60,8 +61,7 @@ def follow(
     """
 
     def row(number: int, cache: str) -> Row:
-        settings = request.settings.updated(cache=cache)
-        return Row(number, Request(**{**vars(request), "settings": settings}), model)
+        return Row(number, replace(request, settings=request.settings.updated(cache=cache)), model)
 
     leader, followers = row(0, BASELINE), [row(number, cache) for number, cache in enumerate(caches, start=1)]
     denoiser, layers = Denoiser(model), model.language_model.config.num_hidden_layers
@@ -79,7 +79,7 @@ def follow(
             follower.ids, follower.masked, follower.block = leader.ids.clone(), leader.masked.clone(), leader.block
     distances[BASELINE].work += sum(leader.statistics.layer_tokens)
     for cache, follower in zip(caches, followers, strict=True):
-        distances[cache].work += sum(sum(kept.store.work) for kept in follower.caches if kept.store is not None)
+        distances[cache].work += sum(follower.layer_tokens(layers))
 
 
 def fidelity_figures(
@@ -114,8 +114,7 @@ def fidelity_figures(
     for number, entry in enumerate(asked, start=1):
         progress(f"question {number} of {len(asked)}")
         chat = vidlada.chat(folder / entry["video"], **options)
-        question = entry["conversations"][0]["value"].removeprefix("<image>\n")
-        follow(vidlada.model, chat.request(question), names, distances)
+        follow(vidlada.model, chat.request(question_of(entry)), names, distances)
     return {
         "model": vidlada.name,
         "questions": len(asked),

@@ -149,46 +149,45 @@ def bench_weights(device: str | None, as_json: bool, **options: Any) -> None:
     click.echo(json.dumps(figures) if as_json else weights_table(figures))
 
 
-@bench.command("quality")
-@click.argument("questions", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@caches_option
-@pace_options
-@model_option
-@one_line_errors
-def bench_quality(questions: Path, caches: tuple[str, ...], source: ModelSource, as_json: bool, **options: Any) -> None:
-    """What every cache costs in right answers to QUESTIONS (from `vidlada shapes write`), and saves in work."""
-    from vidlada.bench.quality import CACHES, quality_figures, quality_table
+def questions_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What benchmarks take that put the questions of a shapes dataset to every cache."""
+    command = caches_option(pace_options(model_option(one_line_errors(command))))
+    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+    return click.argument("questions", type=click.Path(path_type=Path))(command)
+
+
+def print_figures_of_questions(
+    figures_of: Callable[..., dict[str, Any]], table: Callable[[dict[str, Any]], str], questions: Path,
+    caches: tuple[str, ...], source: ModelSource, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Run such a benchmark; the options are those of `questions_options`."""
+    from vidlada.bench.decoding import CACHES
     from vidlada.shapes.benchmark import read_questions
 
     entries = read_questions(questions)
-    figures = quality_figures(
+    figures = figures_of(
         source.load(), entries, questions.parent, caches or CACHES,
         progress=lambda what: click.echo(what, err=True), **given_options(options),
     )  # fmt: skip
-    click.echo(json.dumps(figures) if as_json else quality_table(figures))
+    click.echo(json.dumps(figures) if as_json else table(figures))
+
+
+@bench.command("quality")
+@questions_options
+def bench_quality(**options: Any) -> None:
+    """What every cache costs in right answers to QUESTIONS (from `vidlada shapes write`), and saves in work."""
+    from vidlada.bench.quality import quality_figures, quality_table
+
+    print_figures_of_questions(quality_figures, quality_table, **options)
 
 
 @bench.command("fidelity")
-@click.argument("questions", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@caches_option
-@pace_options
-@model_option
-@one_line_errors
-def bench_fidelity(
-    questions: Path, caches: tuple[str, ...], source: ModelSource, as_json: bool, **options: Any
-) -> None:
+@questions_options
+def bench_fidelity(**options: Any) -> None:
     """How far every cache's predictions are from full recompute's, on the long answers among QUESTIONS."""
-    from vidlada.bench.fidelity import CACHES, fidelity_figures, fidelity_table
-    from vidlada.shapes.benchmark import read_questions
+    from vidlada.bench.fidelity import fidelity_figures, fidelity_table
 
-    entries = read_questions(questions)
-    figures = fidelity_figures(
-        source.load(), entries, questions.parent, caches or CACHES,
-        progress=lambda what: click.echo(what, err=True), **given_options(options),
-    )  # fmt: skip
-    click.echo(json.dumps(figures) if as_json else fidelity_table(figures))
+    print_figures_of_questions(fidelity_figures, fidelity_table, **options)
 
 
 @bench.command("drift")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vidlada.errors import InputError
 from vidlada.evaluation.benchmarks import MLVU_DEV, MLVU_TEST, MVBENCH_FOLDERS, Benchmark, Document
-from vidlada.shapes.dataset import write_dataset
+from vidlada.shapes.dataset import question_of, write_dataset
 from vidlada.shapes.questions import BENCHMARK_FAMILIES, LETTERS, ask
 from vidlada.shapes.render import render_frames, write_mp4
 from vidlada.shapes.world import Clip, clip_for
@@ -274,7 +274,7 @@ def write_shapes(root: Path, clips: int, number: int = 10, seconds: int | None =
     documents = [
         {
             "id": entry["id"], "video": entry["video"], "family": entry["family"],
-            "question": entry["conversations"][0]["value"].removeprefix("<image>\n"),
+            "question": question_of(entry),
             "answer": entry["conversations"][1]["value"], "clip": json.dumps(entry["clip"]),
         }
         for entry in json.loads(written.read_text(encoding="utf-8"))

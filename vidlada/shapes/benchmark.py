@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vidlada.errors import InputError
+from vidlada.shapes.dataset import question_of
 from vidlada.shapes.questions import BENCHMARK_FAMILIES, LONG_FAMILIES, events_recovered
 from vidlada.shapes.world import HELD_OUT, Clip
 
@@ -156,7 +157,7 @@ def evaluate(
     unseen = {SEEN: Score(), UNSEEN: Score()}
     answers: list[dict[str, Any]] = []
     for video, asked in by_video.items():
-        questions = [entry["conversations"][0]["value"].removeprefix("<image>\n") for entry in asked]
+        questions = [question_of(entry) for entry in asked]
         said = answerer(None if blind else folder / video, questions)
         for entry, question, answer in zip(asked, questions, said, strict=True):
             score = families[entry["family"]]

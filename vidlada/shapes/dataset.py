@@ -12,6 +12,8 @@ from vidlada.shapes.questions import BENCHMARK_FAMILIES, LONG_FAMILIES, Question
 from vidlada.shapes.render import write_mp4
 from vidlada.shapes.world import SPLITS, Clip, clip_for
 
+IMAGE_MARK = "<image>\n"  # where LLaVA's format puts the video
+
 
 def entry_of(clip: Clip, question: Question, video: str, number: int) -> dict[str, Any]:
     """One question in the LLaVA format, with what is needed to score an answer."""
@@ -19,13 +21,19 @@ def entry_of(clip: Clip, question: Question, video: str, number: int) -> dict[st
         "id": f"{Path(video).stem}-{number:02d}",
         "video": video,
         "conversations": [
-            {"from": "human", "value": f"<image>\n{question.question}"},
+            {"from": "human", "value": f"{IMAGE_MARK}{question.question}"},
             {"from": "gpt", "value": question.answer},
         ],
         "family": question.family,
         "choices": question.choices,
         "clip": clip.to_dict(),
     }
+
+
+def question_of(entry: dict[str, Any]) -> str:
+    """The question of an entry as a user asks it."""
+    asked: str = entry["conversations"][0]["value"]
+    return asked.removeprefix(IMAGE_MARK)
 
 
 def clip_questions(clip: Clip, split: str, index: int, number: int, families: Iterable[str]) -> list[Question]:

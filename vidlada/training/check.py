@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ from vidlada.errors import InputError
 from vidlada.processor import VidLaDAProcessor
 from vidlada.training.collate import messages_of
 from vidlada.training.llava import LlavaSource
-from vidlada.training.mixture import Entry, Media, TarMember
+from vidlada.training.mixture import Entry, Media, TarMember, as_path, problem_with
 from vidlada.video import probe, sample_indices
 
 BARS = 12  # of the histogram
@@ -127,10 +126,10 @@ def frames_of(media: Media, source: LlavaSource) -> int | tuple[str, str]:
     elif not media.exists():
         return "missing files", str(media)
     try:
-        with media.as_file() if isinstance(media, TarMember) else nullcontext(media) as path:
+        with as_path(media) as path:
             info = probe(path)
     except (InputError, OSError) as error:
-        return "unreadable files", f"{media}: {error}" if isinstance(media, TarMember) else str(error)
+        return "unreadable files", problem_with(media, error)
     return len(sample_indices(info.frames, info.fps, source.sampling))
 
 

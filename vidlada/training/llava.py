@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
 from vidlada.processor import VIDEO_PLACE, time_instruction
-from vidlada.training.mixture import Dataset, Entry, TarMember, read_dataset, read_mixture
+from vidlada.training.mixture import Dataset, Entry, TarMember, as_path, problem_with, read_dataset, read_mixture
 from vidlada.training.samples import STRICT, BrokenMedia, Item, Sample
 from vidlada.video import IMAGE_SUFFIXES, Sampling, sample_frames
 
@@ -89,10 +88,10 @@ class LlavaSource:
                 if isinstance(media, TarMember) and media.is_image:
                     videos.append(decode_image(media.read(), self.size))
                     continue
-                with media.as_file() if isinstance(media, TarMember) else nullcontext(media) as path:
+                with as_path(media) as path:
                     frames = sample_frames(path, self.sampling, size=self.size)
             except (InputError, OSError, Image.DecompressionBombError) as error:
-                raise BrokenMedia(f"{media}: {error}" if isinstance(media, TarMember) else str(error)) from error
+                raise BrokenMedia(problem_with(media, error)) from error
             videos.append(frames.images)
             if self.time_instruction and len(entry.media) == 1 and frames.info.codec != "image":
                 question = exchanges[0][0].replace(VIDEO_PLACE, "").strip()

@@ -4,7 +4,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -57,6 +57,16 @@ class TarMember:
 
 
 Media = Path | TarMember
+
+
+def as_path(media: Media) -> AbstractContextManager[Path]:
+    """A file to read, for as long as it is needed."""
+    return media.as_file() if isinstance(media, TarMember) else nullcontext(media)
+
+
+def problem_with(media: Media, error: Exception) -> str:
+    """What is wrong with a file; of a tar's member the error knows only a temporary copy, if any name."""
+    return f"{media}: {error}" if isinstance(media, TarMember) else str(error)
 
 
 @dataclass(frozen=True)
