@@ -267,6 +267,15 @@ def spot(clip: Clip, generator: Generator) -> Asked | None:
     return f"what is at {place}{moment} ?", what, []
 
 
+def letter(clip: Clip, generator: Generator) -> Asked | None:
+    """Which letter stands for an answer that the question itself gives away (training only)."""
+    asked = pick(generator, [direction, order, at_second, when, change])(clip, generator)
+    if asked is None or not set(asked[2]) - {asked[1]}:
+        return None
+    options = options_of(asked, generator)
+    return with_choices(f"the answer is {asked[1]} .", options), LETTERS[options.index(asked[1])], []
+
+
 def path(clip: Clip, generator: Generator) -> Asked | None:
     """Start, end and direction of a thing (training only)."""
     thing = pick(generator, clip.things)
@@ -361,6 +370,7 @@ BENCHMARK_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
 LONG_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {"caption": caption, "timeline": timeline}
 TRAINING_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
     "inventory": inventory, "picture": picture, "where": where, "spot": spot, "path": path, "clock": clock,
+    "letter": letter,
 }  # fmt: skip
 FAMILIES = BENCHMARK_FAMILIES | LONG_FAMILIES | TRAINING_FAMILIES
 
@@ -380,14 +390,24 @@ def ask(clip: Clip, family: str, generator: Generator, choice_share: float = 0.0
     if asked is None:
         return None
     question, answer, wrong = asked
-    wrong = list(dict.fromkeys(str(w) for w in wrong if w != answer))
-    if family in BENCHMARK_FAMILIES and wrong and generator.random() < choice_share:
-        options = [answer, *wrong[: len(LETTERS) - 1]]
-        options = [options[i] for i in generator.permutation(len(options))]
-        listed = " , ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False))
-        letter = LETTERS[options.index(answer)]
-        return Question(family, f"{question} choices : {listed} . answer with the letter .", letter, tuple(options))
+    if family in BENCHMARK_FAMILIES and set(wrong) - {answer} and generator.random() < choice_share:
+        options = options_of(asked, generator)
+        return Question(family, with_choices(question, options), LETTERS[options.index(answer)], tuple(options))
     return Question(family, question, answer)
+
+
+def options_of(asked: Asked, generator: Generator) -> list[str]:
+    """The answer among some wrong ones, in any order."""
+    _, answer, wrong = asked
+    others = list(dict.fromkeys(str(w) for w in wrong if w != answer))
+    options = [answer, *others[: len(LETTERS) - 1]]
+    return [options[i] for i in generator.permutation(len(options))]
+
+
+def with_choices(question: str, options: Sequence[str]) -> str:
+    """A question as multiple choice."""
+    listed = " , ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return f"{question} choices : {listed} . answer with the letter ."
 
 
 def questions_for(
