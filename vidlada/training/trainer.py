@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vidlada.errors import VidLaDAError
-from vidlada.machine import peak_memory
+from vidlada.machine import peak_memory, return_free_memory
 from vidlada.training.checkpoints import (
     STATE_FILE,
     NotSaved,
@@ -340,6 +340,8 @@ class Run:
             drop_gradients(self.model, ("tower", "projector"))
         accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         self.optimizers.step()
+        if accelerator.device.type == "cpu":
+            return_free_memory()
         return figures
 
     def loss(self, batch: dict[str, Any], step: int, stream: int = 0) -> Tensor:
