@@ -1,5 +1,6 @@
 """The machine a figure was measured on: its name, its clock, its memory."""
 
+import ctypes
 import platform
 import resource
 import sys
@@ -53,3 +54,15 @@ def peak_memory(device: str) -> int:
         return int(line.split()[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def return_free_memory() -> None:
+    """Give the system what the C library keeps of freed memory, where it is glibc.
+
+    oneDNN keeps a compiled kernel for every shape it has met, up to 1024. Between those small blocks, which stay, the
+    holes left by activations of one shape do not fit the next: without this the heap grows for hours.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

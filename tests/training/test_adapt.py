@@ -14,9 +14,10 @@ import vidlada
 from vidlada.checkpoint import load_tokenizer
 from vidlada.errors import InputError
 from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK
-from vidlada.training.adapt import CONTROL_TOKENS, adapted_llama, adapted_tokenizer, is_llama
+from vidlada.training.adapt import CONTROL_TOKENS, adapted_llama, adapted_tokenizer
 from vidlada.training.config import Stage, load_config
 from vidlada.training.objective import causal_mask
+from vidlada.training.origin import is_llama
 from vidlada.training.trainer import train
 
 CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-shapes.yaml"

@@ -1,5 +1,7 @@
 """Run descriptions: the shipped one, what is refused, and the learning rate over a run."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ import yaml
 
 from vidlada.errors import InputError
 from vidlada.training.config import Stage, TrainingConfig, load_config
-from vidlada.training.stages import make_source
+from vidlada.training.models import starting_config
+from vidlada.training.stages import make_source, prepared
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -30,7 +33,7 @@ def test_the_shipped_run():
     assert config.total_steps == sum(stage["steps"] for stage in written["stages"])
     assert config.stages[-1].collate.end_slots == written["stages"][-1]["collate"]["end_slots"]
     for stage in config.stages:
-        assert len(make_source(stage.data, config.model["vision_config"]["image_size"], 0, stage.name).plan(0)) > 1
+        assert len(make_source(stage.data, 0, stage.name).plan(0)) > 1
 
 
 REFUSED = {
@@ -96,11 +99,89 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "match"),
-    [({}, "data.kind"), ({"kind": "movies"}, "movies"), ({"kind": "shapes", "speed": 1}, "speed")],
+    [({}, "data: kind"), ({"kind": "movies"}, "movies"), ({"kind": "shapes", "speed": 1}, "speed")],
 )
 def test_sources_are_refused_by_name(data, match):
     with pytest.raises(InputError, match=match):
-        make_source(data, 84, 0, "stage a: data")
+        make_source(data, 0, "stage a: data")
+
+
+UNFIT = {
+    "no family": ({"families": ["colours"]}, "families.*colours.*did you mean colour"),
+    "no clip has one": ({"families": ["order"], "pictures": True}, "supports a question of order"),
+    "longest first": ({"seconds": [7, 2]}, r"seconds.*\[7, 2\]"),
+    "too long": ({"seconds": [2, 1000]}, r"seconds\[1\].*1000"),
+    "too many things": ({"max_things": 9}, "max_things.*9"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_impossible_clips_are_refused_before_the_run_starts(case):
+    data, match = UNFIT[case]
+    with pytest.raises(InputError, match=f"stage a: data: .*{match}"):
+        make_source({"kind": "shapes", **data}, 0, "stage a: data")
+
+
+def test_a_missing_entry_is_named_without_all_the_others(tmp_path):
+    with pytest.raises(InputError, match=r"output: missing; outputs: unknown entry; did you mean output\?$"):
+        load_config(write(tmp_path, output=None, outputs="out"))
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        ({"text_config": {"hidden_sise": 12}}, r"model\.text_config\.hidden_sise.*did you mean hidden_size"),
+        ({"vision_config": {"patch": 12}}, r"model\.vision_config\.patch: unknown"),
+        ({"text_onyl": True}, r"model\.text_onyl.*did you mean text_only"),
+        ({"text_config": 7}, r"model\.text_config.*7"),
+        ({"text_config": {"hidden_size": "wide"}}, "hidden_size.*wide"),
+        ({"text_config": {"hidden_size": 7, "num_attention_heads": 2}}, "hidden_size 7 is not divisible"),
+        ({"generation": {"gen_lenght": 8}}, "gen_lenght"),
+    ],
+)
+def test_impossible_models_are_refused(model, match):
+    stage = Stage("a", 1.0, {"kind": "shapes"}, 1)
+    with pytest.raises(InputError, match=match):
+        starting_config(TrainingConfig("out", (stage,), model=model))
+
+
+# Prints what was imported up to the refusal, which is what makes a user wait.
+REFUSE = """
+import sys
+from vidlada.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(*(name for name in ("torch", "transformers", "accelerate") if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"log_evry": 1}, "log_evry"),
+        ({"stage": {"data": {"kind": "shapes", "familys": []}}}, "did you mean families"),
+        ({"stage": {"data": {"kind": "llava", "json_path": "gone.json"}}}, "gone.json"),
+        ({"model": None, "init_from": "gone"}, "init_from: gone is not a folder"),
+        ({"optimizer": "muon", "parallel": "fsdp"}, "muon"),
+    ],
+)
+def test_wrong_configs_are_told_before_torch_is_imported(tmp_path, changes, match):
+    path = write(tmp_path, **changes)
+    command = [sys.executable, "-c", REFUSE, "train", str(path), "--dry-run"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 2 and match in ended.stderr
+    assert ended.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "package"), [("parallel", "zero3", "deepspeed"), ("tracker", "wandb", "wandb")]
+)
+def test_a_missing_package_is_named(monkeypatch, setting, value, package):
+    monkeypatch.setattr("vidlada.training.stages.find_spec", lambda name: None)
+    settings = {"tracker": "none", setting: value}
+    with pytest.raises(InputError, match=f"{setting}: {value} needs {package}.*pip install {package}"):
+        prepared(TrainingConfig("out", (Stage("a", 1.0, {"kind": "shapes"}, 1),), model={}, **settings))
 
 
 def run(**changes):

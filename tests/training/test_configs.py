@@ -42,8 +42,7 @@ def test_each_8b_run_on_meta(data, path):
             model = with_adapters(model, config.lora, "base", 0)
     total = sum(p.numel() for p in model.parameters())
     assert 8.4e9 < total < 8.9e9
-    sources = stage_sources(config, 384)
-    run = resolved(config, sources)
+    run = resolved(config, stage_sources(config))
     optimizers = make_optimizers(model, run)
     trained = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
     expected = {"projector", "language_model"} | (set() if config.lora else {"tower"})

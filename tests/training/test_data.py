@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 from media import number_of, write_video
-from trainings import MODEL
+from trainings import MODEL, SIZE, batch
 
 from vidlada.errors import InputError
 from vidlada.processor import END_OF_TURN, MASK
-from vidlada.training.collate import CollateSettings, Collator, Part, StepDataset
+from vidlada.training.collate import Collator, Part, StepDataset
+from vidlada.training.config import CollateSettings
 from vidlada.training.llava import LlavaSource
 from vidlada.training.mixture import read_llava
 from vidlada.training.models import new_model
 from vidlada.training.objective import IGNORED, separate_samples_mask
-from vidlada.training.samples import Sample, batch
+from vidlada.training.samples import Sample
 from vidlada.training.shapes_source import ShapesSource
 from vidlada.video import Sampling
 
@@ -24,7 +25,6 @@ ARGUMENTS = {
     "text_config": {**MODEL["text_config"], "initializer_range": 0.5},
     "vision_config": {**MODEL["vision_config"], "image_size": 24, "patch_size": 12},
 }
-SHAPES_SIZE = 56  # below 50 pixels the clock does not fit
 SHORT, LONG = ("Where is the red ball?", "left"), ("What happens?", "the red ball moves left and stops.")
 
 
@@ -118,7 +118,7 @@ def test_control_targets_of_packed_samples(made):
 
 def test_packed_samples_without_exchanges(made):
     """Sixty pictures of which some do not support a question about a colour."""
-    samples = batch(ShapesSource(SHAPES_SIZE, frames_per_batch=60, pictures=True, families=("colour",)), 0)
+    samples = batch(ShapesSource(frames_per_batch=60, pictures=True, families=("colour",)), 0)
     collate(made, samples)
 
 
@@ -169,8 +169,8 @@ def test_llava_reads_videos_and_sees_every_sample_once_a_pass(tmp_path, name):
     write_video(tmp_path / "videos" / "clip.mp4", frames=50)
     entries = [entry(str(number), **({} if number == 4 else {"video": "clip.mp4"})) for number in range(5)]
     path = write_llava(tmp_path, entries, name)
-    source = LlavaSource(96, path, video_folder=tmp_path / "videos", batch_size=2, sampling=Sampling(fps=5))
-    samples = [sample for step in range(5) for sample in batch(source, step)]
+    source = LlavaSource(path, video_folder=tmp_path / "videos", batch_size=2, sampling=Sampling(fps=5))
+    samples = [sample for step in range(5) for sample in batch(source, step, 96)]
     passes = [[sample.exchanges[0][1] for sample in part] for part in (samples[:5], samples[5:])]
     assert sorted(passes[0]) == sorted(passes[1]) == ["0", "1", "2", "3", "4"]
     assert passes[0] != passes[1]
@@ -186,13 +186,13 @@ def test_llava_reads_videos_and_sees_every_sample_once_a_pass(tmp_path, name):
 def test_llava_paths_start_at_the_json(tmp_path):
     write_video(tmp_path / "clip.mp4", frames=25)
     path = write_llava(tmp_path, [entry("a", video="clip.mp4")])
-    assert len(batch(LlavaSource(24, path, batch_size=1), 0)[0].videos[0]) == 1
+    assert len(batch(LlavaSource(path, batch_size=1), 0)[0].videos[0]) == 1
 
 
 def test_llava_conversations_of_several_turns(tmp_path):
     turns = [entry(answer)["conversations"] for answer in ("one", "two")]
     path = write_llava(tmp_path, [{"conversations": turns[0] + turns[1]}])
-    (sample,) = batch(LlavaSource(24, path, batch_size=1), 0)
+    (sample,) = batch(LlavaSource(path, batch_size=1), 0)
     assert sample.exchanges == [("<image>\nWhat is it?", "one"), ("<image>\nWhat is it?", "two")]
     assert not sample.separate
 
@@ -228,7 +228,7 @@ def test_malformed_llava_entries_are_named(tmp_path, text):
     path = tmp_path / "data.json"
     path.write_text(text)
     with pytest.raises(InputError, match="data.json"):
-        batch(LlavaSource(24, path, batch_size=1), 0)
+        batch(LlavaSource(path, batch_size=1), 0)
 
 
 def test_jsonl_lines_end_at_newlines_alone(tmp_path):
@@ -242,7 +242,7 @@ def test_missing_files_are_named(tmp_path):
         read_llava(tmp_path / "nothing.json")
     path = write_llava(tmp_path, [entry("a", video="gone.mp4")])
     with pytest.raises(InputError, match="gone.mp4"):
-        batch(LlavaSource(24, path, batch_size=1), 0)
+        batch(LlavaSource(path, batch_size=1), 0)
 
 
 def same(first, second):
@@ -254,7 +254,7 @@ def same(first, second):
 
 def test_steps_are_the_same_in_any_order(made):
     def dataset(seed):
-        source = ShapesSource(SHAPES_SIZE, seed=seed, frames_per_batch=4, questions=2, seconds=(2, 2))
+        source = ShapesSource(seed=seed, frames_per_batch=4, questions=2, seconds=(2, 2))
         return StepDataset(source, Collator(made[1], CollateSettings(end_targets=2, end_slots=5)), seed)
 
     forward, backward = dataset(1), dataset(1)
@@ -265,7 +265,7 @@ def test_steps_are_the_same_in_any_order(made):
 
 
 def test_shapes_batches_hold_what_was_asked_for():
-    source = ShapesSource(SHAPES_SIZE, frames_per_batch=7, seconds=(2, 3), questions=3)
+    source = ShapesSource(frames_per_batch=7, seconds=(2, 3), questions=3)
     lengths = set()
     for step in range(12):
         samples = batch(source, step)
@@ -274,7 +274,7 @@ def test_shapes_batches_hold_what_was_asked_for():
         assert all(len(sample.exchanges) == 3 and sample.separate for sample in samples)
         lengths.add(seconds)
     assert lengths == {2, 3}
-    pictures = batch(ShapesSource(SHAPES_SIZE, frames_per_batch=7, pictures=True, families=("picture", "count")), 0)
-    assert [sample.videos[0].shape for sample in pictures] == [(1, SHAPES_SIZE, SHAPES_SIZE, 3)] * 7
-    blind = batch(ShapesSource(SHAPES_SIZE, frames_per_batch=4, text_only_share=1.0, single_share=1.0), 0)
+    pictures = batch(ShapesSource(frames_per_batch=7, pictures=True, families=("picture", "count")), 0)
+    assert [sample.videos[0].shape for sample in pictures] == [(1, SIZE, SIZE, 3)] * 7
+    blind = batch(ShapesSource(frames_per_batch=4, text_only_share=1.0, single_share=1.0), 0)
     assert all(not sample.videos and len(sample.exchanges) == 1 for sample in blind)

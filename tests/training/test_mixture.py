@@ -12,17 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from media import number_of, write_video
 from PIL import Image
-from trainings import MODEL
+from trainings import MODEL, batch
 
 from vidlada.cli import main
 from vidlada.errors import InputError
 from vidlada.processor import VIDEO_PLACE
 from vidlada.training.check import check_source
-from vidlada.training.collate import CollateSettings, Collator, Part, StepDataset, messages_of
+from vidlada.training.collate import Collator, Part, StepDataset, messages_of
+from vidlada.training.config import CollateSettings
 from vidlada.training.llava import LlavaSource
 from vidlada.training.mixture import read_tar, sampled
 from vidlada.training.models import new_model
-from vidlada.training.samples import BrokenMedia, batch
+from vidlada.training.samples import BrokenMedia
 
 
 def entry(answer, question="<image>\nWhat is it?", **more):
@@ -87,7 +88,7 @@ def text_mixture(folder):
 
 def test_a_mixture_takes_what_its_strategies_say(tmp_path):
     path = text_mixture(tmp_path)
-    source, again, other = (LlavaSource(24, mixture=path, batch_size=13, seed=seed) for seed in (1, 1, 2))
+    source, again, other = (LlavaSource(mixture=path, batch_size=13, seed=seed) for seed in (1, 1, 2))
     one_pass = answers(source, source.steps_of(1))
     assert source.steps_of(1) == 1
     assert sorted(one_pass)[-3:] == ["b0"] * 3
@@ -111,12 +112,12 @@ def test_wrong_mixtures_are_named(tmp_path, text, match):
     path.write_text(text)
     write_json(tmp_path / "a.json", [entry("a")])
     with pytest.raises(InputError, match=match):
-        LlavaSource(24, mixture=path)
+        LlavaSource(mixture=path)
 
 
 def test_one_origin_of_data(tmp_path):
     with pytest.raises(InputError, match="one of json_path, mixture"):
-        LlavaSource(24)
+        LlavaSource()
 
 
 def png(colour):
@@ -144,8 +145,8 @@ def test_webdataset_tars(tmp_path):
             (f"{shard}2.json", json.dumps(entry(f"{colour} and black")).encode()),
         ]
         write_tar(tmp_path / f"part-{shard}.tar", members)
-    source = LlavaSource(8, tmp_path / "part-*.tar", batch_size=4)
-    samples = {sample.exchanges[0][1]: sample.videos for sample in batch(source, 0)}
+    source = LlavaSource(tmp_path / "part-*.tar", batch_size=4)
+    samples = {sample.exchanges[0][1]: sample.videos for sample in batch(source, 0, 8)}
     assert sorted(samples) == ["blue alone", "blue and black", "red alone", "red and black"]
     assert [video[0, 0, 0].tolist() for video in samples["red and black"]] == [[255, 0, 0], [0, 0, 0]]
     assert samples["blue alone"][0].shape == (1, 8, 8, 3)
@@ -156,13 +157,13 @@ def test_tars_of_videos(tmp_path, small):
     members = []
     for name, content in (("1", video), ("2", video[:500])):
         members += [(f"{name}.json", json.dumps(entry(name)).encode()), (f"{name}.mp4", content)]
-    source = LlavaSource(96, write_tar(tmp_path / "a.tar", members), batch_size=2, time_instruction=True)
+    source = LlavaSource(write_tar(tmp_path / "a.tar", members), batch_size=2, time_instruction=True)
     whole, damaged = sorted(source.plan(0), key=lambda item: item.exchanges[0][1])
-    sample = source.load(whole)
+    sample = source.load(whole, 96)
     assert [number_of(frame) for frame in sample.videos[0]] == [0, 25, 50, 75]
     assert "4 frames" in sample.exchanges[0][0]
     with pytest.raises(BrokenMedia, match=r"a\.tar:2\.mp4"):
-        source.load(damaged)
+        source.load(damaged, 96)
     report = check_source("a", source, small.processor, 2)
     assert len(report.lengths) == 1 and "a.tar:2.mp4" in report.text(9)
 
@@ -184,7 +185,7 @@ def test_images_stand_at_their_marks(tmp_path):
         (tmp_path / name).write_bytes(png(colour))
     question = "First <image> then <image> which?"
     path = write_json(tmp_path / "d.json", [entry("red", question, image=["a.png", "b.png"])])
-    (sample,) = batch(LlavaSource(24, path, batch_size=1), 0)
+    (sample,) = batch(LlavaSource(path, batch_size=1), 0)
     assert [video[0, 0, 0].tolist() for video in sample.videos] == [[255, 0, 0], [0, 0, 255]]
     user, _ = messages_of(2, sample.exchanges)
     assert [part["type"] for part in user["content"]] == ["text", "video", "text", "video", "text"]
@@ -196,12 +197,12 @@ def test_images_stand_at_their_marks(tmp_path):
 def test_thinking(tmp_path):
     entries = [entry("yes", "Is it?", process="It looks so."), entry("no", "Is it?")]
     path = write_json(tmp_path / "d.json", entries)
-    exchanges = {s.exchanges for s in map(hashable, batch(LlavaSource(24, path, batch_size=2, think=True), 0))}
+    exchanges = {s.exchanges for s in map(hashable, batch(LlavaSource(path, batch_size=2, think=True), 0))}
     assert exchanges == {
         (("Is it? /think", "<think>\nIt looks so.\n</think>\nyes"),),
         (("Is it? /no_think", "no"),),
     }
-    assert set(answers(LlavaSource(24, path, batch_size=2), 1)) == {"yes", "no"}
+    assert set(answers(LlavaSource(path, batch_size=2), 1)) == {"yes", "no"}
 
 
 def hashable(sample):
@@ -213,7 +214,7 @@ def test_batches_of_like_length(tmp_path):
     path = write_json(tmp_path / "d.json", entries)
     spreads, passes = {}, {}
     for grouped in (True, False):
-        source = LlavaSource(24, path, batch_size=4, group_by_length=grouped)
+        source = LlavaSource(path, batch_size=4, group_by_length=grouped)
         steps = [[len(sample.exchanges[0][1]) for sample in batch(source, step)] for step in range(16)]
         spreads[grouped] = np.mean([max(step) - min(step) for step in steps])
         passes[grouped] = sorted(sum(steps, []))
@@ -241,10 +242,10 @@ def broken(tmp_path_factory):
 
 def test_broken_samples_are_replaced_and_told(broken):
     _, processor = new_model(MODEL, 0)
-    source = LlavaSource(56, broken, batch_size=6)
+    source = LlavaSource(broken, batch_size=6)
     bad = next(item for item in source.plan(0) if item.exchanges[0][1] == "bad")
     with pytest.raises(BrokenMedia, match="bad.mp4"):
-        source.load(bad)
+        source.load(bad, 56)
     dataset = StepDataset(source, Collator(processor, CollateSettings()), 0)
     whole = dataset[Part(0)]
     assert whole["weight"] == 1 and whole["total_samples"] == int(whole["sample_index"].max()) + 1 == 6
@@ -258,7 +259,7 @@ def test_broken_samples_are_replaced_and_told(broken):
 def test_nothing_usable_keeps_the_process_in_step(tmp_path):
     _, processor = new_model(MODEL, 0)
     path = write_json(tmp_path / "d.json", [entry("gone", video="gone.mp4")])
-    stuck = StepDataset(LlavaSource(56, path, batch_size=1), Collator(processor, CollateSettings(), 56), 0)[Part(0)]
+    stuck = StepDataset(LlavaSource(path, batch_size=1), Collator(processor, CollateSettings(), 56), 0)[Part(0)]
     assert stuck["weight"] == 0 and len(stuck["skipped"]) > 1
     assert stuck["frame_counts"] == [1] and not stuck["attention_mask"].all()
 

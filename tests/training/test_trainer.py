@@ -25,8 +25,7 @@ KILLED_RUN = """
 import os, signal, sys, json
 import vidlada.training.checkpoints as checkpoints
 import vidlada.training.trainer as trainer
-from vidlada.training.config import Stage, TrainingConfig
-from vidlada.training.collate import CollateSettings
+from vidlada.training.config import CollateSettings, Stage, TrainingConfig
 
 where, values = sys.argv[1], json.loads(sys.argv[2])
 stages = tuple(Stage(**{**stage, "collate": CollateSettings(**stage["collate"])}) for stage in values.pop("stages"))

@@ -24,15 +24,17 @@ def check(config: Path, most: int, workers: int, as_json: bool) -> None:
     """Check the data of the run that CONFIG (YAML) describes: missing and unreadable files, samples that are too long
     or without labels, duplicate ids; and show how long samples are. The exit code is 1 if anything was found.
     """
-    from vidlada.training.check import check_source
     from vidlada.training.config import load_config
     from vidlada.training.llava import LlavaSource
-    from vidlada.training.models import starting_processor
     from vidlada.training.stages import stage_sources
 
     settings = load_config(config)
+    sources = stage_sources(settings)
+    # only now what imports torch
+    from vidlada.training.check import check_source
+    from vidlada.training.models import starting_processor
+
     processor = starting_processor(settings)
-    sources = stage_sources(settings, processor.image_size)
     reports = []
     for stage, source in zip(settings.stages, sources, strict=True):
         if isinstance(source, LlavaSource):

@@ -22,17 +22,21 @@ def train(config: Path, output: str | None, resume: bool, overwrite: bool, dry_r
     """
     from vidlada.errors import InputError
     from vidlada.training.config import load_config
-    from vidlada.training.stages import schedule
-    from vidlada.training.trainer import train as run
+    from vidlada.training.stages import prepared, schedule
 
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    without_progress_bars()
-    settings = load_config(config, output=output)
+    run = prepared(load_config(config, output=output))
+    # only now what imports torch
+    from vidlada.training.models import starting_config
+    from vidlada.training.trainer import train_prepared
+
     if dry_run:
-        click.echo(schedule(settings))
+        starting_config(run.config)
+        click.echo(schedule(run.config))
         return
-    folder = run(settings, resume=resume, overwrite=overwrite, report=lambda line: click.echo(line, err=True))
+    without_progress_bars()
+    folder = train_prepared(run, resume=resume, overwrite=overwrite, report=lambda line: click.echo(line, err=True))
     if os.environ.get("RANK", "0") == "0":
         click.echo(str(folder))
 

@@ -268,12 +268,33 @@ def spot(clip: Clip, generator: Generator) -> Asked | None:
 
 
 def letter(clip: Clip, generator: Generator) -> Asked | None:
-    """Which letter stands for an answer that the question itself gives away (training only)."""
-    asked = pick(generator, [direction, order, at_second, when, change])(clip, generator)
-    if asked is None or not set(asked[2]) - {asked[1]}:
-        return None
-    options = options_of(asked, generator)
-    return with_choices(f"the answer is {asked[1]} .", options), LETTERS[options.index(asked[1])], []
+    """Which letter stands for an answer that the question itself gives away; no video is needed (training only)."""
+    options = alike(generator)
+    answer = pick(generator, options)
+    return with_choices(f"the answer is {answer} .", options), LETTERS[options.index(answer)], []
+
+
+def letters(clip: Clip, generator: Generator) -> Asked | None:
+    """Which letter stands for each choice, in any order; no video is needed (training only)."""
+    options = alike(generator)
+    pairs = [f"{option} is {letter}" for letter, option in zip(LETTERS, options, strict=False)]
+    question = with_choices("", options).replace("answer with the letter", "list all").strip()
+    return question, " , ".join(generator.permutation(pairs)) + " .", []
+
+
+def alike(generator: Generator) -> list[str]:
+    """Two to four different answers of one kind."""
+    things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT]
+    happens = ["appears", "disappears", *(f"turns {colour}" for colour in COLOURS)]
+    kinds: list[Sequence[str]] = [
+        [str(second) for second in range(1, MAX_SECONDS)],
+        [*DIRECTIONS, STILL],
+        [*COLOURS],
+        SHAPES,
+        things,
+        [f"{thing} {pick(generator, happens)}" for thing in generator.permutation(things)[:3]] + [NOTHING],
+    ]
+    return [str(option) for option in generator.permutation(pick(generator, kinds))[: generator.integers(2, 5)]]
 
 
 def path(clip: Clip, generator: Generator) -> Asked | None:
@@ -370,7 +391,7 @@ BENCHMARK_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
 LONG_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {"caption": caption, "timeline": timeline}
 TRAINING_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
     "inventory": inventory, "picture": picture, "where": where, "spot": spot, "path": path, "clock": clock,
-    "letter": letter,
+    "letter": letter, "letters": letters,
 }  # fmt: skip
 FAMILIES = BENCHMARK_FAMILIES | LONG_FAMILIES | TRAINING_FAMILIES
 
@@ -384,7 +405,7 @@ def ask(clip: Clip, family: str, generator: Generator, choice_share: float = 0.0
         generator: of every choice.
         choice_share: probability that a short question is asked as multiple choice.
     """
-    if not clip.things and family not in ("picture", "clock"):
+    if not clip.things and family not in ("picture", "clock", "letter", "letters"):
         return None
     asked = FAMILIES[family](clip, generator)
     if asked is None:

@@ -1,6 +1,5 @@
 """From an autoregressive language model to the start of a masked-diffusion one."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,9 @@ from vidlada.config import VidLaDAConfig
 from vidlada.errors import InputError
 from vidlada.model import VidLaDAForMaskedDiffusion
 from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, VidLaDAProcessor
+from vidlada.training.origin import gguf_file
 
 CONTROL_TOKENS = (BOS, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN, MASK)
-
-
-def is_llama(folder: Path) -> bool:
-    """Whether a folder holds a Llama-family language model: by its config.json, or a single GGUF file."""
-    if gguf_file(folder) is not None:
-        return True
-    try:
-        return json.loads((folder / "config.json").read_text()).get("model_type") == "llama"
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def gguf_file(folder: Path) -> str | None:
-    """Name of the GGUF file, where a folder has one and no config.json."""
-    found = sorted(folder.glob("*.gguf"))
-    return found[0].name if len(found) == 1 and not (folder / "config.json").exists() else None
 
 
 def adapted_llama(

@@ -1,48 +1,22 @@
 """How the samples of a step become tensors."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass as plain_dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import NonNegativeInt
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from vidlada.errors import InputError
 from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK, VIDEO_PLACE, Message, VidLaDAProcessor
+from vidlada.training.config import CollateSettings
 from vidlada.training.objective import IGNORED, conversation_mask, separate_samples_mask
-from vidlada.training.samples import STRICT, Item, Sample, Source
+from vidlada.training.samples import Item, Sample, Source
 
 PADDING = -2  # sample index of positions that belong to nothing
 MOST_REPLACEMENTS = 20  # for one broken sample
-
-
-@dataclass(frozen=True, config=STRICT)
-class CollateSettings:
-    """How samples become tensors.
-
-    Args:
-        control_targets: also train the control tokens (bos, header marks, end of turn) wherever they stand, the
-            prompt included: a quirk of the published recipe.
-        conversation_mask: turn a attends to turn b only if b ≤ a.
-        pad_targets: fill rows up with the end-of-text token, as targets that may be attended to, as LLaDA was trained;
-            by default padding is neither. Only for samples that do not share a row.
-        end_targets: at most this many extra end-of-turn targets follow an answer. Answers are decoded in a fixed
-            number of slots, so the model must know that after the end comes nothing.
-        end_slots: at most this many further slots follow, always hidden and never a target; their number is drawn
-            log-uniformly. At inference every answer has `gen_length` slots: a model that never saw more slots than
-            an answer needs reads the answer's length, and so its kind, from their number.
-        force_up_to: answers of at most this many tokens (end of turn included) are always fully hidden.
-    """
-
-    control_targets: bool = False
-    conversation_mask: bool = False
-    pad_targets: bool = False
-    end_targets: NonNegativeInt = 0
-    end_slots: NonNegativeInt = 0
-    force_up_to: NonNegativeInt = 0
 
 
 class Collator:
@@ -189,13 +163,36 @@ def messages_of(videos: int, exchanges: Sequence[tuple[str, str]]) -> list[Messa
     return messages
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Part:
     """One of the equal parts of a step's samples: what one device works on in one forward pass."""
 
     step: int
     number: int = 0
     parts: int = 1
+
+
+class PartSampler:
+    """The parts of steps that one process works on, in order.
+
+    Args:
+        steps: numbers within the stage.
+        source: tells how many items a step has.
+        per_device_batch: most items of a part; None for one part a process.
+        processes, process: how many there are, and which this is.
+    """
+
+    def __init__(self, steps: range, source: Source, per_device_batch: int | None, processes: int, process: int):
+        self.all_steps, self.source, self.per_device_batch = steps, source, per_device_batch
+        self.processes, self.process = processes, process
+
+    def __iter__(self) -> Iterator[Part]:
+        for step in self.all_steps:
+            passes = 1
+            if self.per_device_batch is not None:
+                passes = math.ceil(len(self.source.plan(step)) / (self.per_device_batch * self.processes))
+            for number in range(passes):
+                yield Part(step, number * self.processes + self.process, passes * self.processes)
 
 
 class StepDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -240,7 +237,7 @@ class StepDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """The sample of an item, or of another if it is broken or too long; None if no other was found."""
         for attempt in range(MOST_REPLACEMENTS):
             try:
-                sample = self.source.load(item)
+                sample = self.source.load(item, self.collator.processor.image_size)
                 if not sample.separate:
                     self.collator.check(sample)
                 return sample

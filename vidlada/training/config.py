@@ -4,6 +4,7 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import field, fields
 from pathlib import Path
 from types import UnionType
@@ -14,12 +15,38 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
-from vidlada.training.collate import CollateSettings
 from vidlada.training.samples import STRICT, Share
 
 Built = TypeVar("Built")
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")  # ${NAME} or ${NAME:-default}
 ModelPart = Literal["tower", "projector", "language_model"]
+LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a layer
+
+
+@dataclass(frozen=True, config=STRICT)
+class CollateSettings:
+    """How samples become tensors.
+
+    Args:
+        control_targets: also train the control tokens (bos, header marks, end of turn) wherever they stand, the
+            prompt included: a quirk of the published recipe.
+        conversation_mask: turn a attends to turn b only if b ≤ a.
+        pad_targets: fill rows up with the end-of-text token, as targets that may be attended to, as LLaDA was trained;
+            by default padding is neither. Only for samples that do not share a row.
+        end_targets: at most this many extra end-of-turn targets follow an answer. Answers are decoded in a fixed
+            number of slots, so the model must know that after the end comes nothing.
+        end_slots: at most this many further slots follow, always hidden and never a target; their number is drawn
+            log-uniformly. At inference every answer has `gen_length` slots: a model that never saw more slots than
+            an answer needs reads the answer's length, and so its kind, from their number.
+        force_up_to: answers of at most this many tokens (end of turn included) are always fully hidden.
+    """
+
+    control_targets: bool = False
+    conversation_mask: bool = False
+    pad_targets: bool = False
+    end_targets: NonNegativeInt = 0
+    end_slots: NonNegativeInt = 0
+    force_up_to: NonNegativeInt = 0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -103,8 +130,12 @@ class Lora:
     rank: PositiveInt = 64
     alpha: PositiveInt = 128
     dropout: Share = 0.0
-    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    modules: tuple[LinearMap, ...] = get_args(LinearMap)
     train_projector: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise InputError("lora: modules is empty; leave it out for all linear maps")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -242,6 +273,8 @@ def build(kind: type[Built], values: Any, where: str) -> Built:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise InputError(f"{where}: {'; '.join(problems(error, kind))}") from error
+    except InputError as error:  # of a dataclass's own check
+        raise InputError(f"{where}: {error}") from error
 
 
 def problems(error: ValidationError, kind: type) -> list[str]:
@@ -251,14 +284,18 @@ def problems(error: ValidationError, kind: type) -> list[str]:
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
         if problem["type"] == "unexpected_keyword_argument":
             known = [entry.name for entry in fields(_kind_at(kind, problem["loc"][:-1]))]
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-            lines.append(f"{place}: unknown entry; {hint}")
-        elif problem["type"] == "missing_argument":
+            lines.append(f"{place}: unknown entry; {hint(str(problem['loc'][-1]), known)}")
+        elif problem["type"] in ("missing", "missing_argument"):
             lines.append(f"{place}: missing")
         else:
             lines.append(f"{place}: {problem['msg']}, got {problem['input']!r}" if place else problem["msg"])
     return lines
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """What was meant by a name that is not known: the nearest one, or all there are."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
 
 
 def _kind_at(kind: Any, place: tuple[int | str, ...]) -> Any:

@@ -12,7 +12,6 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
-from vidlada.processor import VIDEO_PLACE, time_instruction
 from vidlada.training.mixture import Dataset, Entry, TarMember, as_path, problem_with, read_dataset, read_mixture
 from vidlada.training.samples import STRICT, BrokenMedia, Item, Sample
 from vidlada.video import IMAGE_SUFFIXES, Sampling, sample_frames
@@ -26,7 +25,6 @@ class LlavaSource:
     """Videos, images and conversations in the LLaVA format.
 
     Args:
-        size: pixels along a side of a frame.
         json_path: one json, jsonl or tar file, or a pattern; or
         mixture: a YAML file of several, see `vidlada.training.mixture.Dataset`; or
         datasets: the same, written here.
@@ -40,7 +38,6 @@ class LlavaSource:
             others end in /no_think. Off, `process` is not used.
     """
 
-    size: PositiveInt
     json_path: Path | None = None
     mixture: Path | None = None
     datasets: tuple[Dataset, ...] = ()
@@ -78,18 +75,20 @@ class LlavaSource:
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
         return [self._item(int(self._order_of(n // total)[n % total])) for n in numbers]
 
-    def load(self, item: Item) -> Sample:
+    def load(self, item: Item, size: int) -> Sample:
         """Decode the videos and images of one entry."""
+        from vidlada.processor import VIDEO_PLACE, time_instruction  # imports torch, which reading a config must not
+
         entry = self.entries[item.media]
         exchanges = list(item.exchanges)
         videos = []
         for media in entry.media:
             try:
                 if isinstance(media, TarMember) and media.is_image:
-                    videos.append(decode_image(media.read(), self.size))
+                    videos.append(decode_image(media.read(), size))
                     continue
                 with as_path(media) as path:
-                    frames = sample_frames(path, self.sampling, size=self.size)
+                    frames = sample_frames(path, self.sampling, size=size)
             except (InputError, OSError, Image.DecompressionBombError) as error:
                 raise BrokenMedia(problem_with(media, error)) from error
             videos.append(frames.images)

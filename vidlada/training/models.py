@@ -1,22 +1,25 @@
 """The model of a run: new, from a checkpoint, from an autoregressive ancestor, with adapters; and saving it."""
 
 import copy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, SiglipVisionConfig
 
-from vidlada.config import VidLaDAConfig
+from vidlada.config import VidLaDAConfig, VidLaDATextConfig
 from vidlada.errors import InputError
 from vidlada.model import VidLaDAForMaskedDiffusion
 from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, VidLaDAProcessor
 from vidlada.shapes.questions import vocabulary
-from vidlada.training.config import Lora, TrainingConfig
+from vidlada.training.config import Lora, TrainingConfig, hint
 from vidlada.training.initialization import initialize
+from vidlada.training.origin import is_llama, origin
 from vidlada.training.tokenizer import word_tokenizer
 
 
@@ -30,7 +33,7 @@ def starting_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaD
     Raises:
         InputError: `init_from` is not a usable checkpoint.
     """
-    from vidlada.training.adapt import adapted_llama, is_llama
+    from vidlada.training.adapt import adapted_llama
 
     if config.init_from is None:
         assert config.model is not None
@@ -42,10 +45,6 @@ def starting_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaD
         if config.extra_layers:
             raise InputError(f"extra_layers: {folder} is an autoregressive model; adapt it first, then make it deeper")
         return adapted_llama(folder, config.model or {"text_only": True}, config.seed)
-    if config.model is not None:
-        raise InputError(
-            f"init_from: {folder} is a whole model already; model goes with a Llama-family language model, or alone"
-        )
     from vidlada.checkpoint import describe, load_model, load_tokenizer
 
     # frozen weights under adapters keep their stored type, where autocast bridges it; what is trained is float32
@@ -95,12 +94,12 @@ def unread_model(config: VidLaDAConfig) -> VidLaDAForMaskedDiffusion:
 def starting_processor(config: TrainingConfig) -> VidLaDAProcessor:
     """The processor of the model a run starts from, without its weights."""
     from vidlada.checkpoint import load_tokenizer
-    from vidlada.training.adapt import adapted_tokenizer, is_llama
+    from vidlada.training.adapt import adapted_tokenizer
 
     model_config = starting_config(config)
     if config.init_from is None:
         tokenizer = word_tokenizer(vocabulary())
-    elif is_llama(Path(config.init_from)):
+    elif is_llama(origin(config.init_from)):
         tokenizer = adapted_tokenizer(Path(config.init_from))
     else:
         tokenizer = load_tokenizer(Path(config.init_from))
@@ -109,10 +108,8 @@ def starting_processor(config: TrainingConfig) -> VidLaDAProcessor:
 
 def starting_config(config: TrainingConfig) -> VidLaDAConfig:
     """The configuration of the model a run starts from, without its weights."""
-    from vidlada.training.adapt import is_llama
-
     if config.init_from is None or is_llama(origin(config.init_from)):
-        return VidLaDAConfig(**(config.model or {"text_only": True}))
+        return described_config(config.model or {"text_only": True})
     from vidlada.checkpoint import describe, read_json
 
     folder = origin(config.init_from)
@@ -124,12 +121,29 @@ def starting_config(config: TrainingConfig) -> VidLaDAConfig:
     return deeper(checkpoint.config, config.extra_layers)
 
 
-def origin(init_from: str) -> Path:
-    """The folder a run starts from; `InputError` if there is none."""
-    folder = Path(init_from)
-    if not folder.is_dir():
-        raise InputError(f"init_from: {folder} is not a folder; download the checkpoint and give its path")
-    return folder
+def described_config(arguments: dict[str, Any]) -> VidLaDAConfig:
+    """The configuration that a run's `model` describes.
+
+    Args:
+        arguments: of `VidLaDAConfig`, which itself takes any other name for a wish of somebody's and keeps it.
+
+    Raises:
+        InputError: an entry is unknown or invalid.
+    """
+    kinds = {"text_config": VidLaDATextConfig, "vision_config": SiglipVisionConfig}
+    groups: list[tuple[str, Any, type]] = [("model", arguments, VidLaDAConfig)]
+    groups += [(f"model.{name}", arguments.get(name) or {}, kind) for name, kind in kinds.items()]
+    for place, values, kind in groups:
+        if not isinstance(values, dict):
+            raise InputError(f"{place}: expected a mapping, got {values!r}")
+        known = [entry.name for entry in fields(kind)]
+        for name in values:
+            if name not in known:
+                raise InputError(f"{place}.{name}: unknown entry; {hint(str(name), known)}")
+    try:
+        return VidLaDAConfig(**arguments)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise InputError(f"model: {' '.join(str(error).split())}") from error
 
 
 def new_model(arguments: dict[str, Any], seed: int) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
@@ -171,7 +185,7 @@ def with_adapters(model: VidLaDAForMaskedDiffusion, settings: Lora, base: str, s
         seed: of the adapters' weights.
 
     Raises:
-        InputError: peft is not installed, or no module has a name that was given.
+        InputError: peft is not installed.
     """
     try:
         import peft
@@ -185,10 +199,7 @@ def with_adapters(model: VidLaDAForMaskedDiffusion, settings: Lora, base: str, s
         target_modules=rf"language_model\.layers\.\d+\..*\.({'|'.join(settings.modules)})",
         modules_to_save=["projector"] if settings.train_projector and not model.config.text_only else None,
     )
-    try:
-        adapted = peft.get_peft_model(model, adapters)
-    except ValueError as error:
-        raise InputError(f"lora: no linear map is named {', '.join(settings.modules)}") from error
+    adapted = peft.get_peft_model(model, adapters)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

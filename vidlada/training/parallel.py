@@ -1,7 +1,6 @@
 """Several processes as one: the accelerator a run asks for, and what keeps processes in step."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -33,11 +32,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             `accelerate launch` sets does. Precision, clipping and accumulation are always the run's own.
 
     Raises:
-        InputError: the engine or tracker asked for is not installed, is configured for something the run cannot do,
+        InputError: the engine asked for is not installed, is configured for something the run cannot do,
             or does not go with the optimizer.
     """
-    if config.tracker != "none" and find_spec(config.tracker) is None:  # accelerate would only warn
-        raise InputError(f"tracker: {config.tracker} is not installed; pip install {config.tracker}, or use none")
     engine = engine_of(config)
     fsdp = fsdp_plugin(config) if engine == "fsdp" else None
     zero = deepspeed_plugin(config) if engine == "deepspeed" else None

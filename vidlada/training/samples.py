@@ -60,16 +60,11 @@ class Source(Protocol):
     def plan(self, step: int) -> list[Item]:
         """All items of one step."""
 
-    def load(self, item: Item) -> Sample:
-        """Render or decode; `BrokenMedia` if a file is missing or unreadable."""
+    def load(self, item: Item, size: int) -> Sample:
+        """Render or decode, in frames of so many pixels a side; `BrokenMedia` if a file is missing or unreadable."""
 
     def instead_of(self, item: Item, attempt: int) -> Item:
         """Another item for one that is broken, always the same for the same attempt."""
 
     def steps_of(self, epochs: float) -> int:
         """Steps that so many passes over the data take; `InputError` if the data never end."""
-
-
-def batch(source: Source, step: int) -> list[Sample]:
-    """All samples of one step."""
-    return [source.load(item) for item in source.plan(step)]

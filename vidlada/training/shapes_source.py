@@ -1,16 +1,19 @@
 """Training samples from the shapes world."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
 from vidlada.shapes.questions import BENCHMARK_FAMILIES, FAMILIES, questions_for
 from vidlada.shapes.render import render_frames
-from vidlada.shapes.world import Clip, clip_for, still
+from vidlada.shapes.world import MAX_SECONDS, MAX_THINGS, MIN_SECONDS, Clip, clip_for, still
+from vidlada.training.config import hint
 from vidlada.training.samples import STRICT, Item, Sample, Share
+
+Seconds = Annotated[int, Field(ge=MIN_SECONDS, le=MAX_SECONDS)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -29,26 +32,28 @@ class ShapesSource:
         max_things: most things in a clip.
         single_share: share of steps with one exchange a clip, where the video's tokens see the question.
         text_only_share: share of clips left out, so that the model also learns to do without.
-        image_size: pixels along a side.
     """
 
-    image_size: PositiveInt
     seed: NonNegativeInt = 0
     split: Literal["train", "validation"] = "train"
     frames_per_batch: PositiveInt = 256
-    seconds: tuple[PositiveInt, PositiveInt] | None = None
+    seconds: tuple[Seconds, Seconds] | None = None
     families: tuple[str, ...] = tuple(BENCHMARK_FAMILIES)
     questions: PositiveInt = 6
     choice_share: Share = 0.3
     pictures: bool = False
-    max_things: PositiveInt = 4
+    max_things: Annotated[int, Field(ge=1, le=MAX_THINGS)] = MAX_THINGS
     single_share: Share = 0.0
     text_only_share: Share = 0.0
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.families) - set(FAMILIES))
+        unknown = [family for family in self.families if family not in FAMILIES]
         if unknown or not self.families:
-            raise InputError(f"unknown question families {unknown}; use some of {', '.join(FAMILIES)}")
+            meant = hint("".join(unknown[:1]), FAMILIES)
+            raise InputError(f"families: {unknown or 'none'} are no families of questions; {meant}")
+        if self.seconds is not None and self.seconds[0] > self.seconds[1]:
+            raise InputError(f"seconds: the shortest clip comes first, not {list(self.seconds)}")
+        self.plan(0)  # families that no clip of this kind supports are refused before the run starts
 
     def plan(self, step: int) -> list[Item]:
         """Clips of one random length, with fresh questions; those that no family fits are left out."""
@@ -66,10 +71,10 @@ class ShapesSource:
             )
         return items
 
-    def load(self, item: Item) -> Sample:
+    def load(self, item: Item, size: int) -> Sample:
         """Render the clip."""
         clip, seconds = item.media
-        videos = [render_frames(clip, seconds, self.image_size)] if seconds else []
+        videos = [render_frames(clip, seconds, size)] if seconds else []
         return Sample(videos, item.exchanges, item.separate)
 
     def instead_of(self, item: Item, attempt: int) -> Item:

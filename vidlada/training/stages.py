@@ -1,38 +1,82 @@
-"""Stages of a run: their data, their steps, and which process works on which part of a step."""
+"""What a run needs, read and checked before torch is imported: a mistake is told at once."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 from vidlada.errors import InputError
-from vidlada.training.collate import Part
 from vidlada.training.config import TrainingConfig, build
 from vidlada.training.llava import LlavaSource
-from vidlada.training.models import starting_config
+from vidlada.training.origin import is_llama, origin
 from vidlada.training.samples import Source
 from vidlada.training.shapes_source import ShapesSource
 
 SEEDS_PER_RUN = 1000  # stages of runs with different seeds never share one
 EVALUATION = SEEDS_PER_RUN - 1  # in place of a stage's number, which none reaches
+KINDS: dict[str, type[Source]] = {"shapes": ShapesSource, "llava": LlavaSource}
 
 
-def make_source(values: dict[str, Any], image_size: int, seed: int, where: str) -> Source:
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run whose settings fit together and whose data files are read.
+
+    Attributes:
+        config: with epochs as steps, and the warm-up in steps.
+        sources: of its stages.
+        held_out: of its evaluation.
+    """
+
+    config: TrainingConfig
+    sources: list[Source]
+    held_out: Source | None
+
+
+def prepared(config: TrainingConfig) -> PreparedRun:
+    """Check what a run needs and read its data files.
+
+    Raises:
+        InputError: a folder or package is missing, or the data cannot be used.
+    """
+    check_needs(config)
+    sources = stage_sources(config)
+    held_out = None
+    if config.evaluation is not None:
+        held_out = make_source(config.evaluation.data, stage_seed(config, EVALUATION), "evaluation: data")
+    return PreparedRun(resolved(config, sources), sources, held_out)
+
+
+def check_needs(config: TrainingConfig) -> None:
+    """Refuse a run whose starting folder or packages are not there."""
+    if config.init_from is not None:
+        folder = origin(config.init_from)
+        if config.model is not None and not is_llama(folder):
+            raise InputError(
+                f"init_from: {folder} is a whole model already; model goes with a Llama-family language model, or alone"
+            )
+    needs = {
+        f"tracker: {config.tracker}": None if config.tracker == "none" else config.tracker,
+        f"parallel: {config.parallel}": "deepspeed" if config.parallel in ("zero2", "zero3") else None,
+        "lora": None if config.lora is None else "peft",
+    }
+    for setting, package in needs.items():
+        if package is not None and find_spec(package) is None:  # accelerate would only warn of a tracker
+            raise InputError(f"{setting} needs {package}, which is not installed: pip install {package}")
+
+
+def make_source(values: dict[str, Any], seed: int, where: str) -> Source:
     """The source that a stage's or evaluation's `data` describes.
 
     Args:
         values: its arguments, and `kind`.
-        image_size: pixels along a side of a frame.
         seed: unless the arguments bring one.
         where: what errors call it.
     """
     kind = values.get("kind")
+    if kind not in KINDS:
+        raise InputError(f"{where}: kind must be {' or '.join(KINDS)}, not {kind!r}")
     arguments = {"seed": seed, **{name: value for name, value in values.items() if name != "kind"}}
-    if kind == "shapes":
-        return build(ShapesSource, {"image_size": image_size, **arguments}, where)
-    if kind == "llava":
-        return build(LlavaSource, {"size": image_size, **arguments}, where)
-    raise InputError(f"{where}: data.kind must be shapes or llava, not {kind!r}")
+    return build(KINDS[kind], arguments, where)
 
 
 def stage_seed(config: TrainingConfig, number: int) -> int:
@@ -40,24 +84,12 @@ def stage_seed(config: TrainingConfig, number: int) -> int:
     return config.seed * SEEDS_PER_RUN + number
 
 
-def stage_sources(config: TrainingConfig, image_size: int) -> list[Source]:
+def stage_sources(config: TrainingConfig) -> list[Source]:
     """The sources of all stages; a missing or malformed data file is refused here, before anything is spent."""
     return [
-        make_source(stage.data, image_size, stage_seed(config, number), f"stage {stage.name}: data")
+        make_source(stage.data, stage_seed(config, number), f"stage {stage.name}: data")
         for number, stage in enumerate(config.stages)
     ]
-
-
-def evaluation_source(config: TrainingConfig, image_size: int) -> Source | None:
-    """The source of held-out samples, if the run has any."""
-    if config.evaluation is None:
-        return None
-    return make_source(config.evaluation.data, image_size, stage_seed(config, EVALUATION), "evaluation: data")
-
-
-def image_size_of(config: TrainingConfig) -> int:
-    """Pixels along a side of a frame, of the model a run starts from; its weights are not read."""
-    return int(starting_config(config).vision_config.image_size)  # type: ignore[union-attr]
 
 
 def resolved(config: TrainingConfig, sources: list[Source]) -> TrainingConfig:
@@ -72,37 +104,8 @@ def resolved(config: TrainingConfig, sources: list[Source]) -> TrainingConfig:
     return replace(config, warmup_steps=math.ceil(config.warmup_share * config.total_steps), warmup_share=None)
 
 
-class PartSampler:
-    """The parts of steps that one process works on, in order.
-
-    Args:
-        steps: numbers within the stage.
-        source: tells how many items a step has.
-        per_device_batch: most items of a part; None for one part a process.
-        processes, process: how many there are, and which this is.
-    """
-
-    def __init__(self, steps: range, source: Source, per_device_batch: int | None, processes: int, process: int):
-        self.all_steps, self.source, self.per_device_batch = steps, source, per_device_batch
-        self.processes, self.process = processes, process
-
-    def __iter__(self) -> Iterator[Part]:
-        for step in self.all_steps:
-            passes = 1
-            if self.per_device_batch is not None:
-                passes = math.ceil(len(self.source.plan(step)) / (self.per_device_batch * self.processes))
-            for number in range(passes):
-                yield Part(step, number * self.processes + self.process, passes * self.processes)
-
-
 def schedule(config: TrainingConfig) -> str:
-    """A run's stages as a table: what a dry run prints. Model weights are not loaded, data files are read.
-
-    Raises:
-        InputError: the model or the data cannot be used.
-    """
-    sources = stage_sources(config, image_size_of(config))
-    config = resolved(config, sources)
+    """The stages of a resolved run as a table: what a dry run prints."""
     lines = [
         "| stage | steps | learning rate | at its end | tower | projector | frozen |",
         "|---|---|---|---|---|---|---|",

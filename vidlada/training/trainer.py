@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vidlada.errors import VidLaDAError
-from vidlada.machine import peak_memory
+from vidlada.machine import peak_memory, return_free_memory
 from vidlada.training.checkpoints import (
     STATE_FILE,
     NotSaved,
@@ -27,10 +27,10 @@ from vidlada.training.checkpoints import (
     newest_checkpoint,
     save_checkpoint,
 )
-from vidlada.training.collate import CollateSettings, Collator, StepDataset, to_device
-from vidlada.training.config import TrainingConfig
+from vidlada.training.collate import Collator, PartSampler, StepDataset, to_device
+from vidlada.training.config import CollateSettings, TrainingConfig
 from vidlada.training.flops import FlopCount, peak_of
-from vidlada.training.models import save_model, starting_model, with_adapters
+from vidlada.training.models import save_model, starting_config, starting_model, with_adapters
 from vidlada.training.objective import (
     before_targets,
     causal_mask,
@@ -50,15 +50,7 @@ from vidlada.training.parallel import (
     weights_come_from_main,
 )
 from vidlada.training.samples import Source
-from vidlada.training.stages import (
-    EVALUATION,
-    PartSampler,
-    evaluation_source,
-    image_size_of,
-    resolved,
-    stage_seed,
-    stage_sources,
-)
+from vidlada.training.stages import EVALUATION, PreparedRun, prepared, stage_seed
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FEWEST_SEEN = 200  # samples before a share of broken ones means anything
@@ -122,14 +114,20 @@ def train(
         VidLaDAError: the loss is not finite, too many samples are broken, or nothing can be saved.
         Interrupted: SIGTERM or SIGINT; a checkpoint was saved first.
     """
+    return train_prepared(prepared(config), resume, report, overwrite)
+
+
+def train_prepared(
+    prepared_run: PreparedRun, resume: bool = False, report: Callable[[str], Any] = print, overwrite: bool = False
+) -> Path:
+    """`train`, for a run whose data were read before."""
+    config = prepared_run.config
+    starting_config(config)  # refuses a model that cannot be, before any process waits for another
     output = Path(config.output)
-    image_size = image_size_of(config)
-    sources, held_out = stage_sources(config, image_size), evaluation_source(config, image_size)
-    config = resolved(config, sources)
     accelerator = make_accelerator(config)
     say = report if accelerator.is_main_process else (lambda line: None)
     on_main(accelerator, lambda: check_output(output, resume, overwrite))
-    run = Run(config, sources, held_out, accelerator, say)
+    run = Run(prepared_run, accelerator, say)
     if not resume:  # only now, when all else is known to be right
         on_main(accelerator, lambda: clear_output(output))
     if config.tracker != "none":
@@ -155,22 +153,14 @@ class Run:
     """A prepared run: model, optimizers, data.
 
     Args:
-        config: resolved.
-        sources: of its stages.
-        held_out: of its evaluation.
+        prepared_run: its settings and data.
         accelerator: of all processes.
         say: takes lines for the user.
     """
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        sources: list[Source],
-        held_out: Source | None,
-        accelerator: Accelerator,
-        say: Callable[[str], Any],
-    ):
-        self.config, self.sources, self.held_out = config, sources, held_out
+    def __init__(self, prepared_run: PreparedRun, accelerator: Accelerator, say: Callable[[str], Any]):
+        self.config = config = prepared_run.config
+        self.sources, self.held_out = prepared_run.sources, prepared_run.held_out
         self.accelerator, self.say = accelerator, say
         model, self.processor = starting_model(config, weights=not weights_come_from_main(accelerator))
         self.model_config = model.config
@@ -350,6 +340,8 @@ class Run:
             drop_gradients(self.model, ("tower", "projector"))
         accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         self.optimizers.step()
+        if accelerator.device.type == "cpu":
+            return_free_memory()
         return figures
 
     def loss(self, batch: dict[str, Any], step: int, stream: int = 0) -> Tensor:
