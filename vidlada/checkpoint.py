@@ -391,7 +391,7 @@ def weights_type(dtype: str | torch.dtype) -> torch.dtype | None:
         return dtype
     if dtype not in ("auto", *WEIGHT_TYPES):
         raise InputError(f"unknown type of weights {dtype!r}; use auto, {' or '.join(WEIGHT_TYPES)}")
-    return None if dtype == "auto" else getattr(torch, dtype)  # type: ignore[no-any-return]
+    return None if dtype == "auto" else getattr(torch, dtype)
 
 
 def load_model(
