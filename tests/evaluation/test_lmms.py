@@ -266,6 +266,12 @@ def test_likelihoods_are_as_asked(root, small_folder, small):
     assert lost == (float("inf"), False)
 
 
+def test_conversations_need_messages(small_folder):
+    lm = get_model("vidlada", force_simple=True)(pretrained=str(small_folder), device="cpu")
+    with pytest.raises(vidlada.errors.InputError, match="leave --force_simple out"):
+        lm.generate_until_multi_round([])
+
+
 def test_adapters(root, small_folder, small_lm, adapter):
     video = root / "mvbench_video/perception/videos/clip1.mp4"
     small_lm.task_dict["t"] = {"test": [{}]}
@@ -446,12 +452,14 @@ def test_a_run_with_an_adapter(root, small_folder, adapter, tmp_path):
 
 @pytest.mark.slow
 def test_choosing_by_likelihood_in_two_processes(root, tiny, tmp_path):
+    variables = environment(root, tmp_path)
+    del variables["PYTHONSAFEPATH"]  # as users start it: the folder vidlada of the data root is on the path then
     done = subprocess.run(
         [Path(sys.executable).with_name("accelerate"), "launch", "--cpu", "--num_processes", "2", "-m", "lmms_eval",
          "--model", "llava_llada_video", "--force_simple", "--model_args",
          f"pretrained=tiny,max_frames_num={FRAMES},device=cpu,mc_num=4,is_check_greedy=False",
          "--tasks", "egoschema_subset_mcppl", "--log_samples", "--output_path", str(tmp_path)],
-        capture_output=True, text=True, cwd=root, env=environment(root, tmp_path), timeout=1800,
+        capture_output=True, text=True, cwd=root, env=variables, timeout=1800,
     )  # fmt: skip
     (file,) = Path(tmp_path).rglob("*_samples_egoschema_subset_mcppl.jsonl")
     rows = rows_of(root, "lmms-eval/egoschema", "Subset", "test")

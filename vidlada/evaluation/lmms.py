@@ -67,7 +67,7 @@ class VidLaDAChat(lmms):
 
     def settings(self, arguments: dict[str, Any]) -> tuple[GenerationSettings, str | None]:
         """Decoding settings and think mode of a request."""
-        settings, think_mode = generation_settings(self.defaults, arguments)
+        settings, think_mode = generation_settings(self.defaults, arguments, self.arguments.decoding)
         return settings, think_mode or self.arguments.think_mode
 
     def question(self, messages: Messages, arguments: dict[str, Any]) -> Question:
@@ -191,6 +191,10 @@ class VidLaDASimple(VidLaDAChat):
             return without_video(task, document, error, self.settings(arguments)[0])
         parts = [{"type": "video" if isinstance(visual, str) else "image", "url": visual} for visual in visuals]
         return self.question([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], arguments)
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> Iterator[list[str]]:
+        """Conversations are asked with messages only."""
+        raise InputError("tasks of several rounds are asked with messages; leave --force_simple out")
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Iterator[GenerationResult]:
         """For every continuation the bound of its negative log-likelihood: lmms-eval's tasks take the smallest.
