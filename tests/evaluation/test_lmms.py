@@ -457,8 +457,9 @@ def test_an_interrupted_run_goes_on(finished, tmp_path):
     vidlada_eval("--tasks", "mlvu_dev,shapes", "--output", copy, *options)
     before, after = read_run(output).samples, read_run(copy).samples
     assert len(after) == 12 and all(sample.answer == before[key].answer for key, sample in after.items())
+    hits = re.findall(r"ResponseCache stats: (\d+) hits", (copy / LOG_FILE).read_text())
     kept = sum(sample.answer != "" for sample in after.values())  # lmms-eval keeps no empty answers
-    assert kept and f"stats: {kept} hits, {12 - kept} misses" in (copy / LOG_FILE).read_text()
+    assert sum(map(int, hits)) == kept > 0
 
 
 @pytest.mark.slow
