@@ -23,7 +23,7 @@ from vidlada.errors import InputError
 from vidlada.evaluation.answering import Answerer, Media, Question, Reply
 from vidlada.evaluation.arguments import ModelArguments, generation_settings, with_think_mode
 from vidlada.evaluation.benchmarks import video_of
-from vidlada.evaluation.folder import RECORD_FOLDER, record_path
+from vidlada.evaluation.folder import RECORD_FOLDER, open_record
 from vidlada.evaluation.likelihood import is_greedy, negative_log_likelihood
 
 Messages = list[dict[str, Any]]
@@ -281,7 +281,7 @@ class Record:
     def __enter__(self) -> "Record":
         folder = os.environ.get(RECORD_FOLDER)
         if folder:
-            self.file = record_path(Path(folder), self.rank).open("a", encoding="utf-8")
+            self.file = open_record(Path(folder), self.rank)
         return self
 
     def __exit__(self, *_: Any) -> None:
