@@ -19,12 +19,11 @@ def load_with_adapter(
         folder: of the adapter.
         dtype: of the weights.
         base_folder: of the base model; by default the one the adapter names.
-        places: `device`, `device_map` of `vidlada.checkpoint.load_model`.
+        places: `device`, `device_map`, `checkpoint` (of the base) of `vidlada.checkpoint.load_model`.
 
     Raises:
         InputError: the adapter or its base is missing or damaged, or peft is not installed.
     """
-
     base = load_model(base_folder or base_of(folder), dtype=dtype, **places)
     try:
         from peft import PeftModel

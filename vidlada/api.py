@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -343,7 +342,7 @@ class Conversation:
 def model_folder(name_or_folder: str | Path) -> Path:
     """Folder of a model given by name (`tiny`, in the package) or path; `InputError` if there is none."""
     if str(name_or_folder) == SHIPPED:
-        return Path(str(resources.files("vidlada"))) / "weights" / SHIPPED
+        return Path(__file__).parent / "weights" / SHIPPED
     folder = Path(name_or_folder)
     if not folder.is_dir():
         raise InputError(f"{name_or_folder}: no such model folder; give a folder, or {SHIPPED!r} for the shipped one")
@@ -378,14 +377,16 @@ def load(
     folder = model_folder(name_or_folder)
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
+    checkpoint = describe(folder)
     if device_map is None:
-        check_memory_of_weights(describe(folder), dtype, torch.device(device))
+        check_memory_of_weights(checkpoint, dtype, torch.device(device))
+    places = {"device": device, "device_map": device_map, "checkpoint": checkpoint}
     if adapter is None:
-        model = load_model(folder, dtype=dtype, device=device, device_map=device_map)
+        model = load_model(folder, dtype, **places)
     else:
         from vidlada.adapter import load_with_adapter
 
-        model = load_with_adapter(model_folder(adapter), dtype, folder, device=device, device_map=device_map)
+        model = load_with_adapter(model_folder(adapter), dtype, folder, **places)
     model.eval()
     if quantization is not None:
         quantize(model.language_model, quantization)

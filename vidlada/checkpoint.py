@@ -76,6 +76,7 @@ TOWER_FOLDER_VARIABLE = "VISION_TOWER_CACHE_DIR"
 SIGLIP_HEAD_DIM = 72  # of the so400m tower, whose head count no published config records
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+WEIGHT_TYPES = ("float32", "bfloat16", "float16")
 MOST_NAMED_KEYS = 5  # an error names this many keys and counts the rest
 
 
@@ -384,9 +385,19 @@ def sources(checkpoint: Checkpoint) -> dict[str, tuple[str, Entry]]:
     return found
 
 
+def weights_type(dtype: str | torch.dtype) -> torch.dtype | None:
+    """A type of weights by its name; None for `auto`, the stored one; `InputError` if there is no such type."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in ("auto", *WEIGHT_TYPES):
+        raise InputError(f"unknown type of weights {dtype!r}; use auto, {' or '.join(WEIGHT_TYPES)}")
+    return None if dtype == "auto" else getattr(torch, dtype)
+
+
 def load_model(
-    folder: Path, dtype: str | torch.dtype = "auto", device: str | None = None, device_map: Any = None
-) -> VidLaDAForMaskedDiffusion:
+    folder: Path, dtype: str | torch.dtype = "auto", device: str | None = None, device_map: Any = None,
+    checkpoint: Checkpoint | None = None,
+) -> VidLaDAForMaskedDiffusion:  # fmt: skip
     """Load a checkpoint of any layout. The weights are read shard by shard into one copy.
 
     Args:
@@ -394,6 +405,7 @@ def load_model(
         dtype: of the weights; `auto` keeps the stored type.
         device: where to put it; the CPU by default.
         device_map: as in transformers, to spread it over devices; excludes `device`.
+        checkpoint: what `describe` found in the folder, where that is known; else it is read.
 
     Raises:
         InputError: the folder is not a checkpoint of this family, or a tensor is missing, unknown or mis-shaped.
@@ -401,17 +413,15 @@ def load_model(
     if (folder / ADAPTER_CONFIG).is_file():
         from vidlada.adapter import load_with_adapter
 
-        return load_with_adapter(folder, dtype=dtype, device=device, device_map=device_map)
-    checkpoint = describe(folder)
+        return load_with_adapter(folder, dtype=dtype, device=device, device_map=device_map, checkpoint=checkpoint)
+    checkpoint = checkpoint or describe(folder)
     places = sources(checkpoint)
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype)
     inside = {key: name for key, (name, entry) in places.items() if entry.file.parent == folder}
     model = VidLaDAForMaskedDiffusion.from_pretrained(
         folder,
         config=checkpoint.config,
         key_mapping={f"^{re.escape(name)}$": key for key, name in inside.items() if name != key},
-        dtype=dtype,
+        dtype=weights_type(dtype) or "auto",
         device_map=device_map or device,
         local_files_only=True,
     )

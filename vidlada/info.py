@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vidlada.checkpoint import Checkpoint
+from vidlada.checkpoint import Checkpoint, weights_type
 from vidlada.config import VidLaDAConfig, VidLaDATextConfig
 from vidlada.decoding.policies import policy_from
 from vidlada.decoding.store import key_value_bytes
@@ -126,12 +126,16 @@ def check_memory_of_weights(checkpoint: Checkpoint, dtype: str | torch.dtype, de
         device: where to.
 
     Raises:
-        InputError: less memory is free.
+        InputError: less memory is free, or there is no such type.
     """
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    value_bytes = dtype.itemsize if isinstance(dtype, torch.dtype) else STORED_BYTES.get(checkpoint.dtype, 4)
-    need = parameter_count(checkpoint) * value_bytes
+    need = parameter_count(checkpoint) * loaded_bytes(checkpoint, dtype)
     check_memory(need, device, f"loading {checkpoint.folder}", "use a smaller type (bfloat16) or another device")
+
+
+def loaded_bytes(checkpoint: Checkpoint, dtype: str | torch.dtype) -> int:
+    """Of one weight, once loaded in a type; `auto` is the stored one."""
+    loaded = weights_type(dtype)
+    return STORED_BYTES.get(checkpoint.dtype, 4) if loaded is None else loaded.itemsize
 
 
 def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto", cache: str = "none") -> dict[str, Any]:
@@ -141,8 +145,8 @@ def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto", c
     entries = [*checkpoint.entries.values(), *checkpoint.tower.values()]
     parameters = parameter_count(checkpoint)
     stored = sum(torch.Size(entry.shape).numel() * STORED_BYTES.get(entry.dtype, 4) for entry in entries)
-    value_bytes = STORED_BYTES.get(checkpoint.dtype, 4) if dtype == "auto" else getattr(torch, dtype).itemsize
     gen_length = int((config.generation or {}).get("gen_length", 128))
+    value_bytes = loaded_bytes(checkpoint, dtype)
     need = memory_need(config, parameters, frames, gen_length, value_bytes, cache)
     facts: dict[str, Any] = {
         "folder": str(checkpoint.folder),

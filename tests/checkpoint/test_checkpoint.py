@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vectors import formula_state_dict, load_reference_model, our_key, published_config
 
+import vidlada
 from vidlada.checkpoint import INDEX, TOWER_FOLDER_VARIABLE, convert, describe, load_model, load_tokenizer, name_in
 from vidlada.config import VidLaDAConfig
 from vidlada.errors import InputError
@@ -87,6 +88,22 @@ def test_llava_llada_naming_of_the_family(copy):
 
 def test_dtype(published):
     assert load_model(published, dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["banana", "nn", "int8"])
+def test_unknown_types_are_refused(published, dtype):
+    with pytest.raises(InputError, match=f"unknown type of weights '{dtype}'; use auto, float32"):
+        load_model(published, dtype=dtype)
+    with pytest.raises(InputError, match=dtype):
+        vidlada.load(published, dtype=dtype)
+
+
+def test_headers_are_read_once(small_folder, monkeypatch):
+    read = []
+    plain = vidlada.checkpoint.read_entries
+    monkeypatch.setattr("vidlada.checkpoint.read_entries", lambda folder: (read.append(folder), plain(folder))[1])
+    vidlada.load(small_folder)
+    assert read == [small_folder]
 
 
 def test_device_map(published):

@@ -35,6 +35,22 @@ def test_replies_equal_asking_alone(small, clips, batch_size):
             alone.statistics.tokens, alone.statistics.forward_passes, None)  # fmt: skip
 
 
+@pytest.mark.parametrize("cache", ["none", "dual", "mars"])
+def test_batches_share_their_forward_passes(small, clips, monkeypatch, cache):
+    calls = Counter()
+    last = small.model.language_model.layers[-1].mlp
+    forward = type(last).forward
+    monkeypatch.setattr(type(last), "forward", lambda self, hidden: (calls.update([self]), forward(self, hidden))[1])
+    settings = GenerationSettings(gen_length=4, block_length=4, cache=cache)
+    questions = [Question(f"is it {word} ?", clips[n % 2], settings) for n, word in enumerate(("red", "blue", "green"))]
+    together = ask(small, questions, batch_size=3)
+    few = calls[last]
+    calls.clear()
+    alone = ask(small, questions)
+    assert [reply.text for reply in together] == [reply.text for reply in alone] and few > 0
+    assert few * 3 == calls[last]
+
+
 def test_a_video_is_decoded_and_encoded_once(small, clips, monkeypatch):
     decoded, encoded = Counter(), Counter()
     decode, watch = Answerer.decode, type(small).watch

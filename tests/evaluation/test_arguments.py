@@ -37,6 +37,7 @@ def test_task_arguments_alone():
         ({"do_sample": True, "temperature": 0.5}, {"temperature": 0.5}),
         ({"until": "."}, {"stop": (".",)}),
         ({"max_gen_toks": 64}, {"gen_length": 64}),
+        ({"temperature": 0, "top_p": 0, "top_k": 1}, {"temperature": 0.0}),
         ({"max_gen_toks": 64, "gen_length": 32}, {"gen_length": 32}),
     ],
 )
@@ -51,6 +52,8 @@ def test_every_argument_arrives(given, expected):
         ({"top_p": 0.9}, "top_p 0.9"),
         ({"num_beams": 4}, "num_beams 4"),
         ({"top_k": 50}, "top_k 50"),
+        ({"temperature": 0.7, "top_p": 0}, "top_p 0"),
+        ({"threshold": 0.9, "steps": 4}, "threshold"),
         ({"temperature": 0.7, "do_sample": False}, "do_sample False contradicts temperature 0.7"),
         ({"temperature": 0, "do_sample": True}, "contradicts"),
         ({"steps": 2, "gen_steps": 4}, "contradicts"),
@@ -68,6 +71,17 @@ def test_the_last_pace_given_counts():
     quick = GenerationSettings(threshold=0.9)
     settings, _ = generation_settings(quick, {"gen_length": 2, "block_length": 2, "steps": 2})
     assert (settings.threshold, settings.steps) == (None, 2)
+
+
+def test_a_model_argument_is_not_displaced_unseen():
+    given = {"threshold": 0.9, "cache": "mars"}
+    defaults = GenerationSettings().updated(**given)
+    two = {"gen_length": 2, "block_length": 2}
+    with pytest.raises(InputError, match="threshold 0.9 has no effect beside gen_steps 2; leave one of them out"):
+        generation_settings(defaults, {**two, "gen_steps": 2}, given)
+    settings, _ = generation_settings(defaults, {**two, "threshold": 0.5, "cache": "dual"}, given)
+    assert (settings.threshold, settings.cache) == (0.5, "dual")
+    assert generation_settings(defaults, two, given)[0].threshold == 0.9
 
 
 def test_model_arguments_of_published_scripts():

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi
 
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation.benchmarks import BENCHMARKS
@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def ask_at(endpoint, monkeypatch):
     """HF_ENDPOINT, which the hub's client reads only once."""
-    monkeypatch.setattr("huggingface_hub.snapshot_download", partial(snapshot_download, endpoint=endpoint))
+    monkeypatch.setattr("huggingface_hub.HfApi", partial(HfApi, endpoint=endpoint))
 
 
 @pytest.fixture
@@ -201,24 +201,32 @@ def test_nothing_is_fetched_unless_asked(root, hub, tmp_path, vidlada_eval):
     assert "Everything is there." in vidlada_eval(*options, "--check", "--download")[1]
 
 
-def test_terms_have_to_be_accepted(hub, tmp_path, vidlada_eval):
-    hub.repositories["longvideobench/LongVideoBench", "main"] = {}
+@pytest.mark.parametrize("there", [False, True])
+def test_terms_have_to_be_accepted(root, hub, tmp_path, vidlada_eval, there):
+    name = "longvideobench/LongVideoBench"
+    hub.repositories[name, "main"] = {}
     hub.gated = True
+    if there:  # the questions, from elsewhere
+        shutil.copytree(root / name, tmp_path / name)
     code, _, err = vidlada_eval("--download", "--tasks", "longvideobench_val_v", "--data-root", tmp_path)
     assert code == 1 and "accept its terms" in err and "hf auth login" in err
 
 
 def test_unknown_to_the_hub(hub, tmp_path):
-    with pytest.raises(VidLaDAError, match="lmms-eval/LVBench could not be fetched: .*404"):
+    with pytest.raises(VidLaDAError, match="lmms-eval/LVBench could not be fetched from http://127.0.0.1:.*404"):
         download(tmp_path, BENCHMARKS["lvbench"])
 
 
-def test_offline(tmp_path, monkeypatch, vidlada_eval):
+@pytest.mark.parametrize("there", [False, True])
+def test_offline(root, tmp_path, monkeypatch, vidlada_eval, there):
     ask_at("http://127.0.0.1:9", monkeypatch)
+    if there:  # the questions; only videos would be fetched
+        shutil.copytree(root / "lmms-eval/LVBench", tmp_path / "lmms-eval/LVBench")
     code, _, err = vidlada_eval("--download", "--tasks", "lvbench", "--data-root", tmp_path)
-    assert code == 1 and err.splitlines()[-1].startswith("error: lmms-eval/LVBench could not be fetched: ")
+    assert code == 1 and "error: lmms-eval/LVBench could not be fetched from http://127.0.0.1:9: " in err
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert vidlada_eval("--download", "--tasks", "lvbench", "--data-root", tmp_path)[0] == 1
+    code, _, err = vidlada_eval("--download", "--tasks", "lvbench", "--data-root", tmp_path)
+    assert code == 1 and "HF_HUB_OFFLINE" in err.splitlines()[-1]
 
 
 def test_tars_of_their_own_and_tars_in_parts(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from vidlada.evaluation.report import (
     COMPARISON_FILES,
     compare,
     compare_text,
+    drawing,
     exact_mcnemar,
+    labels,
     report_object,
     report_text,
     write_report,
@@ -185,11 +188,48 @@ def test_comparison(pair):
     assert row["difference"] == pytest.approx(100 * 5 / 40)
     assert row["standard_error"] == pytest.approx(100 * statistics.stdev(gains) / math.sqrt(40), abs=1e-3)
     assert row["p"] == pytest.approx(2 * (1 + 7) / 2**7)
-    text = compare_text(runs)
+    text = compare_text(compare(runs))
     assert "| LVBench | 40 | 50.0 | mars | 62.5 | +12.5 |" in text and "| cache | none | mars |" in text
     assert compare(runs)["differing"] == {"cache": ["none", "mars"]}
     with pytest.raises(InputError, match="two runs"):
         compare(runs[:1])
+
+
+def test_only_the_same_questions_are_paired(tmp_path):
+    """Copies of a benchmark may number its rows otherwise."""
+    runs = []
+    for name, order in (("a", "pqrs"), ("b", "pqsr"), ("c", "wxyz")):
+        rows = [{"doc_id": n, "doc_hash": row, "filtered_resps": "A", "lvbench_score": row in "pr"}
+                for n, row in enumerate(order)]  # fmt: skip
+        runs.append(read_run(make_run(tmp_path / name, {"lvbench": ("lvbench_score", 0, rows)})))
+    (row,) = compare(runs[:2])["compared"]
+    assert (row["number"], row["baseline_percent"], row["percent"]) == (2, 100.0 / 2, 100.0 / 2)
+    with pytest.raises(InputError, match="c has no judged samples in common with .*a"):
+        compare(runs)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    folders = [str(tmp_path / name) for name in ("x/run", "y/run")]
+    assert labels(folders) == folders and labels([folders[0], folders[0]]) == ["run", "run"]
+    runs = [run_of(Path(folder), [True, False]) for folder in folders]
+    text = compare_text(compare(runs))
+    assert f"| LVBench | 2 | 50.0 | {folders[1]} | 50.0 |" in text and "differing" not in text  # nothing does
+
+
+def test_the_plot_shows_what_is_known(mlvu, tmp_path):
+    """A mean over types with one sample each has no standard error; a part of a benchmark is marked."""
+    whole = run_of(tmp_path / "whole", [True, False] * 774 + [True])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (axes,) = drawing([read_run(mlvu), whole]).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["MLVU, dev *", "LVBench"]
+    bars = {container.get_label(): container for container in axes.containers if hasattr(container, "patches")}
+    widths = {name: [bar.get_width() for bar in each] for name, each in bars.items()}
+    assert widths["mlvu"] == [pytest.approx(46.67, abs=0.01), pytest.approx(math.nan, nan_ok=True)]
+    ends = {name: each.errorbar[2][0].get_segments() for name, each in bars.items()}
+    assert [len(segment) and not math.isnan(segment[0][0]) for segment in ends["mlvu"]] == [False, False]
+    (left, _), (right, _) = ends["whole"][1]
+    assert right - left == pytest.approx(4 * whole.results["lvbench"].score.standard_error)
 
 
 def test_several_runs_against_the_first(pair, tmp_path):

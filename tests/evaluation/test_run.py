@@ -13,7 +13,7 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation import run as running
 from vidlada.evaluation.benchmarks import chosen
 from vidlada.evaluation.data import documents
-from vidlada.evaluation.folder import held, read_run_file
+from vidlada.evaluation.folder import held, open_record, read_run_file
 from vidlada.evaluation.run import RunSettings, command, launches, start_run
 
 
@@ -162,6 +162,16 @@ def test_a_folder_is_for_one_command_at_a_time(root, tmp_path, monkeypatch, vidl
     assert code == 2 and "another run is going on in it" in err
     left.communicate(b"\n", timeout=60)
     with held(output):
+        pass
+
+
+def test_a_folder_is_in_use_while_a_process_answers(tmp_path):
+    """torchrun's processes survive a `kill -9` of all that holds the lock."""
+    start_run(tmp_path / "run", RunSettings("tiny"), chosen("lvbench"))
+    refused = pytest.raises(InputError, match="another run is going on in it")
+    with open_record(tmp_path / "run", 1), open_record(tmp_path / "run", 0), refused, held(tmp_path / "run"):
+        pass
+    with held(tmp_path / "run"), open_record(tmp_path / "run", 0):
         pass
 
 

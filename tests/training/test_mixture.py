@@ -120,9 +120,9 @@ def test_one_origin_of_data(tmp_path):
         LlavaSource()
 
 
-def png(colour):
+def png(colour, kind="png"):
     content = io.BytesIO()
-    Image.new("RGB", (30, 20), colour).save(content, "png")
+    Image.new("RGB", (30, 20), colour).save(content, kind)
     return content.getvalue()
 
 
@@ -150,6 +150,18 @@ def test_webdataset_tars(tmp_path):
     assert sorted(samples) == ["blue alone", "blue and black", "red alone", "red and black"]
     assert [video[0, 0, 0].tolist() for video in samples["red and black"]] == [[255, 0, 0], [0, 0, 0]]
     assert samples["blue alone"][0].shape == (1, 8, 8, 3)
+
+
+def test_a_tar_holds_any_kind_of_image(tmp_path):
+    """The same that a folder of frames may hold."""
+    kinds = {"bmp": "bmp", "TIFF": "tiff"}
+    members = [(f"{name}.json", json.dumps(entry(name)).encode()) for name in kinds]
+    members += [(f"{name}.{name}", png("red", kind)) for name, kind in kinds.items()]
+    source = LlavaSource(8, write_tar(tmp_path / "part.tar", members), batch_size=2)
+    videos = {sample.exchanges[0][1]: sample.videos for sample in batch(source, 0)}
+    assert {name: [frames.shape for frames in each] for name, each in videos.items()} == dict.fromkeys(
+        kinds, [(1, 8, 8, 3)]
+    )
 
 
 def test_tars_of_videos(tmp_path, small):

@@ -130,9 +130,10 @@ def print_comparison(folders: tuple[Path, ...], output: Path | None, as_json: bo
     from vidlada.evaluation.results import read_run
 
     runs = [read_run(folder) for folder in folders]
-    click.echo(json.dumps(compare(runs)) if as_json else compare_text(runs))
+    compared = compare(runs)
+    click.echo(json.dumps(compared) if as_json else compare_text(compared))
     if output is not None:
-        click.echo("written: " + ", ".join(map(str, write_comparison(runs, output))), err=True)
+        click.echo("written: " + ", ".join(map(str, write_comparison(compared, runs, output))), err=True)
 
 
 def print_download(root: Path, benchmarks: list[Any]) -> None:

@@ -1,5 +1,6 @@
 """What lmms-eval's `--model_args` and `--gen_kwargs` mean here. Everything is used or refused by name."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from vidlada.video import Sampling
 
 ThinkMode = Literal["no_think", "think"]
 DECODING = ("cache", "threshold", "factor", "reuse")  # generation settings that model arguments may give for all tasks
+PACES = ("steps", "gen_steps", "threshold", "factor")  # how many tokens a step commits; one replaces another
 RENAMED = {"torch_dtype": "dtype", "peft": "adapter"}
 GENERATION_NAMES = {
     "gen_length": "gen_length", "block_length": "block_length", "steps": "steps", "gen_steps": "steps",
@@ -23,6 +25,7 @@ WITHOUT_COUNTERPART: dict[str, tuple[Any, ...]] = {
     "top_p": (None, 1), "top_k": (None, 0), "num_beams": (None, 1), "num_return_sequences": (None, 1), "n": (None, 1),
     "repetition_penalty": (None, 1),
 }  # fmt: skip
+SAY_GREEDY = {"top_p": 0, "top_k": 1}  # the same as temperature 0, which some tasks give beside it
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def with_think_mode(text: str, think_mode: str | None) -> str:
 
 
 def generation_settings(
-    defaults: GenerationSettings, arguments: dict[str, Any]
+    defaults: GenerationSettings, arguments: dict[str, Any], decoding: Mapping[str, Any] | None = None
 ) -> tuple[GenerationSettings, ThinkMode | None]:
     """Settings of one request.
 
@@ -139,13 +142,16 @@ def generation_settings(
         defaults: the checkpoint's, with those of the model arguments.
         arguments: the task's own `generation_kwargs` with the user's `--gen_kwargs` over them. Tasks are written for
             autoregressive models: `max_new_tokens` sets `gen_length` unless that is given too, `until` are stop
-            strings, `do_sample` has to agree with `temperature`; `top_p`, `num_beams` and the like must be off.
+            strings, `do_sample` has to agree with `temperature`; `top_p`, `num_beams` and the like must be off, or
+            say "greedy" where decoding is.
+        decoding: of the model arguments; `defaults` have them already. Each may be replaced by name only.
 
     Returns:
         The settings, and `think_mode` if given.
 
     Raises:
-        InputError: an argument is unknown, or asks for what masked diffusion has no counterpart of.
+        InputError: an argument is unknown, asks for what masked diffusion has no counterpart of, or would take the
+            effect of a model argument away.
     """
     left = dict(arguments)
     think_mode = left.pop("think_mode", None)
@@ -166,9 +172,10 @@ def generation_settings(
     until = left.pop("until", None) or ()
     changes["stop"] = tuple(word for word in ((until,) if isinstance(until, str) else until) if word)
     changes["temperature"] = _temperature(changes.get("temperature"), left.pop("do_sample", None))
+    greedy = (defaults.temperature if changes["temperature"] is None else changes["temperature"]) == 0
     for name, off in WITHOUT_COUNTERPART.items():
         value = left.pop(name, None)
-        if value not in off:
+        if value not in off and not (greedy and value == SAY_GREEDY.get(name)):
             raise InputError(f"{name} {value!r} has no counterpart in masked diffusion; leave it out")
     if left:
         known = sorted({*GENERATION_NAMES, *WITHOUT_COUNTERPART, "max_new_tokens", "until", "do_sample", "think_mode"})
@@ -179,7 +186,15 @@ def generation_settings(
     if "cache" in changes:
         policy_from(changes["cache"])  # an unknown policy stops the run, not every sample
     settings = defaults.updated(**{name: value for name, value in changes.items() if name != "stop"})
+    for name, value in (decoding or {}).items():
+        if name not in changes and getattr(settings, name) is None:
+            raise InputError(f"{name} {value!r} has no effect beside {_pace(arguments)}; leave one of them out")
     return replace(settings, stop=changes["stop"]), think_mode
+
+
+def _pace(arguments: Mapping[str, Any]) -> str:
+    """What the arguments say about how many tokens a step commits."""
+    return ", ".join(f"{name} {arguments[name]!r}" for name in PACES if arguments.get(name) is not None)
 
 
 def _temperature(temperature: float | None, do_sample: bool | None) -> float | None:

@@ -46,20 +46,24 @@ def download(root: Path, benchmark: Benchmark) -> None:
         unpack(parts, videos)
 
 
-def fetch(repository: str, folder: Path, **chosen: Any) -> None:
+def fetch(repository: str, folder: Path, revision: str | None = None, **chosen: Any) -> None:
     """Files of a dataset's repository into a folder; those that are there and unchanged are not fetched again."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError
 
+    hub = HfApi()
     try:
-        snapshot_download(repository, repo_type="dataset", local_dir=folder, **chosen)
+        # asked for by itself: where the list cannot be had, a snapshot is content with whatever the folder holds
+        hub.list_repo_files(repository, revision=revision, repo_type="dataset")
+        hub.snapshot_download(repository, revision=revision, repo_type="dataset", local_dir=folder, **chosen)
     except GatedRepoError as error:
         raise VidLaDAError(
             f"{repository} is given to those who accept its terms: do so at {TERMS.format(repository)}, "
             f"then log in with: hf auth login"
         ) from error
     except Exception as error:  # of several HTTP libraries, which the hub's client lets through
-        raise VidLaDAError(f"{repository} could not be fetched: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0]
+        raise VidLaDAError(f"{repository} could not be fetched from {hub.endpoint}: {why}") from error
 
 
 def archives(folder: Path) -> list[list[Path]]:

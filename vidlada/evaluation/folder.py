@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vidlada.errors import InputError
 
@@ -27,6 +27,9 @@ def held(folder: Path) -> Iterator[int]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in folder.glob("record-*.jsonl"):
+                with path.open() as record:
+                    fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(f"{folder}: another run is going on in it") from error
         yield lock
@@ -34,9 +37,12 @@ def held(folder: Path) -> Iterator[int]:
         os.close(lock)
 
 
-def record_path(folder: Path, rank: int) -> Path:
-    """File of a process."""
-    return folder / f"record-{rank}.jsonl"
+def open_record(folder: Path, rank: int) -> TextIO:
+    """A process's file, to be added to. While it is open the folder is in use: what torchrun started goes on without
+    its command, and without the lock, when that is killed."""
+    record = (folder / f"record-{rank}.jsonl").open("a", encoding="utf-8")
+    fcntl.flock(record, fcntl.LOCK_SH)
+    return record
 
 
 def read_record(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:

@@ -23,7 +23,7 @@ from vidlada.errors import InputError
 from vidlada.evaluation.answering import Answerer, Media, Question, Reply
 from vidlada.evaluation.arguments import ModelArguments, generation_settings, with_think_mode
 from vidlada.evaluation.benchmarks import video_of
-from vidlada.evaluation.folder import RECORD_FOLDER, record_path
+from vidlada.evaluation.folder import RECORD_FOLDER, open_record
 from vidlada.evaluation.likelihood import is_greedy, negative_log_likelihood
 
 Messages = list[dict[str, Any]]
@@ -67,7 +67,7 @@ class VidLaDAChat(lmms):
 
     def settings(self, arguments: dict[str, Any]) -> tuple[GenerationSettings, str | None]:
         """Decoding settings and think mode of a request."""
-        settings, think_mode = generation_settings(self.defaults, arguments)
+        settings, think_mode = generation_settings(self.defaults, arguments, self.arguments.decoding)
         return settings, think_mode or self.arguments.think_mode
 
     def question(self, messages: Messages, arguments: dict[str, Any]) -> Question:
@@ -192,6 +192,10 @@ class VidLaDASimple(VidLaDAChat):
         parts = [{"type": "video" if isinstance(visual, str) else "image", "url": visual} for visual in visuals]
         return self.question([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], arguments)
 
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> Iterator[list[str]]:
+        """Conversations are asked with messages only."""
+        raise InputError("tasks of several rounds are asked with messages; leave --force_simple out")
+
     def loglikelihood(self, requests: Sequence[Instance]) -> Iterator[GenerationResult]:
         """For every continuation the bound of its negative log-likelihood: lmms-eval's tasks take the smallest.
 
@@ -277,7 +281,7 @@ class Record:
     def __enter__(self) -> "Record":
         folder = os.environ.get(RECORD_FOLDER)
         if folder:
-            self.file = record_path(Path(folder), self.rank).open("a", encoding="utf-8")
+            self.file = open_record(Path(folder), self.rank)
         return self
 
     def __exit__(self, *_: Any) -> None:

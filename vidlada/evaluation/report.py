@@ -122,7 +122,8 @@ def report_text(run: Run) -> str:
     ]
     for result in run.results.values():
         lines += ["", *detail_lines(result)]
-    lines += ["", *failure_lines(run), "## Cost", "", *cost_lines([run]), "", "## Settings", "", *settings_lines(run)]
+    lines += ["", *failure_lines(run), "## Cost", "", *cost_lines(labels([str(run.folder)]), [cost(run)])]
+    lines += ["", "## Settings", "", *settings_lines(run)]
     return "\n".join(lines) + "\n"
 
 
@@ -157,13 +158,12 @@ def failure_lines(run: Run) -> list[str]:
     return [*lines, ""]
 
 
-def cost_lines(runs: Sequence[Run]) -> list[str]:
+def cost_lines(names: Sequence[str], costs: Sequence[dict[str, Any]]) -> list[str]:
     """What runs took."""
     lines = ["| run | samples timed | seconds a sample | tokens a second | forward passes |", "|---|---|---|---|---|"]
-    for run in runs:
-        took = cost(run)
+    for name, took in zip(names, costs, strict=True):
         lines.append(
-            f"| {run.folder.name} | {took['samples']} | {number(took['seconds_per_sample'], 3)} "
+            f"| {name} | {took['samples']} | {number(took['seconds_per_sample'], 3)} "
             f"| {number(took['tokens_per_second'])} | {took['forward_passes']} |"
         )
     return lines
@@ -197,21 +197,27 @@ def write_report(run: Run) -> list[Path]:
     return [text, data, *drawn([run], plot)]
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
-    """Scores of runs with two standard errors, and the paper's as lines."""
+def labels(folders: Sequence[str]) -> list[str]:
+    """Of run folders: their names, or their whole paths where names are shared."""
+    names = {folder: Path(folder).absolute().name for folder in folders}
+    unique = len(set(names.values())) == len(names)
+    return [names[folder] if unique else folder for folder in folders]
+
+
+def drawing(runs: Sequence[Run]) -> Any:
+    """Scores of runs with two standard errors, where those are known, and the paper's as lines: a Figure."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for run in runs for name in run.results))
     figure = Figure(figsize=(8, 1.6 + 0.4 * len(names) * len(runs)), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(runs)
-    for place, run in enumerate(runs):
+    for place, (run, label) in enumerate(zip(runs, labels([str(run.folder) for run in runs]), strict=True)):
         results = [run.results.get(name) for name in names]
         scores = [result.score if result else Score(math.nan, math.nan, 0) for result in results]
         heights = [row + (place - (len(runs) - 1) / 2) * height for row in range(len(names))]
-        widths = [0.0 if math.isnan(score.percent) else score.percent for score in scores]
-        errors = [0.0 if math.isnan(score.standard_error) else 2 * score.standard_error for score in scores]
-        axes.barh(heights, widths, height, xerr=errors, label=run.folder.name, capsize=2)
+        errors = [2 * score.standard_error for score in scores]
+        axes.barh(heights, [score.percent for score in scores], height, xerr=errors, label=label, capsize=2)
         for middle, score in zip(heights, scores, strict=True):
             axes.text(1.01, middle, number(score.percent), transform=axes.get_yaxis_transform(), va="center")
     known = {name: next(run.results[name] for run in runs if name in run.results).benchmark for name in names}
@@ -221,12 +227,14 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         if paper is not None:
             axes.vlines(paper, row - 0.45, row + 0.45, colors="black", label=label)
             label = "_"
-    axes.set_yticks(range(len(names)), [known[name].title for name in names])
-    axes.invert_yaxis()
+    partial = {name for run in runs for name, result in run.results.items() if is_partial(run, result)}
+    axes.set_yticks(range(len(names)), [known[name].title + " *" * (name in partial) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, 100)
-    axes.set_xlabel("score, %; bars of two standard errors")
+    note = "\n* not the whole benchmark, not comparable with the paper" if partial else ""
+    axes.set_xlabel(f"score, %; bars of two standard errors{note}")
     figure.legend(loc="outside upper center", ncols=len(runs) + 1)
-    figure.savefig(path)
+    return figure
 
 
 def exact_mcnemar(wins: int, losses: int) -> float:
@@ -242,7 +250,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """Every run against the first, over the samples both have.
 
     Raises:
-        InputError: fewer than two runs, or nothing in common.
+        InputError: fewer than two runs, or one that has nothing in common with the first.
     """
     if len(runs) < 2:
         raise InputError("a comparison needs at least two runs")
@@ -251,18 +259,18 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
         pairs = {name: paired(first, other, name) for name in first.results}
         pairs = {name: both for name, both in pairs.items() if both}
         rows: list[tuple[str | None, str, list[tuple[Sample, Sample]]]]
+        if not pairs:
+            raise InputError(f"{other.folder} has no judged samples in common with {first.folder}")
         rows = [(name, first.results[name].benchmark.title, both) for name, both in pairs.items()]
         if len(rows) > 1:
             rows.append((None, "all samples", [pair for both in pairs.values() for pair in both]))
         compared += [{"run": str(other.folder), "benchmark": name, "title": title, **compare_pairs(both)}
                      for name, title, both in rows]  # fmt: skip
-    if not compared:
-        raise InputError("the runs have no samples in common")
     return {
-        "baseline": str(first.folder),
+        "runs": [str(run.folder) for run in runs],
         "compared": compared,
         "differing": differing(runs),
-        "cost": {str(run.folder): cost(run) for run in runs},
+        "cost": [cost(run) for run in runs],
     }
 
 
@@ -270,9 +278,9 @@ def paired(first: Run, other: Run, name: str) -> list[tuple[Sample, Sample]]:
     """Judged samples of a benchmark that both runs have."""
     if name not in other.results:
         return []
-    theirs = {(s.task, s.doc_id): s for s in other.results[name].samples if s.points is not None}
-    ours = (s for s in first.results[name].samples if s.points is not None)
-    return [(s, theirs[s.task, s.doc_id]) for s in ours if (s.task, s.doc_id) in theirs]
+    theirs = {sample.key: sample for sample in other.results[name].samples if sample.points is not None}
+    ours = (sample for sample in first.results[name].samples if sample.points is not None)
+    return [(sample, theirs[sample.key]) for sample in ours if sample.key in theirs]
 
 
 def compare_pairs(pairs: Sequence[tuple[Sample, Sample]]) -> dict[str, Any]:
@@ -302,37 +310,40 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {name: each for name, each in found.items() if len(set(each)) > 1}
 
 
-def compare_text(runs: Sequence[Run]) -> str:
+def compare_text(compared: dict[str, Any]) -> str:
     """A comparison in Markdown."""
-    compared = compare(runs)
-    lines = [f"| benchmark | samples | {runs[0].folder.name} | run | score | difference | standard error "
+    names = labels(compared["runs"])
+    name_of = dict(zip(compared["runs"], names, strict=True))
+    lines = [f"| benchmark | samples | {names[0]} | run | score | difference | standard error "
              "| better / worse | p |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in compared["compared"]:
         lines.append(
-            f"| {row['title']} | {row['number']} | {number(row['baseline_percent'])} | {Path(row['run']).name} "
+            f"| {row['title']} | {row['number']} | {number(row['baseline_percent'])} | {name_of[row['run']]} "
             f"| {number(row['percent'])} | {signed(row['difference'])} | {number(row['standard_error'])} "
             f"| {row['better']} / {row['worse']} | {row['p']:.3g} |"
         )
     lines += ["", "Over the samples both runs have, every one counting alike. p: exact McNemar test, two-sided, which "
-              "takes samples as independent; the standard error does not.", "", *cost_lines(runs), ""]  # fmt: skip
-    lines += [f"| differing | {' | '.join(run.folder.name for run in runs)} |", "|---" * (len(runs) + 1) + "|"]
+              "takes samples as independent; the standard error does not."]  # fmt: skip
+    lines += ["", *cost_lines(names, compared["cost"]), ""]
+    if compared["differing"]:
+        lines += [f"| differing | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(values)} |" for name, values in compared["differing"].items()]
     return "\n".join(lines) + "\n"
 
 
-def write_comparison(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write a comparison into a folder; the plot only where matplotlib is installed."""
+def write_comparison(compared: dict[str, Any], runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Write what `compare` found into a folder; the plot only where matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
     text, data, plot = (folder / name for name in COMPARISON_FILES)
-    text.write_text(compare_text(runs), encoding="utf-8")
-    data.write_text(json.dumps(compare(runs), indent=1, ensure_ascii=False), encoding="utf-8")
+    text.write_text(compare_text(compared), encoding="utf-8")
+    data.write_text(json.dumps(compared, indent=1, ensure_ascii=False), encoding="utf-8")
     return [text, data, *drawn(runs, plot)]
 
 
 def drawn(runs: Sequence[Run], path: Path) -> list[Path]:
     """The plot, unless matplotlib is missing."""
     try:
-        draw(runs, path)
+        drawing(runs).savefig(path)
     except ImportError:
         return []
     return [path]

@@ -19,6 +19,7 @@ class Sample:
 
     Attributes:
         task, doc_id: which.
+        question: hash of the row of the benchmark: copies of one may number their rows otherwise.
         answer: as lmms-eval judged it.
         points: 0 to 1; 0 for a question that failed, even where a task would draw an answer at random. None where the
             truth is not public.
@@ -39,6 +40,12 @@ class Sample:
     seconds: float | None = None
     tokens: int | None = None
     forward_passes: int | None = None
+    question: str | None = None
+
+    @property
+    def key(self) -> tuple[str, int, str | None]:
+        """What is the same for one question in any run."""
+        return self.task, self.doc_id, self.question
 
     @property
     def cluster(self) -> str:
@@ -229,5 +236,6 @@ def sample_of(
         answer=str(answer[0] if isinstance(answer, list) and len(answer) == 1 else answer),
         points=points,
         kind=None if judged is None else benchmark.kind(judged),
+        question=logged.get("doc_hash"),
         **{name: noted.get(name) for name in ("video", "error", "seconds", "tokens", "forward_passes")},
     )

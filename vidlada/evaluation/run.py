@@ -25,7 +25,7 @@ from vidlada.api import SHIPPED, model_folder
 from vidlada.checkpoint import ADAPTER_CONFIG, base_of
 from vidlada.config import GenerationSettings
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.evaluation.arguments import ModelArguments, generation_settings
+from vidlada.evaluation.arguments import PACES, ModelArguments, generation_settings
 from vidlada.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL_VERSION, UNSENT, Benchmark
 from vidlada.evaluation.data import question_files, repository_folder
 from vidlada.evaluation.folder import LOG_FILE, RECORD_FOLDER, RUN_FILE, held, read_run_file, results_files
@@ -36,7 +36,6 @@ TASKS_FOLDER = Path(__file__).parent / "tasks"
 PACKAGES = ("vidlada", "lmms-eval", "torch", "transformers", "av", "datasets")
 FINGERPRINT_BYTES = 2**20  # from both ends of a file
 LOG_LINES = 15  # shown when lmms-eval fails
-PACES = ("steps", "gen_steps", "threshold", "factor")  # of decoding; one replaces another
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class RunSettings:
         if arguments.get("temperature"):
             arguments.setdefault("do_sample", True)  # tasks say false
         decoding = ModelArguments.from_dict(self.model_arguments(benchmark)).decoding
-        generation_settings(GenerationSettings().updated(**decoding), arguments)
+        generation_settings(GenerationSettings().updated(**decoding), arguments, decoding)
         return arguments
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import NamedTemporaryFile
 from typing import Any
 
@@ -15,9 +15,9 @@ from pydantic.dataclasses import dataclass as validated
 
 from vidlada.errors import InputError
 from vidlada.training.samples import STRICT
+from vidlada.video import IMAGE_SUFFIXES
 
 STRATEGY = re.compile(r"(all|(first|end|random):(\d+(?:\.\d+)?)(%?))(?:,(\d+))?")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 COPIED_AT_ONCE = 2**20  # bytes
 
@@ -38,14 +38,19 @@ class TarMember:
             return file.read(self.size)
 
     @property
+    def suffix(self) -> str:
+        """How its name ends, in lower case."""
+        return PurePosixPath(self.name).suffix.lower()
+
+    @property
     def is_image(self) -> bool:
         """Whether its name is an image's; else it is a video."""
-        return self.name.lower().endswith(IMAGE_SUFFIXES)
+        return self.suffix in IMAGE_SUFFIXES
 
     @contextmanager
     def as_file(self) -> Iterator[Path]:
         """A temporary file of its content, for readers that need one; a video is never held in memory."""
-        with NamedTemporaryFile(suffix=Path(self.name).suffix) as copy, self.tar.open("rb") as file:
+        with NamedTemporaryFile(suffix=self.suffix) as copy, self.tar.open("rb") as file:
             file.seek(self.offset)
             for start in range(0, self.size, COPIED_AT_ONCE):
                 copy.write(file.read(min(COPIED_AT_ONCE, self.size - start)))
@@ -278,6 +283,6 @@ def _tar_entries(path: Path) -> Iterator[Entry]:
             value = json.loads(described[0].read())
         except ValueError as error:
             raise InputError(f"{described[0]}: not valid json: {error}") from error
-        media = [member for member in members if member.name.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES)]
+        media = [member for member in members if member.is_image or member.suffix in VIDEO_SUFFIXES]
         media.sort(key=lambda member: member.name)
         yield entry_of(value, path.parent, str(described[0]), media)
