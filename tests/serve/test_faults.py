@@ -11,7 +11,7 @@ import time
 
 import httpx2
 import pytest
-from serve.running import KEY, LONG, SHORT, idle, running_server, send_body, wait_for
+from serve.running import HEAD, KEY, LONG, SHORT, idle, running_server, send_body, wait_for
 
 from vidlada.serve.temporary import temporary_folder
 
@@ -103,6 +103,28 @@ def test_sigterm_lets_answers_end_and_leaves_nothing_behind(tireless_folder, tmp
         assert list(tmp_path.glob("vidlada-*")) == []
         with pytest.raises(httpx2.ConnectError):
             server.http().get("/health")
+
+
+def test_answers_that_do_not_end_in_time_are_told_so(tireless_folder, tmp_path):
+    with (
+        running_server("--model", tireless_folder, "--drain-seconds", 1, TMPDIR=str(tmp_path)) as server,
+        server.connect() as streaming,
+        server.connect() as waiting,
+        server.connect() as sending,
+    ):
+        send_body(streaming, LONG)
+        send_body(waiting, {**LONG, "stream": False})
+        wait_for(lambda: server.metric("vidlada_running_requests") == 2)
+        sending.sendall(f"{HEAD}Content-Length: 5000\r\n\r\n{{".encode())
+        wait_for(lambda: server.metric("vidlada_admitted_requests") == 3)
+        server.stop()
+        for connection, status in [(streaming, b"200"), (waiting, b"503"), (sending, b"503")]:
+            with connection.makefile("rb") as file:
+                response = file.read()
+            assert response.split(b" ")[1] == status
+            assert b'"code": "shutting_down"' in response.replace(b'":"', b'": "')
+        assert "Traceback" not in server.log
+        assert list(tmp_path.glob("vidlada-*")) == []
 
 
 def test_startup_errors_are_one_line(server, tmp_path):

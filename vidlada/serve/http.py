@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.serve.errors import RequestError
+from vidlada.serve.errors import ClosingError, RequestError
 from vidlada.serve.limits import MEBI
 from vidlada.serve.schema import ChatRequest
 
@@ -161,6 +161,8 @@ def as_request_error(error: Exception) -> RequestError:
     """Any error with a status."""
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, ClosingError):
+        return RequestError(503, str(error), "shutting_down")
     if isinstance(error, InputError):
         return RequestError(422, str(error), "invalid_request")
     if isinstance(error, VidLaDAError):
@@ -206,6 +208,9 @@ class Outermost:
             await self.app(scope, receive, counted)
         except ClientDisconnect:
             status = status or CLIENT_CLOSED
+        except asyncio.CancelledError:  # by the server, which ends; an answer that began is broken off
+            if not status:
+                await error_response(as_request_error(ClosingError()))(scope, receive, counted)
         except Exception as error:
             if not isinstance(error, VidLaDAError):
                 log.exception("a request failed", exc_info=error)
