@@ -67,18 +67,18 @@ class FileStore:
         self.uploads: dict[str, Upload] = {}
         self.users: Counter[str] = Counter()
         self.removed: set[str] = set()
-        self.arriving = 0  # bytes of uploads that are not complete
+        self.arriving = 0  # bytes of uploads that are not complete, and of files fetched for a request
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all uploads, those on their way included."""
+        """Bytes of all files, those on their way included."""
         return self.arriving + sum(upload.size for upload in self.uploads.values())
 
     @contextmanager
     def arrival(self) -> Iterator[Callable[[int], None]]:
-        """An upload on its way: gives what to call with the size of every piece, which is refused if there is no room.
+        """A file on its way: gives what to call with the size of every piece, which is refused if there is no room.
 
-        What has come takes up room until the context ends; `add` is to follow at once.
+        What has come takes up room until the context ends. Of an upload that is when it is complete; `add` follows.
         """
         arrived = 0
 
@@ -174,7 +174,7 @@ class FileStore:
 
 def no_room() -> RequestError:
     """The refusal of an upload there is no room for."""
-    return RequestError(503, "there is no room for more uploads; delete some, or try later", "storage_full")
+    return RequestError(503, "there is no room for more files; delete uploads, or try later", "storage_full")
 
 
 def too_large(mebibytes: int) -> RequestError:
