@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from vidlada.errors import InputError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
+PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})  # FFmpeg would open what they name, anywhere on the machine
 IMAGE_FOLDER_FPS = 3.0  # of a folder of images, as the published evaluations read MVBench's
 SEEK_WORTH_FRAMES = 12  # jump to a keyframe only if that skips at least so many frames; see `vidlada bench video`
 MOST_MISSING = 0.02  # share of the announced frames a readable file may lack before it counts as truncated
@@ -239,10 +240,14 @@ def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first video stream; FFmpeg's errors become ours."""
     try:
         with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+            if container.format.name in PLAYLISTS:
+                raise InputError(f"{path}: a list of other files ({container.format.name}); give the video itself")
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 kinds = " and ".join(sorted({stream.type for stream in container.streams})) or "no"
                 raise InputError(f"{path}: there is no video in it, only {kinds} streams")
+            if streams[0].codec_context is None:
+                raise InputError(f"{path}: this build of FFmpeg has no decoder for its video")
             streams[0].thread_type = "AUTO"
             yield container, streams[0]
     except av.error.FFmpegError as error:

@@ -1,19 +1,29 @@
 """A really started server in a process of its own."""
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 import httpx2
 
 KEY = "secret"
-LIMITS = ("--max-upload-mb", 4, "--max-body-mb", 8, "--max-duration", 100, "--max-pixels", 500_000, "--max-frames", 32,
-          "--max-running", 8, "--max-queue", 60, "--decode-seconds", 300, "--body-seconds", 10,
-          "--reader-seconds", 5)  # fmt: skip
+LIMITS = ("--max-upload-mb", 4, "--max-stored-mb", 6, "--max-body-mb", 8, "--max-duration", 100,
+          "--max-pixels", 500_000, "--max-frames", 32, "--max-running", 8, "--max-queue", 60, "--decode-seconds", 300,
+          "--body-seconds", 10, "--reader-seconds", 5)  # fmt: skip
+
+
+# for a model that cannot end early (`tireless`): hundreds of steps; in one block, so that every event tells all slots
+LONG = {"model": "tiny", "stream": True, "gen_length": 1024, "block_length": 1024, "diffusing": True,
+        "messages": [{"role": "user", "content": "describe the video ."}]}  # fmt: skip
+SHORT = {"model": "tiny", "gen_length": 16, "messages": [{"role": "user", "content": "is it red ?"}]}
+HEAD = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
 
 
 class RunningServer:
@@ -49,6 +59,16 @@ class RunningServer:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return httpx2.Client(base_url=self.url, headers=headers, timeout=300, **options)
 
+    def connect(self, buffer=None):
+        """A bare connection, with a receive buffer of so many bytes."""
+        host, port = self.url.removeprefix("http://").split(":")
+        connection = socket.socket()
+        if buffer:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        connection.settimeout(300)
+        connection.connect((host, int(port)))
+        return connection
+
     def metric(self, name):
         text = self.http().get("/metrics").text
         return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
@@ -68,3 +88,20 @@ def running_server(*arguments, **environment):
         if server.process.poll() is None:
             server.process.kill()
             server.process.wait()
+
+
+def send_body(connection, body):
+    """A request for an answer over a bare connection."""
+    content = json.dumps(body).encode()
+    connection.sendall(f"{HEAD}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+
+
+def wait_for(condition, seconds=200):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def idle(server):
+    return server.metric("vidlada_admitted_requests") == 0 and server.metric("vidlada_running_requests") == 0

@@ -227,7 +227,7 @@ def test_closing_fails_what_runs(small):
         with pytest.raises(VidLaDAError, match="shutting down"):
             async for _ in waiting.updates():
                 pass
-        with pytest.raises(VidLaDAError, match="closing"):
+        with pytest.raises(VidLaDAError, match="shutting down"):
             engine.submit(job_of(small))
 
     with engine_of(small, max_running=1) as engine:

@@ -11,31 +11,15 @@ import time
 
 import httpx2
 import pytest
-from serve.running import KEY, running_server
+from serve.running import HEAD, KEY, LONG, SHORT, idle, running_server, send_body, wait_for
 
 from vidlada.serve.temporary import temporary_folder
-
-# one block, decided in random places one by one: however soon the model means to end, that takes hundreds of steps
-LONG = {"model": "tiny", "stream": True, "gen_length": 1024, "block_length": 1024, "remasking": "random", "seed": 1,
-        "messages": [{"role": "user", "content": "describe the video ."}], "diffusing": True}  # fmt: skip
-SHORT = {"model": "tiny", "gen_length": 16, "messages": [{"role": "user", "content": "is it red ?"}]}
 
 
 def about(path):
     """A question about a local file."""
     shown = {"type": "video_url", "video_url": {"url": f"file://{path}"}}
     return {**SHORT, "messages": [{"role": "user", "content": [{"type": "text", "text": "is it red ?"}, shown]}]}
-
-
-def wait_for(condition, seconds=200):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-
-
-def idle(server):
-    return server.metric("vidlada_admitted_requests") == 0 and server.metric("vidlada_running_requests") == 0
 
 
 @pytest.mark.parametrize(
@@ -47,18 +31,14 @@ def test_malformed_bodies(server, body):
     assert response.json()["error"]["message"]
 
 
-def test_a_client_that_hangs_up_frees_its_place(server):
-    cancelled = server.metric("vidlada_cancelled_answers_total")
-    with server.http() as http, http.stream("POST", "/v1/chat/completions", json=LONG) as response:
-        next(response.iter_lines())
-    wait_for(lambda: idle(server))
-    assert server.metric("vidlada_cancelled_answers_total") == cancelled + 1
-
-
-def test_a_client_that_hangs_up_without_a_stream(server):
-    with pytest.raises(httpx2.TimeoutException), server.http() as http:
-        http.post("/v1/chat/completions", json={**LONG, "stream": False}, timeout=0.3)
-    wait_for(lambda: idle(server))
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_its_place(tireless, stream):
+    cancelled = tireless.metric("vidlada_cancelled_answers_total")
+    with tireless.connect() as connection:
+        send_body(connection, {**LONG, "stream": stream})
+        wait_for(lambda: tireless.metric("vidlada_running_requests") == 1)
+    wait_for(lambda: idle(tireless))
+    assert tireless.metric("vidlada_cancelled_answers_total") == cancelled + 1
 
 
 def test_a_crowd_is_answered_or_told_to_wait(server):
@@ -101,8 +81,8 @@ def test_bad_videos_do_no_harm(server, clip, allowed):
         assert str(allowed) not in response.text
 
 
-def test_sigterm_lets_answers_end_and_leaves_nothing_behind(tmp_path):
-    with running_server("--drain-seconds", 300, TMPDIR=str(tmp_path)) as server:
+def test_sigterm_lets_answers_end_and_leaves_nothing_behind(tireless_folder, tmp_path):
+    with running_server("--model", tireless_folder, "--drain-seconds", 300, TMPDIR=str(tmp_path)) as server:
         events, started, order = [], threading.Event(), {**LONG, "gen_length": 128, "block_length": 128}
 
         def read():
@@ -123,6 +103,28 @@ def test_sigterm_lets_answers_end_and_leaves_nothing_behind(tmp_path):
         assert list(tmp_path.glob("vidlada-*")) == []
         with pytest.raises(httpx2.ConnectError):
             server.http().get("/health")
+
+
+def test_answers_that_do_not_end_in_time_are_told_so(tireless_folder, tmp_path):
+    with (
+        running_server("--model", tireless_folder, "--drain-seconds", 1, TMPDIR=str(tmp_path)) as server,
+        server.connect() as streaming,
+        server.connect() as waiting,
+        server.connect() as sending,
+    ):
+        send_body(streaming, LONG)
+        send_body(waiting, {**LONG, "stream": False})
+        wait_for(lambda: server.metric("vidlada_running_requests") == 2)
+        sending.sendall(f"{HEAD}Content-Length: 5000\r\n\r\n{{".encode())
+        wait_for(lambda: server.metric("vidlada_admitted_requests") == 3)
+        server.stop()
+        for connection, status in [(streaming, b"200"), (waiting, b"503"), (sending, b"503")]:
+            with connection.makefile("rb") as file:
+                response = file.read()
+            assert response.split(b" ")[1] == status
+            assert b'"code": "shutting_down"' in response.replace(b'":"', b'": "')
+        assert "Traceback" not in server.log
+        assert list(tmp_path.glob("vidlada-*")) == []
 
 
 def test_startup_errors_are_one_line(server, tmp_path):

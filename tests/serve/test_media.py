@@ -167,6 +167,17 @@ def test_fetching(folder, site):
     assert refusal(source, "http://127.0.0.1:1/video") == (422, "unfetchable_url")
 
 
+def test_fetched_files_take_up_room(folder, site):
+    source = source_of(folder, private_urls=True, max_upload_mb=3, max_stored_mb=3)
+    upload = add(source.files, b"x" * 2**20)
+    data = f"data:;base64,{base64.b64encode(b'x' * 3_000_000).decode()}"
+    for reference in (f"{site}/long", f"{site}/unannounced", data):
+        assert refusal(source, reference) == (503, "storage_full")
+    source.files.delete(upload.id, "")
+    assert len(content_of(source, f"{site}/long")[1]) == len(content_of(source, data)[1]) == 3_000_000
+    assert source.files.nbytes == 0
+
+
 def test_redirects_are_judged(folder, site, monkeypatch):
     """A public site may not send the server to a private address."""
     monkeypatch.setattr("vidlada.serve.media.is_public", lambda address: address == "127.0.0.1")

@@ -3,10 +3,12 @@
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from serve.running import KEY
+from media import write_video
+from serve.running import KEY, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -24,8 +26,8 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture
-def page(browser, server):
+@contextmanager
+def opened(browser, server):
     """The page with its key given; whatever goes to another host, or wrong in a script, fails the test."""
     context = browser.new_context(viewport={"width": 1100, "height": 900})
     page = context.new_page()
@@ -43,6 +45,18 @@ def page(browser, server):
     assert problems == []
 
 
+@pytest.fixture
+def page(browser, server):
+    with opened(browser, server) as page:
+        yield page
+
+
+@pytest.fixture
+def tireless_page(browser, tireless):
+    with opened(browser, tireless) as page:
+        yield page
+
+
 def picture(page, name):
     if SCREENSHOTS:
         page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=True)
@@ -58,7 +72,11 @@ def settings(page, place=0, **values):
         page.locator("#settings summary").click()
     panel = page.locator("fieldset").nth(place)
     for name, value in values.items():
-        panel.locator(f"[name={name}]").fill(str(value))
+        field = panel.locator(f"[name={name}]")
+        if field.evaluate("field => field.tagName") == "SELECT":
+            field.select_option(str(value))
+        else:
+            field.fill(str(value))
 
 
 def said(page, place=0):
@@ -71,6 +89,7 @@ def test_upload_ask_and_watch(page, clip):
     assert re.search("160 × 96, 4.0 s", page.locator("#facts").inner_text())
     settings(page, gen_length=32)
     page.evaluate("""() => {
+        window.requestAnimationFrame = (draw) => draw();  // every step, even if the browser is too slow to show it
         window.seen = new Set();
         new MutationObserver(() => document.querySelectorAll(".draft .token").forEach(
             (token) => window.seen.add(token.className))).observe(document.body, {subtree: true, childList: true});
@@ -100,14 +119,75 @@ def test_a_sample_and_two_settings(page):
     picture(page, "compare")
 
 
-def test_stop(page):
+def ask_at_length(page):
+    """Ask for more than the model can say before the test goes on; what it says stays provisional for long."""
     page.locator("#question").fill("describe the video .")
-    settings(page, gen_length=1024, temperature=2)
+    settings(page, gen_length=1024, block_length=1024)
     page.locator("#ask").click()
-    playwright.expect(said(page)).to_contain_text("step", timeout=SECONDS)
+    playwright.expect(page.locator(".draft [class*=sure-]").first).to_be_visible(timeout=SECONDS)
+
+
+def test_stop(tireless_page, tireless):
+    page = tireless_page
+    cancelled = tireless.metric("vidlada_cancelled_answers_total")
+    ask_at_length(page)
+    picture(page, "midway")
+    assert page.locator("#ask").is_disabled()
     page.locator("#stop").click()
     playwright.expect(page.locator("#ask")).to_be_enabled(timeout=SECONDS)
+    playwright.expect(said(page)).to_have_text("stopped")
+    playwright.expect(page.locator("#stop")).to_be_disabled()
     assert page.locator("#error").is_hidden()
+    wait_for(lambda: tireless.metric("vidlada_cancelled_answers_total") == cancelled + 1)
+
+
+def test_a_question_waits_for_its_video(page, clip):
+    held = []  # uploads that stay on their way
+    page.route("**/v1/files", lambda route: held.append(route))
+    page.locator("#question").fill("is it red ?")
+    settings(page, gen_length=16, remasking="random")
+    page.locator("#file").set_input_files(clip)
+    playwright.expect(page.locator("#facts")).to_have_text("Sending clip.mp4 …", timeout=SECONDS)
+    assert page.locator("#ask").is_disabled()
+    page.locator("#question").press("Enter")
+    page.locator("#form").evaluate("form => form.dispatchEvent(new SubmitEvent('submit', {cancelable: true}))")
+    assert said(page).inner_text() == ""
+    held[0].continue_()
+    playwright.expect(page.locator("#ask")).to_be_enabled(timeout=SECONDS)
+    assert page.locator("#strip li").count() == 4
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.locator("#question").press("Enter")
+    body = asked.value.post_data_json
+    assert [part["type"] for part in body["messages"][0]["content"]] == ["text", "file"]
+    assert body["remasking"] == "random"
+    playwright.expect(page.locator("table")).to_be_visible(timeout=SECONDS)
+
+
+def test_the_video_chosen_last_counts(page, clip, tmp_path):
+    held = []
+    page.route("**/v1/files", lambda route: held.append(route))
+    page.locator("#file").set_input_files(clip)
+    playwright.expect(page.locator("#facts")).to_have_text("Sending clip.mp4 …", timeout=SECONDS)
+    other = write_video(tmp_path / "other.mp4", frames=50)
+    with page.expect_request("**/v1/files"):
+        page.locator("#file").set_input_files(other)
+    playwright.expect(page.locator("#facts")).to_have_text("Sending other.mp4 …", timeout=SECONDS)
+    assert page.locator("#ask").is_disabled()
+    held[1].continue_()
+    playwright.expect(page.locator("#ask")).to_be_enabled(timeout=SECONDS)
+    assert page.locator("#strip li").count() == 2
+    assert page.locator("#error").is_hidden()
+
+
+def test_a_new_video_leaves_the_answer_alone(tireless_page, clip):
+    page = tireless_page
+    ask_at_length(page)
+    choose(page, clip)
+    playwright.expect(page.locator("#progress")).to_be_hidden(timeout=SECONDS)
+    assert page.locator("#ask").is_disabled()
+    assert page.locator("#stop").is_enabled()
+    page.locator("#stop").click()
+    playwright.expect(page.locator("#ask")).to_be_enabled(timeout=SECONDS)
 
 
 def test_errors_are_told(page, tmp_path):
@@ -119,6 +199,14 @@ def test_errors_are_told(page, tmp_path):
     page.locator("#ask").click()
     playwright.expect(page.locator("#error")).to_contain_text("unknown cache", timeout=SECONDS)
     picture(page, "error")
+
+
+def test_what_is_not_the_servers_answer_is_told(page, clip):
+    """A proxy in between may refuse an upload in words of its own."""
+    page.route("**/v1/files", lambda route: route.fulfill(status=413, content_type="text/html", body="<p>too large"))
+    page.locator("#file").set_input_files(clip)
+    playwright.expect(page.locator("#error")).to_contain_text("the server answered 413", timeout=SECONDS)
+    assert page.locator("#ask").is_enabled()
 
 
 def test_keyboard_alone(page):

@@ -9,6 +9,7 @@ import sys
 import openai
 import pytest
 from PIL import Image
+from serve.running import KEY, wait_for
 
 QUESTION = "what happens in the video ?"
 FAST = {"gen_length": 32, "threshold": 0.5}
@@ -166,6 +167,9 @@ def test_images_systems_and_turns(client):
         ({"n": 2}, 422, "n:"),
         ({"tools": [{}]}, 422, "tools"),
         ({"temperature": -1}, 422, "temperature"),
+        ({"stop": ["a"] * 17}, 422, "stop"),
+        ({"stop": "a" * 1001}, 422, "stop"),
+        ({"stop": [""]}, 422, "stop"),
         ({"messages": []}, 422, "messages"),
         ({"messages": [{"role": "user", "content": ""}]}, 422, "empty"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, 422, "user"),
@@ -237,6 +241,28 @@ def test_upload_limits(server):
     assert http.post("/v1/files", json={}).status_code == 422
     body = b'{"model": "' + b"x" * 9 * 2**20 + b'"}'
     assert http.post("/v1/chat/completions", content=body).status_code == 413
+
+
+def test_uploads_on_their_way_take_up_room(server):
+    """Two of them that do not fit together: the second is refused until the first is given up."""
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+    before, http = server.metric("vidlada_upload_bytes"), server.http()
+    with server.connect() as connection:
+        connection.sendall(
+            f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {4 * 2**20}\r\n"
+            "Content-Type: multipart/form-data; boundary=b\r\n\r\n".encode()
+            + head
+            + b"x" * 3 * 2**20
+        )
+        wait_for(lambda: server.metric("vidlada_upload_bytes") >= before + 3 * 2**20)
+        refused = http.post("/v1/files", files={"file": ("y", b"y" * 7 * 2**19)})
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "storage_full"
+    wait_for(lambda: server.metric("vidlada_upload_bytes") == before)
+    kept = http.post("/v1/files", files={"file": ("y", b"y" * 7 * 2**19)})
+    assert kept.status_code == 200
+    assert server.metric("vidlada_upload_bytes") == before + 7 * 2**19
+    http.delete(f"/v1/files/{kept.json()['id']}")
 
 
 def test_unknown_routes_and_methods(server):

@@ -1,41 +1,19 @@
 """Clients that dawdle at the socket: the others are served meanwhile, and the dawdlers' connections end."""
 
-import json
 import socket
 import time
+from contextlib import ExitStack
 
 import pytest
-from serve.running import KEY
-from serve.test_faults import LONG, SHORT, idle, wait_for
+from serve.running import HEAD, LONG, SHORT, idle, send_body, wait_for
 
-# every event tells all slots, so that nobody's buffers hold the stream
-LARGE = {**LONG, "block_length": 1024, "temperature": 2, "remasking": "random"}
 SECONDS = 10  # to send a head, and a body
-HEAD = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
 
 
 @pytest.fixture
-def connect(server):
-    host, port = server.url.removeprefix("http://").split(":")
-    connections = []
-
-    def connect(buffer=None):
-        connection = socket.socket()
-        connections.append(connection)
-        if buffer:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        connection.settimeout(300)
-        connection.connect((host, int(port)))
-        return connection
-
-    yield connect
-    for connection in connections:
-        connection.close()
-
-
-def send_body(connection, body):
-    content = json.dumps(body).encode()
-    connection.sendall(f"{HEAD}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+def connect():
+    with ExitStack() as stack:
+        yield lambda server, buffer=None: stack.enter_context(server.connect(buffer))
 
 
 def ended(connection):
@@ -69,7 +47,7 @@ def drip(connections, content, server):
 
 
 def test_heads_that_never_end(server, connect):
-    connections, silent = [connect() for _ in range(30)], connect()
+    connections, silent = [connect(server) for _ in range(30)], connect(server)
     assert SECONDS - 2 < drip(connections, HEAD.encode() * 10, server) < SECONDS + 60
     for connection in [*connections, silent]:
         connection.settimeout(60)
@@ -78,7 +56,7 @@ def test_heads_that_never_end(server, connect):
 
 
 def test_a_second_head_that_never_ends(server, connect):
-    connection = connect()
+    connection = connect(server)
     send_body(connection, SHORT)
     assert b" 200 " in connection.recv(65536)
     assert SECONDS - 2 < drip([connection], HEAD.encode() * 10, server) < SECONDS + 60
@@ -86,7 +64,7 @@ def test_a_second_head_that_never_ends(server, connect):
 
 
 def test_bodies_that_never_end(server, connect):
-    connections = [connect() for _ in range(30)]
+    connections = [connect(server) for _ in range(30)]
     for connection in connections:
         connection.sendall(f"{HEAD}Content-Length: 5000\r\n\r\n".encode())
     assert SECONDS - 2 < drip(connections, b" " * 1000, server) < SECONDS + 60
@@ -96,20 +74,20 @@ def test_bodies_that_never_end(server, connect):
     wait_for(lambda: idle(server))
 
 
-def test_a_client_that_does_not_read(server, connect):
-    connection = connect(buffer=4096)
-    send_body(connection, LARGE)
-    wait_for(lambda: server.metric("vidlada_admitted_requests") == 1)
-    assert server.http().post("/v1/chat/completions", json=SHORT).status_code == 200
-    wait_for(lambda: idle(server), seconds=120)
+def test_a_client_that_does_not_read(tireless, connect):
+    connection = connect(tireless, buffer=4096)
+    send_body(connection, LONG)
+    wait_for(lambda: tireless.metric("vidlada_admitted_requests") == 1)
+    assert tireless.http().post("/v1/chat/completions", json=SHORT).status_code == 200
+    wait_for(lambda: idle(tireless), seconds=120)
     with pytest.raises(ConnectionResetError):  # it was broken off, not answered
         while connection.recv(2**20):
             pass
 
 
-def test_a_client_that_reads_slowly(server, connect):
-    connection = connect(buffer=4096)
-    send_body(connection, {**LARGE, "gen_length": 128, "block_length": 128})
+def test_a_client_that_reads_slowly(tireless, connect):
+    connection = connect(tireless, buffer=4096)
+    send_body(connection, {**LONG, "gen_length": 128, "block_length": 128})
     received = b""
     while not received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
         some = connection.recv(4096)

@@ -204,6 +204,20 @@ def test_audio_only(tmp_path):
     refused(path, "no video in it, only audio")
 
 
+def test_lists_of_files(tmp_path):
+    """Videos elsewhere on the machine are not shown to whoever can name them in a file of his own."""
+    write_video(tmp_path / "clip.mp4", frames=10)
+    (tmp_path / "list.txt").write_text("ffconcat version 1.0\nfile clip.mp4\n")
+    refused(tmp_path / "list.txt", "list of other files", "Operation not permitted")
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nclip.mp4\n#EXT-X-ENDLIST\n")
+    refused(tmp_path / "list.m3u8", "list of other files", "not a readable video")
+
+
+def test_no_decoder(tmp_path):
+    (tmp_path / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'></svg>")
+    refused(tmp_path / "drawing.svg", "no decoder", "not a readable video")
+
+
 def test_header_without_frames(tmp_path):
     path = write_video(tmp_path / "clip.mkv", frames=50)
     data = path.read_bytes()

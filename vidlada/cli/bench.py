@@ -1,6 +1,8 @@
 """`vidlada bench`."""
 
 import json
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,5 +227,6 @@ def bench_serve(clients: tuple[int, ...], device: str | None, as_json: bool, **o
     """Requests a second and latency of `vidlada serve`, against serving one request at a time."""
     from vidlada.bench.serve import serve_figures, serve_table
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as an exception: it ends the servers
     figures = serve_figures(clients=clients or (1, 4, 16), **measuring(device), **options)
     click.echo(json.dumps(figures) if as_json else serve_table(figures))

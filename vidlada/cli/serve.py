@@ -58,20 +58,23 @@ def serve(
 
         from vidlada.serve.app import ServerSettings, create_app
         from vidlada.serve.connection import drop_idle_readers, impatient_protocol
+        from vidlada.serve.draining import DrainingServer
     except ImportError as error:
         raise InputError(f"the server needs more packages: pip install 'vidlada[serve]' ({error.name})") from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would log URLs
     vidlada = source.load()
     settings = ServerSettings(name or Path(source.model).name, keys, allowed, allow_private_urls, log_content)
+    app = create_app(vidlada, settings, checked)
     config = uvicorn.Config(
-        create_app(vidlada, settings, checked), log_config=None, access_log=False, server_header=False, ws="none",
-        lifespan="on", timeout_graceful_shutdown=checked.drain_seconds, http=impatient_protocol(checked.body_seconds),
+        app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="on",
+        http=impatient_protocol(checked.body_seconds),
     )  # fmt: skip
     drop_idle_readers(listener, checked.reader_seconds)
     address = f"[{host}]" if ":" in host else host
     click.echo(f"{settings.name} at http://{address}:{listener.getsockname()[1]}", err=True)
-    uvicorn.Server(config).run(sockets=[listener])
+    server = DrainingServer(config, checked.drain_seconds, lambda: app.state.server.service.engine.stop())
+    server.run(sockets=[listener])
 
 
 def api_keys(file: str | None) -> list[str]:

@@ -27,7 +27,7 @@ from vidlada.errors import VidLaDAError
 from vidlada.serve.completions import Completion
 from vidlada.serve.conversation import MediaReference, turn_of
 from vidlada.serve.errors import RequestError
-from vidlada.serve.files import Upload
+from vidlada.serve.files import Upload, too_large
 from vidlada.serve.http import (
     EventStream,
     Outermost,
@@ -190,24 +190,28 @@ class Server:
 
     async def upload(self, request: Request) -> Response:
         """`POST /v1/files`, multipart with `file` and `purpose`."""
-        owner = self.owner(request)
-        self.service.files.reserve(0)
+        owner, files = self.owner(request), self.service.files
         most = self.limits.max_upload_mb * MEBI + MULTIPART_BYTES
-        limited = Request(request.scope, limited_receive(request, most, self.limits.max_upload_mb))
-        try:
-            async with asyncio.timeout(self.limits.request_seconds):
-                async with limited.form(max_files=1, max_fields=20) as form:
-                    file = form.get("file")
-                    if not isinstance(file, UploadFile):
-                        message = "send multipart/form-data with the file in the field 'file'"
-                        raise RequestError(422, message, "missing_file", "file")
-                    purpose = str(form.get("purpose") or "user_data")[:64]
-                    self.service.files.reserve(file.size or 0)
-                    name = (file.filename or "video")[:255]
-                    upload = await asyncio.to_thread(self.service.files.write, file.file, name, purpose, owner)
-                    self.service.files.add(upload)
-        except TimeoutError:
-            raise not_sent(self.limits.request_seconds) from None
+        with files.arrival() as count:
+            limited = Request(request.scope, limited_receive(request, most, self.limits.max_upload_mb, count))
+            try:
+                async with asyncio.timeout(self.limits.request_seconds):
+                    form = await limited.form(max_files=1, max_fields=20)
+            except TimeoutError:
+                raise not_sent(self.limits.request_seconds) from None
+            try:
+                file = form.get("file")
+                if not isinstance(file, UploadFile):
+                    message = "send multipart/form-data with the file in the field 'file'"
+                    raise RequestError(422, message, "missing_file", "file")
+                if (file.size or 0) > self.limits.max_upload_mb * MEBI:
+                    raise too_large(self.limits.max_upload_mb)
+                purpose = str(form.get("purpose") or "user_data")[:64]
+                name = (file.filename or "video")[:255]
+                upload = await asyncio.to_thread(files.write, file.file, name, purpose, owner)
+            finally:
+                await form.close()
+        files.add(upload)
         return JSONResponse(self.file_object(upload))
 
     def file_object(self, upload: Upload) -> dict[str, Any]:

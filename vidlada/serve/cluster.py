@@ -27,7 +27,7 @@ if "RAY_ADDRESS" in os.environ:
 try:
     import ray
     import ray.data
-    from ray.exceptions import RayError
+    from ray.exceptions import RayError, RayTaskError
 except ImportError as error:
     raise InputError(f"a cluster needs more packages: pip install 'vidlada[ray]' ({error.name})") from error
 
@@ -42,13 +42,14 @@ class Worker:
         self.refusal = ""
         try:
             self.answerer = Answerer(load(), folder, defaults, concurrency)
-        except InputError as error:  # Ray would try again, and bury the reason under tracebacks
-            self.refusal = str(error)
+        except InputError as error:  # here Ray would try again
+            self.refusal = " ".join(str(error).split())
 
     async def __call__(self, row: dict[str, str]) -> dict[str, str]:
         """A line's output. Both are JSON: what lines hold has no common type that a table could have."""
-        output = {} if self.refusal else await self.answerer.answer(Line(**json.loads(row["line"])))
-        return {"output": json.dumps(output), "refusal": self.refusal}
+        if self.refusal:
+            raise InputError(self.refusal)
+        return {"output": json.dumps(await self.answerer.answer(Line(**json.loads(row["line"]))))}
 
 
 def answer_on_cluster(
@@ -89,6 +90,7 @@ def answer_on_cluster(
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
+        context.raise_original_map_exception = True  # so that a refusal is told from a failure
         rows = ray.data.from_items(
             [{"line": json.dumps(asdict(line))} for line in lines],
             override_num_blocks=math.ceil(len(lines) / LINES_A_TASK),
@@ -104,10 +106,11 @@ def answer_on_cluster(
             )  # fmt: skip
         with closing(iter(outputs.iter_rows())) as results:  # Ray Data's thread must end before Ray does
             for row in results:
-                if row["refusal"]:
-                    raise InputError(row["refusal"])
                 write(json.loads(row["output"]))
-    except RayError as error:  # the cause stands behind the tracebacks of all processes between
+    except RayError as error:
+        if isinstance(error, RayTaskError) and isinstance(error.cause, InputError):  # Ray adds remarks to its text
+            raise InputError(str(error.cause).splitlines()[0]) from error
+        # the cause stands behind the tracebacks of all processes between
         raise VidLaDAError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
     finally:
         ray.shutdown()

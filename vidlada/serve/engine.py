@@ -28,6 +28,7 @@ from vidlada.decoding.cache import VisualStates
 from vidlada.decoding.sampler import Denoiser, Request, State
 from vidlada.errors import VidLaDAError
 from vidlada.processor import EncodedConversation
+from vidlada.serve.errors import ClosingError
 from vidlada.serve.limits import MEBI, Limits
 from vidlada.serve.settled import Settled, settle
 from vidlada.serve.store import BoundedStore
@@ -191,16 +192,20 @@ class Engine:
         ticket = Ticket(job, asyncio.get_running_loop())
         with self.condition:
             if self.closing:
-                raise VidLaDAError("the engine is closing")
+                raise ClosingError
             self.waiting.append(ticket)
             self.condition.notify()
         return ticket
 
-    def close(self) -> None:
-        """End the thread; what is not finished fails."""
+    def stop(self) -> None:
+        """Let the thread end after the step it is in; what is not finished fails with a `ClosingError`."""
         with self.condition:
             self.closing = True
             self.condition.notify()
+
+    def close(self) -> None:
+        """Stop, and wait for the thread to end."""
+        self.stop()
         self.thread.join()
 
     @property
@@ -226,7 +231,7 @@ class Engine:
             self._prepare()
             if self.denoiser.rows:
                 self._step()
-        self._fail(VidLaDAError("the server is shutting down"), everything=True)
+        self._fail(ClosingError(), everything=True)
 
     def _drop_cancelled(self) -> None:
         gone = [ticket for ticket in self.running.values() if ticket.cancelled]

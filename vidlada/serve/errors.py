@@ -16,3 +16,10 @@ class RequestError(VidLaDAError):
     def __init__(self, status: int, message: str, code: str, param: str | None = None):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+
+class ClosingError(VidLaDAError):
+    """The server is ending, and the request with it."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")

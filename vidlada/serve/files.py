@@ -6,7 +6,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,11 +67,31 @@ class FileStore:
         self.uploads: dict[str, Upload] = {}
         self.users: Counter[str] = Counter()
         self.removed: set[str] = set()
+        self.arriving = 0  # bytes of uploads that are not complete, and of files fetched for a request
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all uploads."""
-        return sum(upload.size for upload in self.uploads.values())
+        """Bytes of all files, those on their way included."""
+        return self.arriving + sum(upload.size for upload in self.uploads.values())
+
+    @contextmanager
+    def arrival(self) -> Iterator[Callable[[int], None]]:
+        """A file on its way: gives what to call with the size of every piece, which is refused if there is no room.
+
+        What has come takes up room until the context ends. Of an upload that is when it is complete; `add` follows.
+        """
+        arrived = 0
+
+        def count(size: int) -> None:
+            nonlocal arrived
+            self.reserve(size)
+            arrived += size
+            self.arriving += size
+
+        try:
+            yield count
+        finally:
+            self.arriving -= arrived
 
     def reserve(self, size: int) -> None:
         """Refuse what does not fit."""
@@ -79,17 +99,21 @@ class FileStore:
         if size > self.limits.max_upload_mb * MEBI:
             raise too_large(self.limits.max_upload_mb)
         if self.nbytes + size > self.limits.max_stored_mb * MEBI:
-            raise RequestError(503, "there is no room for more uploads; delete some, or try later", "storage_full")
+            raise no_room()
 
     def write(self, source: BinaryIO, name: str, purpose: str, owner: str) -> Upload:
         """Copy an upload; to be called in a thread, followed by `add` in the event loop."""
         head = source.read(32)
         source.seek(0)
         path = self.folder / f"{uuid.uuid4().hex}{suffix_of(head)}"
-        with path.open("xb") as target:
-            shutil.copyfileobj(source, target, 2**20)
-        with path.open("rb") as written:
-            digest = hashlib.file_digest(written, "sha256").hexdigest()
+        try:
+            with path.open("xb") as target:
+                shutil.copyfileobj(source, target, 2**20)
+            with path.open("rb") as written:
+                digest = hashlib.file_digest(written, "sha256").hexdigest()
+        except OSError as error:  # the disk is full, perhaps
+            path.unlink(missing_ok=True)
+            raise no_room() from error
         identity = f"file-{uuid.uuid4().hex}"
         return Upload(identity, name, path, digest, path.stat().st_size, purpose, time.time(), owner)
 
@@ -146,6 +170,11 @@ class FileStore:
             self.removed.add(upload.id)
         else:
             upload.path.unlink(missing_ok=True)
+
+
+def no_room() -> RequestError:
+    """The refusal of an upload there is no room for."""
+    return RequestError(503, "there is no room for more files; delete uploads, or try later", "storage_full")
 
 
 def too_large(mebibytes: int) -> RequestError:

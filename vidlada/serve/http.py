@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.serve.errors import RequestError
+from vidlada.serve.errors import ClosingError, RequestError
 from vidlada.serve.limits import MEBI
 from vidlada.serve.schema import ChatRequest
 
@@ -80,8 +80,17 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-def limited_receive(request: Request, most: int, mebibytes: int) -> Receive:
-    """The request's `receive`, which refuses more than `most` bytes of body."""
+def limited_receive(
+    request: Request, most: int, mebibytes: int, count: Callable[[int], None] = lambda size: None
+) -> Receive:
+    """The request's `receive`, which refuses more than `most` bytes of body.
+
+    Args:
+        request: whose body is read.
+        most: bytes.
+        mebibytes: the limit as its owner knows it.
+        count: told of the bytes of every piece; may refuse it with a `RequestError`.
+    """
     announced = request.headers.get("content-length", "0")
     too_much = announced.isdigit() and int(announced) > most
     seen = 0
@@ -89,10 +98,15 @@ def limited_receive(request: Request, most: int, mebibytes: int) -> Receive:
     async def receive() -> Message:
         nonlocal seen
         message: Message = {} if too_much else await request.receive()
-        seen += len(message.get("body", b""))
-        if too_much or seen > most:
+        size = len(message.get("body", b""))
+        seen += size
+        try:
+            if too_much or seen > most:
+                raise RequestError(413, f"the request is larger than the {mebibytes} MiB allowed", "request_too_large")
+            count(size)
+        except RequestError:
             await discard(request)
-            raise RequestError(413, f"the request is larger than the {mebibytes} MiB allowed", "request_too_large")
+            raise
         return message
 
     return receive
@@ -147,6 +161,8 @@ def as_request_error(error: Exception) -> RequestError:
     """Any error with a status."""
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, ClosingError):
+        return RequestError(503, str(error), "shutting_down")
     if isinstance(error, InputError):
         return RequestError(422, str(error), "invalid_request")
     if isinstance(error, VidLaDAError):
@@ -192,6 +208,9 @@ class Outermost:
             await self.app(scope, receive, counted)
         except ClientDisconnect:
             status = status or CLIENT_CLOSED
+        except asyncio.CancelledError:  # by the server, which ends; an answer that began is broken off
+            if not status:
+                await error_response(as_request_error(ClosingError()))(scope, receive, counted)
         except Exception as error:
             if not isinstance(error, VidLaDAError):
                 log.exception("a request failed", exc_info=error)

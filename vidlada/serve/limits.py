@@ -28,7 +28,7 @@ class Limits:
     max_pixels: int = limit(4096 * 4096, "Width times height of a video or an image.")
     max_upload_mb: int = limit(512, "MiB of an upload or a fetched video.")
     max_body_mb: int = limit(64, "MiB of a JSON request, data URIs included.")
-    max_stored_mb: int = limit(4096, "MiB of all uploads together.")
+    max_stored_mb: int = limit(4096, "MiB of all uploads and fetched files together.")
     upload_seconds: float = limit(3600.0, "How long an upload is kept.")
     body_seconds: float = limit(60.0, "A client may take to send a request's head, and its body.")
     reader_seconds: float = limit(30.0, "A client may take nothing of its answer.")

@@ -8,7 +8,7 @@ import ipaddress
 import os
 import socket
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,16 +89,20 @@ class MediaSource:
             descriptor, name = tempfile.mkstemp(dir=self.folder)
             path = Path(name)
             try:
-                with os.fdopen(descriptor, "wb") as file:
-                    if scheme == "data":
-                        content = await asyncio.to_thread(decode_data_uri, reference, self.limits.max_upload_mb * MEBI)
-                        await asyncio.to_thread(file.write, content)
-                        digest, head = hashlib.sha256(content).hexdigest(), content[:32]
-                        del content
-                    else:
-                        digest, head = await self._fetch(reference, file)
-                path = path.rename(path.with_name(path.name + suffix_of(head)))
-                yield Medium(path, digest)
+                with self.files.arrival() as count:
+                    with os.fdopen(descriptor, "wb") as file:
+                        if scheme == "data":
+                            content = await asyncio.to_thread(
+                                decode_data_uri, reference, self.limits.max_upload_mb * MEBI
+                            )
+                            count(len(content))
+                            await asyncio.to_thread(file.write, content)
+                            digest, head = hashlib.sha256(content).hexdigest(), content[:32]
+                            del content
+                        else:
+                            digest, head = await self._fetch(reference, file, count)
+                    path = path.rename(path.with_name(path.name + suffix_of(head)))
+                    yield Medium(path, digest)
             finally:
                 path.unlink(missing_ok=True)
         elif not scheme:
@@ -129,11 +133,11 @@ class MediaSource:
             raise too_large(self.limits.max_upload_mb)
         return Medium(path, f"{facts.st_dev}:{facts.st_ino}:{facts.st_size}:{facts.st_mtime_ns}")
 
-    async def _fetch(self, url: str, file: BinaryIO) -> tuple[str, bytes]:
-        """Download into a file; digest and first bytes."""
+    async def _fetch(self, url: str, file: BinaryIO, count: Callable[[int], None]) -> tuple[str, bytes]:
+        """Download into a file, counting its bytes; digest and first bytes."""
         try:
             async with asyncio.timeout(self.limits.fetch_seconds):
-                return await self._download(url, file)
+                return await self._download(url, file, count)
         except TimeoutError:
             seconds = self.limits.fetch_seconds
             raise RequestError(504, f"fetching the URL took longer than {seconds:g} s", "fetch_timeout") from None
@@ -141,7 +145,7 @@ class MediaSource:
             reason = str(error) or type(error).__name__
             raise RequestError(422, f"the URL cannot be fetched: {reason}", "unfetchable_url") from error
 
-    async def _download(self, url: str, file: BinaryIO) -> tuple[str, bytes]:
+    async def _download(self, url: str, file: BinaryIO, count: Callable[[int], None]) -> tuple[str, bytes]:
         most = self.limits.max_upload_mb * MEBI
         # proxies and credentials of this machine's environment are not for strangers' URLs
         async with httpx2.AsyncClient(trust_env=False, follow_redirects=False, timeout=None) as client:
@@ -163,6 +167,7 @@ class MediaSource:
                         size += len(chunk)
                         if size > most:
                             raise too_large(self.limits.max_upload_mb)
+                        count(len(chunk))
                         digest.update(chunk)
                         head = head or chunk[:32]
                         file.write(chunk)

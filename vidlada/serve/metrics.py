@@ -28,7 +28,7 @@ class ServiceCollector(Collector):
             "frame_store_bytes": ("Decoded frames kept", service.frames.nbytes),
             "feature_store_bytes": ("Vision features kept", engine.features.nbytes),
             "visual_store_bytes": ("Keys and values of frames kept", engine.visual.nbytes),
-            "upload_bytes": ("Uploads kept", service.files.nbytes),
+            "upload_bytes": ("Uploads and fetched files", service.files.nbytes),
             "gpu_memory_bytes": (
                 "Allocated by torch",
                 torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Text = Annotated[str, Field(max_length=1_000_000)]
+StopString = Annotated[str, Field(max_length=1000)]  # every step looks for every one of them
 
 
 class Strict(BaseModel):
@@ -92,7 +93,7 @@ class ChatRequest(Strict):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
 
     diffusing: bool = False
     gen_length: int | None = Field(None, ge=1)

@@ -2,8 +2,15 @@
 
 const element = (id) => document.getElementById(id);
 const NAMES = ["A", "B"];
-let upload = null; // {id, frames} of the chosen video
+let upload = null; // the chosen video, as the server describes it
+let sending = null; // AbortController of the upload under way
 let running = null; // AbortController of the answer being made
+
+function refreshButtons() {
+  // a question must overtake neither its video nor the question before it
+  element("ask").disabled = Boolean(sending || running);
+  element("stop").disabled = !running;
+}
 
 // --- the server ---
 
@@ -12,31 +19,34 @@ function headers(extra = {}) {
   return key ? { Authorization: `Bearer ${key}`, ...extra } : extra;
 }
 
-async function failure(response) {
-  if (response.status === 401) element("key-box").open = true;
-  const body = await response.json().catch(() => null);
-  return new Error(body?.error?.message ?? `the server answered ${response.status}`);
+function refusal(status, body) {
+  if (status === 401) element("key-box").open = true;
+  return new Error(body?.error?.message ?? `the server answered ${status}`);
 }
 
-async function get(path) {
-  const response = await fetch(path, { headers: headers() });
+async function failure(response) {
+  return refusal(response.status, await response.json().catch(() => null));
+}
+
+async function get(path, signal) {
+  const response = await fetch(path, { headers: headers(), signal });
   if (!response.ok) throw await failure(response);
   return response.json();
 }
 
 // XMLHttpRequest, because fetch does not tell how much has been sent.
-function send(file, onProgress) {
+function send(file, onProgress, signal) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.open("POST", "v1/files");
+    request.responseType = "json"; // null where it is not JSON
+    signal.addEventListener("abort", () => { request.abort(); reject(signal.reason); });
     for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => onProgress(event.loaded / event.total);
     request.onerror = () => reject(new Error("the upload failed; the file may be too large, or the server is gone"));
     request.onload = () => {
-      const body = JSON.parse(request.responseText || "{}");
-      if (request.status === 401) element("key-box").open = true;
-      if (request.status === 200) resolve(body);
-      else reject(new Error(body?.error?.message ?? `the server answered ${request.status}`));
+      if (request.status === 200 && request.response) resolve(request.response);
+      else reject(refusal(request.status, request.response));
     };
     const form = new FormData();
     form.append("purpose", "user_data");
@@ -79,37 +89,46 @@ function report(error) {
   if (error) box.scrollIntoView({ block: "nearest" });
 }
 
-async function watch(file) {
+// The video chosen last counts: one that is still on its way is given up.
+async function watch(name, load) {
   report(null);
+  sending?.abort();
+  const mine = sending = new AbortController();
+  refreshButtons();
   upload = null;
-  const progress = element("progress");
-  const [preview, strip, facts] = [element("preview"), element("strip"), element("facts")];
-  strip.hidden = true;
-  if (preview.src) URL.revokeObjectURL(preview.src);
-  preview.src = URL.createObjectURL(file);
-  preview.hidden = !file.type.startsWith("video/");
+  const [preview, facts, progress] = [element("preview"), element("facts"), element("progress")];
+  element("strip").hidden = preview.hidden = true;
+  progress.value = 0;
   progress.hidden = false;
-  element("ask").disabled = true; // a question must not slip past the video it is about
-  facts.textContent = `Sending ${file.name} …`;
+  facts.textContent = `Sending ${name} …`;
   try {
-    const sent = await send(file, (share) => { progress.value = share; });
+    const file = await load();
+    mine.signal.throwIfAborted();
+    if (preview.src) URL.revokeObjectURL(preview.src);
+    preview.src = URL.createObjectURL(file);
+    preview.hidden = !file.type.startsWith("video/");
+    const sent = await send(file, (share) => { progress.value = share; }, mine.signal);
     facts.textContent = "Sampling frames …";
-    await sample(sent.id);
+    await sample(sent.id, mine.signal);
     upload = sent;
   } catch (error) {
+    if (mine.signal.aborted) return;
     facts.textContent = "No video: a question is asked without one.";
     preview.hidden = true;
     element("file").value = "";
     report(error);
   } finally {
-    progress.hidden = true;
-    element("ask").disabled = false;
+    if (sending === mine) {
+      sending = null;
+      progress.hidden = true;
+      refreshButtons();
+    }
   }
 }
 
-async function sample(id) {
+async function sample(id, signal) {
   const frames = element("panels").querySelector("[name=frames]").value || 64;
-  const seen = await get(`v1/files/${id}/frames?frames=${frames}`);
+  const seen = await get(`v1/files/${id}/frames?frames=${frames}`, signal);
   const duration = seen.duration ? `, ${seen.duration.toFixed(1)} s` : "";
   element("facts").textContent = `${seen.width} × ${seen.height}${duration}; the model sees ${seen.frames.length} frames:`;
   const strip = element("strip");
@@ -132,11 +151,14 @@ async function offerSamples() {
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = name;
-    button.onclick = async () => {
-      const content = await (await fetch(`samples/${file}`)).blob();
+    button.onclick = () => {
       element("question").value = question;
       element("file").value = "";
-      await watch(new File([content], file, { type: "video/mp4" }));
+      watch(file, async () => {
+        const response = await fetch(`samples/${file}`);
+        if (!response.ok) throw await failure(response);
+        return new File([await response.blob()], file, { type: "video/mp4" });
+      });
     };
     box.append(" ", button);
   }
@@ -148,7 +170,7 @@ const number = (fields, name) => (fields[name].value === "" ? undefined : Number
 
 function settingsOf(fieldset) {
   const fields = Object.fromEntries([...fieldset.querySelectorAll("[name]")].map((field) => [field.name, field]));
-  const settings = { cache: fields.cache.value.trim() || undefined };
+  const settings = { cache: fields.cache.value.trim() || undefined, remasking: fields.remasking.value };
   for (const name of ["gen_length", "block_length", "temperature", "seed", "frames"]) settings[name] = number(fields, name);
   if (fields.pace.value) settings[fields.pace.value] = number(fields, "pace_value");
   return settings;
@@ -189,29 +211,29 @@ function statistics(article, draft, seconds) {
   table.hidden = false;
 }
 
-async function answer(article, question, settings, signal) {
+async function answer(article, content, settings, signal) {
   const said = article.querySelector(".said");
   said.textContent = "waiting …";
-  const content = [{ type: "text", text: question }];
-  if (upload) content.push({ type: "file", file: { file_id: upload.id } });
   const body = { model: element("model").textContent, stream: true, diffusing: true, ...settings,
                  messages: [{ role: "user", content }] };
   const started = performance.now();
   let text = "", latest = null, drawn = true;
   const draw = () => {
-    if (!drawn) show(article, latest);
     drawn = true;
+    show(article, latest);
   };
   for await (const event of events(body, signal)) {
+    signal.throwIfAborted(); // of several events that came together, too
     text += event.choices[0]?.delta.content ?? "";
     if (event.diffusion) {
       latest = event.diffusion;
       said.textContent = `step ${latest.step} …`;
-      if (drawn) requestAnimationFrame(draw);
-      drawn = false;
+      if (drawn) {
+        drawn = false;
+        requestAnimationFrame(draw);
+      }
     }
   }
-  drawn = false;
   draw();
   said.textContent = text || "(the model said nothing)";
   statistics(article, latest, (performance.now() - started) / 1000);
@@ -219,15 +241,19 @@ async function answer(article, question, settings, signal) {
 
 async function ask(event) {
   event.preventDefault();
+  if (sending || running) return;
   report(null);
+  // what is asked is what stands there now, whatever is chosen or typed before the second answer
   const chosen = [...element("panels").children].map(settingsOf);
+  const content = [{ type: "text", text: element("question").value }];
+  if (upload) content.push({ type: "file", file: { file_id: upload.id } });
   running = new AbortController();
-  busy(true);
+  refreshButtons();
   const articles = prepareAnswers(chosen.length);
   try {
     // one after the other: answers made together share their steps, and their times would say nothing
     for (const [place, settings] of chosen.entries()) {
-      await answer(articles[place], element("question").value, settings, running.signal);
+      await answer(articles[place], content, settings, running.signal);
     }
   } catch (error) {
     for (const said of document.querySelectorAll(".said")) {
@@ -235,13 +261,9 @@ async function ask(event) {
     }
     if (error.name !== "AbortError") report(error);
   } finally {
-    busy(false);
+    running = null;
+    refreshButtons();
   }
-}
-
-function busy(is) {
-  element("ask").disabled = is;
-  element("stop").disabled = !is;
 }
 
 // --- panels ---
@@ -276,6 +298,7 @@ function preparePanels(total, defaults) {
     if (panels.children.length === 1) panel.querySelector("[name=cache]").value = "mars";
     panels.append(panel);
   }
+  for (const panel of panels.children) panel.querySelector("legend").hidden = total === 1;
 }
 
 async function start() {
@@ -304,12 +327,13 @@ offerSamples();
 element("key").onchange = start;
 element("form").onsubmit = ask;
 element("stop").onclick = () => running?.abort();
-element("file").onchange = () => element("file").files[0] && watch(element("file").files[0]);
+const watchFile = (file) => file && watch(file.name, async () => file);
+element("file").onchange = () => watchFile(element("file").files[0]);
 const drop = element("drop");
 drop.ondragover = (event) => { event.preventDefault(); drop.classList.add("over"); };
 drop.ondragleave = () => drop.classList.remove("over");
 drop.ondrop = (event) => {
   event.preventDefault();
   drop.classList.remove("over");
-  if (event.dataTransfer.files[0]) watch(event.dataTransfer.files[0]);
+  watchFile(event.dataTransfer.files[0]);
 };
