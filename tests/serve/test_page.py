@@ -225,6 +225,7 @@ def test_a_narrow_screen(page, clip):
     page.locator("#question").fill("is it red ?")
     page.locator("#ask").click()
     playwright.expect(page.locator("table")).to_be_visible(timeout=SECONDS)
+    playwright.expect(page.locator(".draft")).to_be_in_viewport()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     picture(page, "narrow")
 

@@ -250,6 +250,7 @@ async function ask(event) {
   running = new AbortController();
   refreshButtons();
   const articles = prepareAnswers(chosen.length);
+  element("answers").scrollIntoView({ block: "nearest" }); // on a phone it lies below the settings
   try {
     // one after the other: answers made together share their steps, and their times would say nothing
     for (const [place, settings] of chosen.entries()) {
