@@ -141,9 +141,22 @@ def test_stop(tireless_page, tireless):
     wait_for(lambda: tireless.metric("vidlada_cancelled_answers_total") == cancelled + 1)
 
 
-def test_a_question_waits_for_its_video(page, clip):
-    held = []  # uploads that stay on their way
+def hold_uploads(page):
+    """Keep uploads on their way; gives what waits for the next one, to be let go."""
+    held, taken = [], iter(range(1000))
     page.route("**/v1/files", lambda route: held.append(route))
+
+    def next_upload():
+        place = next(taken)
+        while len(held) <= place:
+            page.wait_for_timeout(20)  # milliseconds, in which Playwright tells of requests
+        return held[place]
+
+    return next_upload
+
+
+def test_a_question_waits_for_its_video(page, clip):
+    next_upload = hold_uploads(page)
     page.locator("#question").fill("is it red ?")
     settings(page, gen_length=16, remasking="random")
     page.locator("#file").set_input_files(clip)
@@ -152,7 +165,7 @@ def test_a_question_waits_for_its_video(page, clip):
     page.locator("#question").press("Enter")
     page.locator("#form").evaluate("form => form.dispatchEvent(new SubmitEvent('submit', {cancelable: true}))")
     assert said(page).inner_text() == ""
-    held[0].continue_()
+    next_upload().continue_()
     playwright.expect(page.locator("#ask")).to_be_enabled(timeout=SECONDS)
     assert page.locator("#strip li").count() == 4
     with page.expect_request("**/v1/chat/completions") as asked:
@@ -164,16 +177,14 @@ def test_a_question_waits_for_its_video(page, clip):
 
 
 def test_the_video_chosen_last_counts(page, clip, tmp_path):
-    held = []
-    page.route("**/v1/files", lambda route: held.append(route))
+    next_upload = hold_uploads(page)
     page.locator("#file").set_input_files(clip)
-    playwright.expect(page.locator("#facts")).to_have_text("Sending clip.mp4 …", timeout=SECONDS)
+    next_upload()
     other = write_video(tmp_path / "other.mp4", frames=50)
-    with page.expect_request("**/v1/files"):
-        page.locator("#file").set_input_files(other)
+    page.locator("#file").set_input_files(other)
     playwright.expect(page.locator("#facts")).to_have_text("Sending other.mp4 …", timeout=SECONDS)
     assert page.locator("#ask").is_disabled()
-    held[1].continue_()
+    next_upload().continue_()
     playwright.expect(page.locator("#ask")).to_be_enabled(timeout=SECONDS)
     assert page.locator("#strip li").count() == 2
     assert page.locator("#error").is_hidden()
