@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: make eval-e
 from lmms_eval.api.instance import Instance
 from lmms_eval.caching.response_cache import ResponseCache
 from lmms_eval.models import get_model
+from lmms_eval.utils import get_lmms_eval_cache_version
 
 from vidlada.evaluation.lmms import picture
 
@@ -466,6 +468,13 @@ def test_an_interrupted_run_goes_on(finished, tmp_path):
     hits = re.findall(r"ResponseCache stats: (\d+) hits", (copy / LOG_FILE).read_text())
     kept = sum(sample.answer != "" for sample in after.values())  # lmms-eval keeps no empty answers
     assert sum(map(int, hits)) == kept > 0
+
+
+def test_answers_are_kept_across_commits(tmp_path, monkeypatch):
+    """By itself lmms-eval takes the commit of a checkout around it for its own version."""
+    for name, value in environment(tmp_path, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    assert get_lmms_eval_cache_version() == version("lmms-eval")
 
 
 @pytest.mark.slow

@@ -183,6 +183,9 @@ def environment(home: Path, output: Path, device: str | None = None) -> dict[str
         "HF_DATASETS_OFFLINE": "1",
         "HF_HOME": str(home),
         "HF_DATASETS_CACHE": str(output / "datasets"),
+        # its cache holds answers for one commit of the checkout that it lies in: with .venv inside, that would be ours
+        "GIT_DIR": os.devnull,
+        "LMMS_EVAL_GIT_COMMIT": versions()["lmms-eval"],
         "PYTHONSAFEPATH": "1",  # folders of the data root are no modules
         "TOKENIZERS_PARALLELISM": "false",
         RECORD_FOLDER: str(output),
