@@ -20,7 +20,10 @@ __all__ = ["Answer", "Conversation", "EncodedVideo", "InputError", "VidLaDA", "V
 def __getattr__(name: str) -> Any:
     """Import torch and the model only when they are asked for, so that `vidlada --help` answers at once."""
     if name in __all__:
-        from vidlada import api
+        from vidlada.noise import quiet_libraries
+
+        with quiet_libraries():
+            from vidlada import api
 
         return getattr(api, name)
     raise AttributeError(f"module 'vidlada' has no attribute {name!r}")

@@ -8,6 +8,7 @@ import torch
 from vidlada.checkpoint import base_of, load_model
 from vidlada.errors import InputError
 from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.noise import quiet_libraries
 
 
 def load_with_adapter(
@@ -30,7 +31,8 @@ def load_with_adapter(
     except ImportError as error:
         raise InputError(f"{folder} is an adapter; it needs peft: pip install vidlada[train]") from error
     try:
-        adapted = PeftModel.from_pretrained(base, str(folder))
+        with quiet_libraries():
+            adapted = PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder}: does not fit its base model: {str(error).splitlines()[0]}") from error
     merged: VidLaDAForMaskedDiffusion = adapted.merge_and_unload()

@@ -1,6 +1,5 @@
 """What commands share: errors in one line, progress on stderr, options."""
 
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,15 +10,7 @@ from typing import Any
 import click
 
 from vidlada.errors import VidLaDAError
-
-# transformers imports torchao wherever it is installed, which then warns of every kernel this machine lacks; accelerate
-# imports DeepSpeed, which warns on stdout, where our results go
-NOISY_LIBRARIES = ("torchao", "torch.utils._pytree", "DeepSpeed")
-
-
-def only_errors(record: logging.LogRecord) -> bool:
-    """Filter of a logger whose library sets its level when it is imported."""
-    return record.levelno >= logging.ERROR
+from vidlada.noise import quiet_libraries
 
 
 def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,11 +18,9 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        for name in NOISY_LIBRARIES:
-            logging.getLogger(name).setLevel(logging.ERROR)
-            logging.getLogger(name).addFilter(only_errors)
         try:
-            return command(*args, **kwargs)
+            with quiet_libraries():
+                return command(*args, **kwargs)
         except VidLaDAError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             sys.exit(error.exit_code)

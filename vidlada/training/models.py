@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, SiglipVisionConfig
 from vidlada.config import VidLaDAConfig, VidLaDATextConfig
 from vidlada.errors import InputError
 from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.noise import quiet_libraries
 from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, VidLaDAProcessor
 from vidlada.shapes.questions import vocabulary
 from vidlada.training.config import Lora, TrainingConfig, hint
@@ -199,7 +200,8 @@ def with_adapters(model: VidLaDAForMaskedDiffusion, settings: Lora, base: str, s
         target_modules=rf"language_model\.layers\.\d+\..*\.({'|'.join(settings.modules)})",
         modules_to_save=["projector"] if settings.train_projector and not model.config.text_only else None,
     )
-    adapted = peft.get_peft_model(model, adapters)
+    with quiet_libraries():
+        adapted = peft.get_peft_model(model, adapters)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -1,0 +1,31 @@
+"""What libraries tell their own developers stays away from who uses this package; their errors do not."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# transformers imports torchao wherever it is installed, which then warns of every kernel this machine lacks; accelerate
+# imports DeepSpeed, which warns on stdout, where our results go
+NOISY_LIBRARIES = ("torchao", "torch.utils._pytree", "DeepSpeed")
+OF_PEFT = "`is_gradient_checkpointing` is deprecated"  # which peft still asks transformers for
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Drop such messages for as long as this lasts; for where those libraries are imported and peft is called."""
+    loggers = [logging.getLogger(name) for name in NOISY_LIBRARIES]
+    for logger in loggers:
+        logger.addFilter(_only_errors)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", OF_PEFT, FutureWarning)
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_only_errors)
+
+
+def _only_errors(record: logging.LogRecord) -> bool:
+    """Filter of a logger whose library sets its level when it is imported."""
+    return record.levelno >= logging.ERROR
