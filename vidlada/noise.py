@@ -8,7 +8,7 @@ from contextlib import contextmanager
 # transformers imports torchao wherever it is installed, which then warns of every kernel this machine lacks; accelerate
 # imports DeepSpeed, which warns on stdout, where our results go
 NOISY_LIBRARIES = ("torchao", "torch.utils._pytree", "DeepSpeed")
-OF_PEFT = "`is_gradient_checkpointing` is deprecated"  # which peft still asks transformers for
+RENAMED = "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"  # peft and we use the older name
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def quiet_libraries() -> Iterator[None]:
         logger.addFilter(_only_errors)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", OF_PEFT, FutureWarning)
+            warnings.filterwarnings("ignore", RENAMED, FutureWarning)
             yield
     finally:
         for logger in loggers:

@@ -1,7 +1,9 @@
 """Whole runs of a minuscule model: what they write, and that stopping them in any way changes nothing."""
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.processor import VidLaDAProcessor
 from vidlada.training.config import Stage
 from vidlada.training.models import new_model
+from vidlada.training.shapes_source import ShapesSource
 from vidlada.training.trainer import Interrupted, train
 
 # A run that ends itself: after a step, or half way through writing a checkpoint.
@@ -153,6 +156,33 @@ def test_signals_to_the_whole_group_leave_workers_at_work(tmp_path, expected):
     assert_same(train(run(output), resume=True, report=quietly), expected)
 
 
+@pytest.mark.parametrize("damaged", ["model.safetensors", "optimizer.bin", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_named(tmp_path, whole, damaged):
+    shutil.copytree(whole[0], tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint-0000007" / damaged
+    file.write_bytes(file.read_bytes()[:30])
+    with pytest.raises(InputError, match="checkpoint-0000007 is damaged"):
+        train(run(tmp_path / "run"), resume=True, report=quietly)
+
+
+def test_a_run_of_another_form_is_not_continued_and_other_changes_are_told(tmp_path, whole):
+    shutil.copytree(whole[0], tmp_path / "run")
+    wider = {**MODEL, "text_config": {**MODEL["text_config"], "hidden_size": 32}}
+    for changes in ({"optimizer": "muon"}, {"model": wider}):
+        with pytest.raises(InputError, match="must be as they were"):
+            train(run(tmp_path / "run", **changes), resume=True, report=quietly)
+    lines = []
+    train(run(tmp_path / "run", seed=7, log_every=2), resume=True, report=lines.append)
+    assert lines[0] == "resumed from checkpoint-0000007; changed since: seed"
+
+
+def test_a_killed_worker_ends_the_run_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(ShapesSource, "load", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(VidLaDAError, match="prepares batches was killed.*--resume"):
+        train(run(tmp_path / "run", workers=2), report=quietly)
+    assert not multiprocessing.active_children()
+
+
 def test_resuming_a_finished_run_writes_the_same_model(tmp_path, expected):
     train(run(tmp_path / "run"), report=quietly)
     assert_same(train(run(tmp_path / "run"), resume=True, report=quietly), expected)
@@ -208,7 +238,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_changes_nothing(tmp_path, mo
 
     monkeypatch.setattr(trainer, "diffusion_loss", broken)
     with pytest.raises(VidLaDAError, match="step 3 is nan"):
-        train(run(tmp_path / "run"), report=quietly)
+        train(run(tmp_path / "run", workers=1), report=quietly)
     assert len(calls) == 4
+    assert not multiprocessing.active_children()  # Python would wait for them at its end
     assert "input_ids" in torch.load(tmp_path / "run" / "not_finite_3.pt")
     assert names(tmp_path / "run") == ["checkpoint-0000002"]

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from accelerate import Accelerator
@@ -20,6 +21,9 @@ STATE_FILE = "trainer_state.json"
 WRITTEN_BY_A_RUN = ("checkpoint-*", "logs", "model", "model-published", "skipped*.jsonl", "not_finite_*.pt")
 # What a full disk shows up as: Python's own error, safetensors', torch.save's, and the sharded writer's.
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, CheckpointException)
+
+# Damaged files and weights of another shape: Python's own, torch.load's, safetensors', and the sharded reader's.
+READ_ERRORS = (*WRITE_ERRORS, ValueError, KeyError, EOFError, UnpicklingError)
 
 
 class NotSaved(VidLaDAError):  # noqa: N818 - what happened, and the run may go on
@@ -85,7 +89,7 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
     """
     if resume:
         if newest_checkpoint(output) is None:
-            raise InputError(f"{output} holds no checkpoint to resume from")
+            raise InputError(f"{output} holds no checkpoint to resume from; start again without --resume")
         return
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file; choose another output")

@@ -15,6 +15,8 @@ from vidlada.training.samples import STRICT, Item, Sample, Share
 
 Seconds = Annotated[int, Field(ge=MIN_SECONDS, le=MAX_SECONDS)]
 
+MOST_DRAWS = 100  # of the clips of a step, until one supports a question
+
 
 @dataclass(frozen=True, config=STRICT)
 class ShapesSource:
@@ -63,13 +65,13 @@ class ShapesSource:
         first = self._clip(generator, seconds)
         count = self.frames_per_batch if self.pictures else max(1, self.frames_per_batch // first.seconds)
         clips = [first, *(self._clip(generator, first.seconds) for _ in range(count - 1))]
-        items = [self._item(clip, questions, generator) for clip in clips]
-        items = [item for item in items if item.exchanges]
-        if not items:
-            raise InputError(
-                f"none of {len(clips)} clips supports a question of {', '.join(self.families)}; add families"
-            )
-        return items
+        for _ in range(MOST_DRAWS):
+            items = [self._item(clip, questions, generator) for clip in clips]
+            items = [item for item in items if item.exchanges]
+            if items:
+                return items
+            clips = [self._clip(generator, first.seconds) for _ in range(count)]
+        raise InputError(f"no clip of {first.seconds} seconds supports a question of {', '.join(self.families)}")
 
     def load(self, item: Item, size: int) -> Sample:
         """Render the clip."""

@@ -5,9 +5,9 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vidlada.errors import VidLaDAError
+from vidlada.errors import InputError, VidLaDAError
 from vidlada.machine import peak_memory, return_free_memory
 from vidlada.training.checkpoints import (
+    READ_ERRORS,
     STATE_FILE,
     NotSaved,
     check_output,
@@ -53,6 +54,8 @@ from vidlada.training.samples import Source
 from vidlada.training.stages import EVALUATION, PreparedRun, prepared, stage_seed
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Settings that do not change what is learned
+BESIDE_THE_CURVE = ("output", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "tracker", "layouts")
 FEWEST_SEEN = 200  # samples before a share of broken ones means anything
 
 
@@ -137,7 +140,6 @@ def train_prepared(
         checkpoint = newest_checkpoint(output)
         assert checkpoint is not None
         progress = run.load(checkpoint)
-        say(f"resumed from {checkpoint.name}")
     final = output / "model"
     try:
         run.steps(progress)
@@ -182,9 +184,23 @@ class Run:
         self.optimizers = Optimizers(prepared, optimizers.parts)
 
     def load(self, checkpoint: Path) -> Progress:
-        """Continue from a checkpoint."""
-        self.accelerator.load_state(str(checkpoint))
-        state = json.loads((checkpoint / STATE_FILE).read_text())
+        """Continue from a checkpoint, and tell which settings changed since.
+
+        Raises:
+            InputError: it is damaged, or of a run whose weights or optimizer have another form.
+        """
+        try:
+            self.accelerator.load_state(str(checkpoint))
+            state = json.loads((checkpoint / STATE_FILE).read_text())
+        except READ_ERRORS as error:
+            raise InputError(
+                f"{checkpoint} is damaged, or not of this run, whose model, optimizer and learning rates of parts must "
+                f"be as they were: {str(error).splitlines()[0]}"
+            ) from error
+        now = json.loads(json.dumps(asdict(self.config), default=str))
+        before = state.get("config", now)
+        changed = [name for name in now if name not in BESIDE_THE_CURVE and now[name] != before.get(name)]
+        self.say(f"resumed from {checkpoint.name}{'; changed since: ' * bool(changed)}{', '.join(changed)}")
         return Progress(**{name: state[name] for name in ("step", "seen", "skipped") if name in state})
 
     def save(self, folder: Path) -> None:
@@ -221,24 +237,25 @@ class Run:
         self.model.train()
         window = Figures()
         try:
-            for step, passes, batches in self.batches(progress.step):
-                rate = self.optimizers.set_rate(config, step)
-                figures = self.step(step, passes, batches, progress, stop_requested)
-                window.add(figures)
-                progress.step = done = step + 1
-                last = done == config.total_steps
-                if done % config.log_every == 0 or last:
-                    self.log(window, rate, done)
-                    window = Figures()
-                if config.evaluation is not None and (done % config.evaluation.every == 0 or last):
-                    self.evaluate(done)
-                # several processes stop after the step in which all know of the signal
-                stop = figures.signals > 0 or (self.accelerator.num_processes == 1 and bool(stop_requested))
-                if done % config.checkpoint_every == 0 or last or stop:
-                    self.checkpoint(progress, needed=last or stop)
-                if stop:
-                    number = (stop_requested or [signal.SIGTERM])[0]
-                    raise Interrupted(f"stopped by signal {number} after step {done}; continue with --resume")
+            with closing(self.batches(progress.step)) as run:
+                for step, passes, batches in run:
+                    rate = self.optimizers.set_rate(config, step)
+                    figures = self.step(step, passes, batches, progress, stop_requested)
+                    window.add(figures)
+                    progress.step = done = step + 1
+                    last = done == config.total_steps
+                    if done % config.log_every == 0 or last:
+                        self.log(window, rate, done)
+                        window = Figures()
+                    if config.evaluation is not None and (done % config.evaluation.every == 0 or last):
+                        self.evaluate(done)
+                    # several processes stop after the step in which all know of the signal
+                    stop = figures.signals > 0 or (self.accelerator.num_processes == 1 and bool(stop_requested))
+                    if done % config.checkpoint_every == 0 or last or stop:
+                        self.checkpoint(progress, needed=last or stop)
+                    if stop:
+                        number = (stop_requested or [signal.SIGTERM])[0]
+                        raise Interrupted(f"stopped by signal {number} after step {done}; continue with --resume")
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -264,17 +281,17 @@ class Run:
             worker_init_fn=leave_signals_to_main,
         )
 
-    def batches(self, first: int) -> Iterator[tuple[int, int, Iterator[dict[str, Any]]]]:
+    def batches(self, first: int) -> Generator[tuple[int, int, Iterator[dict[str, Any]]]]:
         """Step numbers, passes of this process and their batches, from `first` to the end of the run."""
         start = 0
         for number, (stage, source) in enumerate(zip(self.config.stages, self.sources, strict=True)):
             steps = range(max(0, first - start), stage.length)
             if len(steps):
-                batches = iter(self.loader(source, stage.collate, number, steps))
-                for within in steps:
-                    head = next(batches)
-                    passes = head["parts"] // self.accelerator.num_processes
-                    yield start + within, passes, chain([head], islice(batches, passes - 1))
+                with closing(prepared_batches(self.loader(source, stage.collate, number, steps))) as batches:
+                    for within in steps:
+                        head = next(batches)
+                        passes = head["parts"] // self.accelerator.num_processes
+                        yield start + within, passes, chain([head], islice(batches, passes - 1))
             start += stage.length
 
     def step(
@@ -412,8 +429,9 @@ class Run:
         loss = 0.0
         steps = range(config.evaluation.steps)
         loader = self.loader(self.held_out, config.evaluation.collate, EVALUATION, steps)
-        for batch in loader:
-            loss += float(self.loss(batch, batch["step"], stream=EVALUATION))
+        with closing(prepared_batches(loader)) as batches:
+            for batch in batches:
+                loss += float(self.loss(batch, batch["step"], stream=EVALUATION))
         self.model.train()
         loss = total(self.accelerator, [loss])[0] / config.evaluation.steps
         self.say(f"evaluation after step {done}: loss {loss:.4f}")
@@ -460,6 +478,29 @@ class Run:
             if needed:
                 raise
             self.say(f"{error}; training goes on")
+
+
+def prepared_batches(loader: DataLoader[dict[str, Any]]) -> Generator[dict[str, Any]]:
+    """A loader's batches; its workers end with this, not when Python happens to forget them.
+
+    Raises:
+        VidLaDAError: a worker was killed.
+    """
+    batches = iter(loader)
+    try:
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        if loader.num_workers == 0 or str(error).startswith("Caught "):  # raised by what prepares a batch
+            raise
+        raise VidLaDAError(
+            "a process that prepares batches was killed, as systems do that are out of memory; lower workers, or the "
+            "frames of a batch, and continue with --resume"
+        ) from error
+    finally:
+        # an error on its way would keep them: Python then waits at its end for workers that ignore its SIGTERM
+        shut_down = getattr(batches, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
 
 
 def masking_generator(seed: int, part: int, step: int) -> torch.Generator:
