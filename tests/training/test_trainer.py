@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -21,7 +22,7 @@ from vidlada.processor import VidLaDAProcessor
 from vidlada.training.config import Stage
 from vidlada.training.models import new_model
 from vidlada.training.shapes_source import ShapesSource
-from vidlada.training.trainer import Interrupted, train
+from vidlada.training.trainer import Interrupted, Run, train
 
 # A run that ends itself: after a step, or half way through writing a checkpoint.
 KILLED_RUN = """
@@ -180,6 +181,17 @@ def test_a_killed_worker_ends_the_run_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(ShapesSource, "load", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(VidLaDAError, match="prepares batches was killed.*--resume"):
         train(run(tmp_path / "run", workers=1), report=quietly)
+
+
+def test_a_worker_killed_during_a_step_ends_the_run_in_a_line(tmp_path, monkeypatch):
+    def step(*_):
+        multiprocessing.active_children()[0].kill()
+        time.sleep(60)  # the signal ends it
+        pytest.fail("nothing tells of the killed worker")
+
+    monkeypatch.setattr(Run, "step", step)
+    with pytest.raises(VidLaDAError, match="prepares batches was killed.*--resume"):
+        train(run(tmp_path / "run", workers=2), report=quietly)
 
 
 def test_resuming_a_finished_run_writes_the_same_model(tmp_path, expected):

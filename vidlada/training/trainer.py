@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -54,6 +54,10 @@ from vidlada.training.samples import Source
 from vidlada.training.stages import EVALUATION, PreparedRun, prepared, stage_seed
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+KILLED_WORKER = (
+    "a process that prepares batches was killed, as systems do that are out of memory; lower workers, or the frames of "
+    "a batch, and continue with --resume"
+)
 # Settings that do not change what is learned
 BESIDE_THE_CURVE = ("output", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "tracker", "layouts")
 FEWEST_SEEN = 200  # samples before a share of broken ones means anything
@@ -237,7 +241,7 @@ class Run:
         self.model.train()
         window = Figures()
         try:
-            with closing(self.batches(progress.step)) as run:
+            with killed_workers_named(), closing(self.batches(progress.step)) as run:
                 for step, passes, batches in run:
                     rate = self.optimizers.set_rate(config, step)
                     figures = self.step(step, passes, batches, progress, stop_requested)
@@ -489,18 +493,30 @@ def prepared_batches(loader: DataLoader[dict[str, Any]]) -> Generator[dict[str, 
     batches = iter(loader)
     try:
         yield from batches
-    except (RuntimeError, OSError, EOFError) as error:
+    except (OSError, EOFError) as error:
         if loader.num_workers == 0 or str(error).startswith("Caught "):  # raised by what prepares a batch
             raise
-        raise VidLaDAError(
-            "a process that prepares batches was killed, as systems do that are out of memory; lower workers, or the "
-            "frames of a batch, and continue with --resume"
-        ) from error
+        raise VidLaDAError(KILLED_WORKER) from error
     finally:
         # an error on its way would keep them: Python then waits at its end for workers that ignore its SIGTERM
         shut_down = getattr(batches, "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()
+
+
+@contextmanager
+def killed_workers_named() -> Iterator[None]:
+    """For all that a main process does beside its workers: torch raises from a signal handler as soon as one dies.
+
+    Raises:
+        VidLaDAError: a worker was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise VidLaDAError(KILLED_WORKER) from error
 
 
 def masking_generator(seed: int, part: int, step: int) -> torch.Generator:
