@@ -19,7 +19,7 @@ from vidlada.checkpoint import describe
 from vidlada.cli import main
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.config import CollateSettings, Evaluation, Lora, Stage, build
-from vidlada.training.models import new_model, save_model, starting_config, starting_model
+from vidlada.training.models import new_model, save_model
 from vidlada.training.objective import (
     IGNORED,
     Masking,
@@ -73,26 +73,6 @@ def test_frozen_parts_stay_and_the_others_move(base, tmp_path):
     middle = weights(tmp_path / "b" / "checkpoint-0000002" / "model")
     assert changed(before, middle) == {"projector"}
     assert changed(middle, end) == {"tower"}
-
-
-def test_extra_layers_begin_as_the_identity_and_learn(base, tmp_path):
-    config = from_base(base, tmp_path / "d", (Stage("a", 1e-2, EASY, 2),), extra_layers=2)
-    before = vidlada.load(base).model
-    deeper, _ = starting_model(config)
-    layers = before.config.text_config.num_hidden_layers
-    assert deeper.config.text_config.num_hidden_layers == starting_config(config).text_config.num_hidden_layers
-    assert len(deeper.language_model.layers) == layers + 2
-    hidden = torch.randn(2, 5, before.config.text_config.hidden_size)
-    torch.testing.assert_close(deeper.language_model(hidden), before.language_model(hidden), rtol=0, atol=0)
-    trained = vidlada.load(train(config, report=quietly)).model.language_model.layers
-    assert all(layer.self_attn.o_proj.weight.abs().sum() > 0 for layer in trained[layers:])
-
-
-def test_extra_layers_go_on_a_model_of_ours(base, tmp_path):
-    with pytest.raises(InputError, match="extra_layers"):
-        run(tmp_path / "r", extra_layers=1)
-    with pytest.raises(InputError, match="extra_layers"):
-        from_base(base, tmp_path / "r", (Stage("a", 1e-2, EASY, 2),), extra_layers=1, lora=Lora())
 
 
 def test_parts_learn_at_their_own_rates():

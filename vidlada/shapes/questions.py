@@ -267,36 +267,6 @@ def spot(clip: Clip, generator: Generator) -> Asked | None:
     return f"what is at {place}{moment} ?", what, []
 
 
-def letter(clip: Clip, generator: Generator) -> Asked | None:
-    """Which letter stands for an answer that the question itself gives away; no video is needed (training only)."""
-    options = alike(generator)
-    answer = pick(generator, options)
-    return with_choices(f"the answer is {answer} .", options), LETTERS[options.index(answer)], []
-
-
-def letters(clip: Clip, generator: Generator) -> Asked | None:
-    """Which letter stands for each choice, in any order; no video is needed (training only)."""
-    options = alike(generator)
-    pairs = [f"{option} is {letter}" for letter, option in zip(LETTERS, options, strict=False)]
-    question = with_choices("", options).replace("answer with the letter", "list all").strip()
-    return question, " , ".join(generator.permutation(pairs)) + " .", []
-
-
-def alike(generator: Generator) -> list[str]:
-    """Two to four different answers of one kind."""
-    things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT]
-    happens = ["appears", "disappears", *(f"turns {colour}" for colour in COLOURS)]
-    kinds: list[Sequence[str]] = [
-        [str(second) for second in range(1, MAX_SECONDS)],
-        [*DIRECTIONS, STILL],
-        [*COLOURS],
-        SHAPES,
-        things,
-        [f"{thing} {pick(generator, happens)}" for thing in generator.permutation(things)[:3]] + [NOTHING],
-    ]
-    return [str(option) for option in generator.permutation(pick(generator, kinds))[: generator.integers(2, 5)]]
-
-
 def path(clip: Clip, generator: Generator) -> Asked | None:
     """Start, end and direction of a thing (training only)."""
     thing = pick(generator, clip.things)
@@ -391,7 +361,6 @@ BENCHMARK_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
 LONG_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {"caption": caption, "timeline": timeline}
 TRAINING_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
     "inventory": inventory, "picture": picture, "where": where, "spot": spot, "path": path, "clock": clock,
-    "letter": letter, "letters": letters,
 }  # fmt: skip
 FAMILIES = BENCHMARK_FAMILIES | LONG_FAMILIES | TRAINING_FAMILIES
 
@@ -405,30 +374,20 @@ def ask(clip: Clip, family: str, generator: Generator, choice_share: float = 0.0
         generator: of every choice.
         choice_share: probability that a short question is asked as multiple choice.
     """
-    if not clip.things and family not in ("picture", "clock", "letter", "letters"):
+    if not clip.things and family not in ("picture", "clock"):
         return None
     asked = FAMILIES[family](clip, generator)
     if asked is None:
         return None
     question, answer, wrong = asked
-    if family in BENCHMARK_FAMILIES and set(wrong) - {answer} and generator.random() < choice_share:
-        options = options_of(asked, generator)
-        return Question(family, with_choices(question, options), LETTERS[options.index(answer)], tuple(options))
+    wrong = list(dict.fromkeys(str(w) for w in wrong if w != answer))
+    if family in BENCHMARK_FAMILIES and wrong and generator.random() < choice_share:
+        options = [answer, *wrong[: len(LETTERS) - 1]]
+        options = [options[i] for i in generator.permutation(len(options))]
+        listed = " , ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False))
+        letter = LETTERS[options.index(answer)]
+        return Question(family, f"{question} choices : {listed} . answer with the letter .", letter, tuple(options))
     return Question(family, question, answer)
-
-
-def options_of(asked: Asked, generator: Generator) -> list[str]:
-    """The answer among some wrong ones, in any order."""
-    _, answer, wrong = asked
-    others = list(dict.fromkeys(str(w) for w in wrong if w != answer))
-    options = [answer, *others[: len(LETTERS) - 1]]
-    return [options[i] for i in generator.permutation(len(options))]
-
-
-def with_choices(question: str, options: Sequence[str]) -> str:
-    """A question as multiple choice."""
-    listed = " , ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False))
-    return f"{question} choices : {listed} . answer with the letter ."
 
 
 def questions_for(

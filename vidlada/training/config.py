@@ -148,8 +148,6 @@ class TrainingConfig:
         model: arguments of `VidLaDAConfig`, for a model trained from nothing; or
         init_from: a model folder to start from. A folder of a Llama-family language model loses its causal mask and
             gains the mask and control tokens; `model` then describes the vision half, or says `text_only: true`.
-        extra_layers: put on top of the language model of `init_from`; they begin as the identity, so that the model
-            begins as good as it was, with more depth to use.
         vision_tower: name or folder of the tower that a published `init_from` must have been made with; only its last
             part counts. None: whichever it is.
         seed: of initial weights, data order and masking.
@@ -182,7 +180,6 @@ class TrainingConfig:
     stages: tuple[Stage, ...]
     model: dict[str, Any] | None = None
     init_from: str | None = None
-    extra_layers: NonNegativeInt = 0
     vision_tower: str | None = None
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
@@ -213,8 +210,6 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.model is None and self.init_from is None:
             raise InputError("give either model (a new one) or init_from (a folder)")
-        if self.extra_layers and (self.init_from is None or self.lora is not None):
-            raise InputError(f"extra_layers: {self.extra_layers} go on top of init_from's own layers, without lora")
         if not self.stages:
             raise InputError("stages is empty; a run needs at least one")
         sharded = self.parallel in ("fsdp", "zero2", "zero3")

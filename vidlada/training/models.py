@@ -1,6 +1,5 @@
 """The model of a run: new, from a checkpoint, from an autoregressive ancestor, with adapters; and saving it."""
 
-import copy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,6 @@ def starting_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaD
         return model, processor
     folder = origin(config.init_from)
     if is_llama(folder):
-        if config.extra_layers:
-            raise InputError(f"extra_layers: {folder} is an autoregressive model; adapt it first, then make it deeper")
         return adapted_llama(folder, config.model or {"text_only": True}, config.seed)
     from vidlada.checkpoint import describe, load_model, load_tokenizer
 
@@ -54,32 +51,7 @@ def starting_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaD
         model = load_model(folder, dtype="auto" if stored else torch.float32)
     else:
         model = unread_model(describe(folder).config)
-    if config.extra_layers:
-        model = deepened(model, config.extra_layers, config.seed)
     return model, VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
-
-
-def deepened(model: VidLaDAForMaskedDiffusion, extra_layers: int, seed: int) -> VidLaDAForMaskedDiffusion:
-    """A model that computes the same with more layers, which add nothing to the residual stream yet.
-
-    Args:
-        model: to take all weights from.
-        extra_layers: to put on top of its language model.
-        seed: of the new layers' weights.
-    """
-    config = deeper(model.config, extra_layers)
-    set_seed(seed)
-    grown = VidLaDAForMaskedDiffusion(config).to(model.dtype)
-    initialize(grown)
-    grown.load_state_dict(model.state_dict(), strict=False)
-    return grown
-
-
-def deeper(config: VidLaDAConfig, extra_layers: int) -> VidLaDAConfig:
-    """The configuration of a model with more layers."""
-    config = copy.deepcopy(config)
-    config.text_config.num_hidden_layers += extra_layers  # type: ignore[union-attr]
-    return config
 
 
 def unread_model(config: VidLaDAConfig) -> VidLaDAForMaskedDiffusion:
@@ -119,7 +91,7 @@ def starting_config(config: TrainingConfig) -> VidLaDAConfig:
         named = str(read_json(checkpoint.folder / "config.json").get("mm_vision_tower", ""))
         if Path(named).name != Path(config.vision_tower).name:
             raise InputError(f"vision_tower: {config.vision_tower}, but {folder} was made with {named or 'none'}")
-    return deeper(checkpoint.config, config.extra_layers)
+    return checkpoint.config
 
 
 def described_config(arguments: dict[str, Any]) -> VidLaDAConfig:
