@@ -157,8 +157,8 @@ def test_a_tar_holds_any_kind_of_image(tmp_path):
     kinds = {"bmp": "bmp", "TIFF": "tiff"}
     members = [(f"{name}.json", json.dumps(entry(name)).encode()) for name in kinds]
     members += [(f"{name}.{name}", png("red", kind)) for name, kind in kinds.items()]
-    source = LlavaSource(8, write_tar(tmp_path / "part.tar", members), batch_size=2)
-    videos = {sample.exchanges[0][1]: sample.videos for sample in batch(source, 0)}
+    source = LlavaSource(write_tar(tmp_path / "part.tar", members), batch_size=2)
+    videos = {sample.exchanges[0][1]: sample.videos for sample in batch(source, 0, 8)}
     assert {name: [frames.shape for frames in each] for name, each in videos.items()} == dict.fromkeys(
         kinds, [(1, 8, 8, 3)]
     )
