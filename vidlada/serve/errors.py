@@ -18,8 +18,8 @@ class RequestError(VidLaDAError):
         self.status, self.code, self.param = status, code, param
 
 
-class ClosingError(VidLaDAError):
+class ClosingError(RequestError):
     """The server is ending, and the request with it."""
 
     def __init__(self) -> None:
-        super().__init__("the server is shutting down")
+        super().__init__(503, "the server is shutting down", "shutting_down")

@@ -161,8 +161,6 @@ def as_request_error(error: Exception) -> RequestError:
     """Any error with a status."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, ClosingError):
-        return RequestError(503, str(error), "shutting_down")
     if isinstance(error, InputError):
         return RequestError(422, str(error), "invalid_request")
     if isinstance(error, VidLaDAError):
@@ -210,7 +208,7 @@ class Outermost:
             status = status or CLIENT_CLOSED
         except asyncio.CancelledError:  # by the server, which ends; an answer that began is broken off
             if not status:
-                await error_response(as_request_error(ClosingError()))(scope, receive, counted)
+                await error_response(ClosingError())(scope, receive, counted)
         except Exception as error:
             if not isinstance(error, VidLaDAError):
                 log.exception("a request failed", exc_info=error)
