@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from vidlada.checkpoint import describe, load_model, load_tokenizer
-from vidlada.config import GenerationSettings
 from vidlada.decoding.cache import VisualStates
 from vidlada.decoding.policies import policy_from
 from vidlada.decoding.sampler import Request, State, Statistics, denoise
 from vidlada.errors import InputError
+from vidlada.generation import GenerationSettings
 from vidlada.info import check_memory, check_memory_of_weights, memory_need
 from vidlada.model import VidLaDAForMaskedDiffusion
 from vidlada.processor import EncodedConversation, Message, VidLaDAProcessor, time_instruction

@@ -7,9 +7,9 @@ from media import write_video
 
 from vidlada.bench.drift import drift_figures
 from vidlada.cli import main
-from vidlada.config import GenerationSettings
 from vidlada.decoding.sampler import Request, denoise
 from vidlada.errors import InputError
+from vidlada.generation import GenerationSettings
 
 FRAME_INDEX = [-1, -1, *[0] * 6, *[1] * 6, *[2] * 6, -1]
 

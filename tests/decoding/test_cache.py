@@ -10,12 +10,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from vectors import VARIANTS, arrays, load_reference_model
 
-from vidlada.config import GenerationSettings
 from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors, scenes_of
 from vidlada.decoding.policies import POLICIES, Mars, Moment, policy_from
 from vidlada.decoding.sampler import Denoiser, Request, denoise
 from vidlada.decoding.store import Store, Work, renew
 from vidlada.errors import InputError
+from vidlada.generation import GenerationSettings
 from vidlada.language_model import rotary_angles, rotate
 
 # Every policy as a way to recompute everything in every step.

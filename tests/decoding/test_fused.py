@@ -9,10 +9,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
-from vidlada.config import GenerationSettings
 from vidlada.decoding.attention import FrameMap, chunked_attention
 from vidlada.decoding.fused import BLOCK, FusedChunks, blocks_in_sight
 from vidlada.decoding.sampler import Request, denoise
+from vidlada.generation import GenerationSettings
 
 sizes = st.lists(st.integers(1, 90), min_size=1, max_size=9)
 

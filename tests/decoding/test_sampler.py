@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from vidlada.config import GenerationSettings
 from vidlada.decoding.sampler import Denoiser, Request, denoise
 from vidlada.decoding.streamer import feed
 from vidlada.errors import InputError
+from vidlada.generation import GenerationSettings
 
 
 def prompt(small, tokens, seed=0):

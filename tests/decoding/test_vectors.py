@@ -5,8 +5,8 @@ import pytest
 import torch
 from vectors import VARIANTS, arrays, load_reference_model
 
-from vidlada.config import GenerationSettings
 from vidlada.decoding.sampler import Request, denoise
+from vidlada.generation import GenerationSettings
 
 
 @pytest.fixture(params=VARIANTS)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from media import write_video
 
-from vidlada.config import GenerationSettings
 from vidlada.evaluation.answering import VIDEOS_AHEAD, Answerer, Question, batches_of
+from vidlada.generation import GenerationSettings
 from vidlada.video import Sampling
 
 SETTINGS = GenerationSettings(gen_length=4, block_length=4)

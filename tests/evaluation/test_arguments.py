@@ -2,9 +2,9 @@
 
 import pytest
 
-from vidlada.config import GenerationSettings
 from vidlada.errors import InputError
 from vidlada.evaluation.arguments import ModelArguments, generation_settings, with_think_mode
+from vidlada.generation import GenerationSettings
 from vidlada.video import Sampling
 
 DEFAULTS = GenerationSettings()

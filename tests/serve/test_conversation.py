@@ -2,7 +2,7 @@
 
 import pytest
 
-from vidlada.config import GenerationSettings
+from vidlada.generation import GenerationSettings
 from vidlada.serve.conversation import conversation_of, settings_of
 from vidlada.serve.errors import RequestError
 from vidlada.serve.schema import ChatRequest

@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import SiglipVisionConfig
 
+from vidlada.config import VidLaDAConfig, VidLaDATextConfig
 from vidlada.errors import InputError
 from vidlada.training.config import Stage, TrainingConfig, load_config
+from vidlada.training.description import ModelDescription, TextDescription, VisionDescription
 from vidlada.training.models import starting_config
 from vidlada.training.stages import make_source, prepared
 
@@ -130,19 +134,54 @@ def test_a_missing_entry_is_named_without_all_the_others(tmp_path):
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        ({"text_config": {"hidden_sise": 12}}, r"model\.text_config\.hidden_sise.*did you mean hidden_size"),
-        ({"vision_config": {"patch": 12}}, r"model\.vision_config\.patch: unknown"),
-        ({"text_onyl": True}, r"model\.text_onyl.*did you mean text_only"),
-        ({"text_config": 7}, r"model\.text_config.*7"),
+        ({"text_config": {"hidden_sise": 12}}, r"text_config\.hidden_sise: unknown entry; did you mean hidden_size"),
+        ({"vision_config": {"patch": 12}}, r"vision_config\.patch: unknown"),
+        ({"text_onyl": True}, r"text_onyl: unknown entry; did you mean text_only"),
+        ({"text_config": 7}, r"text_config.*7"),
         ({"text_config": {"hidden_size": "wide"}}, "hidden_size.*wide"),
         ({"text_config": {"hidden_size": 7, "num_attention_heads": 2}}, "hidden_size 7 is not divisible"),
+        ({"text_config": {"num_attention_heads": 4, "num_key_value_heads": 3}}, "num_key_value_heads 3"),
+        ({"vision_config": {"hidden_size": 7, "num_attention_heads": 2}}, "hidden_size 7 is not divisible"),
+        ({"vision_config": {"image_size": 7, "patch_size": 14}}, "image_size 7 holds no patch"),
+        ({"vision_config": {"vision_use_head": True}}, "vision_use_head"),
+        ({"newline_position": "row"}, "newline_position.*row"),
         ({"generation": {"gen_lenght": 8}}, "gen_lenght"),
+        ({"generation": {"gen_length": 8, "block_length": 3}}, "block_length 3"),
     ],
 )
-def test_impossible_models_are_refused(model, match):
-    stage = Stage("a", 1.0, {"kind": "shapes"}, 1)
-    with pytest.raises(InputError, match=match):
-        starting_config(TrainingConfig("out", (stage,), model=model))
+def test_impossible_models_are_refused(tmp_path, model, match):
+    with pytest.raises(InputError, match=f"run.yaml: model: .*{match}"):
+        load_config(write(tmp_path, model=model))
+
+
+def test_what_fits_only_a_default_is_refused_by_the_model_itself(tmp_path):
+    with pytest.raises(InputError, match="hidden_size 7 is not divisible by num_attention_heads 32"):
+        starting_config(load_config(write(tmp_path, model={"text_config": {"hidden_size": 7}})))
+
+
+@pytest.mark.parametrize(
+    ("description", "configuration"),
+    [
+        (ModelDescription, VidLaDAConfig),
+        (TextDescription, VidLaDATextConfig),
+        (VisionDescription, SiglipVisionConfig),
+    ],
+)
+def test_descriptions_name_entries_of_the_configurations(description, configuration):
+    assert {entry.name for entry in fields(description)} <= {entry.name for entry in fields(configuration)}
+
+
+def test_descriptions_offer_the_choices_of_the_configuration():
+    described, known = (
+        {entry.name: entry.type for entry in fields(kind)} for kind in (ModelDescription, VidLaDAConfig)
+    )
+    for name in ("spatial_pool_mode", "newline_position"):
+        assert described[name] == known[name] | None
+
+
+def test_a_number_that_yaml_reads_as_text(tmp_path):
+    config = load_config(write(tmp_path, model={"text_config": {"rms_norm_eps": "1e-5"}, "vision_config": {}}))
+    assert config.model == {"text_config": {"rms_norm_eps": 1e-5}, "vision_config": {"vision_use_head": False}}
 
 
 # Prints what was imported up to the refusal, which is what makes a user wait.
@@ -164,6 +203,8 @@ finally:
         ({"stage": {"data": {"kind": "llava", "json_path": "gone.json"}}}, "gone.json"),
         ({"model": None, "init_from": "gone"}, "init_from: gone is not a folder"),
         ({"optimizer": "muon", "parallel": "fsdp"}, "muon"),
+        ({"model": {"text_config": {"hidden_sise": 12}}}, "did you mean hidden_size"),
+        ({"model": {"generation": {"gen_lenght": 8}}}, "gen_lenght"),
     ],
 )
 def test_wrong_configs_are_told_before_torch_is_imported(tmp_path, changes, match):

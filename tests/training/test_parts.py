@@ -18,7 +18,7 @@ import vidlada
 from vidlada.checkpoint import describe
 from vidlada.cli import main
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.training.config import CollateSettings, Evaluation, Lora, Stage, build
+from vidlada.training.config import CollateSettings, Evaluation, Lora, Stage
 from vidlada.training.models import new_model, save_model
 from vidlada.training.objective import (
     IGNORED,
@@ -32,6 +32,7 @@ from vidlada.training.objective import (
     next_token_loss,
 )
 from vidlada.training.optimizers import make_optimizers, part_of
+from vidlada.training.settings import build
 from vidlada.training.trainer import train
 
 EASY = {**PICTURES, "families": ["clock"], "choice_share": 0.0}

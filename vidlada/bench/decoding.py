@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from vidlada.bench.sizes import Subject, subject
-from vidlada.config import GenerationSettings
 from vidlada.decoding.policies import policy_from
 from vidlada.decoding.sampler import Denoiser, Request, State, denoise
+from vidlada.generation import GenerationSettings
 from vidlada.info import GIB
 from vidlada.machine import machine, now, peak_memory, reset_peak_memory
 from vidlada.model import VidLaDAForMaskedDiffusion

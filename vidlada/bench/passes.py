@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaModel
 
 from vidlada.bench.decoding import measure
 from vidlada.bench.sizes import subject
-from vidlada.config import GenerationSettings
 from vidlada.decoding.policies import Frozen
 from vidlada.decoding.store import key_value_bytes
+from vidlada.generation import GenerationSettings
 from vidlada.language_model import LanguageModel
 from vidlada.machine import machine, now
 

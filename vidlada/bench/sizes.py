@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from vidlada.config import GenerationSettings, VidLaDAConfig
+from vidlada.config import VidLaDAConfig
 from vidlada.decoding.sampler import Request
 from vidlada.errors import InputError
+from vidlada.generation import GenerationSettings
 from vidlada.model import VidLaDAForMaskedDiffusion
 
 TEXT_TOKENS = 32  # on either side of the video

@@ -9,8 +9,8 @@ import torch
 
 from vidlada.bench.decoding import Run, measure
 from vidlada.bench.sizes import Subject, subject
-from vidlada.config import GenerationSettings
 from vidlada.decoding.policies import Frozen
+from vidlada.generation import GenerationSettings
 from vidlada.machine import machine
 from vidlada.quantization import Quantization, quantize
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidlada.config import GenerationSettings
 from vidlada.decoding.cache import Cache, VisualStates
 from vidlada.decoding.commit import above_threshold, by_factor, most_confident, spread
 from vidlada.decoding.policies import policy_from
 from vidlada.decoding.store import renew
 from vidlada.errors import InputError
+from vidlada.generation import GenerationSettings
 from vidlada.model import VidLaDAForMaskedDiffusion, positions_of
 
 

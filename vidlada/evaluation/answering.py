@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from vidlada.api import EncodedVideo, VidLaDA
-from vidlada.config import GenerationSettings
 from vidlada.errors import InputError
+from vidlada.generation import GenerationSettings
 from vidlada.video import Frames, Sampling, sample_frames
 
 DECODERS = 2  # threads; FFmpeg uses further ones itself

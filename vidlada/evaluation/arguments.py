@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from vidlada.config import GenerationSettings
 from vidlada.decoding.policies import policy_from
 from vidlada.errors import InputError
+from vidlada.generation import GenerationSettings
 from vidlada.quantization import Quantization
 from vidlada.video import Sampling
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidlada.config import GenerationSettings
 from vidlada.decoding.sampler import Request, denoise
 from vidlada.errors import InputError
+from vidlada.generation import GenerationSettings
 from vidlada.model import VidLaDAForMaskedDiffusion
 
 

@@ -18,13 +18,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from vidlada.api import EncodedVideo, load
-from vidlada.config import GenerationSettings
 from vidlada.errors import InputError
 from vidlada.evaluation.answering import Answerer, Media, Question, Reply
 from vidlada.evaluation.arguments import ModelArguments, generation_settings, with_think_mode
 from vidlada.evaluation.benchmarks import video_of
 from vidlada.evaluation.folder import RECORD_FOLDER, open_record
 from vidlada.evaluation.likelihood import is_greedy, negative_log_likelihood
+from vidlada.generation import GenerationSettings
 
 Messages = list[dict[str, Any]]
 MISSING_VIDEO = (SystemExit, OSError, AssertionError)  # what tasks raise for one

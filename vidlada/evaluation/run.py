@@ -23,7 +23,6 @@ import yaml
 
 from vidlada.api import SHIPPED, model_folder
 from vidlada.checkpoint import ADAPTER_CONFIG, base_of
-from vidlada.config import GenerationSettings
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation.arguments import PACES, ModelArguments, generation_settings
 from vidlada.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL_VERSION, UNSENT, Benchmark
@@ -31,6 +30,7 @@ from vidlada.evaluation.data import question_files, repository_folder
 from vidlada.evaluation.folder import LOG_FILE, RECORD_FOLDER, RUN_FILE, held, read_run_file, results_files
 from vidlada.evaluation.presets import PresetName, generation_arguments, model_arguments
 from vidlada.evaluation.submission import write_submission
+from vidlada.generation import GenerationSettings
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 PACKAGES = ("vidlada", "lmms-eval", "torch", "transformers", "av", "datasets")

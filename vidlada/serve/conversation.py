@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vidlada.config import GenerationSettings
+from vidlada.generation import GenerationSettings
 from vidlada.processor import Message
 from vidlada.serve.errors import RequestError
 from vidlada.serve.schema import ChatMessage, ChatRequest, FilePart, ImagePart, TextPart, VideoPart

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from vidlada.api import VidLaDA
-from vidlada.config import GenerationSettings
 from vidlada.decoding.cache import VisualStates
 from vidlada.decoding.sampler import Denoiser, Request, State
 from vidlada.errors import VidLaDAError
+from vidlada.generation import GenerationSettings
 from vidlada.processor import EncodedConversation
 from vidlada.serve.errors import ClosingError
 from vidlada.serve.limits import MEBI, Limits

@@ -1,24 +1,18 @@
 """A training run as YAML: validated dataclasses."""
 
-import difflib
 import math
-import os
-import re
-from collections.abc import Iterable
-from dataclasses import field, fields
+from dataclasses import field
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
+from vidlada.training.description import described
 from vidlada.training.samples import STRICT, Share
+from vidlada.training.settings import build, expanded, read_yaml
 
-Built = TypeVar("Built")
-VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")  # ${NAME} or ${NAME:-default}
 ModelPart = Literal["tower", "projector", "language_model"]
 LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a layer
 
@@ -145,7 +139,7 @@ class TrainingConfig:
     Args:
         output: folder of checkpoints, logs and the final model.
         stages: in order.
-        model: arguments of `VidLaDAConfig`, for a model trained from nothing; or
+        model: of a model trained from nothing, as `vidlada.training.description` says; or
         init_from: a model folder to start from. A folder of a Llama-family language model loses its causal mask and
             gains the mask and control tokens; `model` then describes the vision half, or says `text_only: true`.
         vision_tower: name or folder of the tower that a published `init_from` must have been made with; only its last
@@ -178,7 +172,7 @@ class TrainingConfig:
 
     output: str
     stages: tuple[Stage, ...]
-    model: dict[str, Any] | None = None
+    model: Annotated[dict[str, Any], AfterValidator(described)] | None = None
     init_from: str | None = None
     vision_tower: str | None = None
     seed: int = 0
@@ -253,57 +247,6 @@ class TrainingConfig:
         return rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
 
-def build(kind: type[Built], values: Any, where: str) -> Built:
-    """A validated dataclass from a mapping.
-
-    Args:
-        kind: the dataclass; its fields may be dataclasses too.
-        values: its entries.
-        where: what the error calls the mapping.
-
-    Raises:
-        InputError: an entry is unknown, missing or invalid; it names each with its place.
-    """
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        raise InputError(f"{where}: {'; '.join(problems(error, kind))}") from error
-    except InputError as error:  # of a dataclass's own check
-        raise InputError(f"{where}: {error}") from error
-
-
-def problems(error: ValidationError, kind: type) -> list[str]:
-    """A line for each invalid entry."""
-    lines = []
-    for problem in error.errors():
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
-        if problem["type"] == "unexpected_keyword_argument":
-            known = [entry.name for entry in fields(_kind_at(kind, problem["loc"][:-1]))]
-            lines.append(f"{place}: unknown entry; {hint(str(problem['loc'][-1]), known)}")
-        elif problem["type"] in ("missing", "missing_argument"):
-            lines.append(f"{place}: missing")
-        else:
-            lines.append(f"{place}: {problem['msg']}, got {problem['input']!r}" if place else problem["msg"])
-    return lines
-
-
-def hint(name: str, known: Iterable[str]) -> str:
-    """What was meant by a name that is not known: the nearest one, or all there are."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-
-
-def _kind_at(kind: Any, place: tuple[int | str, ...]) -> Any:
-    """The dataclass that stands at a place in another."""
-    for part in place:
-        if isinstance(part, str):
-            kind = next(entry.type for entry in fields(kind) if entry.name == part)
-            kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind
-        elif get_args(kind):
-            kind = get_args(kind)[0]
-    return kind
-
-
 def load_config(path: Path, output: str | None = None) -> TrainingConfig:
     """Read a YAML run description.
 
@@ -318,38 +261,3 @@ def load_config(path: Path, output: str | None = None) -> TrainingConfig:
     if output is not None:
         values["output"] = output
     return build(TrainingConfig, values, str(path))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping; `InputError` if the file is missing, malformed, or something else."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a mapping of settings")
-    return values
-
-
-def expanded(value: Any, where: str) -> Any:
-    """Values with `${NAME}` and `${NAME:-default}` replaced from the environment.
-
-    Raises:
-        InputError: a variable is not set and has no default.
-    """
-    if isinstance(value, dict):
-        return {name: expanded(entry, f"{where}: {name}") for name, entry in value.items()}
-    if isinstance(value, list):
-        return [expanded(entry, where) for entry in value]
-    if not isinstance(value, str):
-        return value
-
-    def of(found: re.Match[str]) -> str:
-        known = os.environ.get(found[1]) or found[2]
-        if known is None:
-            raise InputError(f"{where}: the environment variable {found[1]} is not set")
-        return known
-
-    return VARIABLE.sub(of, value)

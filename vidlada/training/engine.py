@@ -28,9 +28,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.training.config import build, expanded, read_yaml
 from vidlada.training.mixture import VIDEO_SUFFIXES
 from vidlada.training.samples import STRICT
+from vidlada.training.settings import build, expanded, read_yaml
 from vidlada.video import Sampling, sample_frames
 
 LETTERS = "ABCDEFGH"

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from vidlada.errors import InputError
 from vidlada.training.samples import STRICT
+from vidlada.training.settings import build, read_yaml
 from vidlada.video import IMAGE_SUFFIXES
 
 STRATEGY = re.compile(r"(all|(first|end|random):(\d+(?:\.\d+)?)(%?))(?:,(\d+))?")
@@ -150,8 +151,6 @@ def read_mixture(path: Path) -> list[Dataset]:
     Raises:
         InputError: the file cannot be read, or an entry is unknown, missing or invalid.
     """
-    from vidlada.training.config import build, read_yaml
-
     values = read_yaml(path)
     listed = values.get("datasets")
     if not isinstance(listed, list) or not listed or set(values) != {"datasets"}:

@@ -1,6 +1,5 @@
 """The model of a run: new, from a checkpoint, from an autoregressive ancestor, with adapters; and saving it."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +8,15 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, SiglipVisionConfig
+from transformers import PreTrainedTokenizerBase
 
-from vidlada.config import VidLaDAConfig, VidLaDATextConfig
+from vidlada.config import VidLaDAConfig
 from vidlada.errors import InputError
 from vidlada.model import VidLaDAForMaskedDiffusion
 from vidlada.noise import quiet_libraries
 from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, VidLaDAProcessor
 from vidlada.shapes.questions import vocabulary
-from vidlada.training.config import Lora, TrainingConfig, hint
+from vidlada.training.config import Lora, TrainingConfig
 from vidlada.training.initialization import initialize
 from vidlada.training.origin import is_llama, origin
 from vidlada.training.tokenizer import word_tokenizer
@@ -95,24 +94,7 @@ def starting_config(config: TrainingConfig) -> VidLaDAConfig:
 
 
 def described_config(arguments: dict[str, Any]) -> VidLaDAConfig:
-    """The configuration that a run's `model` describes.
-
-    Args:
-        arguments: of `VidLaDAConfig`, which itself takes any other name for a wish of somebody's and keeps it.
-
-    Raises:
-        InputError: an entry is unknown or invalid.
-    """
-    kinds = {"text_config": VidLaDATextConfig, "vision_config": SiglipVisionConfig}
-    groups: list[tuple[str, Any, type]] = [("model", arguments, VidLaDAConfig)]
-    groups += [(f"model.{name}", arguments.get(name) or {}, kind) for name, kind in kinds.items()]
-    for place, values, kind in groups:
-        if not isinstance(values, dict):
-            raise InputError(f"{place}: expected a mapping, got {values!r}")
-        known = [entry.name for entry in fields(kind)]
-        for name in values:
-            if name not in known:
-                raise InputError(f"{place}.{name}: unknown entry; {hint(str(name), known)}")
+    """The configuration that a run's `model` describes; `InputError` where its entries do not fit together."""
     try:
         return VidLaDAConfig(**arguments)
     except (StrictDataclassError, TypeError, ValueError) as error:

@@ -10,8 +10,8 @@ from vidlada.errors import InputError
 from vidlada.shapes.questions import BENCHMARK_FAMILIES, FAMILIES, questions_for
 from vidlada.shapes.render import render_frames
 from vidlada.shapes.world import MAX_SECONDS, MAX_THINGS, MIN_SECONDS, Clip, clip_for, still
-from vidlada.training.config import hint
 from vidlada.training.samples import STRICT, Item, Sample, Share
+from vidlada.training.settings import hint
 
 Seconds = Annotated[int, Field(ge=MIN_SECONDS, le=MAX_SECONDS)]
 

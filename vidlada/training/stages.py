@@ -6,10 +6,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from vidlada.errors import InputError
-from vidlada.training.config import TrainingConfig, build
+from vidlada.training.config import TrainingConfig
 from vidlada.training.llava import LlavaSource
 from vidlada.training.origin import is_llama, origin
 from vidlada.training.samples import Source
+from vidlada.training.settings import build
 from vidlada.training.shapes_source import ShapesSource
 
 SEEDS_PER_RUN = 1000  # stages of runs with different seeds never share one
@@ -54,6 +55,8 @@ def check_needs(config: TrainingConfig) -> None:
             raise InputError(
                 f"init_from: {folder} is a whole model already; model goes with a Llama-family language model, or alone"
             )
+        if "text_config" in (config.model or {}):
+            raise InputError(f"model: text_config: the language model is that of init_from, {folder}; leave it out")
     needs = {
         f"tracker: {config.tracker}": None if config.tracker == "none" else config.tracker,
         f"parallel: {config.parallel}": "deepspeed" if config.parallel in ("zero2", "zero3") else None,
