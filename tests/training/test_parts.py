@@ -232,7 +232,7 @@ def test_complementary_masks_cover_every_target_once():
     sample_index = torch.arange(4).repeat_interleave(50)[None]
     targets = torch.rand(sample_index.shape, generator=seeded(1)) < 0.8
     masking = draw_masking(targets, sample_index, draw_times(4, seeded(2)), seeded(3))
-    other = complement(masking, targets)
+    other = complement(masking, targets, sample_index)
     assert torch.equal(masking.masked ^ other.masked, targets)
     torch.testing.assert_close(masking.probability + other.probability, torch.ones(4), rtol=0, atol=1e-3)
 

@@ -58,14 +58,19 @@ def draw_masking(
     return Masking((draws < probability[sample_index.clamp(min=0)]) & targets, probability)
 
 
-def complement(masking: Masking, targets: Tensor) -> Masking:
+def complement(masking: Masking, targets: Tensor, sample_index: Tensor) -> Masking:
     """The other half of a masking: what it leaves visible is hidden (LaViDa). Together they cover every target.
+
+    A sample that is forced has no other half: it is hidden whole again, or it would count half as much as others.
 
     Args:
         masking: what was hidden.
-        targets: (batch, tokens) boolean: positions that may be hidden.
+        targets, sample_index: as for `draw_masking`.
     """
-    return Masking(targets & ~masking.masked, (1 - masking.probability).clamp(min=MINIMUM_PROBABILITY))
+    whole = masking.probability == 1
+    hidden = targets & (~masking.masked | whole[sample_index.clamp(min=0)])
+    rest = (1 - masking.probability).clamp(min=MINIMUM_PROBABILITY)
+    return Masking(hidden, torch.where(whole, masking.probability, rest))
 
 
 def diffusion_loss(

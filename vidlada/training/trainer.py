@@ -391,7 +391,7 @@ class Run:
         targets = labels >= 0
         maskings = [draw_masking(targets, sample_index, times, generator, batch["force"])]
         if config.complementary:
-            maskings.append(complement(maskings[0], targets))
+            maskings.append(complement(maskings[0], targets, sample_index))
         losses = []
         for masking in maskings:
             hidden = batch["input_ids"].masked_fill(masking.masked, self.model_config.mask_token_id)
