@@ -64,7 +64,15 @@ REFUSED |= {
     "steps": {"stage": {"steps": 1.5}, "match": "steps"},
     "end_targets": {"stage": {"collate": {"end_targets": -5}}, "match": "end_targets"},
     "data": {"stage": {"data": 5}, "match": "data"},
-}
+    "a rate of a frozen part": {
+        "stage": {"frozen": ["tower"], "tower_learning_rate": 1e-5},
+        "match": "tower is frozen; leave tower_learning_rate out",
+    },
+    "a rate of what adapters freeze": {
+        "stage": {"projector_learning_rate": 1e-5}, "model": None, "init_from": "x", "lora": {"train_projector": False},
+        "match": "lora freezes the projector; leave projector_learning_rate out",
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -205,12 +213,17 @@ finally:
         ({"optimizer": "muon", "parallel": "fsdp"}, "muon"),
         ({"model": {"text_config": {"hidden_sise": 12}}}, "did you mean hidden_size"),
         ({"model": {"generation": {"gen_lenght": 8}}}, "gen_lenght"),
+        ({"model": {"text_only": True}}, "stage a: the model has no vision (text_only)"),
+        ({"stage": {"collate": {"pad_targets": True}}}, "stage a: pad_targets needs a row for every sample"),
+        ({"evaluation": {"data": {"kind": "shapes"}, "collate": {"pad_targets": True}}}, "evaluation: pad_targets"),
+        ({"output": "."}, "is not empty"),
+        ({"output": "run.yaml"}, "is a file"),
     ],
 )
 def test_wrong_configs_are_told_before_torch_is_imported(tmp_path, changes, match):
     path = write(tmp_path, **changes)
-    command = [sys.executable, "-c", REFUSE, "train", str(path), "--dry-run"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-c", REFUSE, "train", str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert ended.returncode == 2 and match in ended.stderr
     assert ended.stdout.split() == []
 

@@ -23,9 +23,9 @@ import yaml
 from trainings import MODEL, assert_same, quietly, run, weights
 
 from vidlada.errors import InputError
-from vidlada.training.checkpoints import checkpoints
 from vidlada.training.config import Lora, Stage
 from vidlada.training.models import new_model, save_model
+from vidlada.training.output import checkpoints
 from vidlada.training.parallel import make_accelerator
 from vidlada.training.trainer import train
 

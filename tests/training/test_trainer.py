@@ -14,13 +14,13 @@ import pytest
 import torch
 from trainings import MODEL, PICTURES, STEPS, assert_same, quietly, run, weights
 
-import vidlada.training.checkpoints as checkpoints
 import vidlada.training.trainer as trainer
 from vidlada.checkpoint import load_model
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.processor import VidLaDAProcessor
 from vidlada.training.config import Stage
 from vidlada.training.models import new_model
+from vidlada.training.output import STATE_FILE, newest_checkpoint
 from vidlada.training.shapes_source import ShapesSource
 from vidlada.training.trainer import Interrupted, Run, train
 
@@ -203,8 +203,8 @@ def test_partial_and_empty_checkpoints_are_ignored(tmp_path):
     for name, complete in (("0000001", True), ("0000002", False), ("0000003.partial", True)):
         (tmp_path / f"checkpoint-{name}").mkdir()
         if complete:
-            (tmp_path / f"checkpoint-{name}" / checkpoints.STATE_FILE).write_text("{}")
-    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-0000001"
+            (tmp_path / f"checkpoint-{name}" / STATE_FILE).write_text("{}")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-0000001"
 
 
 def test_an_output_in_use_is_refused_and_left_alone(tmp_path):

@@ -22,11 +22,15 @@ def train(config: Path, output: str | None, resume: bool, overwrite: bool, dry_r
     """
     from vidlada.errors import InputError
     from vidlada.training.config import load_config
+    from vidlada.training.output import check_output
     from vidlada.training.stages import prepared, schedule
 
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     run = prepared(load_config(config, output=output))
+    main_process = os.environ.get("RANK", "0") == "0"  # of those that a launcher started
+    if main_process and not dry_run:  # the others may come when it has begun to write
+        check_output(Path(run.config.output), resume, overwrite)
     # only now what imports torch
     from vidlada.training.models import starting_config
     from vidlada.training.trainer import train_prepared
@@ -37,7 +41,7 @@ def train(config: Path, output: str | None, resume: bool, overwrite: bool, dry_r
         return
     without_progress_bars()
     folder = train_prepared(run, resume=resume, overwrite=overwrite, report=lambda line: click.echo(line, err=True))
-    if os.environ.get("RANK", "0") == "0":
+    if main_process:
         click.echo(str(folder))
 
 

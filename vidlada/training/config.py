@@ -78,6 +78,9 @@ class Stage:
             raise InputError(f"stage {self.name}: give either steps or epochs")
         if set(self.frozen) >= set(get_args(ModelPart)):
             raise InputError(f"stage {self.name}: frozen names every part; nothing is left to train")
+        for part in self.frozen:
+            if getattr(self, f"{part}_learning_rate", None) is not None:
+                raise InputError(f"stage {self.name}: {part} is frozen; leave {part}_learning_rate out")
 
     @property
     def length(self) -> int:
@@ -215,8 +218,18 @@ class TrainingConfig:
             raise InputError("complementary masks belong to objective: diffusion; autoregressive hides nothing")
         if self.lora is not None and self.init_from is None:
             raise InputError("lora adapts a trained model; give init_from")
+        if self.lora is not None:
+            self._check_rates_under_adapters(self.lora)
         if self.lora is not None and "published" in self.layouts:
             raise InputError("layouts: an adapter has no published layout; merge it (vidlada merge), then convert")
+
+    def _check_rates_under_adapters(self, lora: Lora) -> None:
+        """Refuse learning rates of parts that adapters leave frozen."""
+        frozen = ("tower",) if lora.train_projector else ("tower", "projector")
+        for stage in self.stages:
+            for part in frozen:
+                if getattr(stage, f"{part}_learning_rate") is not None:
+                    raise InputError(f"stage {stage.name}: lora freezes the {part}; leave {part}_learning_rate out")
 
     @property
     def total_steps(self) -> int:

@@ -69,6 +69,16 @@ class LlavaSource:
             for entry in read_dataset(dataset, self.video_folder, np.random.default_rng([self.seed, number, 2]))
         ]
 
+    @property
+    def has_videos(self) -> bool:
+        """Whether any entry names a file."""
+        return any(entry.media for entry in self.entries)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Every conversation has a row of its own."""
+        return False
+
     def plan(self, step: int) -> list[Item]:
         """The next entries of the shuffled list."""
         total = len(self.entries)

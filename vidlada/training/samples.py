@@ -57,6 +57,14 @@ class Source(Protocol):
     """Samples of any training step, always the same for the same step: a killed run continues where it was, and all
     processes agree on what a step holds without talking to each other."""
 
+    @property
+    def has_videos(self) -> bool:
+        """Whether any sample comes with a video or an image."""
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether samples may share a row with others about the same video."""
+
     def plan(self, step: int) -> list[Item]:
         """All items of one step."""
 

@@ -15,7 +15,7 @@ from vidlada.training.settings import hint
 
 Seconds = Annotated[int, Field(ge=MIN_SECONDS, le=MAX_SECONDS)]
 
-MOST_DRAWS = 100  # of the clips of a step, until one supports a question
+MOST_DRAWS = 1000  # of another clip for a step whose clips support no question
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -57,6 +57,16 @@ class ShapesSource:
             raise InputError(f"seconds: the shortest clip comes first, not {list(self.seconds)}")
         self.plan(0)  # families that no clip of this kind supports are refused before the run starts
 
+    @property
+    def has_videos(self) -> bool:
+        """Unless all clips are left out."""
+        return self.text_only_share < 1
+
+    @property
+    def shares_rows(self) -> bool:
+        """Questions about one clip do."""
+        return self.questions > 1 and self.single_share < 1
+
     def plan(self, step: int) -> list[Item]:
         """Clips of one random length, with fresh questions; those that no family fits are left out."""
         generator = np.random.default_rng([self.seed, step])
@@ -70,7 +80,7 @@ class ShapesSource:
             items = [item for item in items if item.exchanges]
             if items:
                 return items
-            clips = [self._clip(generator, first.seconds) for _ in range(count)]
+            clips = [self._clip(generator, first.seconds)]
         raise InputError(f"no clip of {first.seconds} seconds supports a question of {', '.join(self.families)}")
 
     def load(self, item: Item, size: int) -> Sample:

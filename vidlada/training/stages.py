@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from vidlada.errors import InputError
-from vidlada.training.config import TrainingConfig
+from vidlada.training.config import CollateSettings, TrainingConfig
 from vidlada.training.llava import LlavaSource
 from vidlada.training.origin import is_llama, origin
 from vidlada.training.samples import Source
@@ -44,6 +44,9 @@ def prepared(config: TrainingConfig) -> PreparedRun:
     held_out = None
     if config.evaluation is not None:
         held_out = make_source(config.evaluation.data, stage_seed(config, EVALUATION), "evaluation: data")
+        check_fit(config, "evaluation", config.evaluation.collate, held_out)
+    for stage, source in zip(config.stages, sources, strict=True):
+        check_fit(config, f"stage {stage.name}", stage.collate, source)
     return PreparedRun(resolved(config, sources), sources, held_out)
 
 
@@ -65,6 +68,29 @@ def check_needs(config: TrainingConfig) -> None:
     for setting, package in needs.items():
         if package is not None and find_spec(package) is None:  # accelerate would only warn of a tracker
             raise InputError(f"{setting} needs {package}, which is not installed: pip install {package}")
+
+
+def check_fit(config: TrainingConfig, where: str, collate: CollateSettings, source: Source) -> None:
+    """Refuse samples that a run's new model or its collate settings cannot take.
+
+    Args:
+        config: of the run.
+        where: what errors call the stage.
+        collate: of the stage.
+        source: of its samples.
+    """
+    if collate.pad_targets and source.shares_rows:
+        raise InputError(f"{where}: pad_targets needs a row for every sample; with kind: shapes set questions: 1")
+    if config.model is None:
+        assert config.init_from is not None
+        text_only = is_llama(origin(config.init_from))
+    else:
+        text_only = config.model.get("text_only", False)
+    if text_only and source.has_videos:
+        raise InputError(
+            f"{where}: the model has no vision (text_only), but its data have videos or images; describe a "
+            f"vision_config under model, or leave them out"
+        )
 
 
 def make_source(values: dict[str, Any], seed: int, where: str) -> Source:

@@ -19,15 +19,7 @@ from torch.utils.data import DataLoader
 
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.machine import peak_memory, return_free_memory
-from vidlada.training.checkpoints import (
-    READ_ERRORS,
-    STATE_FILE,
-    NotSaved,
-    check_output,
-    clear_output,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from vidlada.training.checkpoints import READ_ERRORS, NotSaved, save_checkpoint
 from vidlada.training.collate import Collator, PartSampler, StepDataset, to_device
 from vidlada.training.config import CollateSettings, TrainingConfig
 from vidlada.training.flops import FlopCount, peak_of
@@ -42,6 +34,7 @@ from vidlada.training.objective import (
     next_token_loss,
 )
 from vidlada.training.optimizers import Optimizers, drop_gradients, make_optimizers
+from vidlada.training.output import STATE_FILE, check_output, clear_output, newest_checkpoint
 from vidlada.training.parallel import (
     is_deepspeed,
     is_sharded,
