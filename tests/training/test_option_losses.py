@@ -33,6 +33,9 @@ OPTIONS = {
     "turns see no later ones": {"collate": {"conversation_mask": True}},
     "thinking": {"data": {"think": True}},
     "the causal twin": {"objective": "autoregressive"},
+    "short answers fully hidden, with the published quirks": {
+        "collate": {"force_up_to": 2, "control_targets": True, "pad_targets": True}
+    },
     "the published quirks": {"collate": {"control_targets": True, "pad_targets": True, "conversation_mask": True}},
 }
 
@@ -57,7 +60,7 @@ def data(tmp_path_factory):
 
 
 def plain_tokens(processor, conversation, collate, think):
-    """Token ids of a conversation, which of them are targets, and the turn of each: read off its text."""
+    """Token ids of a conversation, which are targets, their turns, and how many are answer: read off its text."""
     token = processor.tokenizer.convert_tokens_to_ids
     text = "<|startoftext|>"
     for number, (asked, said) in enumerate(zip(conversation["asked"], conversation["said"], strict=True)):
@@ -74,29 +77,29 @@ def plain_tokens(processor, conversation, collate, think):
         if number:
             ids += [processor.video_token_id] * processor.tokens_per_frame
         ids += processor.tokenizer(piece, add_special_tokens=False)["input_ids"]
-    answering = False
+    answering, answer_length = False, 0
     for number, one in enumerate(ids):
         turn += ids[number : number + 2] == [token("<|start_header_id|>"), token("user")]
         targets.append(answering or (collate.control_targets and one in map(token, CONTROL)))
         turns.append(max(turn, 0))
+        answer_length += answering
         if one == token("<|eot_id|>"):
             answering = False
         if ids[max(number - 2, 0) : number + 1] == [token("assistant"), token("<|end_header_id|>"), token("\n\n")]:
             answering = True
-    return ids, targets, turns
+    return ids, targets, turns, answer_length
 
 
 def plain_loss(run, pictures, collate, think):
     """The mean over samples of what each loses by itself."""
     config, token = run.config, run.processor.tokenizer.convert_tokens_to_ids
     samples = [
-        [list(values) for values in plain_tokens(run.processor, CONVERSATIONS[item.media], collate, think)]
-        + [CONVERSATIONS[item.media]]
+        (*plain_tokens(run.processor, CONVERSATIONS[item.media], collate, think), CONVERSATIONS[item.media])
         for item in run.sources[0].plan(STEP)
     ]
     longest = max(len(ids) for ids, *_ in samples)
     if collate.pad_targets:
-        for ids, targets, turns, _ in samples:
+        for ids, targets, turns, *_ in samples:
             more = longest - len(ids)
             ids += [token("<|endoftext|>")] * more
             targets += [True] * more
@@ -107,9 +110,9 @@ def plain_loss(run, pictures, collate, think):
         times = (torch.randperm(len(samples), generator=generator) + times) / len(samples)
     draws = torch.rand(len(samples), longest, generator=generator)
     total = 0.0
-    for number, (ids, targets, turns, conversation) in enumerate(samples):
+    for number, (ids, targets, turns, answer_length, conversation) in enumerate(samples):
         probability = (1 - 1e-3) * float(times[number]) + 1e-3
-        forced = sum(targets) <= collate.force_up_to
+        forced = answer_length <= collate.force_up_to
         places = [i for i in range(len(ids)) if targets[i]]
         hidden = [i for i in places if forced or draws[number, i] < probability]
         masks = [(hidden, 1.0 if forced else probability)]

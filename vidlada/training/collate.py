@@ -59,18 +59,18 @@ class Collator:
         pad = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORED, "sample_index": PADDING}
         batch: dict[str, Any] = {
             name: torch.tensor([row[name] + [pad.get(name, 0)] * (length - len(row[name])) for row in rows])
-            for name in ("input_ids", "labels", "sample_index", "position_ids", "turn")
+            for name in ("input_ids", "labels", "sample_index", "position_ids", "turn", "in_answer")
         }
         valid = batch["sample_index"] != PADDING
-        turn = batch.pop("turn")
+        turn, in_answer = batch.pop("turn"), batch.pop("in_answer") == 1
         if any(sample.separate and len(sample.exchanges) > 1 for sample in samples):
             batch["attention_mask"] = separate_samples_mask(batch["sample_index"], valid)
         elif self.settings.conversation_mask:
             batch["attention_mask"] = conversation_mask(turn, valid)
         else:
             batch["attention_mask"] = None if valid.all() else valid
-        targets = torch.bincount(batch["sample_index"][batch["labels"] != IGNORED], minlength=first)
-        batch["force"] = targets <= self.settings.force_up_to
+        lengths = torch.bincount(batch["sample_index"][in_answer], minlength=first)
+        batch["force"] = lengths <= self.settings.force_up_to
         if unseen:
             assert self.stand_in is not None
             batch["input_ids"][0, length - len(unseen) :] = self.processor.video_token_id
@@ -98,6 +98,7 @@ class Collator:
             "sample_index": row["sample_index"] + row["sample_index"][-1:] * more,
             "position_ids": list(range(length)),
             "turn": row["turn"] + row["turn"][-1:] * more,
+            "in_answer": row["in_answer"] + [0] * more,
         }
 
     def _row(self, sample: Sample, first: int, generator: np.random.Generator) -> dict[str, list[int]]:
@@ -142,6 +143,7 @@ class Collator:
             "sample_index": [sample_number] * len(input_ids),
             "position_ids": list(range(len(input_ids))),
             "turn": encoded.turn + [encoded.turn[-1]] * (extra_targets + extra_slots),
+            "in_answer": [*map(int, encoded.is_answer), *[1] * extra_targets, *[0] * extra_slots],
         }
 
 

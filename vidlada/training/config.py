@@ -32,7 +32,7 @@ class CollateSettings:
         end_slots: at most this many further slots follow, always hidden and never a target; their number is drawn
             log-uniformly. At inference every answer has `gen_length` slots: a model that never saw more slots than
             an answer needs reads the answer's length, and so its kind, from their number.
-        force_up_to: answers of at most this many tokens (end of turn included) are always fully hidden.
+        force_up_to: samples whose answers have at most this many tokens (ends of turn included) hide every target.
     """
 
     control_targets: bool = False
