@@ -190,6 +190,17 @@ def test_the_video_chosen_last_counts(page, clip, tmp_path):
     assert page.locator("#error").is_hidden()
 
 
+def test_a_replaced_video_is_deleted(page, server, clip, tmp_path):
+    def stored():
+        return {file["id"] for file in server.http().get("/v1/files").json()["data"]}
+
+    before = stored()
+    choose(page, clip)
+    (first,) = stored() - before
+    choose(page, write_video(tmp_path / "other.mp4", frames=50))
+    wait_for(lambda: first not in stored())
+
+
 def test_a_new_video_leaves_the_answer_alone(tireless_page, clip):
     page = tireless_page
     ask_at_length(page)

@@ -34,6 +34,11 @@ async function get(path, signal) {
   return response.json();
 }
 
+// A video that no question will be asked about; where this fails, the server lets it expire.
+function forget(file) {
+  if (file) fetch(`v1/files/${file.id}`, { method: "DELETE", headers: headers() }).catch(() => {});
+}
+
 // XMLHttpRequest, because fetch does not tell how much has been sent.
 function send(file, onProgress, signal) {
   return new Promise((resolve, reject) => {
@@ -95,7 +100,9 @@ async function watch(name, load) {
   sending?.abort();
   const mine = sending = new AbortController();
   refreshButtons();
+  if (!running) forget(upload); // the second of two answers may still have to read it
   upload = null;
+  let sent = null;
   const [preview, facts, progress] = [element("preview"), element("facts"), element("progress")];
   element("strip").hidden = preview.hidden = true;
   progress.value = 0;
@@ -107,11 +114,12 @@ async function watch(name, load) {
     if (preview.src) URL.revokeObjectURL(preview.src);
     preview.src = URL.createObjectURL(file);
     preview.hidden = !file.type.startsWith("video/");
-    const sent = await send(file, (share) => { progress.value = share; }, mine.signal);
+    sent = await send(file, (share) => { progress.value = share; }, mine.signal);
     facts.textContent = "Sampling frames …";
     await sample(sent.id, mine.signal);
     upload = sent;
   } catch (error) {
+    forget(sent);
     if (mine.signal.aborted) return;
     facts.textContent = "No video: a question is asked without one.";
     preview.hidden = true;
