@@ -174,6 +174,15 @@ def test_wrong_configs_are_told_before_torch_is_imported(tmp_path, changes, matc
     assert ended.stdout.split() == []
 
 
+@pytest.mark.parametrize(("options", "match"), [([], "is not empty"), (["--resume"], "no checkpoint")])
+def test_an_output_that_cannot_be_used_is_told_before_torch_is_imported(tmp_path, options, match):
+    (tmp_path / "notes.txt").write_text("mine")
+    command = [sys.executable, "-c", REFUSE, "train", str(write(tmp_path, output=str(tmp_path)))]
+    ended = subprocess.run([*command, *options], capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 2 and match in ended.stderr
+    assert ended.stdout.split() == []
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "package"), [("parallel", "zero3", "deepspeed"), ("tracker", "wandb", "wandb")]
 )

@@ -22,11 +22,14 @@ def train(config: Path, output: str | None, resume: bool, overwrite: bool, dry_r
     """
     from vidlada.errors import InputError
     from vidlada.training.config import load_config
+    from vidlada.training.output import check_output
     from vidlada.training.stages import prepared, schedule
 
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     run = prepared(load_config(config, output=output))
+    if not dry_run and os.environ.get("WORLD_SIZE", "1") == "1":  # several processes look together, once all are there
+        check_output(Path(run.config.output), resume, overwrite)
     # only now what imports torch
     from vidlada.training.models import starting_config
     from vidlada.training.trainer import train_prepared

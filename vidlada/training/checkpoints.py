@@ -11,14 +11,13 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from vidlada.errors import InputError, VidLaDAError
+from vidlada.errors import VidLaDAError
 from vidlada.processor import VidLaDAProcessor
 from vidlada.training.config import TrainingConfig
 from vidlada.training.models import save_model
+from vidlada.training.output import PARTIAL, STATE_FILE, checkpoints, put_in_place, remove_partial
 from vidlada.training.parallel import any_process, on_main
 
-STATE_FILE = "trainer_state.json"
-WRITTEN_BY_A_RUN = ("checkpoint-*", "logs", "model", "model-published", "skipped*.jsonl", "not_finite_*.pt")
 # What a full disk shows up as: Python's own error, safetensors', torch.save's, and the sharded writer's.
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, CheckpointException)
 
@@ -45,8 +44,8 @@ def save_checkpoint(
         NotSaved: the disk is full or cannot be written, in any process; nothing is left of the attempt.
     """
     folder = Path(config.output) / f"checkpoint-{state['step']:07d}"
-    partial = folder.with_name(folder.name + ".partial")
-    on_main(accelerator, lambda: shutil.rmtree(partial) if partial.exists() else None)
+    partial = folder.with_name(folder.name + PARTIAL)
+    on_main(accelerator, lambda: remove_partial(folder.parent))
 
     def write() -> None:
         accelerator.save_state(str(partial))
@@ -55,11 +54,9 @@ def save_checkpoint(
         if accelerator.is_main_process:
             save_model(accelerator.unwrap_model(model), processor, partial / "model", weights)
             (partial / STATE_FILE).write_text(json.dumps({**state, "config": asdict(config)}, indent=1, default=str))
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.replace(folder)
-            for old in checkpoints(Path(config.output))[: -config.keep_checkpoints]:
-                shutil.rmtree(old)
+            put_in_place(partial, folder)
+            for old in checkpoints(folder.parent)[: -config.keep_checkpoints]:
+                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))  # if killed here, the rest has that name
 
     together(accelerator, write, folder, partial)
     weights = accelerator.get_state_dict(model)
@@ -79,40 +76,3 @@ def together(accelerator: Accelerator, write: Any, folder: Path, partial: Path) 
         accelerator.wait_for_everyone()
         reason = "another process could not write" if problem is None else str(problem).splitlines()[0]
         raise NotSaved(f"{folder.name} was not written: {reason}; the checkpoints before it are kept") from problem
-
-
-def check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse an output folder that cannot be used; nothing is changed.
-
-    Raises:
-        InputError: it is in use and neither `resume` nor `overwrite` is given, or there is nothing to resume.
-    """
-    if resume:
-        if newest_checkpoint(output) is None:
-            raise InputError(f"{output} holds no checkpoint to resume from; start again without --resume")
-        return
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file; choose another output")
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        raise InputError(
-            f"{output} is not empty; continue that run with --resume, replace it with --overwrite, or choose another"
-        )
-
-
-def clear_output(output: Path) -> None:
-    """Make the output folder, or remove from it what an earlier run wrote, and nothing else."""
-    output.mkdir(parents=True, exist_ok=True)
-    for pattern in WRITTEN_BY_A_RUN:
-        for path in output.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p for p in output.glob("checkpoint-*") if p.suffix != ".partial" and (p / STATE_FILE).is_file())
-
-
-def newest_checkpoint(output: Path) -> Path | None:
-    """The checkpoint to resume from, if any."""
-    found = checkpoints(output)
-    return found[-1] if found else None
