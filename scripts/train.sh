@@ -16,6 +16,8 @@ python=${PYTHON:-python}
 devices=${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 node=${RANK:-0}
 unset RANK  # torchrun gives every process its own
+# seconds that torchrun gives processes to save after SIGTERM, before it kills them; it would be 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
 
 exec "$python" -m torch.distributed.run \
     --nnodes "${NNODES:-1}" --node-rank "$node" --nproc-per-node "$devices" \

@@ -216,7 +216,6 @@ finally:
         ({"model": {"text_only": True}}, "stage a: the model has no vision (text_only)"),
         ({"stage": {"collate": {"pad_targets": True}}}, "stage a: pad_targets needs a row for every sample"),
         ({"evaluation": {"data": {"kind": "shapes"}, "collate": {"pad_targets": True}}}, "evaluation: pad_targets"),
-        ({"output": "."}, "is not empty"),
         ({"output": "run.yaml"}, "is a file"),
     ],
 )
@@ -224,6 +223,15 @@ def test_wrong_configs_are_told_before_torch_is_imported(tmp_path, changes, matc
     path = write(tmp_path, **changes)
     command = [sys.executable, "-c", REFUSE, "train", str(path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert ended.returncode == 2 and match in ended.stderr
+    assert ended.stdout.split() == []
+
+
+@pytest.mark.parametrize(("options", "match"), [([], "is not empty"), (["--resume"], "no checkpoint")])
+def test_an_output_that_cannot_be_used_is_told_before_torch_is_imported(tmp_path, options, match):
+    (tmp_path / "notes.txt").write_text("mine")
+    command = [sys.executable, "-c", REFUSE, "train", str(write(tmp_path, output=str(tmp_path)))]
+    ended = subprocess.run([*command, *options], capture_output=True, text=True, timeout=600)
     assert ended.returncode == 2 and match in ended.stderr
     assert ended.stdout.split() == []
 

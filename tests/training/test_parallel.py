@@ -61,7 +61,8 @@ def launch(settings, folder, *options, launcher=None):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", free_port()]
     command = [sys.executable, *(launcher or torchrun), "-m", "vidlada", "train", str(path), *options]
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed looks for ninja
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": search}
+    # what DeepSpeed compiles goes where the tests' other files go: a lock of a killed run elsewhere would hold it up
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": search, "TORCH_EXTENSIONS_DIR": str(folder.parent)}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     return ended.returncode, ended.stdout + ended.stderr
 
@@ -257,6 +258,23 @@ kill $other
 exit $code
 """
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.sh"
+
+
+def test_the_script_starts_torchrun_as_its_variables_say(tmp_path):
+    """And gives processes time to save: torchrun kills them 30 seconds after SIGTERM, while an 8B model is written."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\necho "$RANK" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"\n')
+    python.chmod(0o755)
+    given = {"PYTHON": str(python), "NNODES": "3", "RANK": "2", "NPROC_PER_NODE": "4", "MASTER_ADDR": "10.0.0.7",
+             "MASTER_PORT": "29999"}  # fmt: skip
+    command = [str(SCRIPT), "run.yaml", "--resume"]
+    said = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True, timeout=60).stdout
+    launched, environment = said.splitlines()
+    assert launched == (
+        "-m torch.distributed.run --nnodes 3 --node-rank 2 --nproc-per-node 4 --master-addr 10.0.0.7 "
+        "--master-port 29999 -m vidlada train run.yaml --resume"
+    )
+    assert environment == " 3600"
 
 
 def can_make_networks():

@@ -148,6 +148,9 @@ def test_the_final_model_in_the_published_layout_too(tmp_path):
     final = train(settings, report=quietly)
     assert describe(tmp_path / "run" / "model-published").layout == "published"
     assert_same(tmp_path / "run" / "model-published", weights(final))
+    (tmp_path / "run" / "model-published").rename(tmp_path / "run" / "model-published.partial")  # as a kill leaves it
+    train(settings, resume=True, report=quietly)
+    assert_same(tmp_path / "run" / "model-published", weights(final))
 
 
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path):

@@ -12,15 +12,16 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from trainings import MODEL, PICTURES, STEPS, assert_same, quietly, run, weights
 
+import vidlada.training.output as output_folder
 import vidlada.training.trainer as trainer
 from vidlada.checkpoint import load_model
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.processor import VidLaDAProcessor
-from vidlada.training.config import Stage
+from vidlada.training.config import Evaluation, Stage
 from vidlada.training.models import new_model
-from vidlada.training.output import STATE_FILE, newest_checkpoint
 from vidlada.training.shapes_source import ShapesSource
 from vidlada.training.trainer import Interrupted, Run, train
 
@@ -140,6 +141,7 @@ def test_a_killed_run_continues_as_if_nothing_had_been(tmp_path, expected, where
     assert code == -signal.SIGKILL, errors
     leftover = ["checkpoint-0000004.partial"] if where == "checkpoint" else []
     assert [name for name in names(output) if name.endswith(".partial")] == leftover
+    (output / "checkpoint-0000001.partial").mkdir()  # as if killed once more, while it deleted that one
     lines = []
     final = train(run(output), resume=True, report=lines.append)
     assert lines[0] == f"resumed from checkpoint-{newest:07d}"
@@ -203,8 +205,61 @@ def test_partial_and_empty_checkpoints_are_ignored(tmp_path):
     for name, complete in (("0000001", True), ("0000002", False), ("0000003.partial", True)):
         (tmp_path / f"checkpoint-{name}").mkdir()
         if complete:
-            (tmp_path / f"checkpoint-{name}" / STATE_FILE).write_text("{}")
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-0000001"
+            (tmp_path / f"checkpoint-{name}" / output_folder.STATE_FILE).write_text("{}")
+    assert output_folder.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-0000001"
+
+
+# Holds a run's folder, as what is left of a killed torchrun does.
+HOLD = """
+import sys
+from pathlib import Path
+from vidlada.training.output import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path, whole, expected):
+    output = tmp_path / "run"
+    shutil.copytree(whole[0], output)
+    command = [sys.executable, "-c", HOLD, str(output)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        for how in ("resume", "overwrite"):
+            with pytest.raises(InputError, match="another run is at work"):
+                train(run(output), report=quietly, **{how: True})
+        assert names(output) == names(whole[0])
+    assert_same(train(run(output), resume=True, report=quietly), expected)
+    assert not (output / output_folder.LOCK_FILE).exists()
+
+
+def test_a_final_model_that_does_not_fit_is_told_and_written_later(tmp_path, monkeypatch, expected):
+    def half(model, processor, folder, weights):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "save_model", half)
+        with pytest.raises(VidLaDAError, match="model was not written: No space left.*--resume"):
+            train(run(tmp_path / "run"), report=quietly)
+    assert not list((tmp_path / "run").glob("model*"))
+    assert_same(train(run(tmp_path / "run"), resume=True, report=quietly), expected)
+
+
+def test_who_asks_to_stop_does_not_wait_for_an_evaluation(tmp_path):
+    lines = []
+
+    def terminate(line):
+        lines.append(line)
+        if line.startswith("step 1/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = run(tmp_path / "run", evaluation=Evaluation(PICTURES, every=1, steps=1))
+    with pytest.raises(Interrupted, match="after step 1;"):
+        train(settings, report=terminate)
+    assert [line for line in lines if line.startswith("evaluation")] == []
 
 
 def test_an_output_in_use_is_refused_and_left_alone(tmp_path):
@@ -253,4 +308,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_changes_nothing(tmp_path, mo
     assert len(calls) == 4
     assert caught.tb is not None and not multiprocessing.active_children()  # Python would wait for them at its end
     assert "input_ids" in torch.load(tmp_path / "run" / "not_finite_3.pt")
+    assert names(tmp_path / "run") == ["checkpoint-0000002"]
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_changes_nothing(tmp_path, monkeypatch, whole):
+    """Its loss is: the next one would not be, after a checkpoint of spoilt weights."""
+    calls = []
+    real = trainer.diffusion_loss
+
+    def broken(logits, *others):
+        calls.append(1)
+        return real(logits, *others) + ((logits.sum() * 0).sqrt() if len(calls) == 4 else 0)
+
+    monkeypatch.setattr(trainer, "diffusion_loss", broken)
+    with pytest.raises(VidLaDAError, match="gradient of step 3 is nan"):
+        train(run(tmp_path / "run"), report=quietly)
     assert names(tmp_path / "run") == ["checkpoint-0000002"]

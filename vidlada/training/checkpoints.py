@@ -15,7 +15,7 @@ from vidlada.errors import VidLaDAError
 from vidlada.processor import VidLaDAProcessor
 from vidlada.training.config import TrainingConfig
 from vidlada.training.models import save_model
-from vidlada.training.output import STATE_FILE, checkpoints
+from vidlada.training.output import PARTIAL, STATE_FILE, checkpoints, put_in_place, remove_partial
 from vidlada.training.parallel import any_process, on_main
 
 # What a full disk shows up as: Python's own error, safetensors', torch.save's, and the sharded writer's.
@@ -44,8 +44,8 @@ def save_checkpoint(
         NotSaved: the disk is full or cannot be written, in any process; nothing is left of the attempt.
     """
     folder = Path(config.output) / f"checkpoint-{state['step']:07d}"
-    partial = folder.with_name(folder.name + ".partial")
-    on_main(accelerator, lambda: shutil.rmtree(partial) if partial.exists() else None)
+    partial = folder.with_name(folder.name + PARTIAL)
+    on_main(accelerator, lambda: remove_partial(folder.parent))
 
     def write() -> None:
         accelerator.save_state(str(partial))
@@ -54,11 +54,9 @@ def save_checkpoint(
         if accelerator.is_main_process:
             save_model(accelerator.unwrap_model(model), processor, partial / "model", weights)
             (partial / STATE_FILE).write_text(json.dumps({**state, "config": asdict(config)}, indent=1, default=str))
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.replace(folder)
-            for old in checkpoints(Path(config.output))[: -config.keep_checkpoints]:
-                shutil.rmtree(old)
+            put_in_place(partial, folder)
+            for old in checkpoints(folder.parent)[: -config.keep_checkpoints]:
+                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))  # if killed here, the rest has that name
 
     together(accelerator, write, folder, partial)
     weights = accelerator.get_state_dict(model)

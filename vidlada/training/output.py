@@ -1,11 +1,16 @@
-"""The folder a run writes to: whether it may be used, and what is in it. torch is not needed to look."""
+"""The folder of a run: who may write there, and what is complete in it. Looked at before torch is imported."""
 
+import fcntl
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vidlada.errors import InputError
 
-STATE_FILE = "trainer_state.json"  # of a checkpoint; the last file that is written
+STATE_FILE = "trainer_state.json"
+LOCK_FILE = ".lock"
+PARTIAL = ".partial"  # ends the names of folders that are being written or deleted
 WRITTEN_BY_A_RUN = ("checkpoint-*", "logs", "model", "model-published", "skipped*.jsonl", "not_finite_*.pt")
 
 
@@ -28,8 +33,8 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
 
 
 def clear_output(output: Path) -> None:
-    """Make the output folder, or remove from it what an earlier run wrote, and nothing else."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Remove what an earlier run wrote, and nothing else."""
+    remove_partial(output)
     for pattern in WRITTEN_BY_A_RUN:
         for path in output.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -37,10 +42,47 @@ def clear_output(output: Path) -> None:
 
 def checkpoints(output: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(p for p in output.glob("checkpoint-*") if p.suffix != ".partial" and (p / STATE_FILE).is_file())
+    return sorted(p for p in output.glob("checkpoint-*") if p.suffix != PARTIAL and (p / STATE_FILE).is_file())
 
 
 def newest_checkpoint(output: Path) -> Path | None:
     """The checkpoint to resume from, if any."""
     found = checkpoints(output)
     return found[-1] if found else None
+
+
+@contextmanager
+def held(output: Path) -> Iterator[None]:
+    """An output folder for one run at a time: what torchrun started goes on writing when torchrun itself is killed.
+
+    The lock is of this process alone; unlike flock's it is not kept by a loader's processes, which outlive it a little.
+
+    Raises:
+        InputError: another run is at work in it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(f"{output}: another run is at work in it; end that, or choose another output") from error
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            (output / LOCK_FILE).unlink(missing_ok=True)
+
+
+def remove_partial(output: Path) -> None:
+    """Remove what runs that were killed left half written, or half deleted."""
+    for name in ("checkpoint-*", "model", "model-published"):
+        for path in output.glob(name + PARTIAL):
+            shutil.rmtree(path)
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a folder that is complete now its name; an older one of the same run goes."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.replace(folder)

@@ -1,5 +1,6 @@
 """Training samples from the shapes world."""
 
+import math
 from typing import Annotated, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from vidlada.training.settings import hint
 
 Seconds = Annotated[int, Field(ge=MIN_SECONDS, le=MAX_SECONDS)]
 
-MOST_DRAWS = 1000  # of another clip for a step whose clips support no question
+MOST_CLIPS = 400  # are drawn until one supports a question; of all families some clip in ten does, or none
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -75,12 +76,12 @@ class ShapesSource:
         first = self._clip(generator, seconds)
         count = self.frames_per_batch if self.pictures else max(1, self.frames_per_batch // first.seconds)
         clips = [first, *(self._clip(generator, first.seconds) for _ in range(count - 1))]
-        for _ in range(MOST_DRAWS):
+        for _ in range(math.ceil(MOST_CLIPS / count)):
             items = [self._item(clip, questions, generator) for clip in clips]
             items = [item for item in items if item.exchanges]
             if items:
                 return items
-            clips = [self._clip(generator, first.seconds)]
+            clips = [self._clip(generator, first.seconds) for _ in range(count)]
         raise InputError(f"no clip of {first.seconds} seconds supports a question of {', '.join(self.families)}")
 
     def load(self, item: Item, size: int) -> Sample:

@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.machine import peak_memory, return_free_memory
-from vidlada.training.checkpoints import READ_ERRORS, NotSaved, save_checkpoint
+from vidlada.training.checkpoints import READ_ERRORS, WRITE_ERRORS, NotSaved, save_checkpoint
 from vidlada.training.collate import Collator, PartSampler, StepDataset, to_device
 from vidlada.training.config import CollateSettings, TrainingConfig
 from vidlada.training.flops import FlopCount, peak_of
@@ -34,7 +35,16 @@ from vidlada.training.objective import (
     next_token_loss,
 )
 from vidlada.training.optimizers import Optimizers, drop_gradients, make_optimizers
-from vidlada.training.output import STATE_FILE, check_output, clear_output, newest_checkpoint
+from vidlada.training.output import (
+    PARTIAL,
+    STATE_FILE,
+    check_output,
+    clear_output,
+    held,
+    newest_checkpoint,
+    put_in_place,
+    remove_partial,
+)
 from vidlada.training.parallel import (
     is_deepspeed,
     is_sharded,
@@ -128,21 +138,23 @@ def train_prepared(
     say = report if accelerator.is_main_process else (lambda line: None)
     on_main(accelerator, lambda: check_output(output, resume, overwrite))
     run = Run(prepared_run, accelerator, say)
-    if not resume:  # only now, when all else is known to be right
-        on_main(accelerator, lambda: clear_output(output))
-    if config.tracker != "none":
-        accelerator.init_trackers("logs")
-    progress = Progress()
-    if resume:
-        checkpoint = newest_checkpoint(output)
-        assert checkpoint is not None
-        progress = run.load(checkpoint)
-    final = output / "model"
-    try:
-        run.steps(progress)
-        run.save(final)
-    finally:
-        run.close()
+    with ExitStack() as stack:
+        on_main(accelerator, lambda: stack.enter_context(held(output)))
+        if not resume:  # only now, when all else is known to be right
+            on_main(accelerator, lambda: clear_output(output))
+        if config.tracker != "none":
+            accelerator.init_trackers("logs")
+        progress = Progress()
+        if resume:
+            checkpoint = newest_checkpoint(output)
+            assert checkpoint is not None
+            progress = run.load(checkpoint)
+        final = output / "model"
+        try:
+            run.steps(progress)
+            run.save(final)
+        finally:
+            run.close()
     if progress.skipped:
         say(f"{progress.skipped} of {progress.seen} samples were broken, and others taken; see {output}/skipped.jsonl")
     return final
@@ -201,17 +213,31 @@ class Run:
         return Progress(**{name: state[name] for name in ("step", "seen", "skipped") if name in state})
 
     def save(self, folder: Path) -> None:
-        """Write the final model, in every layout asked for."""
+        """Write the final model, in every layout asked for: each is complete, or not there.
+
+        Raises:
+            VidLaDAError: the disk is full or cannot be written.
+        """
         weights = self.accelerator.get_state_dict(self.model)
+        partial = folder.with_name(folder.name + PARTIAL)
 
         def write() -> None:
-            save_model(self.accelerator.unwrap_model(self.model), self.processor, folder, weights)
-            if "published" in self.config.layouts:
-                from vidlada.checkpoint import convert
+            remove_partial(folder.parent)
+            try:
+                save_model(self.accelerator.unwrap_model(self.model), self.processor, partial, weights)
+                put_in_place(partial, folder)
+                if "published" in self.config.layouts:
+                    from vidlada.checkpoint import convert
 
-                published = folder.with_name("model-published")
-                shutil.rmtree(published, ignore_errors=True)  # of the same run, which was continued after its end
-                convert(folder, published, "published")
+                    published = folder.with_name("model-published")
+                    shutil.rmtree(published, ignore_errors=True)  # of the same run, which was continued after its end
+                    convert(folder, published, "published")
+            except WRITE_ERRORS as error:
+                remove_partial(folder.parent)
+                raise VidLaDAError(
+                    f"the model was not written: {str(error).splitlines()[0]}; all is in the last checkpoint: make "
+                    "room, and continue with --resume"
+                ) from error
 
         on_main(self.accelerator, write)
 
@@ -230,6 +256,8 @@ class Run:
         """Train from where `progress` stands to the end of the run; keeps `progress` up to date."""
         config = self.config
         stop_requested: list[int] = []
+        # several processes stop after the step in which all know of the signal
+        alone = stop_requested if self.accelerator.num_processes == 1 else []
         previous = {number: signal.signal(number, lambda n, _: stop_requested.append(n)) for number in STOP_SIGNALS}
         self.model.train()
         window = Figures()
@@ -244,10 +272,10 @@ class Run:
                     if done % config.log_every == 0 or last:
                         self.log(window, rate, done)
                         window = Figures()
-                    if config.evaluation is not None and (done % config.evaluation.every == 0 or last):
+                    due = config.evaluation is not None and (done % config.evaluation.every == 0 or last)
+                    if due and not (figures.signals or alone):  # who asked waits for the checkpoint only
                         self.evaluate(done)
-                    # several processes stop after the step in which all know of the signal
-                    stop = figures.signals > 0 or (self.accelerator.num_processes == 1 and bool(stop_requested))
+                    stop = figures.signals > 0 or bool(alone)
                     if done % config.checkpoint_every == 0 or last or stop:
                         self.checkpoint(progress, needed=last or stop)
                     if stop:
@@ -312,7 +340,7 @@ class Run:
             The step's figures over all processes.
 
         Raises:
-            VidLaDAError: the loss is not finite (nothing was updated), or too many samples are broken.
+            VidLaDAError: the loss or its gradient is not finite (nothing was updated), or too many samples are broken.
         """
         accelerator, config = self.accelerator, self.config
         accelerator.gradient_accumulation_steps, accelerator.step = passes, 0
@@ -332,15 +360,16 @@ class Run:
             own.frames += 0 if "stands_in" in batch else sum(batch.get("frame_counts", ()))
             self.note_skipped(step, batch["skipped"])
             if not math.isfinite(value):
-                name = f"not_finite_{step}{rank_suffix(accelerator)}.pt"
-                torch.save(batch, Path(config.output) / name)
+                self.keep_batch(step, batch)
             progress_seen = batch["total_samples"]
         own.signals = float(len(stop_requested))
         names = ("loss", "tokens", "flops", "skipped", "signals", "frames")
         sums = total(accelerator, [getattr(own, name) for name in names])
         figures = Figures(**dict(zip(names, sums, strict=True)), steps=1)
         if not math.isfinite(figures.loss):
-            raise VidLaDAError(f"the loss at step {step} is {figures.loss}; its batch is saved in {config.output}")
+            kept = sorted(path.name for path in Path(config.output).glob(f"not_finite_{step}[.-]*"))
+            where = f"saved as {', '.join(kept)} in {config.output}" if kept else "could not be saved"
+            raise VidLaDAError(f"the loss at step {step} is {figures.loss}; its batch is {where}")
         progress.seen += progress_seen
         progress.skipped += int(figures.skipped)
         if progress.skipped > config.max_skipped_share * max(progress.seen, FEWEST_SEEN):
@@ -352,7 +381,12 @@ class Run:
         # frames that only stand in leave gradients of zero, on which an optimizer's momentum would still move
         if not figures.frames:
             drop_gradients(self.model, ("tower", "projector"))
-        accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        # under fp16 the scaler skips such a step; DeepSpeed knows the norm only when it has updated the weights
+        if norm is not None and config.precision != "fp16" and not is_deepspeed(accelerator):
+            norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            if not math.isfinite(norm):
+                raise VidLaDAError(f"the gradient of step {step} is {norm}; it ended before it changed any weight")
         self.optimizers.step()
         if accelerator.device.type == "cpu":
             return_free_memory()
@@ -409,6 +443,14 @@ class Run:
         )
         with self.accelerator.autocast():
             return self.model(frame_counts=batch.get("frame_counts"), **inputs).logits
+
+    def keep_batch(self, step: int, batch: dict[str, Any]) -> None:
+        """Save the batch whose loss is not finite; a full disk does not hide that it is not."""
+        path = Path(self.config.output) / f"not_finite_{step}{rank_suffix(self.accelerator)}.pt"
+        try:
+            torch.save(batch, path)
+        except WRITE_ERRORS:
+            path.unlink(missing_ok=True)
 
     def note_skipped(self, step: int, problems: list[str]) -> None:
         """Add broken samples to the run's list."""
