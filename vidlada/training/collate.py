@@ -195,7 +195,7 @@ class PartSampler:
                 yield Part(step, number * self.processes + self.process, passes * self.processes)
 
 
-class StepDataset(torch.utils.data.Dataset[dict[str, Any]]):
+class StepDataset:
     """A part of a step in, batch out: deterministic, so that workers, restarts and ranks agree.
 
     Args:
