@@ -40,10 +40,7 @@ def prepared(config: TrainingConfig) -> PreparedRun:
     """
     check_needs(config)
     sources = stage_sources(config)
-    held_out = None
-    if config.evaluation is not None:
-        held_out = make_source(config.evaluation.data, stage_seed(config, EVALUATION), "evaluation: data")
-    return PreparedRun(resolved(config, sources), sources, held_out)
+    return PreparedRun(resolved(config, sources), sources, evaluation_source(config))
 
 
 def check_needs(config: TrainingConfig) -> None:
@@ -90,6 +87,13 @@ def stage_sources(config: TrainingConfig) -> list[Source]:
         make_source(stage.data, stage_seed(config, number), f"stage {stage.name}: data")
         for number, stage in enumerate(config.stages)
     ]
+
+
+def evaluation_source(config: TrainingConfig) -> Source | None:
+    """The source of the evaluation, if there is one; what is wrong with its data is refused here too."""
+    if config.evaluation is None:
+        return None
+    return make_source(config.evaluation.data, stage_seed(config, EVALUATION), "evaluation: data")
 
 
 def resolved(config: TrainingConfig, sources: list[Source]) -> TrainingConfig:

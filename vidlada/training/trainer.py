@@ -89,7 +89,7 @@ class Progress:
 
     Attributes:
         step: finished steps.
-        seen, skipped: samples so far, and broken ones among them.
+        seen, skipped: samples looked at so far, and broken ones among them.
     """
 
     step: int = 0
@@ -146,7 +146,7 @@ def train_prepared(
     finally:
         run.close()
     if progress.skipped:
-        say(f"{progress.skipped} of {progress.seen} samples were broken, and others taken; see {output}/skipped.jsonl")
+        say(f"{progress.skipped} of {progress.seen} samples were broken, and others taken; see {output}/skipped*.jsonl")
     return final
 
 
@@ -340,12 +340,12 @@ class Run:
         figures = Figures(**dict(zip(names, sums, strict=True)), steps=1)
         if not math.isfinite(figures.loss):
             raise VidLaDAError(f"the loss at step {step} is {figures.loss}; its batch is saved in {config.output}")
-        progress.seen += progress_seen
         progress.skipped += int(figures.skipped)
+        progress.seen += progress_seen + int(figures.skipped)  # another was looked at for each broken one
         if progress.skipped > config.max_skipped_share * max(progress.seen, FEWEST_SEEN):
             raise VidLaDAError(
                 f"{progress.skipped} of {progress.seen} samples are broken, more than max_skipped_share "
-                f"{config.max_skipped_share}; see {config.output}/skipped.jsonl, and run vidlada data check"
+                f"{config.max_skipped_share}; see {config.output}/skipped*.jsonl, and run vidlada data check"
             )
         drop_gradients(self.model, config.stage_at(step)[0].frozen)
         # frames that only stand in leave gradients of zero, on which an optimizer's momentum would still move
@@ -427,6 +427,7 @@ class Run:
         with closing(self.prepared(self.held_out, config.evaluation.collate, EVALUATION, steps)) as batches:
             for batch in batches:
                 loss += float(self.loss(batch, batch["step"], stream=EVALUATION))
+                self.note_skipped(done, batch["skipped"])
         self.model.train()
         loss = total(self.accelerator, [loss])[0] / config.evaluation.steps
         self.say(f"evaluation after step {done}: loss {loss:.4f}")
