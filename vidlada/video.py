@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 import av
 import numpy as np
@@ -154,14 +155,16 @@ def _existing(source: str | Path) -> Path:
     try:
         if path.is_dir():
             return path
-        size = path.stat().st_size
+        status = path.stat()
+        if not S_ISREG(status.st_mode):  # opening a pipe would wait for its writer, and some devices never end
+            raise InputError(f"{path}: neither a file nor a folder")
         with path.open("rb"):
             pass
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if size == 0 and path.is_file():
+    if status.st_size == 0:
         raise InputError(f"{path}: the file is empty")
     return path
 
@@ -175,13 +178,13 @@ def _images(path: Path) -> list[Path] | None:
         found = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
         if not found:
             raise InputError(f"{path}: the folder holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        return sorted(found, key=lambda p: [(int(s), "") if s.isdigit() else (-1, s) for s in _chunks(p.name)])
+        return sorted(found, key=lambda p: natural_order(p.name))
     return [path] if path.suffix.lower() in IMAGE_SUFFIXES else None
 
 
-def _chunks(name: str) -> list[str]:
-    """Digits and what stands between them, so that 2 comes before 10."""
-    return re.findall(r"\d+|\D+", name)
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """What to sort names by, so that 2 comes before 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"\d+|\D+", name)]
 
 
 @contextmanager

@@ -1,9 +1,13 @@
 """The long-video data engine against a stub of an OpenAI-compatible endpoint."""
 
 import base64
+import fcntl
 import json
 import re
+import socket
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -14,8 +18,9 @@ from media import number_of, picture, write_video
 from serve.running import running_server
 
 from vidlada.cli import main
+from vidlada.errors import InputError, VidLaDAError
 from vidlada.shapes.dataset import write_dataset
-from vidlada.training.engine import Candidate, Endpoint, Segment, candidates_in, letter_in, with_choices
+from vidlada.training.engine import Candidate, Endpoint, Segment, candidates_in, complete, letter_in, with_choices
 from vidlada.training.mixture import read_llava
 from vidlada.video import Sampling, sample_frames
 
@@ -38,7 +43,7 @@ class Stub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.requests, self.fail_at, self.fail_with = [], None, 400
+        self.requests, self.fail_at, self.fail_with, self.raw = [], None, 400, None
 
     def answer(self, body):
         content = body["messages"][0]["content"]
@@ -59,12 +64,13 @@ class Handler(BaseHTTPRequestHandler):
         failed = stub.fail_at is not None and len(stub.requests) >= stub.fail_at
         if failed and stub.fail_with == 503:
             stub.fail_at = None
-        reply = {"choices": [{"message": {"content": stub.answer(body)}}]}
-        content = json.dumps({"error": "no"} if failed else reply).encode()
+        reply = None if stub.raw else {"choices": [{"message": {"content": stub.answer(body)}}]}
+        content = stub.raw or json.dumps({"error": "no"} if failed else reply).encode()
         self.send_response(stub.fail_with if failed else 200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        with suppress(ConnectionError):  # it may have heard enough
+            self.wfile.write(content)
 
     def log_message(self, *args):
         pass
@@ -157,7 +163,10 @@ def test_wrong_builds_are_named(tmp_path, config):
         ({"agreement": 3}, "voters"),
         ({"voter": 1}, "voter: unknown"),
         ({"videos": "x"}, "x is"),
-        ({"blind": {"url": "u", "model": "m", "prompt": "{question}"}}, "prompt: .*choices"),
+        ({"blind": {"url": "http://x", "model": "m", "prompt": "{question}"}}, "prompt: .*choices"),
+        ({"blind": {"url": "localhost:8000/v1", "model": "m"}}, "url: .*no address"),
+        ({"blind": {"url": "http://localhost:80000/v1", "model": "m"}}, "url: .*no address"),
+        ({"output": str(tmp_path / "out.json")}, r"output: .*\.jsonl"),
         ({"size": 33}, "size: .*multiple of 2"),
     ):
         config.write_text(yaml.safe_dump({**values, **change}))
@@ -165,16 +174,106 @@ def test_wrong_builds_are_named(tmp_path, config):
         assert result.exit_code == 2 and re.search(match, result.output), result.output
 
 
-@pytest.mark.parametrize("reply", ["", "[", "no json", '[{"question": "a"}]', "[1]", '{"question": "a"}'])
+HALF_A_CHARACTER = '[{"question": "\\ud800", "answer": "a", "wrong": ["b"]}]'
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["", "[", "no json", '[{"question": "a"}]', "[1]", '{"question": "a"}', HALF_A_CHARACTER, '[{"a": ' + "[" * 10**5],
+)
 def test_unusable_replies(reply):
     assert candidates_in(reply) == []
 
 
+def test_questions_after_other_brackets():
+    written = json.dumps(QUESTIONS)
+    for reply in (f"<think>Perhaps [{{1}}]?</think>{written}", f"Frames [1] to [3]: {written} [end]"):
+        assert [candidate.question for candidate in candidates_in(reply)] == [q["question"] for q in QUESTIONS[:3]]
+
+
+@pytest.mark.parametrize(
+    ("raw", "match"),
+    [(b"{", "not a chat completion"), (b"[" * 10**5, "not a chat completion"), (b'{"choices": []}', "not a chat"),
+     (b'{"choices": [{"message": {"content": ["A"]}}]}', "not a chat completion"), (b" " * 2**25, "no whole reply")],
+)  # fmt: skip
+def test_what_is_no_completion_is_told(stub, raw, match):
+    stub.raw = raw
+    with pytest.raises(VidLaDAError, match=match):
+        complete(Endpoint(f"http://127.0.0.1:{stub.server_port}/v1", "m", tries=1), "hello")
+
+
+def test_a_model_that_says_nothing_says_nothing(stub):
+    stub.raw = b'{"choices": [{"message": {"content": null}}]}'
+    assert complete(Endpoint(f"http://127.0.0.1:{stub.server_port}/v1", "m"), "hello") == ""
+
+
+def test_a_reply_that_never_ends_is_not_waited_for():
+    """Every byte comes in time, the whole does not."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            with server.accept()[0] as connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                for _ in range(100):
+                    connection.sendall(b" ")
+                    time.sleep(0.1)
+
+        threading.Thread(target=drip, daemon=True).start()
+        endpoint = Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", timeout=0.5, tries=1)
+        start = time.monotonic()
+        with pytest.raises(VidLaDAError, match="no whole reply in 0.5 seconds"):
+            complete(endpoint, "hello")
+        assert time.monotonic() - start < 5
+
+
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(stub, monkeypatch):
+    endpoint = Endpoint(f"http://127.0.0.1:{stub.server_port}/v1", "m")
+    for key in ("sk-secret\n", "sk-secretü"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(InputError, match="OPENAI_API_KEY holds") as caught:
+            complete(endpoint, "hello")
+        assert "secret" not in str(caught.value)
+    assert not stub.requests
+
+
+def test_a_build_is_not_continued_with_other_settings(tmp_path, config):
+    assert build(config).exit_code == 0
+    audit = tmp_path / "out" / "long.audit.jsonl"
+    before = audit.read_text()
+    values = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**values, "segments": 4, "agreement": 1}))
+    result = build(config)
+    assert result.exit_code == 2 and "other settings: agreement, segments" in result.output
+    values["voters"][0]["tries"] = 9
+    config.write_text(yaml.safe_dump(values))
+    assert build(config).exit_code == 0
+    assert audit.read_text() == before
+    audit.write_text('{"video": "a.mp4"}\n')
+    assert build(config).exit_code == 2 and audit.read_text() == '{"video": "a.mp4"}\n'
+
+
+def test_two_builds_do_not_share_an_output(tmp_path, stub, config):
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / "long.audit.jsonl").open("a") as audit:
+        fcntl.flock(audit, fcntl.LOCK_EX)
+        result = build(config)
+    assert result.exit_code == 2 and "another build" in result.output and not stub.requests
+
+
+def test_an_output_that_cannot_be_written_is_told(tmp_path, config):
+    (tmp_path / "file").touch()
+    values = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**values, "output": str(tmp_path / "file" / "long.jsonl")}))
+    result = build(config)
+    assert result.exit_code == 1 and "cannot be written" in result.output and "Traceback" not in result.output
+
+
 def test_letters():
-    assert [letter_in(reply) for reply in ("B", "B.", "The answer is C", "(D) yes", "none", "")] == list("BBCD") + [
-        "",
-        "",
-    ]
+    replies = {
+        "B": "B", "B.": "B", "The answer is C": "C", "(D) yes": "D", "none": "", "": "", "b) the": "B", "**c**": "C",
+        "A cook waves, so the answer is B": "B", "A cook waves": "", "I think B": "B", "Is it A? No.</think>\n\nB": "B",
+    }  # fmt: skip
+    assert {reply: letter_in(reply) for reply in replies} == replies
     candidate = Candidate("Which?", "right", ["w1", "w2", "w3"])
     letters = set()
     for seed in range(30):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -24,6 +25,7 @@ from vidlada.training.llava import LlavaSource
 from vidlada.training.mixture import read_tar, sampled
 from vidlada.training.models import new_model
 from vidlada.training.samples import BrokenMedia
+from vidlada.video import Sampling
 
 
 def entry(answer, question="<image>\nWhat is it?", **more):
@@ -164,6 +166,29 @@ def test_a_tar_holds_any_kind_of_image(tmp_path):
     )
 
 
+def test_several_images_of_a_tar_are_in_order(tmp_path):
+    """As the entry names them, else by their numbers."""
+    colours = {10: "red", 9: "blue", 2: "lime"}
+    members = [(f"{key}.{number}.png", png(colour)) for key in "ab" for number, colour in colours.items()]
+    members += [("a.json", json.dumps(entry("a")).encode())]
+    members += [("b.json", json.dumps(entry("b", image=["b.9.png", "b.10.png", "b.2.png"])).encode())]
+    source = LlavaSource(write_tar(tmp_path / "part.tar", members), batch_size=2)
+    videos = {sample.exchanges[0][1]: sample.videos for sample in batch(source, 0, 8)}
+    seen = {name: [video[0, 0, 0].tolist() for video in each] for name, each in videos.items()}
+    red, blue, lime = [255, 0, 0], [0, 0, 255], [0, 255, 0]
+    assert seen == {"a": [lime, blue, red], "b": [blue, red, lime]}
+
+
+def test_an_image_is_one_frame_however_many_are_taken_of_videos(tmp_path, small):
+    (tmp_path / "a.png").write_bytes(png("red"))
+    path = write_json(tmp_path / "d.json", [entry("red", image="a.png")])
+    source = LlavaSource(path, batch_size=1, sampling=Sampling(max_frames=8, force_sample=True))
+    (sample,) = batch(source, 0, 8)
+    assert [video.shape for video in sample.videos] == [(1, 8, 8, 3)]
+    (length,) = check_source("a", source, small.processor).lengths
+    assert length == Collator(small.processor, CollateSettings())([sample], seeded())["labels"].shape[1]
+
+
 def test_tars_of_videos(tmp_path, small):
     video = write_video(tmp_path / "a.mp4", frames=100).read_bytes()
     members = []
@@ -268,6 +293,15 @@ def test_broken_samples_are_replaced_and_told(broken):
     assert [part["first_sample"] for part in parts] == [0, 2, 4]
 
 
+def test_what_is_too_long_is_skipped_by_its_name(tmp_path):
+    """Even if all there is is too long."""
+    _, processor = new_model(MODEL, 0)
+    path = write_json(tmp_path / "d.json", [entry("long", "What " * 600)])
+    stuck = StepDataset(LlavaSource(path, batch_size=2), Collator(processor, CollateSettings()), 0)[Part(0)]
+    assert stuck["weight"] == 0 and stuck["total_samples"] == int(stuck["sample_index"].max()) + 1 == 2
+    assert "d.json: entry 0: the conversation has" in stuck["skipped"][0]
+
+
 def test_nothing_usable_keeps_the_process_in_step(tmp_path):
     _, processor = new_model(MODEL, 0)
     path = write_json(tmp_path / "d.json", [entry("gone", video="gone.mp4")])
@@ -276,10 +310,10 @@ def test_nothing_usable_keeps_the_process_in_step(tmp_path):
     assert stuck["frame_counts"] == [1] and not stuck["attention_mask"].all()
 
 
-def write_config(folder, data):
+def write_config(folder, data, **more):
     stage = {"name": "only", "learning_rate": 1e-3, "epochs": 1, "data": {"kind": "llava", "batch_size": 2, **data}}
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump({"output": str(folder / "run"), "model": MODEL, "stages": [stage]}))
+    path.write_text(yaml.safe_dump({"output": str(folder / "run"), "model": MODEL, "stages": [stage], **more}))
     return path
 
 
@@ -293,6 +327,45 @@ def test_data_check(broken, tmp_path):
     (found,) = json.loads(CliRunner().invoke(main, ["data", "check", "--json", str(path)]).output)
     assert len(found["lengths"]) == 3
     assert "entry 1" in found["problems"]["missing files"][0]
+
+
+def checked(path):
+    result = CliRunner().invoke(main, ["data", "check", "--json", str(path)])
+    assert result.exit_code in (0, 1), result.output
+    return json.loads(result.stdout)
+
+
+def test_data_check_looks_at_the_evaluation_too(broken, tmp_path):
+    write_json(tmp_path / "d.json", [entry("a", "What?")])
+    evaluation = {"data": {"kind": "llava", "json_path": str(broken)}}
+    only, held_out = checked(write_config(tmp_path, {"json_path": str(tmp_path / "d.json")}, evaluation=evaluation))
+    assert not only["problems"] and held_out["stage"] == "evaluation"
+    assert "gone.mp4" in held_out["problems"]["missing files"][0]
+
+
+def test_data_check_finds_files_that_only_look_whole(tmp_path):
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)).save(noise, "png")
+    (tmp_path / "cut.png").write_bytes(noise.getvalue()[:5000])
+    os.mkfifo(tmp_path / "pipe.mp4")
+    unusable = ["cut.png", "pipe.mp4", f"{'n' * 300}.mp4"]
+    entries = [entry("a", video=name) for name in unusable] + [entry("b")]
+    for number, value in enumerate(entries):
+        value["id"] = None if number > 1 else number
+    (found,) = checked(write_config(tmp_path, {"json_path": str(write_json(tmp_path / "d.json", entries))}))
+    problems = found["problems"]
+    assert {kind: len(lines) for kind, lines in problems.items()} == {"unreadable files": 3, "without media": 1}
+    assert all(name in line for name, line in zip(unusable, problems["unreadable files"], strict=True))
+
+
+def test_data_check_counts_tokens_as_training_does(tmp_path, small):
+    write_video(tmp_path / "a.mp4", frames=50)
+    path = write_json(tmp_path / "d.json", [entry("yes", video="a.mp4", process="It looks so."), entry("no", "Is it?")])
+    for settings in ({}, {"think": True}, {"time_instruction": True}):
+        source = LlavaSource(path, batch_size=1, sampling=Sampling(fps=5), **settings)
+        collator = Collator(small.processor, CollateSettings())
+        trained = [collator([source.load(source.item(n), 28)], seeded())["input_ids"].shape[1] for n in range(2)]
+        assert check_source("a", source, small.processor).lengths == trained
 
 
 def test_data_check_of_good_data(tmp_path):

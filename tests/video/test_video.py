@@ -172,6 +172,11 @@ def test_empty(tmp_path):
     refused(tmp_path / "empty.mp4", "empty")
 
 
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    refused(tmp_path / "pipe.mp4", "neither a file")
+
+
 def test_not_a_video(tmp_path):
     (tmp_path / "text.mp4").write_text("this is no video\n" * 100)
     refused(tmp_path / "text.mp4", "not a readable video", "no video in it")

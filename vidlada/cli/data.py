@@ -26,22 +26,25 @@ def check(config: Path, most: int, workers: int, as_json: bool) -> None:
     """
     from vidlada.training.config import load_config
     from vidlada.training.llava import LlavaSource
-    from vidlada.training.stages import stage_sources
+    from vidlada.training.stages import evaluation_source, stage_sources
 
     settings = load_config(config)
-    sources = stage_sources(settings)
+    sources = [(stage.name, source) for stage, source in zip(settings.stages, stage_sources(settings), strict=True)]
+    held_out = evaluation_source(settings)
+    if held_out is not None:
+        sources.append(("evaluation", held_out))
     # only now what imports torch
     from vidlada.training.check import check_source
     from vidlada.training.models import starting_processor
 
     processor = starting_processor(settings)
     reports = []
-    for stage, source in zip(settings.stages, sources, strict=True):
+    for name, source in sources:
         if isinstance(source, LlavaSource):
-            with progress(f"checking {stage.name}"):
-                reports.append(check_source(stage.name, source, processor, workers))
+            with progress(f"checking {name}"):
+                reports.append(check_source(name, source, processor, workers))
         elif not as_json:
-            click.echo(f"{stage.name}: clips of the shapes world, made as they are needed")
+            click.echo(f"{name}: clips of the shapes world, made as they are needed")
     if as_json:
         click.echo(json.dumps([report.to_dict() for report in reports]))
     for report in [] if as_json else reports:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from vidlada.errors import InputError
-from vidlada.processor import VidLaDAProcessor
+from vidlada.processor import VIDEO_PLACE, VidLaDAProcessor
 from vidlada.training.collate import messages_of
 from vidlada.training.llava import LlavaSource
-from vidlada.training.mixture import Entry, Media, TarMember, as_path, problem_with
-from vidlada.video import probe, sample_indices
+from vidlada.training.mixture import Media, as_path, is_image, problem_with
+from vidlada.video import VideoInfo, probe, sample_frames, sample_indices
 
 BARS = 12  # of the histogram
 BAR_WIDTH = 40
@@ -69,7 +69,7 @@ def check_source(
     workers: int = 4,
     progress: Callable[[int], None] = lambda done: None,
 ) -> DataReport:
-    """Look at every entry of a source. Videos are opened and indexed, not decoded; images are opened.
+    """Look at every entry of a source. Videos are opened and indexed, not decoded; images are decoded.
 
     Args:
         name: of the stage.
@@ -87,29 +87,37 @@ def check_source(
             report.note("duplicate ids", f"{entry_id}: {count} times")
     files = list(dict.fromkeys(media for entry in entries for media in entry.media))
     with ThreadPoolExecutor(workers) as pool:
-        frames = dict(zip(files, pool.map(lambda media: frames_of(media, source), files), strict=True))
-    for done, entry in enumerate(entries, start=1):
-        check_entry(entry, frames, processor, report)
-        progress(done)
+        known = dict(zip(files, pool.map(looked_at, files), strict=True))
+    for number in range(len(entries)):
+        check_entry(source, number, known, processor, report)
+        progress(number + 1)
     return report
 
 
 def check_entry(
-    entry: Entry, frames: dict[Media, int | tuple[str, str]], processor: VidLaDAProcessor, report: DataReport
+    source: LlavaSource,
+    number: int,
+    known: dict[Media, VideoInfo | tuple[str, str]],
+    processor: VidLaDAProcessor,
+    report: DataReport,
 ) -> None:
     """Add what is wrong with one entry to the report, or its length."""
-    counts = []
+    entry, videos = source.entries[number], []
     for media in entry.media:
-        found = frames[media]
-        if isinstance(found, tuple):
-            report.note(found[0], f"{entry.origin}: {found[1]}")
+        info = known[media]
+        if isinstance(info, tuple):
+            report.note(info[0], f"{entry.origin}: {info[1]}")
         else:
-            counts.append(found)
+            indices = sample_indices(info.frames, info.fps, source.sampling_of(media))
+            videos.append(([index / info.fps for index in indices], info))
     if not any(answer.strip() for answer in entry.answers):
         report.note("without labels", f"{entry.origin}: every answer is empty")
-    if len(counts) < len(entry.media):
+    if not entry.media and any(VIDEO_PLACE in question for question in entry.questions):
+        report.note("without media", f"{entry.origin}: {VIDEO_PLACE} stands in it, but it names no video or image")
+    if len(videos) < len(entry.media):
         return
-    messages = messages_of(len(counts), list(zip(entry.questions, entry.answers, strict=True)))
+    counts = [len(times) for times, _ in videos]
+    messages = messages_of(len(counts), source.told(source.item(number), videos))
     try:
         encoded = processor.encode(messages, counts, add_generation_prompt=False)
     except InputError as error:
@@ -118,19 +126,16 @@ def check_entry(
         report.lengths.append(len(encoded.input_ids))
 
 
-def frames_of(media: Media, source: LlavaSource) -> int | tuple[str, str]:
-    """Frames that training takes of a file, or the kind of problem with it and a message."""
-    if isinstance(media, TarMember):
-        if media.is_image:
-            return 1
-    elif not media.exists():
-        return "missing files", str(media)
+def looked_at(media: Media) -> VideoInfo | tuple[str, str]:
+    """What a file is, or the kind of problem with it and a message."""
     try:
         with as_path(media) as path:
-            info = probe(path)
+            if is_image(media):
+                sample_frames(path, size=1)  # one that is cut off opens like any other
+            return probe(path)
     except (InputError, OSError) as error:
-        return "unreadable files", problem_with(media, error)
-    return len(sample_indices(info.frames, info.fps, source.sampling))
+        missing = isinstance(error.__cause__, FileNotFoundError)
+        return "missing files" if missing else "unreadable files", problem_with(media, error)
 
 
 def histogram(lengths: Iterable[int]) -> list[str]:

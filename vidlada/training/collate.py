@@ -197,7 +197,7 @@ class PartSampler:
                 yield Part(step, number * self.processes + self.process, passes * self.processes)
 
 
-class StepDataset(torch.utils.data.Dataset[dict[str, Any]]):
+class StepDataset:
     """A part of a step in, batch out: deterministic, so that workers, restarts and ranks agree.
 
     Args:
@@ -222,7 +222,8 @@ class StepDataset(torch.utils.data.Dataset[dict[str, Any]]):
         skipped: list[str] = []
         samples = [self._load(item, skipped) for item in own or items[:1]]
         usable = bool(own) and None not in samples
-        blind = [Sample([], item.exchanges, item.separate) for item in own or items[:1]]
+        # as many samples, of almost nothing: what is broken may be too long as well
+        blind = [Sample([], [("-", "-")] * len(item.exchanges), item.separate) for item in own or items[:1]]
         seeds = [self.seed, part.step, 1] + ([part.number] if part.parts > 1 else [])
         return {
             **self.collator(samples if usable else blind, np.random.default_rng(seeds)),  # type: ignore[arg-type]
@@ -244,7 +245,7 @@ class StepDataset(torch.utils.data.Dataset[dict[str, Any]]):
                     self.collator.check(sample)
                 return sample
             except InputError as error:
-                skipped.append(str(error))
+                skipped.append(f"{item.origin}: {error}" if item.origin else str(error))
                 item = self.source.instead_of(item, attempt)
         return None
 

@@ -7,19 +7,21 @@ which the output is made: an interrupted build continues where it was.
 """
 
 import base64
+import fcntl
 import io
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
+from urllib.parse import urlsplit
 
 import av
 import numpy as np
@@ -34,6 +36,16 @@ from vidlada.training.settings import build, expanded, read_yaml
 from vidlada.video import Sampling, sample_frames
 
 LETTERS = "ABCDEFGH"
+MOST_REPLY_BYTES = 2**24
+# How a reply chooses, the surest first: the letter alone or before its choice, after the word for it, or anywhere,
+# where an article is none.
+CHOSEN = (
+    re.compile(rf"\W*([{LETTERS}])(?=[.:,)\]*]|\W*$)", re.IGNORECASE),
+    re.compile(rf".*\b(?:answer|choice|option)\b\W*(?:is\b)?\W*([{LETTERS}])\b", re.IGNORECASE | re.DOTALL),
+    re.compile(rf".*?\b(?!A [a-z])([{LETTERS}])\b", re.DOTALL),
+)
+END_OF_THOUGHT = "</think>"  # before it, reasoning models say what is not their reply
+REACHED_BY = ("url", "key_variable", "timeout", "tries")  # how an endpoint is called does not change what it says
 WRITE = (
     "These {frames} frames show seconds {start:.0f} to {end:.0f} of a video, in order. Write {questions} "
     "multiple-choice questions about what happens in them, which nobody can answer without seeing them, and which do "
@@ -52,7 +64,7 @@ class Endpoint:
         url: up to and without `/chat/completions`, e.g. `http://localhost:8000/v1`.
         model: its name there.
         key_variable: environment variable that holds its API key; sent only if set.
-        timeout: seconds for a reply.
+        timeout: seconds for a whole reply.
         tries: after errors of the network or the server.
         shown: `frames` as OpenAI's `image_url` parts, or as one `video_url` part (as vLLM and `vidlada serve` take it),
             for models that were trained on videos.
@@ -72,6 +84,13 @@ class Endpoint:
     between: str = "\n"
 
     def __post_init__(self) -> None:
+        try:
+            address = urlsplit(self.url)
+            reachable = address.scheme in ("http", "https") and address.hostname and address.port != 0
+        except ValueError:  # no port that can be
+            reachable = False
+        if not reachable:
+            raise InputError(f"url: {self.url!r} is no address such as http://localhost:8000/v1")
         for name, template, places in (
             ("prompt", self.prompt, {"question", "choices"}), ("choice", self.choice, {"letter", "choice"}),
         ):  # fmt: skip
@@ -119,6 +138,18 @@ class BuildConfig:
     def __post_init__(self) -> None:
         if self.agreement > len(self.voters):
             raise InputError(f"agreement {self.agreement} needs as many voters; there are {len(self.voters)}")
+        if self.output.suffix != ".jsonl" or self.output.is_dir():
+            raise InputError(f"output: {self.output} is no name of a .jsonl file")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that bears on what is made, as plain values."""
+        values = asdict(self)
+        for endpoint in (values["writer"], values["blind"], *values["voters"]):
+            for name in REACHED_BY:
+                del endpoint[name]
+        values["voters"] = list(values["voters"])
+        return {name: value for name, value in values.items() if name not in ("videos", "output")}
 
     @property
     def audit(self) -> Path:
@@ -196,6 +227,8 @@ def complete(endpoint: Endpoint, prompt: str, segment: Segment | None = None) ->
         content = [*segment.parts(endpoint.shown), {"type": "text", "text": prompt}]
     body = {"model": endpoint.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
     key = os.environ.get(endpoint.key_variable)
+    if key and not (key.isascii() and key.isprintable()):
+        raise InputError(f"{endpoint.key_variable} holds a character that no API key may have, such as a line's end")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     where = f"{endpoint.url.rstrip('/')}/chat/completions"
     problem = ""
@@ -203,33 +236,48 @@ def complete(endpoint: Endpoint, prompt: str, segment: Segment | None = None) ->
         if attempt:
             time.sleep(2**attempt / 2)
         try:
-            reply = httpx2.post(where, json=body, headers=headers, timeout=endpoint.timeout)
-            if reply.status_code < 400:
-                return str(reply.json()["choices"][0]["message"]["content"])
-            problem = f"status {reply.status_code}: {reply.text[:200]}"
+            end = time.monotonic() + endpoint.timeout
+            received = bytearray()
+            with httpx2.stream("POST", where, json=body, headers=headers, timeout=endpoint.timeout) as reply:
+                for piece in reply.iter_bytes():
+                    received += piece
+                    if time.monotonic() > end or len(received) > MOST_REPLY_BYTES:
+                        limits = f"{endpoint.timeout:g} seconds and {MOST_REPLY_BYTES >> 20} MB"
+                        raise httpx2.ReadTimeout(f"no whole reply in {limits}")
+            if reply.status_code < 300:
+                return content_of(json.loads(received))
+            problem = f"status {reply.status_code}: {received[:200].decode(errors='replace')}"
             if reply.status_code not in (408, 409, 425, 429) and reply.status_code < 500:
                 break
         except httpx2.HTTPError as error:
             problem = f"{type(error).__name__}: {error}"
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             problem = "its reply is not a chat completion"
     raise VidLaDAError(f"{where} ({endpoint.model}): {problem}; run again to continue")
 
 
+def content_of(completion: Any) -> str:
+    """What a chat completion says; a model that says nothing has no content."""
+    content = completion["choices"][0]["message"]["content"]
+    if not isinstance(content, str | None):
+        raise TypeError("content is a text")
+    return content or ""
+
+
 def candidates_in(reply: str) -> list[Candidate]:
     """The questions in a writer's reply; what is not as asked for is left out."""
-    found = re.search(r"\[.*\]", reply, re.DOTALL)
+    found = re.search(r"\[\s*\{", reply.rpartition(END_OF_THOUGHT)[2])
     try:
-        values = json.loads(found[0]) if found else []
-    except ValueError:
+        values = json.JSONDecoder().raw_decode(found.string, found.start())[0] if found else []
+    except (ValueError, RecursionError):
         values = []
     kept = []
-    for value in values if isinstance(values, list) else []:
+    for value in values:
         if not isinstance(value, dict):
             continue
         question, answer, wrong = (value.get(name) for name in ("question", "answer", "wrong"))
         texts = [question, answer, *(wrong if isinstance(wrong, list) else [None])]
-        usable = all(isinstance(text, str) and text.strip() for text in texts)
+        usable = all(isinstance(text, str) and text.strip() and is_unicode(text) for text in texts)
         if usable and 2 <= len(texts) - 1 <= len(LETTERS) and len(set(texts[1:])) == len(texts) - 1:
             first, second, *others = (str(text).strip() for text in texts)
             kept.append(Candidate(first, second, others))
@@ -249,8 +297,14 @@ def with_choices(candidate: Candidate, endpoint: Endpoint, seed: Sequence[int]) 
 
 def letter_in(reply: str) -> str:
     """The letter a reply chooses; empty if it chooses none."""
-    found = re.search(rf"\b([{LETTERS}])\b", reply.strip())
-    return found[1] if found else ""
+    said = reply.rpartition(END_OF_THOUGHT)[2]
+    found = next(filter(None, (pattern.match(said) for pattern in CHOSEN)), None)
+    return found[1].upper() if found else ""
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be sent and written; JSON can hold halves of characters, which cannot."""
+    return text.encode("utf-8", "ignore").decode() == text
 
 
 def judge(candidate: Candidate, config: BuildConfig, segment: Segment, seed: Sequence[int]) -> None:
@@ -281,8 +335,8 @@ def build_dataset(config: BuildConfig, report: Callable[[str], Any] = print) -> 
         report: called with a line for every segment.
 
     Raises:
-        InputError: there are no videos, or the output exists and is not from this build.
-        VidLaDAError: an endpoint fails; what is done so far is kept.
+        InputError: there are no videos, or the output exists and is not from this build, or another is at work on it.
+        VidLaDAError: an endpoint fails, or nothing can be written; what is done so far is kept.
     """
     if not config.videos.is_dir():
         raise InputError(f"videos: {config.videos} is not a folder")
@@ -291,28 +345,51 @@ def build_dataset(config: BuildConfig, report: Callable[[str], Any] = print) -> 
         raise InputError(f"videos: no video below {config.videos}")
     if config.output.exists() and not config.audit.exists():
         raise InputError(f"{config.output} exists without its audit file; choose another output")
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    records = read_audit(config.audit)
-    done = {(record["video"], record["segment"]) for record in records}
-    with config.audit.open("a", encoding="utf-8") as audit:
-        for number, path in enumerate(videos):
-            name = path.relative_to(config.videos).as_posix()
-            if all((name, segment) in done for segment in range(config.segments)):
-                continue
-            for record in video_records(config, path, name, number, done):
-                audit.write(json.dumps(record) + "\n")
-                audit.flush()
-                records.append(record)
-                verdicts = [candidate["verdict"] for candidate in record["candidates"]]
-                report(f"{name} segment {record['segment'] + 1}/{config.segments}: {verdicts.count('kept')} kept "
-                       f"of {len(verdicts)}{' – ' + record['problem'] if record['problem'] else ''}")  # fmt: skip
-    write_entries(config.output, records)
+    try:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        with config.audit.open("a", encoding="utf-8") as audit:
+            write_entries(config.output, audited(config, videos, audit, report))
+    except OSError as error:
+        raise VidLaDAError(f"{error.filename or config.audit}: cannot be written: {error.strerror}") from error
     return config.output
+
+
+def audited(
+    config: BuildConfig, videos: Sequence[Path], audit: TextIO, report: Callable[[str], Any]
+) -> list[dict[str, Any]]:
+    """All audit records: those of earlier runs, and those of what was left to do, which are added to the file."""
+    try:
+        fcntl.flock(audit, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{config.audit}: another build is at work on it") from error
+    records = read_audit(config.audit)
+    settings = config.settings
+    for record in records:
+        changed = [name for name, value in settings.items() if record["settings"].get(name) != value]
+        if changed:
+            raise InputError(
+                f"{config.audit} was made with other settings: {', '.join(changed)}; set them back, or choose another "
+                "output"
+            )
+    done = {(record["video"], record["segment"]) for record in records}
+    for number, path in enumerate(videos):
+        name = path.relative_to(config.videos).as_posix()
+        if all((name, segment) in done for segment in range(config.segments)):
+            continue
+        for record in video_records(config, path, name, number, done):
+            audit.write(json.dumps(record) + "\n")
+            audit.flush()
+            records.append(record)
+            verdicts = [candidate["verdict"] for candidate in record["candidates"]]
+            report(f"{name} segment {record['segment'] + 1}/{config.segments}: {verdicts.count('kept')} kept "
+                   f"of {len(verdicts)}{' – ' + record['problem'] if record['problem'] else ''}")  # fmt: skip
+    return records
 
 
 def video_records(config: BuildConfig, path: Path, name: str, number: int, done: set[tuple[str, int]]) -> Any:
     """Audit records of the segments of one video that are not done; one record says why, if it cannot be read."""
-    blank: dict[str, Any] = {"video": name, "candidates": [], "prompt": "", "reply": "", "seconds": [0.0, 0.0]}
+    blank: dict[str, Any] = {"video": name, "candidates": [], "prompt": "", "reply": "", "seconds": [0.0, 0.0],
+                             "settings": config.settings}  # fmt: skip
     sampling = Sampling(max_frames=config.segments * config.frames, force_sample=True)
     try:
         frames = sample_frames(path, sampling, size=config.size)
@@ -382,9 +459,12 @@ def read_audit(path: Path) -> list[dict[str, Any]]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     try:
-        return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-    except ValueError as error:
+        records = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+        if not all({"video", "segment", "candidates", "settings"} <= set(record) for record in records):
+            raise ValueError("a line is no record of a segment and of the settings it was made with")
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path}: not an audit file of vidlada data build: {error}") from error
+    return records
 
 
 def write_entries(path: Path, records: list[dict[str, Any]]) -> None:

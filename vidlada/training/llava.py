@@ -1,20 +1,18 @@
 """Training samples from files: conversations about videos and images, shuffled, decoded as they are needed."""
 
-import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
-from vidlada.training.mixture import Dataset, Entry, TarMember, as_path, problem_with, read_dataset, read_mixture
+from vidlada.training.mixture import Dataset, Entry, Media, as_path, is_image, problem_with, read_dataset, read_mixture
 from vidlada.training.samples import STRICT, BrokenMedia, Item, Sample
-from vidlada.video import IMAGE_SUFFIXES, Sampling, sample_frames
+from vidlada.video import Sampling, VideoInfo, sample_frames
 
 GROUPED_BATCHES = 50  # lengths are sorted within so many batches at a time
 CHARACTERS_PER_TOKEN = 4  # roughly; only to put samples of like length together
@@ -83,40 +81,51 @@ class LlavaSource:
         """The next entries of the shuffled list."""
         total = len(self.entries)
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [self._item(int(self._order_of(n // total)[n % total])) for n in numbers]
+        return [self.item(int(self._order_of(n // total)[n % total])) for n in numbers]
 
     def load(self, item: Item, size: int) -> Sample:
         """Decode the videos and images of one entry."""
+        videos = []
+        for media in self.entries[item.media].media:
+            try:
+                with as_path(media) as path:
+                    videos.append(sample_frames(path, self.sampling_of(media), size=size))
+            except (InputError, OSError) as error:
+                raise BrokenMedia(problem_with(media, error)) from error
+        told = self.told(item, [(frames.times, frames.info) for frames in videos])
+        return Sample([frames.images for frames in videos], told)
+
+    def told(self, item: Item, videos: Sequence[tuple[Sequence[float], VideoInfo]]) -> list[tuple[str, str]]:
+        """The exchanges of an item, with the times of its frames if the model is to know them.
+
+        Args:
+            item: from `plan`.
+            videos: seconds of the frames of each of its videos, and what it is.
+        """
         from vidlada.processor import VIDEO_PLACE, time_instruction  # imports torch, which reading a config must not
 
-        entry = self.entries[item.media]
         exchanges = list(item.exchanges)
-        videos = []
-        for media in entry.media:
-            try:
-                if isinstance(media, TarMember) and media.is_image:
-                    videos.append(decode_image(media.read(), size))
-                    continue
-                with as_path(media) as path:
-                    frames = sample_frames(path, self.sampling, size=size)
-            except (InputError, OSError, Image.DecompressionBombError) as error:
-                raise BrokenMedia(problem_with(media, error)) from error
-            videos.append(frames.images)
-            if self.time_instruction and len(entry.media) == 1 and frames.info.codec != "image":
-                question = exchanges[0][0].replace(VIDEO_PLACE, "").strip()
-                exchanges[0] = (f"{time_instruction(frames.times, frames.info.duration)}\n{question}", exchanges[0][1])
-        return Sample(videos, exchanges)
+        if self.time_instruction and len(videos) == 1 and videos[0][1].codec != "image":
+            times, info = videos[0]
+            question = exchanges[0][0].replace(VIDEO_PLACE, "").strip()
+            exchanges[0] = (f"{time_instruction(times, info.duration)}\n{question}", exchanges[0][1])
+        return exchanges
+
+    def sampling_of(self, media: Media) -> Sampling:
+        """How frames are taken of a file; an image is one frame, however many are taken of videos."""
+        return Sampling(max_frames=1) if is_image(media) else self.sampling
 
     def instead_of(self, item: Item, attempt: int) -> Item:
         """An entry from anywhere: neighbours often share the broken video."""
         generator = np.random.default_rng([self.seed, item.media, attempt, 3])
-        return self._item(int(generator.integers(len(self.entries))))
+        return self.item(int(generator.integers(len(self.entries))))
 
     def steps_of(self, epochs: float) -> int:
         """Steps of so many passes, the last one filled up from the next pass."""
         return int(np.ceil(epochs * len(self.entries) / self.batch_size))
 
-    def _item(self, number: int) -> Item:
+    def item(self, number: int) -> Item:
+        """What is asked and answered in an entry."""
         entry = self.entries[number]
         questions, answers = list(entry.questions), list(entry.answers)
         if self.think:
@@ -124,7 +133,7 @@ class LlavaSource:
             if entry.process:
                 questions[-1] = f"{entry.questions[-1]} /think"
                 answers[-1] = f"<think>\n{entry.process}\n</think>\n{answers[-1]}"
-        return Item(list(zip(questions, answers, strict=True)), number)
+        return Item(list(zip(questions, answers, strict=True)), number, origin=entry.origin)
 
     @cached_property
     def _order_of(self) -> Callable[[int], np.ndarray]:
@@ -151,20 +160,5 @@ class LlavaSource:
     def _lengths(self) -> np.ndarray:
         """Rough lengths; a video outweighs any text, so that text, images and videos are also kept apart."""
         texts = [sum(map(len, (*entry.questions, *entry.answers, entry.process))) for entry in self.entries]
-        frames = [
-            sum(self.sampling.max_frames if is_video(media) else 1 for media in entry.media) for entry in self.entries
-        ]
+        frames = [sum(self.sampling_of(media).max_frames for media in entry.media) for entry in self.entries]
         return np.array(texts) / CHARACTERS_PER_TOKEN + np.array(frames) * 10**6
-
-
-def is_video(media: Path | TarMember) -> bool:
-    """Whether a file is, by its name, no image."""
-    if isinstance(media, TarMember):
-        return not media.is_image
-    return media.suffix.lower() not in IMAGE_SUFFIXES
-
-
-def decode_image(content: bytes, size: int) -> np.ndarray:
-    """An image file's content as a video of one frame, (1, size, size, 3)."""
-    picture = Image.open(io.BytesIO(content)).convert("RGB")
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))[None]

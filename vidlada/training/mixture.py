@@ -16,10 +16,12 @@ from pydantic.dataclasses import dataclass as validated
 from vidlada.errors import InputError
 from vidlada.training.samples import STRICT
 from vidlada.training.settings import build, read_yaml
-from vidlada.video import IMAGE_SUFFIXES
+from vidlada.video import IMAGE_SUFFIXES, natural_order
 
 STRATEGY = re.compile(r"(all|(first|end|random):(\d+(?:\.\d+)?)(%?))(?:,(\d+))?")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ogv", ".gif"}
+)
 COPIED_AT_ONCE = 2**20  # bytes
 
 
@@ -40,13 +42,8 @@ class TarMember:
 
     @property
     def suffix(self) -> str:
-        """How its name ends, in lower case."""
-        return PurePosixPath(self.name).suffix.lower()
-
-    @property
-    def is_image(self) -> bool:
-        """Whether its name is an image's; else it is a video."""
-        return self.suffix in IMAGE_SUFFIXES
+        """How its name ends, as paths have it."""
+        return PurePosixPath(self.name).suffix
 
     @contextmanager
     def as_file(self) -> Iterator[Path]:
@@ -63,6 +60,11 @@ class TarMember:
 
 
 Media = Path | TarMember
+
+
+def is_image(media: Media) -> bool:
+    """Whether a name is an image's; else it is a video's."""
+    return media.suffix.lower() in IMAGE_SUFFIXES
 
 
 def as_path(media: Media) -> AbstractContextManager[Path]:
@@ -220,14 +222,15 @@ def read_values(path: Path) -> list[Any]:
     return values
 
 
-def entry_of(value: Any, folder: Path, origin: str, attached: Sequence[Media] = ()) -> Entry:
+def entry_of(value: Any, folder: Path, origin: str, attached: Sequence[TarMember] = ()) -> Entry:
     """A validated entry.
 
     Args:
         value: `{"id", "video" or "image", "conversations": [{"from", "value"}, …], "process"}`.
         folder: where relative paths start.
         origin: file and number, for messages.
-        attached: media that came with it in a tar.
+        attached: media that came with it in a tar, in the order of their names; if the entry names all of them, its
+            order counts.
 
     Raises:
         InputError: something about it is malformed.
@@ -247,8 +250,12 @@ def entry_of(value: Any, folder: Path, origin: str, attached: Sequence[Media] = 
     process = value.get("process") or ""
     if not all(isinstance(text, str) for text in [*said, process]):
         raise InputError(f"{origin}: every turn of its conversation needs a text as its value, and process is a text")
-    media = tuple(attached) or tuple(folder / path for path in paths)
-    return Entry(str(value.get("id", origin)), media, tuple(said[::2]), tuple(said[1::2]), process, origin)
+    media: tuple[Media, ...] = tuple(attached) or tuple(folder / path for path in paths)
+    by_name = {PurePosixPath(member.name).name: member for member in attached}
+    if sorted(by_name) == sorted(PurePosixPath(path).name for path in paths):
+        media = tuple(by_name[PurePosixPath(path).name] for path in paths)
+    entry_id = origin if value.get("id") is None else str(value["id"])
+    return Entry(entry_id, media, tuple(said[::2]), tuple(said[1::2]), process, origin)
 
 
 def read_tar(path: Path) -> list[Entry]:
@@ -282,6 +289,6 @@ def _tar_entries(path: Path) -> Iterator[Entry]:
             value = json.loads(described[0].read())
         except ValueError as error:
             raise InputError(f"{described[0]}: not valid json: {error}") from error
-        media = [member for member in members if member.is_image or member.suffix in VIDEO_SUFFIXES]
-        media.sort(key=lambda member: member.name)
+        media = [member for member in members if is_image(member) or member.suffix.lower() in VIDEO_SUFFIXES]
+        media.sort(key=lambda member: natural_order(member.name))
         yield entry_of(value, path.parent, str(described[0]), media)

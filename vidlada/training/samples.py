@@ -41,11 +41,13 @@ class Item:
     Attributes:
         exchanges, separate: as in `Sample`.
         media: what the source needs to make the videos.
+        origin: where it comes from, for messages.
     """
 
     exchanges: Sequence[tuple[str, str]]
     media: Any
     separate: bool = False
+    origin: str = ""
 
     @property
     def samples(self) -> int:

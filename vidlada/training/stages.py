@@ -41,12 +41,11 @@ def prepared(config: TrainingConfig) -> PreparedRun:
     """
     check_needs(config)
     sources = stage_sources(config)
-    held_out = None
-    if config.evaluation is not None:
-        held_out = make_source(config.evaluation.data, stage_seed(config, EVALUATION), "evaluation: data")
-        check_fit(config, "evaluation", config.evaluation.collate, held_out)
+    held_out = evaluation_source(config)
     for stage, source in zip(config.stages, sources, strict=True):
         check_fit(config, f"stage {stage.name}", stage.collate, source)
+    if config.evaluation is not None and held_out is not None:
+        check_fit(config, "evaluation", config.evaluation.collate, held_out)
     return PreparedRun(resolved(config, sources), sources, held_out)
 
 
@@ -119,6 +118,13 @@ def stage_sources(config: TrainingConfig) -> list[Source]:
         make_source(stage.data, stage_seed(config, number), f"stage {stage.name}: data")
         for number, stage in enumerate(config.stages)
     ]
+
+
+def evaluation_source(config: TrainingConfig) -> Source | None:
+    """The source of the evaluation, if there is one; what is wrong with its data is refused here too."""
+    if config.evaluation is None:
+        return None
+    return make_source(config.evaluation.data, stage_seed(config, EVALUATION), "evaluation: data")
 
 
 def resolved(config: TrainingConfig, sources: list[Source]) -> TrainingConfig:

@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.machine import peak_memory, return_free_memory
@@ -55,12 +54,8 @@ from vidlada.training.parallel import (
 )
 from vidlada.training.samples import Source
 from vidlada.training.stages import EVALUATION, PreparedRun, prepared, stage_seed
+from vidlada.training.workers import STOP_SIGNALS, prepared_batches
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-KILLED_WORKER = (
-    "a process that prepares batches was killed, as systems do that are out of memory; lower workers, or the frames of "
-    "a batch, and continue with --resume"
-)
 # Settings that do not change what is learned
 BESIDE_THE_CURVE = ("output", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "tracker", "layouts")
 FEWEST_SEEN = 200  # samples before a share of broken ones means anything
@@ -97,7 +92,7 @@ class Progress:
 
     Attributes:
         step: finished steps.
-        seen, skipped: samples so far, and broken ones among them.
+        seen, skipped: samples looked at so far, and broken ones among them.
     """
 
     step: int = 0
@@ -156,7 +151,7 @@ def train_prepared(
         finally:
             run.close()
     if progress.skipped:
-        say(f"{progress.skipped} of {progress.seen} samples were broken, and others taken; see {output}/skipped.jsonl")
+        say(f"{progress.skipped} of {progress.seen} samples were broken, and others taken; see {output}/skipped*.jsonl")
     return final
 
 
@@ -262,7 +257,7 @@ class Run:
         self.model.train()
         window = Figures()
         try:
-            with killed_workers_named(), closing(self.batches(progress.step)) as run:
+            with closing(self.batches(progress.step)) as run:
                 for step, passes, batches in run:
                     rate = self.optimizers.set_rate(config, step)
                     figures = self.step(step, passes, batches, progress, stop_requested)
@@ -285,8 +280,10 @@ class Run:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def loader(self, source: Source, collate: CollateSettings, number: int, steps: range) -> DataLoader[dict[str, Any]]:
-        """Batches of this process's parts of some steps, prepared by workers that hold a bounded number of them.
+    def prepared(
+        self, source: Source, collate: CollateSettings, number: int, steps: range
+    ) -> Generator[dict[str, Any]]:
+        """Batches of this process's parts of some steps.
 
         Args:
             source: of samples.
@@ -294,17 +291,12 @@ class Run:
             number: of the stage; seeds the random choices.
             steps: numbers within the stage.
         """
-        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        config, processes, process = self.config, self.accelerator.num_processes, self.accelerator.process_index
         in_step = (processes > 1 or is_sharded(self.accelerator)) and not self.model_config.text_only
         collator = Collator(self.processor, collate, self.processor.image_size if in_step else None)
-        return DataLoader(
-            StepDataset(source, collator, stage_seed(self.config, number)),
-            batch_size=None,
-            sampler=PartSampler(steps, source, self.config.per_device_batch, processes, process),
-            num_workers=self.config.workers,
-            prefetch_factor=4 if self.config.workers else None,
-            worker_init_fn=leave_signals_to_main,
-        )
+        dataset = StepDataset(source, collator, stage_seed(config, number))
+        parts = PartSampler(steps, source, config.per_device_batch, processes, process)
+        return prepared_batches(dataset, parts, config.workers)
 
     def batches(self, first: int) -> Generator[tuple[int, int, Iterator[dict[str, Any]]]]:
         """Step numbers, passes of this process and their batches, from `first` to the end of the run."""
@@ -312,7 +304,7 @@ class Run:
         for number, (stage, source) in enumerate(zip(self.config.stages, self.sources, strict=True)):
             steps = range(max(0, first - start), stage.length)
             if len(steps):
-                with closing(prepared_batches(self.loader(source, stage.collate, number, steps))) as batches:
+                with closing(self.prepared(source, stage.collate, number, steps)) as batches:
                     for within in steps:
                         head = next(batches)
                         passes = head["parts"] // self.accelerator.num_processes
@@ -370,12 +362,12 @@ class Run:
             kept = sorted(path.name for path in Path(config.output).glob(f"not_finite_{step}[.-]*"))
             where = f"saved as {', '.join(kept)} in {config.output}" if kept else "could not be saved"
             raise VidLaDAError(f"the loss at step {step} is {figures.loss}; its batch is {where}")
-        progress.seen += progress_seen
         progress.skipped += int(figures.skipped)
+        progress.seen += progress_seen + int(figures.skipped)  # another was looked at for each broken one
         if progress.skipped > config.max_skipped_share * max(progress.seen, FEWEST_SEEN):
             raise VidLaDAError(
                 f"{progress.skipped} of {progress.seen} samples are broken, more than max_skipped_share "
-                f"{config.max_skipped_share}; see {config.output}/skipped.jsonl, and run vidlada data check"
+                f"{config.max_skipped_share}; see {config.output}/skipped*.jsonl, and run vidlada data check"
             )
         drop_gradients(self.model, config.stage_at(step)[0].frozen)
         # frames that only stand in leave gradients of zero, on which an optimizer's momentum would still move
@@ -467,10 +459,10 @@ class Run:
         self.model.eval()
         loss = 0.0
         steps = range(config.evaluation.steps)
-        loader = self.loader(self.held_out, config.evaluation.collate, EVALUATION, steps)
-        with closing(prepared_batches(loader)) as batches:
+        with closing(self.prepared(self.held_out, config.evaluation.collate, EVALUATION, steps)) as batches:
             for batch in batches:
                 loss += float(self.loss(batch, batch["step"], stream=EVALUATION))
+                self.note_skipped(done, batch["skipped"])
         self.model.train()
         loss = total(self.accelerator, [loss])[0] / config.evaluation.steps
         self.say(f"evaluation after step {done}: loss {loss:.4f}")
@@ -519,41 +511,6 @@ class Run:
             self.say(f"{error}; training goes on")
 
 
-def prepared_batches(loader: DataLoader[dict[str, Any]]) -> Generator[dict[str, Any]]:
-    """A loader's batches; its workers end with this, not when Python happens to forget them.
-
-    Raises:
-        VidLaDAError: a worker was killed.
-    """
-    batches = iter(loader)
-    try:
-        yield from batches
-    except (OSError, EOFError) as error:
-        if loader.num_workers == 0 or str(error).startswith("Caught "):  # raised by what prepares a batch
-            raise
-        raise VidLaDAError(KILLED_WORKER) from error
-    finally:
-        # an error on its way would keep them: Python then waits at its end for workers that ignore its SIGTERM
-        shut_down = getattr(batches, "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()
-
-
-@contextmanager
-def killed_workers_named() -> Iterator[None]:
-    """For all that a main process does beside its workers: torch raises from a signal handler as soon as one dies.
-
-    Raises:
-        VidLaDAError: a worker was killed.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise VidLaDAError(KILLED_WORKER) from error
-
-
 def masking_generator(seed: int, part: int, step: int) -> torch.Generator:
     """Of what is hidden in one part of one step."""
     return torch.Generator().manual_seed((seed * 1000 + part) * 10**9 + step)
@@ -562,9 +519,3 @@ def masking_generator(seed: int, part: int, step: int) -> torch.Generator:
 def rank_suffix(accelerator: Accelerator) -> str:
     """Keeps files of processes apart; empty in the main one."""
     return "" if accelerator.is_main_process else f"-{accelerator.process_index}"
-
-
-def leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C and a killed process group reach workers too, but they must go on until the checkpoint is written."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
