@@ -44,7 +44,8 @@ def config_of_deepspeed(output, **changes):
     """What DeepSpeed can do too: the same parts frozen in all stages, a video somewhere in every step. Often one
     process has none."""
     data = {**DATA, "text_only_share": 0.4}
-    stages = (Stage("a", 1e-2, data, 4), Stage("b", 1e-2, data, 2, tower_learning_rate=1e-3))
+    own_rate = "projector_learning_rate" if "lora" in changes else "tower_learning_rate"
+    stages = (Stage("a", 1e-2, data, 4), Stage("b", 1e-2, data, 2, **{own_rate: 1e-3}))
     return config(output, **{"stages": stages, **changes})
 
 
