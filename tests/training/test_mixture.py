@@ -106,6 +106,7 @@ def test_a_mixture_takes_what_its_strategies_say(tmp_path):
         ("datasets: [{json_path: a.json, sampling: all}]", r"datasets\[0\].*sampling: unknown.*sampling_strategy"),
         ("datasets: [{json_path: a.json, sampling_strategy: some}]", "some"),
         ("datasets: [{json_path: gone.json}]", "gone.json"),
+        ("datasets: [{json_path: a.json, video_folder: gone}]", "video_folder: .*gone is not a folder"),
         ("other: 1", "datasets"),
     ],
 )

@@ -197,6 +197,15 @@ def test_too_many_broken_samples_end_the_run(tmp_path):
         train(replace(settings, output=str(tmp_path / "strict"), max_skipped_share=0.01), report=quietly)
 
 
+def test_broken_samples_of_the_evaluation_are_listed(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "d.json").write_text(json.dumps([{"id": "1", "conversations": turns, "video": "gone.mp4"}]))
+    data = {"kind": "llava", "json_path": str(tmp_path / "d.json"), "batch_size": 1}
+    stages = (Stage("a", 1e-3, EASY, 1),)
+    train(run(tmp_path / "run", stages=stages, evaluation=Evaluation(data, 1, 1)), report=quietly)
+    assert "d.json: entry 0: " in (tmp_path / "run" / "skipped.jsonl").read_text()
+
+
 FULL_DISK = """
 mount -t tmpfs -o size=1100k tmpfs "$1" && "$2" -m vidlada train "$3" --output "$1/run"
 code=$?; ls "$1/run"; exit $code

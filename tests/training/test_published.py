@@ -71,6 +71,7 @@ def test_the_variables_of_the_published_scripts_count(published, tmp_path, monke
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
     (tmp_path / "all.json").write_text(json.dumps([{"id": "1", "video": "1.mp4", "conversations": turns}]))
     (tmp_path / "all.yaml").write_text("datasets: [{json_path: all.json}]")
+    (tmp_path / "videos").mkdir()
     for name, value in (("LLM_VERSION", published), ("VIDEO_FOLDER", tmp_path / "videos"),
                         ("DATA", tmp_path / "all.yaml"), ("VISION_MODEL_VERSION", TOWER)):  # fmt: skip
         monkeypatch.setenv(name, str(value))

@@ -178,14 +178,17 @@ def read_dataset(dataset: Dataset, video_folder: Path | None, generator: np.rand
         generator: of a random strategy.
 
     Raises:
-        InputError: a file is missing or malformed; it names the entry.
+        InputError: a file or folder is missing, or a file malformed; it names the entry.
     """
+    folder = dataset.video_folder or video_folder
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"video_folder: {folder} is not a folder")
     entries = []
     for path in files_of(dataset.json_path):
         if path.suffix == ".tar":
             entries += read_tar(path)
         else:
-            entries += read_llava(path, dataset.video_folder or video_folder)
+            entries += read_llava(path, folder)
     return [entries[number] for number in sampled(len(entries), dataset.sampling_strategy, generator)]
 
 
