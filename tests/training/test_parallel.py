@@ -36,7 +36,11 @@ DATA = {"kind": "shapes", "pictures": True, "frames_per_batch": 4, "questions": 
 
 
 def config(output, **changes):
-    stages = (Stage("a", 1e-2, DATA, 4), Stage("b", 1e-2, DATA, 2, tower_learning_rate=1e-3, frozen=("projector",)))
+    """The tower is frozen until the checkpoint that is resumed, as in the 8B model's curriculum."""
+    stages = (
+        Stage("a", 1e-2, DATA, 4, frozen=("tower",)),
+        Stage("b", 1e-2, DATA, 2, tower_learning_rate=1e-3, frozen=("projector",)),
+    )
     return run(output, **{"stages": stages, "per_device_batch": 2, "checkpoint_every": 2, **changes})
 
 
