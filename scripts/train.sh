@@ -14,12 +14,30 @@ if [[ $# -lt 1 ]]; then
 fi
 python=${PYTHON:-python}
 devices=${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-node=${RANK:-0}
+nodes=${NNODES:-1} node=${RANK:-0} port=${MASTER_PORT:-29500}
+
+refuse() {
+    echo "error: $1" >&2
+    exit 2
+}
+within() { # name, value, lowest, highest
+    [[ $2 =~ ^[0-9]{1,5}$ ]] && ((10#$2 >= $3 && 10#$2 <= $4)) || refuse "$1=$2 is not a whole number from $3 to $4"
+}
+within NNODES "$nodes" 1 99999
+within NPROC_PER_NODE "$devices" 1 99999
+within RANK "$node" 0 $((10#$nodes - 1))
+within MASTER_PORT "$port" 1 65535
+[[ $nodes == 1 || -n ${MASTER_ADDR:-} ]] || refuse "NNODES=$nodes needs MASTER_ADDR, where all reach machine 0"
+
 unset RANK  # torchrun gives every process its own
+if [[ $nodes == 1 && $devices == 1 ]]; then
+    exec "$python" -m vidlada train "$@"
+fi
+"$python" -m vidlada train "$@" --dry-run >/dev/null  # a mistake is told once, and without torchrun's own report
+
 # seconds that torchrun gives processes to save after SIGTERM, before it kills them; it would be 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
-
 exec "$python" -m torch.distributed.run \
-    --nnodes "${NNODES:-1}" --node-rank "$node" --nproc-per-node "$devices" \
-    --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
+    --nnodes "$nodes" --node-rank "$node" --nproc-per-node "$devices" \
+    --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$port" \
     -m vidlada train "$@"

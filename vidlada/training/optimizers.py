@@ -41,6 +41,17 @@ class Optimizers:
                 group["lr"] = rate * stage.rate_ratio(part)
         return rate
 
+    def begin(self) -> None:
+        """Give every parameter AdamW's first state, which it would get with its first gradient.
+
+        A sharded checkpoint is only read where it holds the state of all of them, those that are frozen so far too.
+        """
+        for optimizer in self.optimizers:
+            for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+                if parameter.requires_grad:
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
     def step(self) -> None:
         """Update every parameter that has a gradient, and forget the gradients."""
         for optimizer in self.optimizers:

@@ -186,6 +186,8 @@ class Run:
         self.flops = FlopCount(model, self.model_config)
         self.model, *prepared = accelerator.prepare(model, *optimizers.optimizers)
         self.optimizers = Optimizers(prepared, optimizers.parts)
+        if is_sharded(accelerator) and not is_deepspeed(accelerator):
+            self.optimizers.begin()
 
     def load(self, checkpoint: Path) -> Progress:
         """Continue from a checkpoint, and tell which settings changed since.
