@@ -11,8 +11,8 @@ import numpy as np
 from vidlada.errors import InputError
 from vidlada.processor import VIDEO_PLACE, VidLaDAProcessor
 from vidlada.training.collate import messages_of
+from vidlada.training.entries import Media, as_path, is_image, problem_with
 from vidlada.training.llava import LlavaSource
-from vidlada.training.mixture import Media, as_path, is_image, problem_with
 from vidlada.video import VideoInfo, probe, sample_frames, sample_indices
 
 BARS = 12  # of the histogram

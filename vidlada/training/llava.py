@@ -10,7 +10,8 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
-from vidlada.training.mixture import Dataset, Entry, Media, as_path, is_image, problem_with, read_dataset, read_mixture
+from vidlada.training.entries import Entries, Media, as_path, is_image, problem_with
+from vidlada.training.mixture import Dataset, read_dataset, read_mixture
 from vidlada.training.samples import STRICT, BrokenMedia, Item, Sample
 from vidlada.video import Sampling, VideoInfo, sample_frames
 
@@ -54,23 +55,26 @@ class LlavaSource:
             raise InputError("the sampling strategies take no entry at all")
 
     @cached_property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> Entries:
         """What the files hold, after sampling."""
         datasets: list[Dataset] = list(self.datasets)
         if self.json_path is not None:
             datasets = [Dataset(self.json_path)]
         elif self.mixture is not None:
             datasets = read_mixture(self.mixture)
-        return [
-            entry
-            for number, dataset in enumerate(datasets)
-            for entry in read_dataset(dataset, self.video_folder, np.random.default_rng([self.seed, number, 2]))
-        ]
+        generators = (np.random.default_rng([self.seed, number, 2]) for number in range(len(datasets)))
+        return Entries.join(
+            [
+                read_dataset(dataset, self.video_folder, generator)
+                for dataset, generator in zip(datasets, generators, strict=True)
+            ]
+        )
 
     @property
     def has_videos(self) -> bool:
         """Whether any entry names a file."""
-        return any(entry.media for entry in self.entries)
+        places = self.entries.places
+        return bool(places["videos"].any() or places["images"].any())
 
     @property
     def shares_rows(self) -> bool:
@@ -159,6 +163,6 @@ class LlavaSource:
     @cached_property
     def _lengths(self) -> np.ndarray:
         """Rough lengths; a video outweighs any text, so that text, images and videos are also kept apart."""
-        texts = [sum(map(len, (*entry.questions, *entry.answers, entry.process))) for entry in self.entries]
-        frames = [sum(self.sampling_of(media).max_frames for media in entry.media) for entry in self.entries]
-        return np.array(texts) / CHARACTERS_PER_TOKEN + np.array(frames) * 10**6
+        places = self.entries.places
+        frames = places["videos"] * self.sampling.max_frames + places["images"]
+        return places["characters"] / CHARACTERS_PER_TOKEN + frames * 10**6

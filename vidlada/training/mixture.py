@@ -4,100 +4,25 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
-from pydantic.dataclasses import dataclass as validated
+from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
+from vidlada.training.entries import Entries, Entry, Media, TarMember, is_image
 from vidlada.training.samples import STRICT
 from vidlada.training.settings import build, read_yaml
-from vidlada.video import IMAGE_SUFFIXES, natural_order
+from vidlada.video import natural_order
 
 STRATEGY = re.compile(r"(all|(first|end|random):(\d+(?:\.\d+)?)(%?))(?:,(\d+))?")
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ogv", ".gif"}
 )
-COPIED_AT_ONCE = 2**20  # bytes
 
 
-@dataclass(frozen=True)
-class TarMember:
-    """A file inside a tar, found again without reading the tar from its start."""
-
-    tar: Path
-    name: str
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """Its content."""
-        with self.tar.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-    @property
-    def suffix(self) -> str:
-        """How its name ends, as paths have it."""
-        return PurePosixPath(self.name).suffix
-
-    @contextmanager
-    def as_file(self) -> Iterator[Path]:
-        """A temporary file of its content, for readers that need one; a video is never held in memory."""
-        with NamedTemporaryFile(suffix=self.suffix) as copy, self.tar.open("rb") as file:
-            file.seek(self.offset)
-            for start in range(0, self.size, COPIED_AT_ONCE):
-                copy.write(file.read(min(COPIED_AT_ONCE, self.size - start)))
-            copy.flush()
-            yield Path(copy.name)
-
-    def __str__(self) -> str:
-        return f"{self.tar}:{self.name}"
-
-
-Media = Path | TarMember
-
-
-def is_image(media: Media) -> bool:
-    """Whether a name is an image's; else it is a video's."""
-    return media.suffix.lower() in IMAGE_SUFFIXES
-
-
-def as_path(media: Media) -> AbstractContextManager[Path]:
-    """A file to read, for as long as it is needed."""
-    return media.as_file() if isinstance(media, TarMember) else nullcontext(media)
-
-
-def problem_with(media: Media, error: Exception) -> str:
-    """What is wrong with a file; of a tar's member the error knows only a temporary copy, if any name."""
-    return f"{media}: {error}" if isinstance(media, TarMember) else str(error)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One conversation.
-
-    Attributes:
-        id: of the file, or its number.
-        media: a video, or images in order.
-        questions, answers: of its turns; `<image>` marks are kept.
-        process: reasoning that leads to the last answer.
-        origin: file and number, for messages.
-    """
-
-    id: str
-    media: tuple[Media, ...]
-    questions: tuple[str, ...]
-    answers: tuple[str, ...]
-    process: str = ""
-    origin: str = field(default="", compare=False)
-
-
-@validated(frozen=True, config=STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Dataset:
     """One part of a mixture.
 
@@ -169,7 +94,7 @@ def read_mixture(path: Path) -> list[Dataset]:
     ]
 
 
-def read_dataset(dataset: Dataset, video_folder: Path | None, generator: np.random.Generator) -> list[Entry]:
+def read_dataset(dataset: Dataset, video_folder: Path | None, generator: np.random.Generator) -> Entries:
     """The entries a dataset contributes.
 
     Args:
@@ -183,13 +108,9 @@ def read_dataset(dataset: Dataset, video_folder: Path | None, generator: np.rand
     folder = dataset.video_folder or video_folder
     if folder is not None and not folder.is_dir():
         raise InputError(f"video_folder: {folder} is not a folder")
-    entries = []
-    for path in files_of(dataset.json_path):
-        if path.suffix == ".tar":
-            entries += read_tar(path)
-        else:
-            entries += read_llava(path, folder)
-    return [entries[number] for number in sampled(len(entries), dataset.sampling_strategy, generator)]
+    files = files_of(dataset.json_path)
+    entries = Entries.join([read_tar(path) if path.suffix == ".tar" else read_llava(path, folder) for path in files])
+    return entries.take(sampled(len(entries), dataset.sampling_strategy, generator))
 
 
 def files_of(pattern: Path) -> list[Path]:
@@ -202,10 +123,12 @@ def files_of(pattern: Path) -> list[Path]:
     return found
 
 
-def read_llava(path: Path, video_folder: Path | None = None) -> list[Entry]:
+def read_llava(path: Path, video_folder: Path | None = None) -> Entries:
     """Entries of a LLaVA json or jsonl file; `InputError` names the file, and the entry that is malformed."""
     folder = video_folder or Path(path).parent
-    return [entry_of(value, folder, f"{path}: entry {number}") for number, value in enumerate(read_values(path))]
+    return Entries.pack(
+        entry_of(value, folder, f"{path}: entry {number}") for number, value in enumerate(read_values(path))
+    )
 
 
 def read_values(path: Path) -> list[Any]:
@@ -261,7 +184,7 @@ def entry_of(value: Any, folder: Path, origin: str, attached: Sequence[TarMember
     return Entry(entry_id, media, tuple(said[::2]), tuple(said[1::2]), process, origin)
 
 
-def read_tar(path: Path) -> list[Entry]:
+def read_tar(path: Path) -> Entries:
     """Entries of a WebDataset tar: files of one name up to the first dot belong together, one json and its images
     or videos.
 
@@ -269,7 +192,7 @@ def read_tar(path: Path) -> list[Entry]:
         InputError: the tar is missing or damaged, or an entry is malformed.
     """
     try:
-        return list(_tar_entries(path))
+        return Entries.pack(_tar_entries(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (tarfile.TarError, UnicodeDecodeError) as error:
