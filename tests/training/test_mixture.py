@@ -289,6 +289,7 @@ def test_broken_samples_are_replaced_and_told(broken):
     assert whole["weight"] == 1 and whole["total_samples"] == int(whole["sample_index"].max()) + 1 == 6
     told = " ".join(whole["skipped"])
     assert "gone.mp4" in told and "bad.mp4" in told and "more than the model's" in told
+    assert "d.json: entry 5: every answer is empty" in told
     assert dataset[Part(0)]["skipped"] == whole["skipped"]
     parts = [dataset[Part(0, number, 3)] for number in range(3)]
     assert [part["first_sample"] for part in parts] == [0, 2, 4]

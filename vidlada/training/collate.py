@@ -82,7 +82,9 @@ class Collator:
         return batch
 
     def check(self, sample: Sample) -> None:
-        """Raise `InputError` if a sample has more tokens than the model takes."""
+        """Raise `InputError` if a sample has nothing to learn, or more tokens than the model takes."""
+        if not any(answer.strip() for _, answer in sample.exchanges):
+            raise InputError("every answer is empty")
         self.processor.encode(
             messages_of(len(sample.videos), sample.exchanges),
             [len(video) for video in sample.videos],
@@ -237,7 +239,7 @@ class StepDataset:
         }
 
     def _load(self, item: Item, skipped: list[str]) -> Sample | None:
-        """The sample of an item, or of another if it is broken or too long; None if no other was found."""
+        """The sample of an item, or of another if it is broken or unfit; None if no other was found."""
         for attempt in range(MOST_REPLACEMENTS):
             try:
                 sample = self.source.load(item, self.collator.processor.image_size)
