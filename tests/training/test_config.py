@@ -217,10 +217,12 @@ finally:
         ({"stage": {"collate": {"pad_targets": True}}}, "stage a: pad_targets needs a row for every sample"),
         ({"evaluation": {"data": {"kind": "shapes"}, "collate": {"pad_targets": True}}}, "evaluation: pad_targets"),
         ({"output": "run.yaml"}, "is a file"),
+        ({"output": "run", "model": None, "init_from": "run/model"}, "lies in the run's own output, run;"),
     ],
 )
 def test_wrong_configs_are_told_before_torch_is_imported(tmp_path, changes, match):
     path = write(tmp_path, **changes)
+    (tmp_path / "run" / "model").mkdir(parents=True)
     command = [sys.executable, "-c", REFUSE, "train", str(path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert ended.returncode == 2 and match in ended.stderr

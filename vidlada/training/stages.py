@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from vidlada.errors import InputError
@@ -56,6 +57,10 @@ def check_needs(config: TrainingConfig) -> None:
         if config.model is not None and not is_llama(folder):
             raise InputError(
                 f"init_from: {folder} is a whole model already; model goes with a Llama-family language model, or alone"
+            )
+        if folder.resolve().is_relative_to(Path(config.output).resolve()):
+            raise InputError(
+                f"init_from: {folder} lies in the run's own output, {config.output}; choose another output"
             )
         if "text_config" in (config.model or {}):
             raise InputError(f"model: text_config: the language model is that of init_from, {folder}; leave it out")
