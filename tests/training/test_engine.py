@@ -43,7 +43,8 @@ class Stub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.requests, self.fail_at, self.fail_with, self.raw = [], None, 400, None
+        self.requests, self.fail_at, self.fail_with, self.raw = [], None, 401, None
+        self.refuses = lambda body: False
 
     def answer(self, body):
         content = body["messages"][0]["content"]
@@ -64,9 +65,10 @@ class Handler(BaseHTTPRequestHandler):
         failed = stub.fail_at is not None and len(stub.requests) >= stub.fail_at
         if failed and stub.fail_with == 503:
             stub.fail_at = None
+        refused = stub.refuses(body)
         reply = None if stub.raw else {"choices": [{"message": {"content": stub.answer(body)}}]}
-        content = stub.raw or json.dumps({"error": "no"} if failed else reply).encode()
-        self.send_response(stub.fail_with if failed else 200)
+        content = stub.raw or json.dumps({"error": "no"} if failed or refused else reply, indent=1).encode()
+        self.send_response(stub.fail_with if failed else 400 if refused else 200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         with suppress(ConnectionError):  # it may have heard enough
@@ -137,7 +139,7 @@ def test_a_build_keeps_what_needs_the_video_and_has_the_votes(tmp_path, stub, co
 def test_a_build_continues_and_asks_nothing_twice(tmp_path, stub, config):
     stub.fail_at = 12  # in the second segment: the first took 1 + 3 × blind + 2 × 2 votes = 8 requests
     result = build(config)
-    assert result.exit_code == 1 and "status 400" in result.output and "Traceback" not in result.output
+    assert result.exit_code == 1 and "status 401" in result.output and "Traceback" not in result.output
     audit = tmp_path / "out" / "long.audit.jsonl"
     with audit.open("a") as file:
         file.write('{"video": "a.mp4", "segm')  # as a kill leaves it
@@ -149,6 +151,61 @@ def test_a_build_continues_and_asks_nothing_twice(tmp_path, stub, config):
     content = audit.read_text()
     assert build(config).exit_code == 0
     assert audit.read_text() == content and len(stub.requests) - before == 8
+
+
+def audit_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "out" / "long.audit.jsonl").read_text().splitlines()]
+
+
+def test_a_refused_request_is_recorded_and_the_build_goes_on(tmp_path, stub, config):
+    write_video(tmp_path / "videos" / "c.mp4", frames=100)
+    seen = []
+
+    def refuses(body):
+        """The writer's first segment, and the first voter's first question."""
+        seen.append(body["model"])
+        return (body["model"], seen.count(body["model"])) in (("writer", 1), ("first", 1))
+
+    stub.refuses = refuses
+    result = build(config)
+    assert result.exit_code == 0, result.output
+    words = 'refuses: status 400: { "error": "no" }'
+    first, second, *_, last = audit_of(tmp_path)
+    assert (first["candidates"], first["refused"], first["problem"]) == ([], True, f"writer {words}")
+    assert first["prompt"]
+    assert (second["refused"], second["problem"]) == (True, f"first {words}")
+    assert [candidate["verdict"] for candidate in second["candidates"]] == [
+        f"first {words}", "answered without the video", "1 of 2 voters agree",
+    ]  # fmt: skip
+    refused = second["candidates"][0]["asked"][-1]
+    assert (refused["role"], refused["reply"], refused["agrees"]) == ("voter", "", False) and refused["prompt"]
+    assert (last["refused"], last["problem"]) == (False, "")
+    assert len(read_llava(tmp_path / "out" / "long.jsonl")) == 2
+    asked = len(stub.requests)
+    assert build(config).exit_code == 0 and len(stub.requests) == asked
+
+
+@pytest.mark.parametrize("refusals", [1, 3, 20])
+def test_a_build_of_which_all_is_refused_ends_and_can_be_run_again(tmp_path, stub, config, refusals):
+    """The broken video in between neither counts nor breaks the row."""
+    write_video(tmp_path / "videos" / "c.mp4", frames=100)
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "refusals": refusals}))
+    stub.refuses = lambda body: True
+    result = build(config)
+    segments = min(refusals, 4)
+    assert result.exit_code == 1 and f"{segments} segments in a row were refused" in result.output
+    assert len(result.output.splitlines()) == 1 and audit_of(tmp_path) == []
+    assert len(stub.requests) == segments
+    stub.refuses = lambda body: False
+    assert build(config).exit_code == 0
+    assert len(read_llava(tmp_path / "out" / "long.jsonl")) == 4
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 405])
+def test_what_no_other_request_would_fare_better_with_ends_the_build(tmp_path, stub, config, status):
+    stub.fail_at, stub.fail_with = 1, status
+    result = build(config)
+    assert result.exit_code == 1 and f"status {status}" in result.output and len(stub.requests) == 1
 
 
 def test_a_busy_server_is_asked_again(stub, config, tmp_path):

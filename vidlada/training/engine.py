@@ -45,6 +45,8 @@ CHOSEN = (
     re.compile(rf".*?\b(?!A [a-z])([{LETTERS}])\b", re.DOTALL),
 )
 END_OF_THOUGHT = "</think>"  # before it, reasoning models say what is not their reply
+# Statuses that are not about the request: the key, the credit, the address, the load. Another would fare no better.
+NOT_THE_REQUEST = (401, 402, 403, 404, 405, 407, 408, 409, 425, 429)
 REACHED_BY = ("url", "key_variable", "timeout", "tries")  # how an endpoint is called does not change what it says
 WRITE = (
     "These {frames} frames show seconds {start:.0f} to {end:.0f} of a video, in order. Write {questions} "
@@ -120,6 +122,7 @@ class BuildConfig:
         blind_tries: a question is dropped if any of so many blind answers, with the choices in another order each,
             is right.
         seed: of the order of choices.
+        refusals: so many segments in a row of which an endpoint refuses a request end the build.
     """
 
     videos: Path
@@ -134,6 +137,7 @@ class BuildConfig:
     size: Annotated[int, Field(gt=0, multiple_of=2)] = 384
     blind_tries: PositiveInt = 1
     seed: NonNegativeInt = 0
+    refusals: PositiveInt = 20
 
     def __post_init__(self) -> None:
         if self.agreement > len(self.voters):
@@ -149,7 +153,7 @@ class BuildConfig:
             for name in REACHED_BY:
                 del endpoint[name]
         values["voters"] = list(values["voters"])
-        return {name: value for name, value in values.items() if name not in ("videos", "output")}
+        return {name: value for name, value in values.items() if name not in ("videos", "output", "refusals")}
 
     @property
     def audit(self) -> Path:
@@ -172,6 +176,10 @@ class Candidate:
     wrong: list[str]
     asked: list[dict[str, Any]] = field(default_factory=list)
     verdict: str = ""
+
+
+class RefusedError(VidLaDAError):
+    """An endpoint will not answer this one request, as for its content or its size."""
 
 
 def load_build(path: Path) -> BuildConfig:
@@ -216,7 +224,9 @@ def complete(endpoint: Endpoint, prompt: str, segment: Segment | None = None) ->
         segment: shown before the text.
 
     Raises:
-        VidLaDAError: the endpoint refuses the request, or does not answer.
+        RefusedError: it will not answer this request; the message is what it says and not where it is, which may hold
+            a password.
+        VidLaDAError: it does not answer.
     """
     try:
         import httpx2
@@ -246,7 +256,9 @@ def complete(endpoint: Endpoint, prompt: str, segment: Segment | None = None) ->
                         raise httpx2.ReadTimeout(f"no whole reply in {limits}")
             if reply.status_code < 300:
                 return content_of(json.loads(received))
-            problem = f"status {reply.status_code}: {received[:200].decode(errors='replace')}"
+            problem = f"status {reply.status_code}: {' '.join(received[:500].decode(errors='replace').split())}"
+            if 400 <= reply.status_code < 500 and reply.status_code not in NOT_THE_REQUEST:
+                raise RefusedError(f"{endpoint.model} refuses: {problem}")
             if reply.status_code not in (408, 409, 425, 429) and reply.status_code < 500:
                 break
         except httpx2.HTTPError as error:
@@ -308,16 +320,20 @@ def is_unicode(text: str) -> bool:
 
 
 def judge(candidate: Candidate, config: BuildConfig, segment: Segment, seed: Sequence[int]) -> None:
-    """Ask the blind model and the voters; the verdict and every call are kept in the candidate."""
+    """Ask the blind model and the voters; the verdict and every call are kept in the candidate.
+
+    Raises:
+        RefusedError: one of them will not answer.
+    """
 
     def ask(role: str, endpoint: Endpoint, number: int, shown: Segment | None) -> bool:
         prompt, right = with_choices(candidate, endpoint, [*seed, number])
         prompt = WITHOUT * (role == "blind") + prompt
+        call = {"role": role, "model": endpoint.model, "prompt": prompt, "reply": "", "right": right, "agrees": False}
+        candidate.asked.append(call)  # before it is answered: a refused prompt is kept as well
         reply = complete(endpoint, prompt, shown)
         agrees = letter_in(reply) == right
-        candidate.asked.append(
-            {"role": role, "model": endpoint.model, "prompt": prompt, "reply": reply, "right": right, "agrees": agrees}
-        )
+        call.update(reply=reply, agrees=agrees)
         return agrees
 
     if any(ask("blind", config.blind, number, None) for number in range(config.blind_tries)):
@@ -336,7 +352,7 @@ def build_dataset(config: BuildConfig, report: Callable[[str], Any] = print) -> 
 
     Raises:
         InputError: there are no videos, or the output exists and is not from this build, or another is at work on it.
-        VidLaDAError: an endpoint fails, or nothing can be written; what is done so far is kept.
+        VidLaDAError: an endpoint fails or refuses everything, or nothing can be written; what is done so far is kept.
     """
     if not config.videos.is_dir():
         raise InputError(f"videos: {config.videos} is not a folder")
@@ -372,24 +388,53 @@ def audited(
                 "output"
             )
     done = {(record["video"], record["segment"]) for record in records}
+    held: list[dict[str, Any]] = []  # of which nothing is known yet: an endpoint may refuse all there is
+
+    def keep() -> None:
+        for record in held:
+            audit.write(json.dumps(record) + "\n")
+            audit.flush()
+            records.append(record)
+            verdicts = [candidate["verdict"] for candidate in record["candidates"]]
+            report(f"{record['video']} segment {record['segment'] + 1}/{config.segments}: "
+                   f"{verdicts.count('kept')} kept of {len(verdicts)}"
+                   f"{' – ' + record['problem'] if record['problem'] else ''}")  # fmt: skip
+        held.clear()
+
     for number, path in enumerate(videos):
         name = path.relative_to(config.videos).as_posix()
         if all((name, segment) in done for segment in range(config.segments)):
             continue
         for record in video_records(config, path, name, number, done):
-            audit.write(json.dumps(record) + "\n")
-            audit.flush()
-            records.append(record)
-            verdicts = [candidate["verdict"] for candidate in record["candidates"]]
-            report(f"{name} segment {record['segment'] + 1}/{config.segments}: {verdicts.count('kept')} kept "
-                   f"of {len(verdicts)}{' – ' + record['problem'] if record['problem'] else ''}")  # fmt: skip
+            held.append(record)
+            refused = [record for record in held if record["refused"]]
+            if len(refused) >= config.refusals:
+                raise all_refused(refused)
+            if not refused or answered(record):
+                keep()
+    if held and not any(answered(record) for record in records):
+        raise all_refused([record for record in held if record["refused"]])
+    keep()
     return records
+
+
+def answered(record: dict[str, Any]) -> bool:
+    """Whether the endpoints were asked about a segment and refused nothing."""
+    return bool(record["prompt"]) and not record.get("refused")
+
+
+def all_refused(records: Sequence[dict[str, Any]]) -> VidLaDAError:
+    """What ends a build whose requests are refused, not one, but all."""
+    return VidLaDAError(
+        f"{records[-1]['problem']}; {len(records)} segments in a row were refused, and will be asked again: mend the "
+        "cause and run again, or raise refusals"
+    )
 
 
 def video_records(config: BuildConfig, path: Path, name: str, number: int, done: set[tuple[str, int]]) -> Any:
     """Audit records of the segments of one video that are not done; one record says why, if it cannot be read."""
     blank: dict[str, Any] = {"video": name, "candidates": [], "prompt": "", "reply": "", "seconds": [0.0, 0.0],
-                             "settings": config.settings}  # fmt: skip
+                             "refused": False, "settings": config.settings}  # fmt: skip
     sampling = Sampling(max_frames=config.segments * config.frames, force_sample=True)
     try:
         frames = sample_frames(path, sampling, size=config.size)
@@ -405,10 +450,20 @@ def video_records(config: BuildConfig, path: Path, name: str, number: int, done:
         images = frames.images[segment * config.frames : (segment + 1) * config.frames]
         shown = Segment(images, (start, end))
         prompt = WRITE.format(frames=len(images), start=start, end=end, questions=config.questions)
-        reply = complete(config.writer, prompt, shown)
-        candidates = candidates_in(reply)[: config.questions]
+        reply, refusals = "", []
+        candidates: list[Candidate] = []
+        try:
+            reply = complete(config.writer, prompt, shown)
+            candidates = candidates_in(reply)[: config.questions]
+        except RefusedError as error:
+            refusals.append(str(error))
         for place, candidate in enumerate(candidates):
-            judge(candidate, config, shown, [config.seed, number, segment, place])
+            try:
+                judge(candidate, config, shown, [config.seed, number, segment, place])
+            except RefusedError as error:
+                candidate.verdict = str(error)
+                refusals.append(str(error))
+        unusable = "" if candidates else "no usable question in the writer's reply"
         yield {
             **blank,
             "segment": segment,
@@ -416,7 +471,8 @@ def video_records(config: BuildConfig, path: Path, name: str, number: int, done:
             "prompt": prompt,
             "reply": reply,
             "candidates": [vars_of(candidate) for candidate in candidates],
-            "problem": "" if candidates else "no usable question in the writer's reply",
+            "refused": bool(refusals),
+            "problem": refusals[0] if refusals else unusable,
         }
 
 
@@ -460,7 +516,7 @@ def read_audit(path: Path) -> list[dict[str, Any]]:
             file.truncate(len(whole))
     try:
         records = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-        if not all({"video", "segment", "candidates", "settings"} <= set(record) for record in records):
+        if not all({"video", "segment", "prompt", "candidates", "settings"} <= set(record) for record in records):
             raise ValueError("a line is no record of a segment and of the settings it was made with")
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: not an audit file of vidlada data build: {error}") from error
