@@ -13,11 +13,13 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
 from fractions import Fraction
 from functools import cached_property
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, TextIO
@@ -33,7 +35,7 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.mixture import VIDEO_SUFFIXES
 from vidlada.training.samples import STRICT
 from vidlada.training.settings import build, expanded, read_yaml
-from vidlada.video import Sampling, sample_frames
+from vidlada.video import Frames, Sampling, sample_frames
 
 LETTERS = "ABCDEFGH"
 MOST_REPLY_BYTES = 2**24
@@ -48,6 +50,7 @@ END_OF_THOUGHT = "</think>"  # before it, reasoning models say what is not their
 # Statuses that are not about the request: the key, the credit, the address, the load. Another would fare no better.
 NOT_THE_REQUEST = (401, 402, 403, 404, 405, 407, 408, 409, 425, 429)
 REACHED_BY = ("url", "key_variable", "timeout", "tries")  # how an endpoint is called does not change what it says
+NOT_MADE_BY = ("videos", "output", "refusals", "parallel")
 WRITE = (
     "These {frames} frames show seconds {start:.0f} to {end:.0f} of a video, in order. Write {questions} "
     "multiple-choice questions about what happens in them, which nobody can answer without seeing them, and which do "
@@ -123,6 +126,8 @@ class BuildConfig:
             is right.
         seed: of the order of choices.
         refusals: so many segments in a row of which an endpoint refuses a request end the build.
+        parallel: segments worked on at once, each with one request at a time; what is written does not depend on it.
+            A few keep a model of one's own busy and stay below the limits of those that are paid for.
     """
 
     videos: Path
@@ -138,6 +143,7 @@ class BuildConfig:
     blind_tries: PositiveInt = 1
     seed: NonNegativeInt = 0
     refusals: PositiveInt = 20
+    parallel: Annotated[int, Field(gt=0, le=256)] = 4
 
     def __post_init__(self) -> None:
         if self.agreement > len(self.voters):
@@ -153,7 +159,7 @@ class BuildConfig:
             for name in REACHED_BY:
                 del endpoint[name]
         values["voters"] = list(values["voters"])
-        return {name: value for name, value in values.items() if name not in ("videos", "output", "refusals")}
+        return {name: value for name, value in values.items() if name not in NOT_MADE_BY}
 
     @property
     def audit(self) -> Path:
@@ -401,13 +407,11 @@ def audited(
                    f"{' – ' + record['problem'] if record['problem'] else ''}")  # fmt: skip
         held.clear()
 
-    for number, path in enumerate(videos):
-        name = path.relative_to(config.videos).as_posix()
-        if all((name, segment) in done for segment in range(config.segments)):
-            continue
-        for record in video_records(config, path, name, number, done):
+    # concurrent.futures would wait for its threads at exit: an error or Ctrl-C would last as long as a request
+    with ThreadPool(config.parallel) as pool:
+        for record in made(config, videos, done, pool):
             held.append(record)
-            refused = [record for record in held if record["refused"]]
+            refused = [one for one in held if one["refused"]]
             if len(refused) >= config.refusals:
                 raise all_refused(refused)
             if not refused or answered(record):
@@ -431,49 +435,81 @@ def all_refused(records: Sequence[dict[str, Any]]) -> VidLaDAError:
     )
 
 
-def video_records(config: BuildConfig, path: Path, name: str, number: int, done: set[tuple[str, int]]) -> Any:
-    """Audit records of the segments of one video that are not done; one record says why, if it cannot be read."""
-    blank: dict[str, Any] = {"video": name, "candidates": [], "prompt": "", "reply": "", "seconds": [0.0, 0.0],
-                             "refused": False, "settings": config.settings}  # fmt: skip
+def made(
+    config: BuildConfig, videos: Sequence[Path], done: set[tuple[str, int]], pool: ThreadPool
+) -> Iterator[dict[str, Any]]:
+    """Audit records of all segments that are not done, in order; an error of any of them is raised at once."""
+    waiting: deque[AsyncResult[dict[str, Any]]] = deque()
+    errors: list[BaseException] = []
+
+    def first() -> dict[str, Any]:
+        while not waiting[0].ready():
+            if errors:
+                raise errors[0]
+            waiting[0].wait(0.1)  # how late an error of another is seen
+        return waiting.popleft().get()
+
+    most = 2 * config.parallel - 1  # so that one slow segment does not leave the others idle; with 1, one by one
+    for number, path in enumerate(videos):
+        name = path.relative_to(config.videos).as_posix()
+        left = [segment for segment in range(config.segments) if (name, segment) not in done]
+        if not left:
+            continue
+        frames = pool.apply_async(frames_of, (config, path))  # starts before the segments that wait for it
+        for segment in left:
+            work = (config, name, number, segment, frames)
+            waiting.append(pool.apply_async(segment_record, work, error_callback=errors.append))
+            if len(waiting) == most:
+                yield first()
+    while waiting:
+        yield first()
+
+
+def frames_of(config: BuildConfig, path: Path) -> Frames | str:
+    """What is shown of a video, or why it cannot be read."""
     sampling = Sampling(max_frames=config.segments * config.frames, force_sample=True)
     try:
-        frames = sample_frames(path, sampling, size=config.size)
+        return sample_frames(path, sampling, size=config.size)
     except InputError as error:
-        for segment in range(config.segments):
-            if (name, segment) not in done:
-                yield {**blank, "segment": segment, "problem": str(error)}
-        return
-    for segment in range(config.segments):
-        if (name, segment) in done:
-            continue
-        start, end = (frames.info.duration * edge / config.segments for edge in (segment, segment + 1))
-        images = frames.images[segment * config.frames : (segment + 1) * config.frames]
-        shown = Segment(images, (start, end))
-        prompt = WRITE.format(frames=len(images), start=start, end=end, questions=config.questions)
-        reply, refusals = "", []
-        candidates: list[Candidate] = []
+        return str(error)
+
+
+def segment_record(
+    config: BuildConfig, name: str, number: int, segment: int, found: "AsyncResult[Frames | str]"
+) -> dict[str, Any]:
+    """Audit record of a segment of the video of that name and number."""
+    record: dict[str, Any] = {
+        "video": name, "segment": segment, "seconds": [0.0, 0.0], "prompt": "", "reply": "", "candidates": [],
+        "refused": False, "problem": "", "settings": config.settings,
+    }  # fmt: skip
+    frames = found.get()
+    if isinstance(frames, str):
+        return {**record, "problem": frames}
+    start, end = (frames.info.duration * edge / config.segments for edge in (segment, segment + 1))
+    images = frames.images[segment * config.frames : (segment + 1) * config.frames]
+    shown = Segment(images, (start, end))
+    prompt = WRITE.format(frames=len(images), start=start, end=end, questions=config.questions)
+    record.update(seconds=[start, end], prompt=prompt)
+    try:
+        reply = complete(config.writer, prompt, shown)
+    except RefusedError as error:
+        return {**record, "refused": True, "problem": str(error)}
+    candidates = candidates_in(reply)[: config.questions]
+    refusals = []
+    for place, candidate in enumerate(candidates):
         try:
-            reply = complete(config.writer, prompt, shown)
-            candidates = candidates_in(reply)[: config.questions]
+            judge(candidate, config, shown, [config.seed, number, segment, place])
         except RefusedError as error:
+            candidate.verdict = str(error)
             refusals.append(str(error))
-        for place, candidate in enumerate(candidates):
-            try:
-                judge(candidate, config, shown, [config.seed, number, segment, place])
-            except RefusedError as error:
-                candidate.verdict = str(error)
-                refusals.append(str(error))
-        unusable = "" if candidates else "no usable question in the writer's reply"
-        yield {
-            **blank,
-            "segment": segment,
-            "seconds": [start, end],
-            "prompt": prompt,
-            "reply": reply,
-            "candidates": [vars_of(candidate) for candidate in candidates],
-            "refused": bool(refusals),
-            "problem": refusals[0] if refusals else unusable,
-        }
+    unusable = "" if candidates else "no usable question in the writer's reply"
+    return {
+        **record,
+        "reply": reply,
+        "candidates": [vars_of(candidate) for candidate in candidates],
+        "refused": bool(refusals),
+        "problem": refusals[0] if refusals else unusable,
+    }
 
 
 def vars_of(candidate: Candidate) -> dict[str, Any]:
