@@ -24,8 +24,9 @@ from serve.running import running_server
 from vidlada.cli import main
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.shapes.dataset import write_dataset
-from vidlada.training.engine import Candidate, Endpoint, Segment, candidates_in, complete, letter_in, with_choices
+from vidlada.training.endpoints import Endpoint, Segment, complete
 from vidlada.training.mixture import read_llava
+from vidlada.training.questions import Candidate, candidates_in, letter_in, with_choices
 from vidlada.video import Sampling, sample_frames
 
 QUESTIONS = [

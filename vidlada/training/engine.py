@@ -6,49 +6,27 @@ models, each shown the frames, answer as the writer did. Every prompt, reply and
 which the output is made: an interrupted build continues where it was.
 """
 
-import base64
 import fcntl
-import io
 import json
-import os
-import re
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, field
-from dataclasses import dataclass as plain_dataclass
-from fractions import Fraction
-from functools import cached_property
+from dataclasses import asdict
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
-from string import Formatter
-from typing import Annotated, Any, Literal, TextIO
-from urllib.parse import urlsplit
+from typing import Annotated, Any, TextIO
 
-import av
-import numpy as np
-from PIL import Image
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError, VidLaDAError
+from vidlada.training.audit import answered, read_audit, write_entries
+from vidlada.training.endpoints import Endpoint, RefusedError, Segment, complete
 from vidlada.training.mixture import VIDEO_SUFFIXES
+from vidlada.training.questions import Candidate, candidates_in, letter_in, vars_of, with_choices
 from vidlada.training.samples import STRICT
 from vidlada.training.settings import build, expanded, read_yaml
 from vidlada.video import Frames, Sampling, sample_frames
 
-LETTERS = "ABCDEFGH"
-MOST_REPLY_BYTES = 2**24
-# How a reply chooses, the surest first: the letter alone or before its choice, after the word for it, or anywhere,
-# where an article is none.
-CHOSEN = (
-    re.compile(rf"\W*([{LETTERS}])(?=[.:,)\]*]|\W*$)", re.IGNORECASE),
-    re.compile(rf".*\b(?:answer|choice|option)\b\W*(?:is\b)?\W*([{LETTERS}])\b", re.IGNORECASE | re.DOTALL),
-    re.compile(rf".*?\b(?!A [a-z])([{LETTERS}])\b", re.DOTALL),
-)
-END_OF_THOUGHT = "</think>"  # before it, reasoning models say what is not their reply
-# Statuses that are not about the request: the key, the credit, the address, the load. Another would fare no better.
-NOT_THE_REQUEST = (401, 402, 403, 404, 405, 407, 408, 409, 425, 429)
 REACHED_BY = ("url", "key_variable", "timeout", "tries")  # how an endpoint is called does not change what it says
 NOT_MADE_BY = ("videos", "output", "refusals", "parallel")
 WRITE = (
@@ -56,55 +34,7 @@ WRITE = (
     "multiple-choice questions about what happens in them, which nobody can answer without seeing them, and which do "
     'not name the frames. Reply with JSON alone: [{{"question": "…", "answer": "…", "wrong": ["…", "…", "…"]}}]'
 )
-ANSWER = "{question}\n{choices}\nAnswer with the letter of the right choice alone."
-CHOICE = "{letter}. {choice}"
 WITHOUT = "You do not see the video. Guess. "
-
-
-@dataclass(frozen=True, config=STRICT)
-class Endpoint:
-    """A model behind an OpenAI-compatible interface.
-
-    Args:
-        url: up to and without `/chat/completions`, e.g. `http://localhost:8000/v1`.
-        model: its name there.
-        key_variable: environment variable that holds its API key; sent only if set.
-        timeout: seconds for a whole reply.
-        tries: after errors of the network or the server.
-        shown: `frames` as OpenAI's `image_url` parts, or as one `video_url` part (as vLLM and `vidlada serve` take it),
-            for models that were trained on videos.
-        prompt: of a question to be answered, with {question} and {choices}.
-        choice, between: how a choice is written, with {letter} and {choice}, and what stands between two. Small models
-            know one wording alone.
-    """
-
-    url: str
-    model: str
-    key_variable: str = "OPENAI_API_KEY"
-    timeout: PositiveFloat = 120.0
-    tries: PositiveInt = 3
-    shown: Literal["frames", "video"] = "frames"
-    prompt: str = ANSWER
-    choice: str = CHOICE
-    between: str = "\n"
-
-    def __post_init__(self) -> None:
-        try:
-            address = urlsplit(self.url)
-            reachable = address.scheme in ("http", "https") and address.hostname and address.port != 0
-        except ValueError:  # no port that can be
-            reachable = False
-        if not reachable:
-            raise InputError(f"url: {self.url!r} is no address such as http://localhost:8000/v1")
-        for name, template, places in (
-            ("prompt", self.prompt, {"question", "choices"}), ("choice", self.choice, {"letter", "choice"}),
-        ):  # fmt: skip
-            try:
-                found = {place for _, place, _, _ in Formatter().parse(template) if place is not None}
-            except ValueError as error:
-                raise InputError(f"{name}: {template!r}: {error}") from error
-            if found != places:
-                raise InputError(f"{name}: {template!r} must hold {' and '.join(f'{{{p}}}' for p in sorted(places))}")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -167,162 +97,9 @@ class BuildConfig:
         return self.output.with_suffix(".audit.jsonl")
 
 
-@dataclass(config=STRICT)
-class Candidate:
-    """A question on its way.
-
-    Attributes:
-        question, answer, wrong: as written.
-        asked: every call: role, model, prompt, reply, and whether it was right.
-        verdict: `kept`, or why not.
-    """
-
-    question: str
-    answer: str
-    wrong: list[str]
-    asked: list[dict[str, Any]] = field(default_factory=list)
-    verdict: str = ""
-
-
-class RefusedError(VidLaDAError):
-    """An endpoint will not answer this one request, as for its content or its size."""
-
-
 def load_build(path: Path) -> BuildConfig:
     """Read a build from YAML; `InputError` names what is wrong in it."""
     return build(BuildConfig, expanded(read_yaml(path), str(path)), str(path))
-
-
-@plain_dataclass(frozen=True)
-class Segment:
-    """What is shown of a stretch of video.
-
-    Attributes:
-        frames: (frames, height, width, 3).
-        seconds: where it starts and ends.
-    """
-
-    frames: np.ndarray
-    seconds: tuple[float, float]
-
-    def parts(self, shown: Literal["frames", "video"]) -> list[dict[str, Any]]:
-        """As parts of a message."""
-        if shown == "frames":
-            return [{"type": "image_url", "image_url": {"url": url}} for url in self._pictures]
-        return [{"type": "video_url", "video_url": {"url": self._video}}]
-
-    @cached_property
-    def _pictures(self) -> list[str]:
-        return [data_url("image/jpeg", jpeg(frame)) for frame in self.frames]
-
-    @cached_property
-    def _video(self) -> str:
-        rate = Fraction(len(self.frames) / max(self.seconds[1] - self.seconds[0], 0.1)).limit_denominator(1000)
-        return data_url("video/mp4", mp4(self.frames, rate))
-
-
-def complete(endpoint: Endpoint, prompt: str, segment: Segment | None = None) -> str:
-    """A model's reply.
-
-    Args:
-        endpoint: which.
-        prompt: text.
-        segment: shown before the text.
-
-    Raises:
-        RefusedError: it will not answer this request; the message is what it says and not where it is, which may hold
-            a password.
-        VidLaDAError: it does not answer.
-    """
-    try:
-        import httpx2
-    except ImportError as error:
-        raise InputError("vidlada data build needs httpx2: pip install vidlada[train]") from error
-    content: Any = prompt
-    if segment is not None:
-        content = [*segment.parts(endpoint.shown), {"type": "text", "text": prompt}]
-    body = {"model": endpoint.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-    key = os.environ.get(endpoint.key_variable)
-    if key and not (key.isascii() and key.isprintable()):
-        raise InputError(f"{endpoint.key_variable} holds a character that no API key may have, such as a line's end")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    where = f"{endpoint.url.rstrip('/')}/chat/completions"
-    problem = ""
-    for attempt in range(endpoint.tries):
-        if attempt:
-            time.sleep(2**attempt / 2)
-        try:
-            end = time.monotonic() + endpoint.timeout
-            received = bytearray()
-            with httpx2.stream("POST", where, json=body, headers=headers, timeout=endpoint.timeout) as reply:
-                for piece in reply.iter_bytes():
-                    received += piece
-                    if time.monotonic() > end or len(received) > MOST_REPLY_BYTES:
-                        limits = f"{endpoint.timeout:g} seconds and {MOST_REPLY_BYTES >> 20} MB"
-                        raise httpx2.ReadTimeout(f"no whole reply in {limits}")
-            if reply.status_code < 300:
-                return content_of(json.loads(received))
-            problem = f"status {reply.status_code}: {' '.join(received[:500].decode(errors='replace').split())}"
-            if 400 <= reply.status_code < 500 and reply.status_code not in NOT_THE_REQUEST:
-                raise RefusedError(f"{endpoint.model} refuses: {problem}")
-            if reply.status_code not in (408, 409, 425, 429) and reply.status_code < 500:
-                break
-        except httpx2.HTTPError as error:
-            problem = f"{type(error).__name__}: {error}"
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            problem = "its reply is not a chat completion"
-    raise VidLaDAError(f"{where} ({endpoint.model}): {problem}; run again to continue")
-
-
-def content_of(completion: Any) -> str:
-    """What a chat completion says; a model that says nothing has no content."""
-    content = completion["choices"][0]["message"]["content"]
-    if not isinstance(content, str | None):
-        raise TypeError("content is a text")
-    return content or ""
-
-
-def candidates_in(reply: str) -> list[Candidate]:
-    """The questions in a writer's reply; what is not as asked for is left out."""
-    found = re.search(r"\[\s*\{", reply.rpartition(END_OF_THOUGHT)[2])
-    try:
-        values = json.JSONDecoder().raw_decode(found.string, found.start())[0] if found else []
-    except (ValueError, RecursionError):
-        values = []
-    kept = []
-    for value in values:
-        if not isinstance(value, dict):
-            continue
-        question, answer, wrong = (value.get(name) for name in ("question", "answer", "wrong"))
-        texts = [question, answer, *(wrong if isinstance(wrong, list) else [None])]
-        usable = all(isinstance(text, str) and text.strip() and is_unicode(text) for text in texts)
-        if usable and 2 <= len(texts) - 1 <= len(LETTERS) and len(set(texts[1:])) == len(texts) - 1:
-            first, second, *others = (str(text).strip() for text in texts)
-            kept.append(Candidate(first, second, others))
-    return kept
-
-
-def with_choices(candidate: Candidate, endpoint: Endpoint, seed: Sequence[int]) -> tuple[str, str]:
-    """The question with its choices in a random order, worded for an endpoint, and the letter of the right one."""
-    choices = [candidate.answer, *candidate.wrong]
-    order = np.random.default_rng(list(seed)).permutation(len(choices))
-    listed = endpoint.between.join(
-        endpoint.choice.format(letter=letter, choice=choices[place])
-        for letter, place in zip(LETTERS, order, strict=False)
-    )
-    return endpoint.prompt.format(question=candidate.question, choices=listed), LETTERS[order.tolist().index(0)]
-
-
-def letter_in(reply: str) -> str:
-    """The letter a reply chooses; empty if it chooses none."""
-    said = reply.rpartition(END_OF_THOUGHT)[2]
-    found = next(filter(None, (pattern.match(said) for pattern in CHOSEN)), None)
-    return found[1].upper() if found else ""
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be sent and written; JSON can hold halves of characters, which cannot."""
-    return text.encode("utf-8", "ignore").decode() == text
 
 
 def judge(candidate: Candidate, config: BuildConfig, segment: Segment, seed: Sequence[int]) -> None:
@@ -422,11 +199,6 @@ def audited(
     return records
 
 
-def answered(record: dict[str, Any]) -> bool:
-    """Whether the endpoints were asked about a segment and refused nothing."""
-    return bool(record["prompt"]) and not record.get("refused")
-
-
 def all_refused(records: Sequence[dict[str, Any]]) -> VidLaDAError:
     """What ends a build whose requests are refused, not one, but all."""
     return VidLaDAError(
@@ -510,66 +282,3 @@ def segment_record(
         "refused": bool(refusals),
         "problem": refusals[0] if refusals else unusable,
     }
-
-
-def vars_of(candidate: Candidate) -> dict[str, Any]:
-    """Plain values, for JSON."""
-    return {name: getattr(candidate, name) for name in ("question", "answer", "wrong", "asked", "verdict")}
-
-
-def data_url(kind: str, content: bytes) -> str:
-    """A file's content as a URL."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def jpeg(image: np.ndarray) -> bytes:
-    """A frame, (height, width, 3), as a file."""
-    content = io.BytesIO()
-    Image.fromarray(image).save(content, "jpeg", quality=90)
-    return content.getvalue()
-
-
-def mp4(frames: np.ndarray, rate: Fraction) -> bytes:
-    """Frames, (frames, height, width, 3), as an H.264 file of so many a second."""
-    content = io.BytesIO()
-    with av.open(content, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    return content.getvalue()
-
-
-def read_audit(path: Path) -> list[dict[str, Any]]:
-    """Records of an earlier run; a last line cut short by a kill is removed from the file."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    try:
-        records = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-        if not all({"video", "segment", "prompt", "candidates", "settings"} <= set(record) for record in records):
-            raise ValueError("a line is no record of a segment and of the settings it was made with")
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: not an audit file of vidlada data build: {error}") from error
-    return records
-
-
-def write_entries(path: Path, records: list[dict[str, Any]]) -> None:
-    """The kept questions as LLaVA entries."""
-    lines = []
-    for record in records:
-        kept = [candidate for candidate in record["candidates"] if candidate["verdict"] == "kept"]
-        for number, candidate in enumerate(kept):
-            entry_id = f"{record['video']}-{record['segment']}-{number}"
-            prompt = {"from": "human", "value": f"<image>\n{candidate['question']}"}
-            answer = {"from": "gpt", "value": candidate["answer"]}
-            entry = {"id": entry_id, "video": record["video"], "conversations": [prompt, answer]}
-            lines.append(json.dumps({**entry, "seconds": record["seconds"], "wrong": candidate["wrong"]}))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
