@@ -2,9 +2,13 @@
 
 import base64
 import fcntl
+import itertools
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -20,8 +24,9 @@ from serve.running import running_server
 from vidlada.cli import main
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.shapes.dataset import write_dataset
-from vidlada.training.engine import Candidate, Endpoint, Segment, candidates_in, complete, letter_in, with_choices
+from vidlada.training.endpoints import Endpoint, Segment, complete
 from vidlada.training.mixture import read_llava
+from vidlada.training.questions import Candidate, candidates_in, letter_in, with_choices
 from vidlada.video import Sampling, sample_frames
 
 QUESTIONS = [
@@ -43,7 +48,8 @@ class Stub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.requests, self.fail_at, self.fail_with, self.raw = [], None, 400, None
+        self.requests, self.fail_at, self.fail_with, self.raw = [], None, 401, None
+        self.refuses, self.wait = lambda body: False, lambda body: None
 
     def answer(self, body):
         content = body["messages"][0]["content"]
@@ -61,12 +67,14 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         stub = self.server
         stub.requests.append((self.path, self.headers.get("Authorization"), body))
+        stub.wait(body)
         failed = stub.fail_at is not None and len(stub.requests) >= stub.fail_at
         if failed and stub.fail_with == 503:
             stub.fail_at = None
+        refused = stub.refuses(body)
         reply = None if stub.raw else {"choices": [{"message": {"content": stub.answer(body)}}]}
-        content = stub.raw or json.dumps({"error": "no"} if failed else reply).encode()
-        self.send_response(stub.fail_with if failed else 200)
+        content = stub.raw or json.dumps({"error": "no"} if failed or refused else reply, indent=1).encode()
+        self.send_response(stub.fail_with if failed else 400 if refused else 200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         with suppress(ConnectionError):  # it may have heard enough
@@ -98,7 +106,7 @@ def config(tmp_path, stub):
     values = {
         "videos": str(videos), "output": str(tmp_path / "out" / "long.jsonl"), "segments": 2, "frames": 3, "size": 32,
         "writer": endpoint("writer"), "blind": endpoint("blind"),
-        "voters": [endpoint("first"), endpoint("second")], "agreement": 2,
+        "voters": [endpoint("first"), endpoint("second")], "agreement": 2, "parallel": 1,
     }  # fmt: skip
     path = tmp_path / "build.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -137,7 +145,7 @@ def test_a_build_keeps_what_needs_the_video_and_has_the_votes(tmp_path, stub, co
 def test_a_build_continues_and_asks_nothing_twice(tmp_path, stub, config):
     stub.fail_at = 12  # in the second segment: the first took 1 + 3 × blind + 2 × 2 votes = 8 requests
     result = build(config)
-    assert result.exit_code == 1 and "status 400" in result.output and "Traceback" not in result.output
+    assert result.exit_code == 1 and "status 401" in result.output and "Traceback" not in result.output
     audit = tmp_path / "out" / "long.audit.jsonl"
     with audit.open("a") as file:
         file.write('{"video": "a.mp4", "segm')  # as a kill leaves it
@@ -149,6 +157,144 @@ def test_a_build_continues_and_asks_nothing_twice(tmp_path, stub, config):
     content = audit.read_text()
     assert build(config).exit_code == 0
     assert audit.read_text() == content and len(stub.requests) - before == 8
+
+
+def audit_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "out" / "long.audit.jsonl").read_text().splitlines()]
+
+
+def test_a_refused_request_is_recorded_and_the_build_goes_on(tmp_path, stub, config):
+    write_video(tmp_path / "videos" / "c.mp4", frames=100)
+    seen = []
+
+    def refuses(body):
+        """The writer's first segment, and the first voter's first question."""
+        seen.append(body["model"])
+        return (body["model"], seen.count(body["model"])) in (("writer", 1), ("first", 1))
+
+    stub.refuses = refuses
+    result = build(config)
+    assert result.exit_code == 0, result.output
+    words = 'refuses: status 400: { "error": "no" }'
+    first, second, *_, last = audit_of(tmp_path)
+    assert (first["candidates"], first["refused"], first["problem"]) == ([], True, f"writer {words}")
+    assert first["prompt"]
+    assert (second["refused"], second["problem"]) == (True, f"first {words}")
+    assert [candidate["verdict"] for candidate in second["candidates"]] == [
+        f"first {words}", "answered without the video", "1 of 2 voters agree",
+    ]  # fmt: skip
+    refused = second["candidates"][0]["asked"][-1]
+    assert (refused["role"], refused["reply"], refused["agrees"]) == ("voter", "", False) and refused["prompt"]
+    assert (last["refused"], last["problem"]) == (False, "")
+    assert len(read_llava(tmp_path / "out" / "long.jsonl")) == 2
+    asked = len(stub.requests)
+    assert build(config).exit_code == 0 and len(stub.requests) == asked
+
+
+@pytest.mark.parametrize("refusals", [1, 3, 20])
+def test_a_build_of_which_all_is_refused_ends_and_can_be_run_again(tmp_path, stub, config, refusals):
+    """The broken video in between neither counts nor breaks the row."""
+    write_video(tmp_path / "videos" / "c.mp4", frames=100)
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "refusals": refusals}))
+    stub.refuses = lambda body: True
+    result = build(config)
+    segments = min(refusals, 4)
+    assert result.exit_code == 1 and f"{segments} segments in a row were refused" in result.output
+    assert len(result.output.splitlines()) == 1 and audit_of(tmp_path) == []
+    assert len(stub.requests) == segments
+    stub.refuses = lambda body: False
+    assert build(config).exit_code == 0
+    assert len(read_llava(tmp_path / "out" / "long.jsonl")) == 4
+
+
+@pytest.fixture
+def four_at_once(tmp_path, config):
+    """The same build, of three readable videos and a broken one."""
+    for name in ("c.mp4", "d.mp4"):
+        write_video(tmp_path / "videos" / name, frames=100)
+    values = yaml.safe_load(config.read_text())
+    path = tmp_path / "four.yaml"
+    path.write_text(yaml.safe_dump({**values, "parallel": 4, "output": str(tmp_path / "four" / "long.jsonl")}))
+    return path
+
+
+def test_segments_worked_on_at_once_write_the_same_files(tmp_path, stub, config, four_at_once):
+    assert build(config).exit_code == 0
+    number, lock, at_once = 0, threading.Lock(), [0]
+
+    def wait(body):
+        """The earlier a request, the longer: what is asked later is answered first."""
+        nonlocal number
+        with lock:
+            number += 1
+            delay = 0.3 / number
+            at_once.append(at_once[-1] + 1)
+        time.sleep(delay)
+        with lock:
+            at_once.append(at_once[-1] - 1)
+
+    stub.wait = wait
+    assert build(four_at_once).exit_code == 0
+    for name in ("long.jsonl", "long.audit.jsonl"):
+        assert (tmp_path / "four" / name).read_text() == (tmp_path / "out" / name).read_text()
+    assert 1 < max(at_once) <= 4
+
+
+def test_an_error_of_one_segment_ends_all_at_once(tmp_path, stub, config, four_at_once):
+    """Requests of the others, which are not answered, are not waited for, even of those before it."""
+    release, turns = threading.Event(), itertools.count()
+
+    def wait(body):
+        turn = next(turns)
+        if turn == 18:
+            stub.fail_at = 1
+        elif turn > 15:
+            release.wait(60)
+
+    stub.wait = wait
+    start = time.monotonic()
+    result = build(four_at_once)
+    release.set()
+    assert time.monotonic() - start < 10
+    assert result.exit_code == 1 and "status 401" in result.output and "Traceback" not in result.output
+    stub.fail_at, stub.wait = None, lambda body: None
+    assert build(four_at_once).exit_code == 0 and build(config).exit_code == 0
+    for name in ("long.jsonl", "long.audit.jsonl"):
+        assert (tmp_path / "four" / name).read_text() == (tmp_path / "out" / name).read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_build_in_a_moment(tmp_path, stub, config, four_at_once, number):
+    """Although no endpoint answers; it then continues to the same files."""
+    waiting, release = threading.Semaphore(0), threading.Event()
+
+    def wait(body):
+        if len(stub.requests) > 12:
+            waiting.release()
+            release.wait(60)
+
+    stub.wait = wait
+    command = [sys.executable, "-m", "vidlada", "data", "build", str(four_at_once)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        for _ in range(4):
+            assert waiting.acquire(timeout=60)
+        start = time.monotonic()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert time.monotonic() - start < 5 and "Traceback" not in said
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: -signal.SIGTERM}[number]
+    release.set()
+    stub.wait = lambda body: None
+    assert build(four_at_once).exit_code == 0 and build(config).exit_code == 0
+    for name in ("long.jsonl", "long.audit.jsonl"):
+        assert (tmp_path / "four" / name).read_text() == (tmp_path / "out" / name).read_text()
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 405])
+def test_what_no_other_request_would_fare_better_with_ends_the_build(tmp_path, stub, config, status):
+    stub.fail_at, stub.fail_with = 1, status
+    result = build(config)
+    assert result.exit_code == 1 and f"status {status}" in result.output and len(stub.requests) == 1
 
 
 def test_a_busy_server_is_asked_again(stub, config, tmp_path):
@@ -168,6 +314,7 @@ def test_wrong_builds_are_named(tmp_path, config):
         ({"blind": {"url": "http://localhost:80000/v1", "model": "m"}}, "url: .*no address"),
         ({"output": str(tmp_path / "out.json")}, r"output: .*\.jsonl"),
         ({"size": 33}, "size: .*multiple of 2"),
+        ({"parallel": 0}, "parallel: .*greater than 0"),
     ):
         config.write_text(yaml.safe_dump({**values, **change}))
         result = build(config)
