@@ -18,9 +18,10 @@ ask: $(VENV)/ready
 test: $(VENV)/ready-dev
 	$(BIN)/pytest
 
-# The same with DeepSpeed, trackers and SmolLM2, which are else skipped; DeepSpeed's need a C++ compiler.
+# The same, two files at a time, with DeepSpeed, trackers and SmolLM2, which are else skipped; DeepSpeed's need a C++
+# compiler.
 test-all: $(VENV)/ready-all
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
