@@ -1,16 +1,13 @@
 """Configuration of the model, validated on construction."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, SiglipVisionConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-
-NewlinePosition = Literal["grid", "frame", "one_token", "no_token"]
-PoolMode = Literal["bilinear", "average", "max"]
+from vidlada.layout import NewlinePosition, PoolMode, check_division
 
 
 @strict
@@ -33,15 +30,8 @@ class VidLaDATextConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"num_attention_heads {self.num_attention_heads} is not divisible by "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+        check_division(self, "hidden_size", "num_attention_heads")
+        check_division(self, "num_attention_heads", "num_key_value_heads")
 
     @property
     def head_dim(self) -> int:

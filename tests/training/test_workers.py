@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from serve.running import wait_for
 
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.collate import Part
@@ -54,7 +55,7 @@ def test_batches_come_in_order_from_all_workers(tmp_path):
 def test_workers_are_not_far_ahead(tmp_path):
     with closing(prepared_batches(Steps(tmp_path), PARTS, 2)) as batches:
         next(batches)
-        wait_for(lambda: len(list(tmp_path.iterdir())) == 2 * AHEAD + 1)
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 2 * AHEAD + 1, 20)
         time.sleep(0.2)
         assert len(list(tmp_path.iterdir())) == 2 * AHEAD + 1
     assert not multiprocessing.active_children()
@@ -103,17 +104,10 @@ def test_no_worker_outlives_a_killed_run(tmp_path):
     process.start()
     process.join(20)
     for worker in (tmp_path / "workers").read_text().split():
-        wait_for(lambda worker=worker: not alive(worker))
+        wait_for(lambda worker=worker: not alive(worker), 20)
 
 
 def alive(process):
     """Whether a process runs; one that nobody has waited for yet has ended too."""
     status = Path(f"/proc/{process}/stat")
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def wait_for(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)

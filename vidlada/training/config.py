@@ -232,6 +232,13 @@ class TrainingConfig:
                     raise InputError(f"stage {stage.name}: lora freezes the {part}; leave {part}_learning_rate out")
 
     @property
+    def new_model(self) -> dict[str, Any]:
+        """Arguments of a new model, or of what is new beside a Llama-family one: by default no vision."""
+        if self.init_from is not None and not self.model:
+            return {"text_only": True}
+        return self.model or {}
+
+    @property
     def total_steps(self) -> int:
         """Steps of all stages."""
         return sum(stage.length for stage in self.stages)

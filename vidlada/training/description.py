@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
+from vidlada.layout import NewlinePosition, PoolMode, check_division
 from vidlada.training.samples import STRICT
 from vidlada.training.settings import build
 
@@ -61,8 +62,8 @@ class ModelDescription:
     text_config: TextDescription | None = None
     vision_config: VisionDescription | None = None
     spatial_pool_stride: PositiveInt | None = None
-    spatial_pool_mode: Literal["bilinear", "average", "max"] | None = None
-    newline_position: Literal["grid", "frame", "one_token", "no_token"] | None = None
+    spatial_pool_mode: PoolMode | None = None
+    newline_position: NewlinePosition | None = None
     max_length: PositiveInt | None = None
     system_message: str | None = None
     generation: dict[str, Any] | None = None
@@ -85,10 +86,3 @@ def described(values: dict[str, Any]) -> dict[str, Any]:
 def without_none(entries: list[tuple[str, Any]]) -> dict[str, Any]:
     """Entries that are given."""
     return {name: value for name, value in entries if value is not None}
-
-
-def check_division(description: Any, whole: str, parts: str) -> None:
-    """Refuse a size that is given with a number of parts that does not divide it."""
-    size, count = getattr(description, whole), getattr(description, parts)
-    if size is not None and count is not None and size % count:
-        raise InputError(f"{whole} {size} is not divisible by {parts} {count}")

@@ -22,8 +22,9 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.samples import STRICT
 
 MOST_REPLY_BYTES = 2**24
+LOAD = (408, 409, 425, 429)  # statuses that may be others a moment later, as may all from 500 on
 # Statuses that are not about the request: the key, the credit, the address, the load. Another would fare no better.
-NOT_THE_REQUEST = (401, 402, 403, 404, 405, 407, 408, 409, 425, 429)
+NOT_THE_REQUEST = (401, 402, 403, 404, 405, 407, *LOAD)
 ANSWER = "{question}\n{choices}\nAnswer with the letter of the right choice alone."
 CHOICE = "{letter}. {choice}"
 
@@ -150,7 +151,7 @@ def complete(endpoint: Endpoint, prompt: str, segment: Segment | None = None) ->
             problem = f"status {reply.status_code}: {' '.join(received[:500].decode(errors='replace').split())}"
             if 400 <= reply.status_code < 500 and reply.status_code not in NOT_THE_REQUEST:
                 raise RefusedError(f"{endpoint.model} refuses: {problem}")
-            if reply.status_code not in (408, 409, 425, 429) and reply.status_code < 500:
+            if reply.status_code not in LOAD and reply.status_code < 500:
                 break
         except httpx2.HTTPError as error:
             problem = f"{type(error).__name__}: {error}"

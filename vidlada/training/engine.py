@@ -22,7 +22,7 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.audit import answered, read_audit, write_entries
 from vidlada.training.endpoints import Endpoint, RefusedError, Segment, complete
 from vidlada.training.mixture import VIDEO_SUFFIXES
-from vidlada.training.questions import Candidate, candidates_in, letter_in, vars_of, with_choices
+from vidlada.training.questions import Candidate, candidates_in, letter_in, with_choices
 from vidlada.training.samples import STRICT
 from vidlada.training.settings import build, expanded, read_yaml
 from vidlada.video import Frames, Sampling, sample_frames
@@ -278,7 +278,7 @@ def segment_record(
     return {
         **record,
         "reply": reply,
-        "candidates": [vars_of(candidate) for candidate in candidates],
+        "candidates": [asdict(candidate) for candidate in candidates],
         "refused": bool(refusals),
         "problem": refusals[0] if refusals else unusable,
     }

@@ -35,13 +35,12 @@ def starting_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaD
     from vidlada.training.adapt import adapted_llama
 
     if config.init_from is None:
-        assert config.model is not None
-        model, processor = new_model(config.model, config.seed)
+        model, processor = new_model(config.new_model, config.seed)
         initialize(model)
         return model, processor
     folder = origin(config.init_from)
     if is_llama(folder):
-        return adapted_llama(folder, config.model or {"text_only": True}, config.seed)
+        return adapted_llama(folder, config.new_model, config.seed)
     from vidlada.checkpoint import describe, load_model, load_tokenizer
 
     # frozen weights under adapters keep their stored type, where autocast bridges it; what is trained is float32
@@ -81,7 +80,7 @@ def starting_processor(config: TrainingConfig) -> VidLaDAProcessor:
 def starting_config(config: TrainingConfig) -> VidLaDAConfig:
     """The configuration of the model a run starts from, without its weights."""
     if config.init_from is None or is_llama(origin(config.init_from)):
-        return described_config(config.model or {"text_only": True})
+        return described_config(config.new_model)
     from vidlada.checkpoint import describe, read_json
 
     folder = origin(config.init_from)

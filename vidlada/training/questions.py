@@ -81,8 +81,3 @@ def letter_in(reply: str) -> str:
 def is_unicode(text: str) -> bool:
     """Whether a text can be sent and written; JSON can hold halves of characters, which cannot."""
     return text.encode("utf-8", "ignore").decode() == text
-
-
-def vars_of(candidate: Candidate) -> dict[str, Any]:
-    """Plain values, for JSON."""
-    return {name: getattr(candidate, name) for name in ("question", "answer", "wrong", "asked", "verdict")}

@@ -43,10 +43,12 @@ def prepared(config: TrainingConfig) -> PreparedRun:
     check_needs(config)
     sources = stage_sources(config)
     held_out = evaluation_source(config)
+    describes = config.init_from is None or is_llama(origin(config.init_from))  # else the checkpoint says it all
+    text_only = describes and config.new_model.get("text_only", False)
     for stage, source in zip(config.stages, sources, strict=True):
-        check_fit(config, f"stage {stage.name}", stage.collate, source)
+        check_fit(f"stage {stage.name}", stage.collate, source, text_only)
     if config.evaluation is not None and held_out is not None:
-        check_fit(config, "evaluation", config.evaluation.collate, held_out)
+        check_fit("evaluation", config.evaluation.collate, held_out, text_only)
     return PreparedRun(resolved(config, sources), sources, held_out)
 
 
@@ -74,22 +76,17 @@ def check_needs(config: TrainingConfig) -> None:
             raise InputError(f"{setting} needs {package}, which is not installed: pip install {package}")
 
 
-def check_fit(config: TrainingConfig, where: str, collate: CollateSettings, source: Source) -> None:
+def check_fit(where: str, collate: CollateSettings, source: Source, text_only: bool) -> None:
     """Refuse samples that a run's new model or its collate settings cannot take.
 
     Args:
-        config: of the run.
         where: what errors call the stage.
         collate: of the stage.
         source: of its samples.
+        text_only: the new model has no vision.
     """
     if collate.pad_targets and source.shares_rows:
         raise InputError(f"{where}: pad_targets needs a row for every sample; with kind: shapes set questions: 1")
-    if config.model is None:
-        assert config.init_from is not None
-        text_only = is_llama(origin(config.init_from))
-    else:
-        text_only = config.model.get("text_only", False)
     if text_only and source.has_videos:
         raise InputError(
             f"{where}: the model has no vision (text_only), but its data have videos or images; describe a "
