@@ -337,7 +337,7 @@ def test_a_further_question_reuses_the_frames(cache):
     denoiser.step()
     kv_cache = denoiser.rows[0].caches[0].kv_cache
     probed = 8 if "drift" in cache else 0
-    assert kv_cache.work == [len(index) + 16 - 15 + probed] * len(kv_cache.work)
+    assert kv_cache.computed == [len(index) + 16 - 15 + probed] * len(kv_cache.computed)
     kept = (kv_cache.keys[:, :, 3:18] == left.visual.keys).all(-1).all(0).all(0)
     assert kept.sum() >= 15 - probed
 
