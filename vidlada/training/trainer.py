@@ -283,7 +283,9 @@ class Run:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def batches(self, source: Source, collate: CollateSettings, number: int, steps: range) -> Generator[dict[str, Any]]:
+    def stage_batches(
+        self, source: Source, collate: CollateSettings, number: int, steps: range
+    ) -> Generator[dict[str, Any]]:
         """Batches of this process's parts of some steps.
 
         Args:
@@ -305,7 +307,7 @@ class Run:
         for number, (stage, source) in enumerate(zip(self.config.stages, self.sources, strict=True)):
             steps = range(max(0, first - start), stage.length)
             if len(steps):
-                with closing(self.batches(source, stage.collate, number, steps)) as batches:
+                with closing(self.stage_batches(source, stage.collate, number, steps)) as batches:
                     for within in steps:
                         head = next(batches)
                         passes = head["parts"] // self.accelerator.num_processes
@@ -460,7 +462,7 @@ class Run:
         self.model.eval()
         loss = 0.0
         steps = range(config.evaluation.steps)
-        with closing(self.batches(self.held_out, config.evaluation.collate, EVALUATION, steps)) as batches:
+        with closing(self.stage_batches(self.held_out, config.evaluation.collate, EVALUATION, steps)) as batches:
             for batch in batches:
                 loss += float(self.loss(batch, batch["step"], stream=EVALUATION))
                 self.note_skipped(done, batch["skipped"])
