@@ -9,14 +9,16 @@ from vidlada.cli.options import one_line_errors, without_progress_bars
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config")
 @click.option("--output", help="Folder of checkpoints, logs and the model, instead of the config's.")
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in the output folder.")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in the output folder.")
 @click.option("--dry-run", is_flag=True, help="Check config and data files, print the schedule, train nothing.")
 @one_line_errors
-def train(config: Path, output: str | None, resume: bool, overwrite: bool, dry_run: bool) -> None:
-    """Train as CONFIG (YAML) says. An interrupted run continues with --resume, on the same curve.
+def train(config: str, output: str | None, resume: bool, overwrite: bool, dry_run: bool) -> None:
+    """Train as CONFIG says: a YAML file, or the name of one in the package, e.g. tiny.
+
+    An interrupted run continues with --resume, on the same curve.
 
     Several processes: torchrun --nproc-per-node N -m vidlada train CONFIG, or accelerate launch.
     """

@@ -17,6 +17,9 @@ ModelPart = Literal["tower", "projector", "language_model"]
 LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a layer
 
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
 @dataclass(frozen=True, config=STRICT)
 class CollateSettings:
     """How samples become tensors.
@@ -267,16 +270,26 @@ class TrainingConfig:
         return rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
 
-def load_config(path: Path, output: str | None = None) -> TrainingConfig:
+def config_path(name: str | Path) -> Path:
+    """A run description by its path, or by the name of one in the package: `tiny` is `configs/tiny.yaml` there."""
+    packaged = CONFIGS / f"{name}.yaml"
+    return packaged if not Path(name).exists() and packaged.is_file() else Path(name)
+
+
+def load_config(path: str | Path, output: str | None = None) -> TrainingConfig:
     """Read a YAML run description.
 
     Args:
-        path: the file.
+        path: the file, or the name of one in the package.
         output: overrides the file's own `output`.
 
     Raises:
         InputError: the file is missing or malformed, or an entry is unknown or invalid.
     """
+    path = config_path(path)
+    if not path.exists() and path.suffix == "":
+        names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise InputError(f"{path}: no such file, and not one of the package's own: {names}")
     values = expanded(read_yaml(path), str(path))
     if output is not None:
         values["output"] = output
