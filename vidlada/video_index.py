@@ -21,7 +21,7 @@ MOST_MISSING = 0.02  # share of the announced length a readable file may lack be
 STATES_ITS_LENGTH = frozenset({"mov", "matroska", "avi", "asf"})  # a file that `is_cut` denies is whole
 HEADERLESS = frozenset({"mpegts", "mpeg"})
 RESTARTING_CLOCKS = frozenset({"mpegts", "mpeg", "flv", "matroska"})  # joined recordings begin again at 0
-JUMPING_CLOCK, JUMP_SECONDS, JUMP_INTERVALS = "mpegts", 10.0, 100.0
+JUMPING_CLOCK, JUMP_SECONDS = "mpegts", 3600.0  # a pause may be long; a broadcast that joins another jumps further
 UNTIMED_REORDERING = {"h264": frozenset({5}), "hevc": frozenset({20})}  # NAL types every later frame is shown after
 NAL_START = re.compile(b"\\0\\0\\x01(.)", re.DOTALL)
 NAL_TYPE = {"h264": (0, 0x1F), "hevc": (1, 0x3F)}
@@ -187,7 +187,7 @@ def _timeline(path: Path, container: InputContainer, stream: VideoStream, packet
     if ordered:
         numbers, stamps = np.flatnonzero(shown), packets.dts[shown]
         if (stamps == UNKNOWN).any():
-            rate = next(iter(_stated_rates(stream)), 25.0)
+            rate = float(stream.codec_context.framerate or stream.guessed_rate or 25)
             stamps, unit = np.arange(len(numbers)), 1 / rate
         stamps = np.sort(stamps)
         starts = np.flatnonzero(np.isin(numbers, packets.restarts))
@@ -262,8 +262,7 @@ def _parts(container: InputContainer, packets: Packets, unit: float) -> list[tup
     steps = np.diff(packets.dts[known])
     breaks = steps < 0
     if name == JUMPING_CLOCK:
-        usual = float(np.median(steps)) * unit
-        breaks |= steps * unit > max(JUMP_SECONDS, JUMP_INTERVALS * usual)
+        breaks |= steps * unit > JUMP_SECONDS
     edges = [packets.first, *(edge for edge in known[1:][breaks].tolist() if edge > packets.first), len(packets)]
     return list(pairwise(edges))
 
