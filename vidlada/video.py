@@ -33,7 +33,7 @@ from vidlada.images import (
     read_images,
 )
 from vidlada.truncation import is_cut
-from vidlada.video_decoding import decode_frames
+from vidlada.video_decoding import LateStartError, WrongTimesError, decode_frames
 from vidlada.video_index import Timeline, VideoInfo, index_file, rate_of
 
 __all__ = ["IMAGE_SUFFIXES", "Frames", "Sampling", "VideoInfo", "natural_order", "probe", "sample_frames"]
@@ -163,25 +163,47 @@ def sample_frames(
     path = _existing(source)
     if _is_picture(path):
         pictures = _Pictures(path)
-        info, seconds = pictures.info, pictures.seconds
-        constant = rate_of(seconds, [info.fps])[1]
-        indices = [0] if pictures.is_still else choose_frames(seconds, info, constant, sampling)
+        constant = rate_of(pictures.seconds, [pictures.info.fps])[1]
+        wanted = [0] if pictures.is_still else choose_frames(pictures.seconds, pictures.info, constant, sampling)
         read = partial(pictures.read, sampling.background)
-    else:
-        stream, timeline = _index(path)
-        info, seconds = timeline.info, timeline.seconds
-        indices = choose_frames(seconds, info, timeline.constant, sampling)
+        return _frames(pictures.info, pictures.seconds, wanted, read, size, check)
+    stream, timeline = _index(path)
+    while True:
+        wanted = choose_frames(timeline.seconds, timeline.info, timeline.constant, sampling)
         read = partial(_decode, path, stream, timeline, BACKGROUNDS[sampling.background])
+        try:
+            return _frames(timeline.info, timeline.seconds, wanted, read, size, check)
+        except WrongTimesError:
+            timeline = timeline.counted()
+        except LateStartError as late:
+            timeline = timeline.starting_at(late.number)
+
+
+def _frames(
+    info: VideoInfo,
+    seconds: np.ndarray,
+    wanted: Sequence[int],
+    read: Callable[[Sequence[int]], Iterator[tuple[int, np.ndarray]]],
+    size: int | None,
+    check: Check | None,
+) -> Frames:
+    """Read, resize and collect the wanted frames of a source.
+
+    Args:
+        info: of the source.
+        seconds: (all frames,) when each is shown.
+        wanted: numbers of frames, ascending; the same may come several times.
+        read: gives for each of some numbers, each once, the number of the frame that is shown, and its picture.
+        size, check: as for `sample_frames`.
+    """
     if check is not None:
-        check(info, len(indices))
-    wanted = sorted(set(indices))
-    found = {
-        number: (shown, _resized(image, size)) for number, (shown, image) in zip(wanted, read(wanted), strict=True)
-    }
-    images = [found[number][1] for number in indices]
+        check(info, len(wanted))
+    each = sorted(set(wanted))
+    found = {number: (shown, _resized(image, size)) for number, (shown, image) in zip(each, read(each), strict=True)}
+    images = [found[number][1] for number in wanted]
     if len({image.shape for image in images}) > 1:
-        raise InputError(f"{path}: its pictures differ in size; give a size to resize them to")
-    shown = [found[number][0] for number in indices]
+        raise InputError(f"{info.path}: its pictures differ in size; give a size to resize them to")
+    shown = [found[number][0] for number in wanted]
     return Frames(np.stack(images), tuple(seconds[shown].tolist()), tuple(shown), info)
 
 

@@ -22,10 +22,27 @@ FRAMELESS = 2  # packets in a row that may give no frame of their own in a sound
 
 Opener = Callable[[], AbstractContextManager[tuple[InputContainer, VideoStream]]]
 NumberedFrame = tuple[int, av.VideoFrame]
+MOST_DISORDER = 3  # frames that may leave the decoder too late, as the first of a stream do, before its times are wrong
 
 
 class LostError(Exception):
     """A seek was refused or led past its target, or decoding from a key picture does not give the wanted frame."""
+
+
+class WrongTimesError(Exception):
+    """Frames leave the decoder in another order than their time stamps say."""
+
+
+class LateStartError(Exception):
+    """A recording begins with frames that cannot be decoded.
+
+    Args:
+        number: of the first frame that can.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 def decode_frames(opener: Opener, timeline: Timeline, wanted: Sequence[int]) -> Iterator[NumberedFrame]:
@@ -42,6 +59,7 @@ def decode_frames(opener: Opener, timeline: Timeline, wanted: Sequence[int]) -> 
 
     Raises:
         InputError: too much before a wanted frame cannot be decoded.
+        WrongTimesError, LateStartError: the timeline is not right; see `Timeline.counted` and `Timeline.starting_at`.
     """
     readers: list[type[Reader]] = [SkippingReader, Reader]
     if timeline.stamps is not None:
@@ -86,6 +104,8 @@ class Reader:
             self.advance(number)
             if not self.found(number):
                 self.retry(number)
+            if self.shown is None and self.ahead is not None and self.timeline.begins_anywhere:
+                raise LateStartError(self.ahead[0])
             if self.shown is None or self.too_far(number):
                 path, seconds = self.timeline.info.path, self.timeline.seconds[number]
                 raise InputError(f"{path}: the frame at {seconds:.2f} s cannot be decoded; it is damaged")
@@ -143,7 +163,7 @@ class Reader:
 
     def decode(self, start: int) -> Iterator[NumberedFrame]:
         """Frames from a packet on, which is the next to be read."""
-        count = int(self.frame_of[start])
+        count, last, disorder = int(self.frame_of[start]), -1, 0
         for label, frame in self.labelled_frames():
             if label < 0:
                 continue
@@ -153,6 +173,10 @@ class Reader:
                 yield count, frame
                 count += 1
             elif number >= 0:
+                disorder += number < last
+                if disorder > MOST_DISORDER:
+                    raise WrongTimesError
+                last = number
                 yield number, frame
 
     def labelled_frames(self) -> Iterator[tuple[int, av.VideoFrame]]:

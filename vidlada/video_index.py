@@ -93,6 +93,7 @@ class Timeline:
         seek_to: (all packets,) the times that seeks are asked for.
         ordered: the file does not say in which order its packets are shown: frames are counted as they leave the
             decoder.
+        begins_anywhere: recordings in this container may begin between key pictures.
     """
 
     info: VideoInfo
@@ -104,6 +105,21 @@ class Timeline:
     stamps: np.ndarray | None
     seek_to: np.ndarray
     ordered: bool
+    begins_anywhere: bool
+
+    def counted(self) -> "Timeline":
+        """The same for a file whose time stamps, taken together, are right, but not for each packet: frames are
+        shown in the order in which they leave the decoder."""
+        nothing = np.zeros(0, np.int64)
+        return replace(self, packets=np.sort(self.packets), starts=nothing, stamps=None, ordered=True)
+
+    def starting_at(self, number: int) -> "Timeline":
+        """The same without the first frames."""
+        seconds = self.seconds[number:] - self.seconds[number]
+        duration = self.info.duration - float(self.seconds[number])
+        starts = self.starts[self.starts >= number] - number
+        info = replace(self.info, frames=len(seconds), duration=duration)
+        return replace(self, info=info, seconds=seconds, packets=self.packets[number:], starts=starts)
 
 
 def is_frame(packet: av.Packet) -> bool:
@@ -211,8 +227,9 @@ def _timeline(path: Path, container: InputContainer, stream: VideoStream, packet
     info = VideoInfo(str(path), len(numbers), fps, duration, context.width, context.height, context.name)
     known = found_pts[found_pts != UNKNOWN]
     stamps_or_none = found_pts if not ordered and len(np.unique(known)) == len(known) else None
+    anywhere = container.format.name in HEADERLESS or stream.start_time is None
     seek_to = np.where(packets.dts == UNKNOWN, packets.pts, np.minimum(packets.dts, packets.pts))
-    return Timeline(info, seconds, constant, numbers, starts, packets.first, stamps_or_none, seek_to, ordered)
+    return Timeline(info, seconds, constant, numbers, starts, packets.first, stamps_or_none, seek_to, ordered, anywhere)
 
 
 def _ogg_times(packets: Packets, stream: VideoStream) -> Packets:
