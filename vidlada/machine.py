@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+MEBI, GIBI = 2**20, 2**30
 RESET_PEAK = "5"  # proc(5): resets the peak resident set size
 
 

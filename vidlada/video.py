@@ -26,12 +26,11 @@ from vidlada.errors import InputError
 from vidlada.images import (
     BACKGROUNDS,
     IMAGE_SUFFIXES,
-    Background,
-    check_background,
     image_info,
     natural_order,
     read_images,
 )
+from vidlada.settings import check_settings, setting
 from vidlada.truncation import is_cut
 from vidlada.video_decoding import LateStartError, WrongTimesError, decode_frames
 from vidlada.video_index import Timeline, VideoInfo, index_file, rate_of
@@ -41,32 +40,34 @@ __all__ = ["IMAGE_SUFFIXES", "Frames", "Sampling", "VideoInfo", "natural_order",
 PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})  # FFmpeg would open what they name, anywhere on the machine
 MERE_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 IMAGE_FOLDER_FPS = 3.0  # of a folder of images, as the published evaluations read MVBench's; of a paged TIFF too
+MAX_FRAMES = 100_000  # of one prompt; far more than any context holds
 CLOCK_SECONDS = 2e-3  # time stamps may be rounded to milliseconds
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames to take, and how.
+    """Which frames to take. On the command line and in Python, `max_frames` is called `frames`.
 
-    Args:
-        fps: candidate frames a second: every round(video fps / fps)-th frame, or where frames do not come evenly, the
-            one shown at every 1 / fps seconds.
-        max_frames: with more candidates, or with `force_sample`, so many frames are taken evenly over the video.
-        force_sample: always take `max_frames` frames of a video; an image is one frame all the same.
-        background: what transparent places are laid on, `white` or `black`.
+    Candidates are every round(video fps / fps)-th frame; where frames do not come evenly, those shown at every
+    1 / fps seconds. An image is one frame, whatever the settings.
     """
 
-    fps: float = 1.0
-    max_frames: int = 64
-    force_sample: bool = False
-    background: Background = "white"
+    fps: float = setting(1.0, "Candidate frames a second.", minimum=1e-6, maximum=1000, essential=True)
+    max_frames: int = setting(
+        64,
+        "Most frames to take; with more candidates, so many are taken evenly over the video.",
+        minimum=1,
+        maximum=MAX_FRAMES,
+        essential=True,
+        alias="frames",
+    )
+    force_sample: bool = setting(False, "Always take the most frames, evenly spaced.")
+    background: str = setting(
+        "white", "What transparent places are laid on: white or black.", choices=("white", "black")
+    )
 
     def __post_init__(self) -> None:
-        if not 0 < self.fps < float("inf"):
-            raise InputError(f"fps must be above 0, not {self.fps!r}")
-        if not isinstance(self.max_frames, int) or self.max_frames < 1:
-            raise InputError(f"the number of frames must be at least 1, not {self.max_frames!r}")
-        check_background(self.background)
+        check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ class _Pictures:
             duration, fps, codec = first.duration, count / first.duration, first.format
         self.info = VideoInfo(str(path), count, fps, duration, first.width, first.height, codec)
 
-    def read(self, background: Background, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def read(self, background: str, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Numbers and pictures of the wanted ones."""
         if not self.files:
             number_of = {page: number for number, page in enumerate(self.pages)}

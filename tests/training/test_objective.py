@@ -40,7 +40,7 @@ def test_published_loss(variant):
         assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
         embeddings = model.embed(ids.masked_fill(masked, model.config.mask_token_id), visual)
         for name, attention_mask in (("loss.value", None), ("loss.value_turn_mask", by_turn)):
-            output = model(inputs_embeds=embeddings, attention_mask=attention_mask, logits_at=masked)
+            output = model(inputs_embeds=embeddings, attention_mask=attention_mask, logits_to_keep=masked)
             loss = diffusion_loss(output.logits, labels, sample_index, masking)
             assert float(loss) == pytest.approx(float(recorded[name]), abs=5e-5), name
 

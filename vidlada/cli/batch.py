@@ -10,11 +10,18 @@ from typing import Any, BinaryIO
 
 import click
 
-from vidlada.cli.options import ModelSource, answer_options, given_options, model_option, one_line_errors
+from vidlada.cli.options import (
+    GroupedCommand,
+    ModelSource,
+    answer_options,
+    given_options,
+    model_option,
+    one_line_errors,
+)
 from vidlada.errors import InputError
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("questions", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="Answers; a run that was ended goes on where it stopped.")
 @click.option("--videos", type=click.Path(), help="Folder that paths start from; that of QUESTIONS by default.")
@@ -35,7 +42,7 @@ def batch(
     gives a line with "error", and exit code 1 in the end.
     """
     try:
-        from vidlada.serve.batch import Answerer, answer_all, opened, read_lines
+        from vidlada.batch.local import Answerer, answer_all, opened, read_lines
     except ImportError as error:
         raise InputError(f"batches need more packages: pip install 'vidlada[serve]' ({error.name})") from error
     if workers is not None and not ray:
@@ -48,7 +55,7 @@ def batch(
         done = output.written
         if ray:
             from vidlada.api import SHIPPED, model_folder
-            from vidlada.serve.cluster import answer_on_cluster
+            from vidlada.batch.ray_data import answer_on_cluster
 
             if source.model != SHIPPED:
                 source = replace(source, model=str(model_folder(source.model).absolute()))
