@@ -21,6 +21,7 @@ ROWS = [
     ["decoding", "processor"],
     ["model"],
     ["generation", "images", "video", "shapes"],
+    ["settings"],
     ["errors", "files", "machine", "noise"],
 ]
 ROW = {room: number for number, row in enumerate(ROWS) for room in row}

@@ -165,7 +165,7 @@ def test_bad_videos_are_one_line(name, clip, small_folder, tmp_path):
     [
         (["ask"], "Missing argument"),
         (["ask", "{clip}", ""], "question is empty"),
-        (["ask", "{clip}", "hi", "--frames", "0"], "0 is not in the range"),
+        (["ask", "{clip}", "hi", "--frames", "0"], "frames must be a whole number"),
         (["ask", "{clip}", "hi", "--steps", "7"], "steps 7 is not a multiple"),
         (["ask", "{clip}", "hi", "--block-length", "7"], "does not divide"),
         (["ask", "{clip}", "hi", "--threshold", "0.9", "--steps", "8"], "steps is fixed"),
