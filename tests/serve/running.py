@@ -24,7 +24,10 @@ LIMITS = ("--max-upload-mb", 4, "--max-stored-mb", 6, "--max-body-mb", 8, "--max
 LONG = {"model": "tiny", "stream": True, "gen_length": 1024, "block_length": 1024, "diffusing": True,
         "messages": [{"role": "user", "content": "describe the video ."}]}  # fmt: skip
 SHORT = {"model": "tiny", "gen_length": 16, "messages": [{"role": "user", "content": "is it red ?"}]}
-HEAD = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+HEAD = (
+    "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    f"Authorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+)
 
 
 class RunningServer:
