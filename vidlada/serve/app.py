@@ -202,12 +202,12 @@ class Server:
 
         async def take(limited: Request, receive: LimitedReceive) -> Upload:
             async with limited.form(max_files=1, max_fields=20) as form:
+                if not ended(request.headers.get("content-type", ""), receive.tail):
+                    raise RequestError(400, "the upload was cut off: its last boundary is missing", "cut_off")
                 file = form.get("file")
                 if not isinstance(file, UploadFile):
                     message = "send multipart/form-data with the file in the field 'file'"
                     raise RequestError(422, message, "missing_file", "file")
-                if not ended(request.headers.get("content-type", ""), receive.tail):
-                    raise RequestError(400, "the upload was cut off: its last boundary is missing", "cut_off")
                 if not file.size:
                     raise RequestError(422, "the file is empty", "empty_file", "file")
                 if file.size > mebibytes * MEBI:
@@ -257,9 +257,9 @@ class Server:
 
 
 def ended(content_type: str, tail: bytes) -> bool:
-    """Whether a multipart body's last bytes have the boundary that closes it."""
-    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
-    return b"--" + boundary + b"--" in tail
+    """Whether a multipart body's last bytes have the boundary that closes it; what is not multipart has none."""
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    return boundary is None or b"--" + boundary + b"--" in tail
 
 
 def strip(frames: Frames) -> dict[str, Any]:
