@@ -10,6 +10,8 @@ import time
 import pytest
 from media import write_video
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("ray", reason="needs vidlada[ray]")
 
 LINES = 240

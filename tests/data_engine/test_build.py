@@ -239,6 +239,7 @@ def test_segments_worked_on_at_once_write_the_same_files(tmp_path, stub, config,
     assert 1 < max(at_once) <= 4
 
 
+@pytest.mark.slow
 def test_an_error_of_one_segment_ends_all_at_once(tmp_path, stub, config, four_at_once):
     """Requests of the others, which are not answered, are not waited for, even of those before it."""
     release, gave_up = threading.Event(), threading.Event()
@@ -260,6 +261,7 @@ def test_an_error_of_one_segment_ends_all_at_once(tmp_path, stub, config, four_a
         assert (tmp_path / "four" / name).read_text() == (tmp_path / "out" / name).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_build_at_once(tmp_path, stub, config, four_at_once, number):
     """Although no endpoint answers; it then continues to the same files."""
@@ -430,6 +432,7 @@ WORDING = {"prompt": "{question} choices : {choices} . answer with the letter ."
            "between": " , "}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_shipped_model_votes_on_shapes_videos(tmp_path, stub, monkeypatch):
     """Through vidlada serve, which shows it the segment as a video of a frame a second."""
     questions = write_dataset(tmp_path, "validation", clips=2, seconds=6, size=84)

@@ -16,6 +16,8 @@ from vidlada.evaluation.data import documents
 from vidlada.evaluation.folder import lock_run, open_record, read_run_file
 from vidlada.evaluation.run import RunSettings, command, launches, start_run
 
+pytestmark = pytest.mark.slow
+
 
 def options_after(arguments, name):
     return arguments[arguments.index(name) + 1]

@@ -122,7 +122,7 @@ def test_control_targets_of_packed_samples(made):
 
 def test_packed_samples_without_exchanges(made):
     """Sixty pictures of which some do not support a question about a colour."""
-    samples = batch(ShapesSource(frames_per_batch=60, pictures=True, families=("colour",)), 0)
+    samples = batch(ShapesSource(frames_per_batch=60, pictures=True, families=("colour",), questions=1), 0)
     asked = sum(len(sample.exchanges) for sample in samples)
     assert 0 < asked < 60
     labels = collate(made, samples)["labels"]
