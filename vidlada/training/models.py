@@ -79,12 +79,13 @@ def initial_config(config: TrainingConfig) -> VidLaDAConfig:
     """The configuration of the model a run starts from, without its weights."""
     if config.init_from is None or is_llama(origin(config.init_from)):
         return build_config(config.new_model)
-    from vidlada.checkpoint.load import describe, read_json
+    from vidlada.checkpoint.configs import read_json
+    from vidlada.checkpoint.load import describe
 
     folder = origin(config.init_from)
     checkpoint = describe(folder)
     if config.vision_tower is not None and checkpoint.layout == "published":
-        named = str(read_json(checkpoint.folder / "config.json").get("mm_vision_tower", ""))
+        named = read_json(checkpoint.folder / "config.json").text("mm_vision_tower")
         if Path(named).name != Path(config.vision_tower).name:
             raise InputError(f"vision_tower: {config.vision_tower}, but {folder} was made with {named or 'none'}")
     return checkpoint.config
