@@ -73,8 +73,7 @@ class Checkpoint:
 
 
 def base_of(folder: Path) -> Path:
-    """Folder of the model an adapter was trained on, from the hub if it names one there; `InputError` if there is none.
-    """
+    """Folder of the model an adapter was trained on, from the hub if it is there; `InputError` if it is nowhere."""
     named = read_json(folder / ADAPTER_CONFIG).text("base_model_name_or_path")
     if not named:
         raise InputError(f"{folder}: {ADAPTER_CONFIG} names no base model (base_model_name_or_path)")

@@ -44,7 +44,7 @@ def find_tower(folder: Path, name: str) -> Path | None:
 
 
 def vision_arguments(values: ConfigValues) -> dict[str, Any]:
-    """Checked arguments of SiglipVisionConfig from a configuration of our own or of SigLIP; unknown ones are left out."""
+    """Checked arguments of SiglipVisionConfig, from our own configuration or SigLIP's; other fields are left out."""
     defaults = SiglipVisionConfig()
     arguments: dict[str, Any] = {}
     for name in VISION_FIELDS:

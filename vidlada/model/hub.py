@@ -44,11 +44,13 @@ def local_folder(name: str | Path, what: str = "model") -> Path:
         VidLaDAError: the hub cannot be reached, or does not let us in.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if str(name) and folder.is_dir():  # an empty name would be the working directory
         return folder
     found = HUB_NAME.fullmatch(str(name))
     if found is None:
-        raise InputError(f"{name}: no such {what} folder, and no name of the hub either (owner/name, owner/name@revision)")
+        raise InputError(
+            f"{name}: no such {what} folder, and no name of the hub either (owner/name, owner/name@revision)"
+        )
     return download(found["repository"], found["revision"], what)
 
 
