@@ -18,6 +18,7 @@ from published import (
 )
 from safetensors.torch import load_file, save_file
 
+import vidlada
 from vidlada.checkpoint.configs import OWN_FIELDS
 from vidlada.checkpoint.convert import convert
 from vidlada.checkpoint.load import describe, load_model, save_model
@@ -366,7 +367,7 @@ def load_with(folder, file, change):
     change(values)
     (folder / file).write_text(json.dumps(values))
     try:
-        load_model(folder)
+        vidlada.load(folder, device="cpu")
     except InputError as error:
         assert str(error)
     finally:
@@ -417,6 +418,19 @@ def test_any_value_in_a_towers_config(write, small, tmp_path):
     @given(name=st.sampled_from(fields_of(values, "vision_config")), value=JSON)
     def check(name, value):
         load_with(folder, Path("own/config.json"), lambda values: set_field(values, name, value))
+
+    check()
+
+
+@pytest.mark.slow
+def test_any_value_in_a_tokenizers_config(small_folder, tmp_path):
+    folder = shutil.copytree(small_folder, tmp_path / "copy")
+    names = [*json.loads((folder / "tokenizer_config.json").read_text()), "added_tokens_decoder", "model_max_length"]
+
+    @FOUND
+    @given(name=st.sampled_from(names), value=JSON)
+    def check(name, value):
+        load_with(folder, "tokenizer_config.json", lambda values: set_field(values, name, value))
 
     check()
 
