@@ -19,6 +19,8 @@ from vidlada.evaluation.benchmarks import BENCHMARKS
 from vidlada.evaluation.data import check
 from vidlada.evaluation.download import archives, download, unpack
 
+pytestmark = pytest.mark.slow
+
 
 def ask_at(endpoint, monkeypatch):
     """HF_ENDPOINT, which the hub's client reads only once."""

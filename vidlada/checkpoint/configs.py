@@ -5,12 +5,12 @@ changes what the model computes in a way that is not implemented here is refused
 kept in `VidLaDAConfig.source`, and written again by a conversion back.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from vidlada import files
 from vidlada.checkpoint.layouts import LAYER_PREFIXES, Entry, Layout, count_layers, tensor_name, tower_prefix
 from vidlada.checkpoint.tower import (
     SO400M,
@@ -433,12 +433,9 @@ def read_json(path: Path) -> ConfigValues:
     Raises:
         InputError: there is no such file, or it holds anything else.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path.parent}: no {path.name}; this is not a model folder") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not path.is_file():
+        raise InputError(f"{path.parent}: no {path.name}; this is not a model folder")
+    values = files.read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold one JSON object")
     return ConfigValues(values, str(path))
