@@ -4,13 +4,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vidlada.checkpoint.load import describe, load_model, load_tokenizer
+from vidlada.checkpoint.load import describe, load_model, load_tokenizer, save_model
+from vidlada.checkpoint.publish import upload
 from vidlada.decoding.cache import VisualCache
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.sampler import Denoiser, Request, State, Statistics
@@ -18,6 +20,7 @@ from vidlada.decoding.streaming import StableText, stable_text
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.info import check_memory, check_memory_of_weights, memory_need
+from vidlada.model.hub import local_folder, with_revision
 from vidlada.model.quantization import Quantization, quantize
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import EncodedConversation, Message, VidLaDAProcessor, time_instruction
@@ -265,6 +268,25 @@ class VidLaDA:
                 yield number, state, stable
             states = []
 
+    def push_to_hub(self, repository: str, private: bool | None = None, revision: str | None = None) -> str:
+        """Upload weights, configuration, processor, tokenizer and a model card to the Hugging Face hub.
+
+        Args:
+            repository: `owner/name`; it is created if need be.
+            private: whether a new repository is; as the hub decides by default.
+            revision: branch to upload to; it is created if need be.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            InputError: the name cannot be one of the hub's.
+            VidLaDAError: the hub cannot be reached, or does not let us in.
+        """
+        with TemporaryDirectory() as folder:
+            save_model(self.model, self.processor, Path(folder))
+            return upload(Path(folder), repository, private, revision)
+
 
 SAMPLING_OPTIONS = {listed.alias or name: name for name, (_, listed, _) in settings_of(Sampling).items()}
 
@@ -361,14 +383,18 @@ class Conversation:
         )
 
 
-def model_folder(name_or_folder: str | Path) -> Path:
-    """Folder of a model given by name (`tiny`, in the package) or path; `InputError` if there is none."""
-    if str(name_or_folder) == SHIPPED:
+def model_folder(name_or_folder: str | Path, revision: str | None = None, what: str = "model") -> Path:
+    """Folder of a model or adapter given by name; `InputError` if there is none.
+
+    Args:
+        name_or_folder: `tiny`, the model in the package; a folder; or a name of the Hugging Face hub, `owner/name` or
+            `owner/name@revision`, which is downloaded into the hub's cache.
+        revision: of a name of the hub: a branch, tag or commit.
+        what: is looked for, for messages.
+    """
+    if str(name_or_folder) == SHIPPED and revision is None:
         return Path(__file__).parent / "weights" / SHIPPED
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        raise InputError(f"{name_or_folder}: no such model folder; give a folder, or {SHIPPED!r} for the shipped one")
-    return folder
+    return local_folder(with_revision(str(name_or_folder), revision), what)
 
 
 def load(
@@ -379,24 +405,28 @@ def load(
     quantization: Quantization | None = None,
     compiled: bool = False,
     adapter: str | Path | None = None,
+    revision: str | None = None,
 ) -> VidLaDA:
     """Load a model.
 
     Args:
-        name_or_folder: `tiny`, the model in the package, or a folder in our, the published or LLaDA-V layout.
+        name_or_folder: `tiny`, the model in the package; a folder in our, the published or the text-only layout; or a
+            name of the Hugging Face hub, `owner/name` or `owner/name@revision`.
         dtype: of the weights; `auto` is float32 on a CPU, and the stored type elsewhere.
         device: `cuda`, `cpu`, …; the first GPU by default, else the CPU.
         device_map: as in transformers, to spread a model over devices.
         quantization: of the language model's projections; see `vidlada.model.quantization`.
         compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
-        adapter: folder of a LoRA adapter for this model, to be merged into it. (An adapter's own folder may also be
-            loaded by its name; its base is then the one it names.)
+        adapter: folder or name of a LoRA adapter for this model, to be merged into it. (An adapter may also be loaded
+            by its own name; its base is then the one it names.)
+        revision: of a name of the hub: a branch, tag or commit.
 
     Raises:
         InputError: there is no such folder, or it is not a checkpoint of this family.
+        VidLaDAError: the hub cannot be reached.
     """
     device = usable_device(device)
-    folder = model_folder(name_or_folder)
+    folder = model_folder(name_or_folder, revision)
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
     checkpoint = describe(folder)
@@ -408,14 +438,14 @@ def load(
     else:
         from vidlada.checkpoint.load import load_with_adapter
 
-        model = load_with_adapter(model_folder(adapter), dtype, folder, **places)
+        model = load_with_adapter(model_folder(adapter, what="adapter"), dtype, folder, **places)
     model.eval()
     if quantization is not None:
         quantize(model.language_model, quantization)
     if compiled:
         model.language_model.compile_layers()
     processor = VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
-    return VidLaDA(model, processor, str(name_or_folder))
+    return VidLaDA(model, processor, with_revision(str(name_or_folder), revision))
 
 
 def usable_device(device: str | None) -> str:

@@ -1,4 +1,4 @@
-"""`vidlada train` and `vidlada merge`."""
+"""`vidlada train`."""
 
 import os
 from pathlib import Path
@@ -45,16 +45,3 @@ def train(config: str, output: str | None, resume: bool, overwrite: bool, dry_ru
     folder = run_training(run, resume=resume, overwrite=overwrite, report=lambda line: click.echo(line, err=True))
     if main_process:
         click.echo(str(folder))
-
-
-@click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
-@one_line_errors
-def merge(adapter: Path, target: Path) -> None:
-    """Write the model that LoRA folder ADAPTER and its base make together as TARGET, a new folder."""
-    from vidlada.checkpoint.convert import merge as merge_adapter
-
-    without_progress_bars()
-    merge_adapter(adapter, target)
-    click.echo(f"{target}: written", err=True)

@@ -30,7 +30,7 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torc
         Two tensors of shape (batch or 1, 1, tokens, head_dim), ready to broadcast over heads.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angles = position_ids[:, None, :, None].float() * theta**-exponents  # (batch, 1, tokens, head_dim / 2)
+    angles = position_ids[:, None, :, None].float() * (1 / theta**exponents)  # (batch, 1, tokens, head_dim / 2)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

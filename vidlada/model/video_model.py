@@ -32,22 +32,21 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
     input_modalities = ("video", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}  # where tie_word_embeddings says so
     _no_split_modules = ["Layer", "SiglipEncoderLayer", "SiglipVisionEmbeddings"]
 
     def __init__(self, config: VidLaDAConfig):
         super().__init__(config)
-        text_config = config.text_config
-        assert isinstance(text_config, VidLaDATextConfig)
         if not config.text_only:
             self.vision = Vision(config)
-        self.language_model = LanguageModel(text_config)
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.language_model = LanguageModel(config.text)
+        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights for the language model and projector; the tower initialises itself as SigLIP does."""
-        std = self.config.text_config.initializer_range  # type: ignore[union-attr]
+        std = self.config.text.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
