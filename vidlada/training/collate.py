@@ -42,8 +42,8 @@ class Collator:
 
         Returns:
             `input_ids`, `labels`, `sample_index`, `position_ids` (batch, tokens); `attention_mask` (batch, tokens)
-            or (batch, 1, tokens, tokens), or None when nothing is padded or separate; `force` (samples,); with
-            videos `pixel_values` and `frame_counts`; `stands_in` where they are only a stand-in.
+            or (batch, 1, tokens, tokens), or None when nothing is padded or separate; `force` (samples,); `sample_weight` (samples,)
+            where samples are weighed; with videos `pixel_values` and `frame_counts`; `stands_in` where they are only a stand-in.
         """
         rows, first = [], 0
         for sample in samples:
@@ -71,6 +71,9 @@ class Collator:
             batch["attention_mask"] = None if valid.all() else valid
         lengths = torch.bincount(batch["sample_index"][in_answer], minlength=first)
         batch["force"] = lengths <= self.settings.force_up_to
+        if self.settings.weigh_every:
+            targets = torch.bincount(batch["sample_index"][batch["labels"] != IGNORED], minlength=first)
+            batch["sample_weight"] = (targets / self.settings.weigh_every).clamp(min=1)
         if unseen:
             assert self.stand_in is not None
             batch["input_ids"][0, length - len(unseen) :] = self.processor.video_token_id
@@ -137,6 +140,8 @@ class Collator:
         labels = [t if is_target else IGNORED for t, is_target in zip(encoded.input_ids, targets, strict=True)]
         extra_targets = int(generator.integers(self.settings.end_targets + 1))
         extra_slots = int((self.settings.end_slots + 2) ** generator.random()) - 1
+        if self.settings.end_slots_share < 1 and generator.random() >= self.settings.end_slots_share:
+            extra_slots = 0
         input_ids = encoded.input_ids + [self.end_of_turn] * extra_targets + [self.mask] * extra_slots
         labels += [self.end_of_turn] * extra_targets + [IGNORED] * extra_slots
         return {

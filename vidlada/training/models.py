@@ -17,6 +17,7 @@ from vidlada.noise import quiet_libraries
 from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, VidLaDAProcessor
 from vidlada.shapes.questions import vocabulary
 from vidlada.training.config import Lora, TrainingConfig
+from vidlada.training.growth import insert_layers
 from vidlada.training.initialization import initialize
 from vidlada.training.origin import is_llama, origin
 from vidlada.training.tokenizer import word_tokenizer
@@ -49,6 +50,7 @@ def starting_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaD
         model = load_model(folder, dtype="auto" if stored else torch.float32)
     else:
         model = unread_model(describe(folder).config)
+    insert_layers(model, config.new_layers)
     return model, VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
 
 

@@ -74,7 +74,12 @@ def complement(masking: Masking, targets: Tensor, sample_index: Tensor) -> Maski
 
 
 def diffusion_loss(
-    logits: Tensor, labels: Tensor, sample_index: Tensor, masking: Masking, total_samples: int | None = None
+    logits: Tensor,
+    labels: Tensor,
+    sample_index: Tensor,
+    masking: Masking,
+    total_samples: int | None = None,
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     """Mean over samples of Σ over hidden positions of cross-entropy / p / number of the sample's targets.
 
@@ -84,6 +89,7 @@ def diffusion_loss(
         sample_index: (batch, tokens), as for `draw_masking`.
         masking: what was hidden.
         total_samples: divide by this number instead of the batch's own: the batch is a part of so many.
+        sample_weight: (samples,) how often each sample counts; once by default.
 
     Returns:
         A scalar in float32.
@@ -95,6 +101,8 @@ def diffusion_loss(
     owner = sample_index[masking.masked]
     losses = F.cross_entropy(logits.float(), labels[masking.masked], reduction="none")
     weights = 1 / (masking.probability.to(logits.device)[owner] * counts[owner])
+    if sample_weight is not None:
+        weights = weights * sample_weight[owner]
     return (losses * weights).sum() / (total_samples or samples)
 
 

@@ -413,13 +413,16 @@ class Run:
         maskings = [draw_masking(targets, sample_index, times, generator, batch["force"])]
         if config.complementary:
             maskings.append(complement(maskings[0], targets, sample_index))
+        weight = batch["sample_weight"].to(device) if "sample_weight" in batch else None
         losses = []
         for masking in maskings:
             hidden = batch["input_ids"].masked_fill(masking.masked, self.model_config.mask_token_id)
             logits = self.predict(batch, hidden, masking.masked)
             placed = replace(masking, masked=masking.masked.to(device))
             losses.append(
-                diffusion_loss(logits, labels.to(device), sample_index.to(device), placed, batch["total_samples"])
+                diffusion_loss(
+                    logits, labels.to(device), sample_index.to(device), placed, batch["total_samples"], weight
+                )
             )
         return torch.stack(losses).mean() * batch["weight"] if len(losses) > 1 else losses[0] * batch["weight"]
 
