@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidlada.language_model import SharedPrefixMask
+
 IGNORED = -100
 MINIMUM_PROBABILITY = 1e-3
 
@@ -125,11 +127,12 @@ def before_targets(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:] != IGNORED, (0, 1))
 
 
-def causal_mask(attention_mask: Tensor | None, tokens: int) -> Tensor:
+def causal_mask(attention_mask: Tensor | SharedPrefixMask | None, tokens: int) -> Tensor:
     """A mask in which, besides what it already forbids, no position attends to a later one.
 
     Args:
-        attention_mask: boolean (batch, tokens) or (batch, 1, tokens, tokens), or None.
+        attention_mask: boolean (batch, tokens) or (batch, 1, tokens, tokens), or of rows with a shared
+            prefix, or None.
         tokens: length of a row.
 
     Returns:
@@ -138,24 +141,11 @@ def causal_mask(attention_mask: Tensor | None, tokens: int) -> Tensor:
     earlier = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
     if attention_mask is None:
         return earlier
+    if isinstance(attention_mask, SharedPrefixMask):
+        attention_mask = attention_mask.dense()
     if attention_mask.ndim == 2:
         attention_mask = attention_mask[:, None, None, :]
     return earlier & attention_mask
-
-
-def separate_samples_mask(sample_index: Tensor, valid: Tensor) -> Tensor:
-    """Attention between samples that share a row: all see the shared part and themselves, not one another.
-
-    Args:
-        sample_index: (batch, tokens) sample of each position, negative for the shared part (video and system turn).
-        valid: (batch, tokens) boolean, False at padding.
-
-    Returns:
-        (batch, 1, tokens, tokens) boolean, True where a query (third axis) may attend to a key (last axis).
-    """
-    owner = sample_index.clamp(min=-1)
-    allowed = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
-    return (allowed & valid[:, None, :])[:, None]
 
 
 def conversation_mask(turn: Tensor, valid: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.machine import peak_memory, return_free_memory
+from vidlada.machine import keep_freed_memory, peak_memory, return_free_memory
 from vidlada.training.checkpoints import READ_ERRORS, WRITE_ERRORS, NotSaved, save_checkpoint
 from vidlada.training.collate import Collator, PartSampler, StepDataset, to_device
 from vidlada.training.config import CollateSettings, TrainingConfig
@@ -58,6 +58,7 @@ from vidlada.training.workers import STOP_SIGNALS, prepared_batches
 
 # Settings that do not change what is learned
 BESIDE_THE_CURVE = ("output", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "tracker", "layouts")
+TRIM_EVERY = 100  # steps
 FEWEST_SEEN = 200  # samples before a share of broken ones means anything
 
 
@@ -178,11 +179,16 @@ class Run:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.compile:
             for layer in model.language_model.layers:
-                layer.compile()
+                layer.compile_parts()
+            if not model.config.text_only:
+                for layer in model.vision.tower.encoder.layers:
+                    layer.compile(dynamic=True)
         if config.lora is not None:
             assert config.init_from is not None
             model = with_adapters(model, config.lora, config.init_from, config.seed)
         optimizers = make_optimizers(model, config)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.flops = FlopCount(model, self.model_config)
         self.model, *prepared = accelerator.prepare(model, *optimizers.optimizers)
         self.optimizers = Optimizers(prepared, optimizers.parts)
@@ -382,7 +388,7 @@ class Run:
             if not math.isfinite(norm):
                 raise VidLaDAError(f"the gradient of step {step} is {norm}; it ended before it changed any weight")
         self.optimizers.step()
-        if accelerator.device.type == "cpu":
+        if accelerator.device.type == "cpu" and (step + 1) % TRIM_EVERY == 0:
             return_free_memory()
         return figures
 
