@@ -104,7 +104,7 @@ def score(model: VidLaDA, answerer: Answerer, entries: list[dict[str, Any]], fol
     for name, asked in by_video.items():
         questions = [question_of(entry) for entry in asked]
         for rate in RATES:
-            answers = answerer(model.watch(folder / name, fps=rate), questions)
+            answers = answerer(model.encode_video(folder / name, fps=rate), questions)
             for entry, answer in zip(asked, answers, strict=True):
                 point = points(entry, answer)
                 right["frames a second", f"{rate:g}"].append(point)

@@ -17,7 +17,8 @@ SMALL = {
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory) -> Path:
     """A model folder as a training leaves it: 3 × 3 patches, 2 × 2 cells and 6 visual tokens a frame."""
-    from vidlada.training.models import new_model, save_model
+    from vidlada.checkpoint.load import save_model
+    from vidlada.training.models import new_model
 
     folder = tmp_path_factory.mktemp("small") / "model"
     model, processor = new_model(SMALL, seed=3)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from vidlada.checkpoint import load_model
+from vidlada.checkpoint.load import load_model
 from vidlada.training.config import CollateSettings, Stage, TrainingConfig
 
 MODEL = {

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidlada.config import VidLaDAConfig
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.config import VidLaDAConfig
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 DATA = Path(__file__).parent / "data"
 Variant = Literal["mha", "gqa"]
 VARIANTS: tuple[Variant, ...] = ("mha", "gqa")
 
-# Written out on purpose: the tests of vidlada.checkpoint compare its table with this one.
+# Written out on purpose: the tests of vidlada.checkpoint.load compare its table with this one.
 PREFIXES = {
     "model.vision_tower.vision_tower.vision_model.": "vision.tower.",
     "model.mm_projector.": "vision.projector.",

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidlada.checkpoint import describe, load_model, load_tokenizer
-from vidlada.decoding.cache import VisualStates
+from vidlada.checkpoint.load import describe, load_model, load_tokenizer
+from vidlada.decoding.cache import VisualCache
 from vidlada.decoding.policies import policy_from
 from vidlada.decoding.sampler import Request, State, Statistics, denoise
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.info import check_memory, check_memory_of_weights, memory_need
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.quantization import Quantization, quantize
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import EncodedConversation, Message, VidLaDAProcessor, time_instruction
-from vidlada.quantization import Quantization, quantize
 from vidlada.video import Frames, Sampling, VideoInfo, sample_frames
 
 SHIPPED = "tiny"
@@ -105,7 +105,7 @@ class VidLaDA:
     def __init__(self, model: VidLaDAForMaskedDiffusion, processor: VidLaDAProcessor, name: str):
         self.model, self.processor, self.name = model, processor, name
 
-    def watch(
+    def encode_video(
         self,
         video: "str | Path | Frames | np.ndarray | EncodedVideo | None",
         frames: int = 64,
@@ -203,9 +203,9 @@ class VidLaDA:
         """Answer one question about a video.
 
         Args:
-            video: what `watch` takes; an `EncodedVideo` is not encoded again.
+            video: what `encode_video` takes; an `EncodedVideo` is not encoded again.
             question: text.
-            options: `frames`, `fps`, `force_sample` of `watch`; `time_instruction`, `system` of `Conversation`;
+            options: `frames`, `fps`, `force_sample` of `encode_video`; `time_instruction`, `system` of `Conversation`;
                 the rest are `GenerationSettings`.
 
         Raises:
@@ -220,16 +220,16 @@ class VidLaDA:
     def chat(self, video: Any, **options: Any) -> "Conversation":
         """Several questions about one video, which is encoded once; options as for `ask`."""
         options = split_options(options)
-        watching = {name: options[name] for name in WATCH_OPTIONS if name in options}
-        others = {name: value for name, value in options.items() if name not in WATCH_OPTIONS}
+        video_options = {name: options[name] for name in VIDEO_OPTIONS if name in options}
+        others = {name: value for name, value in options.items() if name not in VIDEO_OPTIONS}
         others["settings"] = self.settings(**others.pop("generation", {}))
-        return Conversation(self, self.watch(video, **watching), **others)
+        return Conversation(self, self.encode_video(video, **video_options), **others)
 
     def ask_many(self, questions: Sequence[tuple[Any, str]], **options: Any) -> list[Answer]:
         """Answer several questions, each about its own video, in one padded batch.
 
         Args:
-            questions: pairs of a video (as for `watch`) and a question; a video given several times as the same
+            questions: pairs of a video (as for `encode_video`) and a question; a video given several times as the same
                 object is encoded once.
             options: as for `ask`.
         """
@@ -237,8 +237,8 @@ class VidLaDA:
         seen: dict[int, EncodedVideo] = {}
         for video, _ in questions:
             if id(video) not in seen:
-                watching = {name: options[name] for name in WATCH_OPTIONS if name in options}
-                seen[id(video)] = self.watch(video, **watching)
+                video_options = {name: options[name] for name in VIDEO_OPTIONS if name in options}
+                seen[id(video)] = self.encode_video(video, **video_options)
         chats = [self.chat(seen[id(video)], **options) for video, _ in questions]
         requests = [chat.request(question) for chat, (_, question) in zip(chats, questions, strict=True)]
         last: dict[int, State] = {}
@@ -247,13 +247,13 @@ class VidLaDA:
         return [chat.answer(last[number]) for number, chat in enumerate(chats)]
 
 
-WATCH_OPTIONS = ("frames", "fps", "force_sample")
+VIDEO_OPTIONS = ("frames", "fps", "force_sample")
 CHAT_OPTIONS = ("time_instruction", "system")
 
 
 def split_options(options: dict[str, Any]) -> dict[str, Any]:
     """Move every option that is not about the video or the prompt under `generation`."""
-    own = {name: value for name, value in options.items() if name in (*WATCH_OPTIONS, *CHAT_OPTIONS, "generation")}
+    own = {name: value for name, value in options.items() if name in (*VIDEO_OPTIONS, *CHAT_OPTIONS, "generation")}
     rest = {name: value for name, value in options.items() if name not in own}
     return {**own, "generation": {**own.get("generation", {}), **rest}}
 
@@ -279,7 +279,7 @@ class Conversation:
     ):
         self.vidlada, self.video, self.settings = vidlada, video, settings
         self.time_instruction = time_instruction
-        self.visual: VisualStates | None = None  # left by the last answer, where the settings say so
+        self.visual: VisualCache | None = None  # left by the last answer, where the settings say so
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 
     def request(self, question: str) -> Request:
@@ -365,7 +365,7 @@ def load(
         dtype: of the weights; `auto` is float32 on a CPU, and the stored type elsewhere.
         device: `cuda`, `cpu`, …; the first GPU by default, else the CPU.
         device_map: as in transformers, to spread a model over devices.
-        quantization: of the language model's projections; see `vidlada.quantization`.
+        quantization: of the language model's projections; see `vidlada.model.quantization`.
         compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
         adapter: folder of a LoRA adapter for this model, to be merged into it. (An adapter's own folder may also be
             loaded by its name; its base is then the one it names.)
@@ -384,7 +384,7 @@ def load(
     if adapter is None:
         model = load_model(folder, dtype, **places)
     else:
-        from vidlada.adapter import load_with_adapter
+        from vidlada.checkpoint.load import load_with_adapter
 
         model = load_with_adapter(model_folder(adapter), dtype, folder, **places)
     model.eval()

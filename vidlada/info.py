@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from vidlada.checkpoint import Checkpoint, weights_type
-from vidlada.config import VidLaDAConfig, VidLaDATextConfig
+from vidlada.checkpoint.load import Checkpoint, weights_type
+from vidlada.decoding.kv_cache import key_value_bytes
 from vidlada.decoding.policies import policy_from
-from vidlada.decoding.store import key_value_bytes
 from vidlada.errors import InputError
 from vidlada.machine import processor
+from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
 
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 PROMPT_TOKENS = 128  # room for a question, its header and the system message, in estimates

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from vidlada.config import VidLaDAConfig
 from vidlada.errors import InputError
+from vidlada.model.config import VidLaDAConfig
 
 Message = dict[str, Any]
 

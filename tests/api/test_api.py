@@ -45,7 +45,7 @@ def test_several_questions_pay_for_the_video_once(small, clips, monkeypatch):
     calls = []
     encode = small.model.encode_videos
     monkeypatch.setattr(small.model, "encode_videos", lambda *a: calls.append(1) or encode(*a))
-    seen = small.watch(clips[0])
+    seen = small.encode_video(clips[0])
     for question in ("is it red ?", "is it small ?"):
         assert small.ask(seen, question, **FAST).token_ids == small.ask(clips[0], question, **FAST).token_ids
     assert len(calls) == 1 + 2
@@ -57,9 +57,9 @@ def test_arrays_and_sampled_frames(small, clips):
     assert array.token_ids == small.ask(frames, "is it red ?", **FAST).token_ids
     assert array.token_ids == small.ask(clips[0], "is it red ?", **FAST).token_ids
     with pytest.raises(InputError, match="no frames"):
-        small.watch(np.zeros((0, 4, 4, 3), np.uint8))
+        small.encode_video(np.zeros((0, 4, 4, 3), np.uint8))
     with pytest.raises(InputError, match="uint8"):
-        small.watch(np.zeros((1, 4, 4, 3)))
+        small.encode_video(np.zeros((1, 4, 4, 3)))
 
 
 def test_streaming_ends_at_the_answer(small, clips):

@@ -6,8 +6,8 @@ import torch
 
 import vidlada
 from vidlada import info
-from vidlada.config import VidLaDAConfig
 from vidlada.errors import InputError
+from vidlada.model.config import VidLaDAConfig
 
 DEVICE = torch.device("cpu")
 

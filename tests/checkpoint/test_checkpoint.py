@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from vectors import formula_state_dict, load_reference_model, our_key, published_config
 
 import vidlada
-from vidlada.checkpoint import INDEX, TOWER_FOLDER_VARIABLE, convert, describe, load_model, load_tokenizer, name_in
-from vidlada.config import VidLaDAConfig
+from vidlada.checkpoint.convert import convert
+from vidlada.checkpoint.layouts import TOWER_FOLDER_VARIABLE, tensor_name
+from vidlada.checkpoint.load import INDEX, describe, load_model, load_tokenizer
 from vidlada.errors import InputError
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.config import VidLaDAConfig
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 TOWER_KEY = "model.vision_tower.vision_tower.vision_model."
 
@@ -100,8 +102,8 @@ def test_unknown_types_are_refused(published, dtype):
 
 def test_headers_are_read_once(small_folder, monkeypatch):
     read = []
-    plain = vidlada.checkpoint.read_entries
-    monkeypatch.setattr("vidlada.checkpoint.read_entries", lambda folder: (read.append(folder), plain(folder))[1])
+    plain = vidlada.checkpoint.load.read_entries
+    monkeypatch.setattr("vidlada.checkpoint.load.read_entries", lambda folder: (read.append(folder), plain(folder))[1])
     vidlada.load(small_folder)
     assert read == [small_folder]
 
@@ -153,7 +155,7 @@ def test_number_of_tower_heads_is_never_guessed(copy):
 
 def test_published_names_follow_the_recorded_table():
     for published_key in formula_state_dict("gqa"):
-        assert name_in("published", our_key(published_key)) == published_key
+        assert tensor_name("published", our_key(published_key)) == published_key
 
 
 # --- the text-only ancestor ---
@@ -290,7 +292,7 @@ def test_8b_on_the_meta_device():
         model = VidLaDAForMaskedDiffusion(VidLaDAConfig())
     state = model.state_dict()
     assert sum(parameter.numel() for parameter in model.parameters()) == 8_434_837_024
-    names = {name_in("published", key) for key in state}
+    names = {tensor_name("published", key) for key in state}
     layer = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
              "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")  # fmt: skip
     expected = {f"model.layers.{i}.{name}.weight" for i in range(32) for name in layer}

@@ -28,7 +28,7 @@ EXACT = ["full", "prefix:every=1", "dual:every=1", "interval:prompt=1",
 
 def test_caches_that_recompute_everything_answer_the_same_alone_and_together():
     model = vidlada.load()
-    video = model.watch(VIDEO)
+    video = model.encode_video(VIDEO)
     questions = ["what colour is the star ?", "describe the video ."]
     options = {"gen_length": 32, "block_length": 16}
     expected = [model.ask(video, question, **options).token_ids for question in questions]

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from vectors import VARIANTS, arrays, load_reference_model
 
 from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors, scenes_of
-from vidlada.decoding.policies import POLICIES, Mars, Moment, policy_from
+from vidlada.decoding.kv_cache import KVCache, PartialPass, refresh
+from vidlada.decoding.policies import POLICIES, policy_from
+from vidlada.decoding.policies.base import StepContext
+from vidlada.decoding.policies.mars import Mars
 from vidlada.decoding.sampler import Denoiser, Request, denoise
-from vidlada.decoding.store import Store, Work, renew
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.language_model import rotary_angles, rotate
+from vidlada.model.language_model import rotary_angles, rotate
 
 # Every policy as a way to recompute everything in every step.
 EXACT = [
@@ -128,14 +130,14 @@ def test_a_partial_pass_reads_the_rest_from_the_store(small):
     changed = embeddings[0].clone()
     changed[active] = embeddings[1][active]
     expected = naive_pass(model, changed, memory, active)
-    store = Store(model.config.text_config, embeddings[0])
-    renew(model.language_model, [Work(store, {0: torch.arange(tokens)})])
-    store.hidden[0][active] = embeddings[1][active]
-    renew(model.language_model, [Work(store, {0: active})])
+    kv_cache = KVCache(model.config.text_config, embeddings[0])
+    refresh(model.language_model, [PartialPass(kv_cache, {0: torch.arange(tokens)})])
+    kv_cache.hidden[0][active] = embeddings[1][active]
+    refresh(model.language_model, [PartialPass(kv_cache, {0: active})])
     top = model.config.text_config.num_hidden_layers
-    torch.testing.assert_close(store.hidden[top][active], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(kv_cache.hidden[top][active], expected, atol=1e-5, rtol=1e-5)
     for layer in range(top):
-        torch.testing.assert_close(store.keys[layer], memory[layer][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(kv_cache.keys[layer], memory[layer][0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -143,16 +145,16 @@ def test_a_group_that_joins_later_starts_from_its_stored_states(small):
     """Unchanged states below: joining at layer 1 must give what a pass from layer 0 gives."""
     model, everything = small.model, torch.arange(12)
     embeddings = torch.randn(12, 32, generator=torch.Generator().manual_seed(2)) * 0.3
-    stores = [Store(model.config.text_config, embeddings, entries=[1]) for _ in range(2)]
-    for store in stores:
-        renew(model.language_model, [Work(store, {0: everything})])
-        store.hidden[0][10:] = 0.5  # the answer changes
-    renew(model.language_model, [Work(stores[0], {0: everything[10:], 1: everything[:10]})])
+    stores = [KVCache(model.config.text_config, embeddings, entries=[1]) for _ in range(2)]
+    for kv_cache in stores:
+        refresh(model.language_model, [PartialPass(kv_cache, {0: everything})])
+        kv_cache.hidden[0][10:] = 0.5  # the answer changes
+    refresh(model.language_model, [PartialPass(stores[0], {0: everything[10:], 1: everything[:10]})])
     memory = {0: (stores[1].keys[0].clone(), stores[1].values[0].clone())}
-    renew(model.language_model, [Work(stores[1], {0: everything[10:]})])
+    refresh(model.language_model, [PartialPass(stores[1], {0: everything[10:]})])
     assert torch.equal(stores[0].keys[0][:, :10], memory[0][0][:, :10])  # layer 0 of the late group is untouched
     assert not torch.equal(stores[0].hidden[2][:10], stores[1].hidden[2][:10])
-    assert stores[0].work == [12 + 2, 12 + 12]
+    assert stores[0].computed == [12 + 2, 12 + 12]
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -195,7 +197,7 @@ def test_anchors_are_what_the_sampled_queries_look_at():
 def test_the_schedule_of_mars():
     policy, layers = Mars(text=2, ratio=2, group=4, pyramid=2), 12
     assert policy.entries(layers) == [4, 8]
-    starts = [policy.plan(Moment(step, 0, layers)).start for step in range(1, 17)]
+    starts = [policy.plan(StepContext(step, 0, layers)).start for step in range(1, 17)]
     assert [plan.get("text") for plan in starts] == [None, 8, None, 4, None, 8, None, 0] * 2
     assert [plan.get("visual") for plan in starts] == [None] * 3 + [8] + [None] * 3 + [4] + [None] * 3 + [8] + [
         None
@@ -216,9 +218,9 @@ def test_a_shallow_renewal_includes_the_deeper_groups(policy):
 def test_drift_decides_where_a_renewal_starts():
     policy = Mars(group=4, drift=0.1)
     drift = {"text": [0.0, 0.2, 0.3], "visual": [0.05, 0.1, 0.1]}
-    assert policy.plan(Moment(5, 0, 12, drift)).start.get("text") == 4
-    assert "visual" not in policy.plan(Moment(5, 0, 12, drift)).start
-    assert "text" not in policy.plan(Moment(16, 0, 12)).start  # the clock is off
+    assert policy.plan(StepContext(5, 0, 12, drift)).start.get("text") == 4
+    assert "visual" not in policy.plan(StepContext(5, 0, 12, drift)).start
+    assert "text" not in policy.plan(StepContext(16, 0, 12)).start  # the clock is off
 
 
 def test_drift_above_nothing_renews_everything_that_moved(small):
@@ -314,7 +316,7 @@ def test_every_scene_has_its_own_anchors():
     denoiser = Denoiser(model)
     denoiser.add(replace(asked, prompt=with_scenes))
     denoiser.step()
-    found = denoiser.rows[0].caches[0].frame_pattern.found
+    found = denoiser.rows[0].caches[0].attention.anchors
     for anchors in found.values():
         assert ((anchors >= 3) & (anchors < 13)).sum() == ((anchors >= 13) & (anchors < 23)).sum() == 2
 
@@ -333,10 +335,10 @@ def test_a_further_question_reuses_the_frames(cache):
     denoiser = Denoiser(model)
     denoiser.add(replace(first, visual=left.visual))
     denoiser.step()
-    store = denoiser.rows[0].caches[0].store
+    kv_cache = denoiser.rows[0].caches[0].kv_cache
     probed = 8 if "drift" in cache else 0
-    assert store.work == [len(index) + 16 - 15 + probed] * len(store.work)
-    kept = (store.keys[:, :, 3:18] == left.visual.keys).all(-1).all(0).all(0)
+    assert kv_cache.computed == [len(index) + 16 - 15 + probed] * len(kv_cache.computed)
+    kept = (kv_cache.keys[:, :, 3:18] == left.visual.keys).all(-1).all(0).all(0)
     assert kept.sum() >= 15 - probed
 
 

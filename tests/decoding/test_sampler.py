@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vidlada.decoding.sampler import Denoiser, Request, denoise
-from vidlada.decoding.streamer import feed
+from vidlada.decoding.streaming import feed
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from click.testing import CliRunner
+from miniature import write_miniatures
 
 import vidlada
+from vidlada.checkpoint.load import save_model
 from vidlada.cli import main
 from vidlada.evaluation.benchmarks import BENCHMARKS
-from vidlada.evaluation.miniature import write_miniatures
 from vidlada.training.config import Lora
-from vidlada.training.models import save_model, with_adapters
+from vidlada.training.models import add_lora
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +25,7 @@ def root(tmp_path_factory):
 def adapter(small_folder, tmp_path_factory):
     """A LoRA folder whose weights change every answer."""
     base = vidlada.load(small_folder, device="cpu")
-    adapted = with_adapters(base.model, Lora(rank=2, alpha=4), str(small_folder), seed=0)
+    adapted = add_lora(base.model, Lora(rank=2, alpha=4), str(small_folder), seed=0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -4,12 +4,12 @@ import json
 import shutil
 
 import pytest
+from miniature import WRITERS, write_rows
 from pyarrow.parquet import read_table
 
 from vidlada.errors import InputError
 from vidlada.evaluation.benchmarks import BENCHMARKS, PAPER_TASKS
 from vidlada.evaluation.data import check_task, documents, question_files, repository_folder
-from vidlada.evaluation.miniature import WRITERS, write_rows
 
 # Where the hub has the questions of each benchmark's first task
 PUBLISHED = {
@@ -134,11 +134,6 @@ def test_another_version_of_a_dataset_is_told(tmp_path):
     benchmark = BENCHMARKS["lvbench"]
     write_rows(tmp_path / PUBLISHED["lvbench"], [{"video": "x.mp4"}])
     assert "no field 'video_path'" in check_task(tmp_path, benchmark, benchmark.tasks[0]).problem
-
-
-def test_miniatures_overwrite_nothing(root, vidlada_eval):
-    code, _, err = vidlada_eval("--miniature", root, "--tasks", "lvbench")
-    assert code == 2 and "in use" in err
 
 
 def test_there_is_a_miniature_of_everything():

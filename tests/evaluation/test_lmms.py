@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from miniature import write_miniatures
 from PIL import Image
 
 import vidlada
@@ -19,7 +20,6 @@ from vidlada.evaluation.benchmarks import BENCHMARKS, MVBENCH_FOLDERS
 from vidlada.evaluation.data import documents, repository_folder
 from vidlada.evaluation.folder import LOG_FILE, RECORD_FOLDER, SUBMISSION_FILE, read_record
 from vidlada.evaluation.likelihood import negative_log_likelihood
-from vidlada.evaluation.miniature import write_miniatures
 from vidlada.evaluation.results import read_run
 from vidlada.evaluation.run import environment
 

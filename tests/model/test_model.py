@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
 
-from vidlada.config import VidLaDAConfig, VidLaDATextConfig
 from vidlada.errors import InputError
-from vidlada.language_model import LanguageModel, rotary_angles
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
+from vidlada.model.language_model import LanguageModel, rotary_angles
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 SHAPE = {"vocab_size": 60, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3,
          "num_attention_heads": 4, "max_position_embeddings": 128, "rms_norm_eps": 1e-5}  # fmt: skip
@@ -64,7 +64,7 @@ def test_only_chosen_logits(small):
     chosen = torch.rand(2, 9) < 0.4
     with torch.no_grad():
         assert torch.equal(
-            small.model(input_ids=ids, logits_at=chosen).logits, small.model(input_ids=ids).logits[chosen]
+            small.model(input_ids=ids, logits_to_keep=chosen).logits, small.model(input_ids=ids).logits[chosen]
         )
 
 

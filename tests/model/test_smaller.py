@@ -11,7 +11,7 @@ from vidlada.bench.sizes import SIZES, random_model, random_request
 from vidlada.decoding.sampler import denoise
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.quantization import quantize
+from vidlada.model.quantization import quantize
 
 SETTINGS = GenerationSettings(gen_length=4, block_length=4, cache="frozen")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from vectors import VARIANTS, arrays, expand_video, load_reference_model, pixels
 
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 CLOSE = {"rtol": 0, "atol": 5e-5}
 LOGITS_CLOSE = {"rtol": 0, "atol": 3e-4}

@@ -100,8 +100,8 @@ def test_upload_ask_and_watch(page, clip):
     seen = page.evaluate("[...window.seen]")
     assert any("final" in name for name in seen)
     assert any("sure-" in name for name in seen)
-    settled = "".join(page.locator(".draft .final").all_inner_texts())
-    assert said(page).inner_text().split() == settled.split()
+    stable = "".join(page.locator(".draft .final").all_inner_texts())
+    assert said(page).inner_text().split() == stable.split()
     assert "tokens a second" in page.locator("table").inner_text()
     picture(page, "answer")
 

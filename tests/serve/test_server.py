@@ -96,12 +96,12 @@ def test_diffusing_tells_every_step(client, clip, expected):
             said += chunk.choices[0].delta.content or ""
         if hasattr(chunk, "diffusion"):
             draft = chunk.diffusion
-            settled = ""
+            stable = ""
             for token in draft["tokens"]:
                 if not token["final"]:
                     break
-                settled += token["text"]
-            assert settled.startswith(said)
+                stable += token["text"]
+            assert stable.startswith(said)
             drafts.append(draft)
     assert [draft["step"] for draft in drafts] == list(range(1, expected["statistics"]["steps"] + 1))
     assert all(0 <= token["confidence"] <= 1 for draft in drafts for token in draft["tokens"])

@@ -11,10 +11,10 @@ from trainings import quietly, run
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import vidlada
-from vidlada.checkpoint import load_tokenizer
+from vidlada.checkpoint.load import load_tokenizer
 from vidlada.errors import InputError
 from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK
-from vidlada.training.adapt import CONTROL_TOKENS, adapted_llama, adapted_tokenizer
+from vidlada.training.adapt import CONTROL_TOKENS, adapt_llama, adapt_tokenizer
 from vidlada.training.config import Stage, load_config
 from vidlada.training.objective import causal_mask
 from vidlada.training.origin import is_llama
@@ -51,7 +51,7 @@ def llama(tmp_path_factory):
 
 def test_under_a_causal_mask_it_is_the_llama(llama):
     assert is_llama(llama)
-    model, processor = adapted_llama(llama, {"text_only": True}, 0)
+    model, processor = adapt_llama(llama, {"text_only": True}, 0)
     ids = torch.randint(0, 256, (1, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)(ids).logits
@@ -68,7 +68,7 @@ def test_under_a_causal_mask_it_is_the_llama(llama):
 
 def test_the_end_of_text_may_be_the_unknown_token(tmp_path):
     """As in SmolLM2's tokenizer."""
-    tokenizer = adapted_tokenizer(write_llama(tmp_path / "llama", unknown=END_OF_TEXT, vocab_size=257))
+    tokenizer = adapt_tokenizer(write_llama(tmp_path / "llama", unknown=END_OF_TEXT, vocab_size=257))
     tokenizer.save_pretrained(tmp_path / "saved")
     ids = load_tokenizer(tmp_path / "saved").convert_tokens_to_ids([*CONTROL_TOKENS, "missing"])
     assert len(set(ids)) == len(CONTROL_TOKENS) + 1 and ids[-1] is None
@@ -108,7 +108,7 @@ def test_it_learns_as_masked_diffusion_with_a_new_vision_half(llama, tmp_path):
 def test_what_cannot_be_adapted_is_named(tmp_path, llama, small_folder):
     biased = write_llama(tmp_path / "biased", attention_bias=True)
     with pytest.raises(InputError, match="attention biases"):
-        adapted_llama(biased, {"text_only": True}, 0)
+        adapt_llama(biased, {"text_only": True}, 0)
     settings = run(tmp_path / "run", init_from=str(small_folder), stages=(Stage("a", 1e-3, DATA, 1),))
     with pytest.raises(InputError, match="whole model already"):
         train(settings, report=quietly)

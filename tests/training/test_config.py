@@ -9,12 +9,12 @@ import pytest
 import yaml
 from transformers import SiglipVisionConfig
 
-from vidlada.config import VidLaDAConfig, VidLaDATextConfig
 from vidlada.errors import InputError
+from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
 from vidlada.training.config import Stage, TrainingConfig, load_config
 from vidlada.training.description import ModelDescription, TextDescription, VisionDescription
-from vidlada.training.models import starting_config
-from vidlada.training.stages import make_source, prepared
+from vidlada.training.models import initial_config
+from vidlada.training.stages import make_source, prepare_run
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -164,7 +164,7 @@ def test_impossible_models_are_refused(tmp_path, model, match):
 
 def test_what_fits_only_a_default_is_refused_by_the_model_itself(tmp_path):
     with pytest.raises(InputError, match="hidden_size 7 is not divisible by num_attention_heads 32"):
-        starting_config(load_config(write(tmp_path, model={"text_config": {"hidden_size": 7}})))
+        initial_config(load_config(write(tmp_path, model={"text_config": {"hidden_size": 7}})))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_missing_package_is_named(monkeypatch, setting, value, package):
     monkeypatch.setattr("vidlada.training.stages.find_spec", lambda name: None)
     settings = {"tracker": "none", setting: value}
     with pytest.raises(InputError, match=f"{setting}: {value} needs {package}.*pip install {package}"):
-        prepared(TrainingConfig("out", (Stage("a", 1.0, {"kind": "shapes"}, 1),), model={}, **settings))
+        prepare_run(TrainingConfig("out", (Stage("a", 1.0, {"kind": "shapes"}, 1),), model={}, **settings))
 
 
 def run(**changes):

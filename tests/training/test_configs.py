@@ -7,12 +7,12 @@ import pytest
 import torch
 import yaml
 
-from vidlada.config import VidLaDAConfig
 from vidlada.errors import InputError
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.config import VidLaDAConfig
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.training.config import load_config
 from vidlada.training.flops import FlopCount
-from vidlada.training.models import with_adapters
+from vidlada.training.models import add_lora
 from vidlada.training.optimizers import make_optimizers, part_of
 from vidlada.training.stages import resolved, stage_sources
 
@@ -39,7 +39,7 @@ def test_each_8b_run_on_meta(data, path):
     with torch.device("meta"):
         model = VidLaDAForMaskedDiffusion(VidLaDAConfig())
         if config.lora is not None:
-            model = with_adapters(model, config.lora, "base", 0)
+            model = add_lora(model, config.lora, "base", 0)
     total = sum(p.numel() for p in model.parameters())
     assert 8.4e9 < total < 8.9e9
     run = resolved(config, stage_sources(config))

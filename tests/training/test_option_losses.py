@@ -10,7 +10,7 @@ from trainings import MODEL, SIZE, quietly, run
 
 from vidlada.training.config import CollateSettings, Stage
 from vidlada.training.parallel import make_accelerator
-from vidlada.training.stages import prepared
+from vidlada.training.stages import prepare_run
 from vidlada.training.trainer import Run
 
 SEED, STEP = 7, 1
@@ -152,7 +152,7 @@ def test_the_loss_of_a_step(data, tmp_path, option):
     source = {"kind": "llava", "json_path": str(data), "batch_size": len(CONVERSATIONS), **more}
     stages = (Stage("a", 1e-3, source, 2, collate=collate),)
     config = run(tmp_path / "run", stages=stages, seed=SEED, model=MODEL, **changes)
-    one = Run(prepared(config), make_accelerator(config), quietly)
+    one = Run(prepare_run(config), make_accelerator(config), quietly)
     generator = torch.Generator().manual_seed(0)
     for parameter in one.model.parameters():  # new models begin as the identity, where nothing sees anything
         parameter.data.normal_(0, 0.3, generator=generator)
@@ -160,7 +160,7 @@ def test_the_loss_of_a_step(data, tmp_path, option):
         one.processor.pixel_values(np.asarray(Image.open(data.with_name(f"{number}.png")))[None]) for number in range(2)
     ]
     one.model.eval().requires_grad_(False)
-    (batch,) = one.prepared(one.sources[0], collate, 0, range(STEP, STEP + 1))
+    (batch,) = one.prepare_run(one.sources[0], collate, 0, range(STEP, STEP + 1))
     found = float(one.loss(batch, STEP))
     expected = plain_loss(one, pictures, collate, bool(more))
     assert found == pytest.approx(expected, rel=1e-5)

@@ -22,9 +22,10 @@ import torch
 import yaml
 from trainings import MODEL, assert_same, quietly, run, weights
 
+from vidlada.checkpoint.load import save_model
 from vidlada.errors import InputError
 from vidlada.training.config import Lora, Stage
-from vidlada.training.models import new_model, save_model
+from vidlada.training.models import new_model
 from vidlada.training.output import checkpoints
 from vidlada.training.parallel import make_accelerator
 from vidlada.training.trainer import train

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from trainings import MODEL, PICTURES, assert_same, quietly, run, weights
 
 import vidlada
-from vidlada.checkpoint import describe
+from vidlada.checkpoint.load import describe, save_model
 from vidlada.cli import main
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.config import CollateSettings, Evaluation, Lora, Stage
-from vidlada.training.models import new_model, save_model
+from vidlada.training.models import new_model
 from vidlada.training.objective import (
     IGNORED,
     Masking,

@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from trainings import run
 
-from vidlada.checkpoint import describe
+from vidlada.checkpoint.load import describe
 from vidlada.cli import main
 from vidlada.errors import InputError
 from vidlada.training.config import Evaluation, Stage, load_config
-from vidlada.training.models import starting_config
+from vidlada.training.models import initial_config
 from vidlada.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,14 +79,14 @@ def test_the_variables_of_the_published_scripts_count(published, tmp_path, monke
     config = load_config(path)
     assert config.init_from == str(published)
     assert config.stages[0].data["video_folder"] == str(tmp_path / "videos")
-    assert starting_config(config).vision_config.image_size == 84
+    assert initial_config(config).vision_config.image_size == 84
     dry = CliRunner().invoke(main, ["train", str(path), "--dry-run"])
     assert dry.exit_code == 0 and "1 steps" in dry.output, dry.output
 
     monkeypatch.setenv("VISION_MODEL_VERSION", "google/siglip-base")
     with pytest.raises(InputError, match=f"siglip-base, but .* was made with {TOWER}"):
-        starting_config(load_config(path))
+        initial_config(load_config(path))
     monkeypatch.delenv("VISION_MODEL_VERSION")
     shutil.rmtree(tmp_path / "towers")
     with pytest.raises(InputError):  # nothing says how many heads this tower has
-        starting_config(load_config(path))
+        initial_config(load_config(path))

@@ -17,12 +17,12 @@ from trainings import MODEL, PICTURES, STEPS, assert_same, quietly, run, weights
 import vidlada.training.checkpoints as checkpoints
 import vidlada.training.output as output_folder
 import vidlada.training.trainer as trainer
-from vidlada.checkpoint import load_model
+from vidlada.checkpoint.load import load_model
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.processor import VidLaDAProcessor
 from vidlada.training.config import Evaluation, Stage
+from vidlada.training.data.shapes import ShapesSource
 from vidlada.training.models import new_model
-from vidlada.training.shapes_source import ShapesSource
 from vidlada.training.trainer import Interrupted, train
 
 # A run that ends itself: after a step, or half way through writing a checkpoint.

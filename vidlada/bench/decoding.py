@@ -17,7 +17,7 @@ from vidlada.decoding.sampler import Denoiser, Request, State, denoise
 from vidlada.generation import GenerationSettings
 from vidlada.info import GIB
 from vidlada.machine import machine, now, peak_memory, reset_peak_memory
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 BASELINE = "none"
 CACHES = (

@@ -1,11 +1,11 @@
-"""How far states move between steps, and where visual queries look: the four observations MARS-Cache rests on.
+"""How far states move between steps, and where visual queries attend to: the four observations MARS-Cache rests on.
 
-Everything is recomputed in every step, so what is measured is what a cache would have missed by not renewing.
+Everything is recomputed in every step, so what is measured is what a cache would have missed by not refreshing.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap, find_anchors
-from vidlada.decoding.cache import Cache
-from vidlada.decoding.policies import Full
+from vidlada.decoding.cache import RequestCache
+from vidlada.decoding.kv_cache import attend_grouped
+from vidlada.decoding.policies.base import AttentionPattern
+from vidlada.decoding.policies.blockwise import Full
 from vidlada.decoding.sampler import Denoiser, Request
-from vidlada.decoding.store import attend_grouped
 from vidlada.errors import InputError
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 SAMPLED_QUERIES = 32
 ANCHORS = 8
@@ -33,28 +34,30 @@ class EveryLayer(Full):
         return list(range(1, layers))
 
 
-@dataclass
-class Looking:
-    """Watches where sampled visual queries look; computes full attention.
+class AttentionProbe(AttentionPattern):
+    """Full attention that records where sampled visual queries attend to.
+
+    Args:
+        frames: where the frames are.
 
     Attributes:
-        frames: where the frames stand.
         near: layer → share of a query's attention to visual tokens that stays within one frame of its own, each step.
         flatness: layer → entropy of that attention over the entropy of uniform attention, each step.
         on_anchors: layer → share of that attention on the anchors (the tokens all sampled queries look at most).
-        anchors: layer → anchors of the last step.
         kept: layer → share of the anchors that were anchors in the step before.
     """
 
-    frames: FrameMap
-    near: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-    flatness: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-    on_anchors: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-    anchors: dict[int, set[int]] = field(default_factory=dict)
-    kept: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    def __init__(self, frames: FrameMap):
+        super().__init__()
+        self.frames = frames
+        self.near: dict[int, list[float]] = defaultdict(list)
+        self.flatness: dict[int, list[float]] = defaultdict(list)
+        self.on_anchors: dict[int, list[float]] = defaultdict(list)
+        self.kept: dict[int, list[float]] = defaultdict(list)
+        self.last_anchors: dict[int, set[int]] = {}
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
-        """See `vidlada.decoding.store.Pattern`."""
+        """See `AttentionPattern`."""
         visual = self.frames.visual
         place = torch.full((keys.shape[1],), -1, device=active.device)
         place[active] = torch.arange(len(active), device=active.device)
@@ -71,9 +74,9 @@ class Looking:
         best = find_anchors(sampled, seen, min(ANCHORS, len(visual)))
         self.on_anchors[layer].append(float(weights[..., best].sum(-1).mean()))
         found = set(best.tolist())
-        if layer in self.anchors:
-            self.kept[layer].append(len(found & self.anchors[layer]) / len(found))
-        self.anchors[layer] = found
+        if layer in self.last_anchors:
+            self.kept[layer].append(len(found & self.last_anchors[layer]) / len(found))
+        self.last_anchors[layer] = found
         return attend_grouped(queries, keys, values)
 
 
@@ -99,8 +102,8 @@ def drift_figures(model: VidLaDAForMaskedDiffusion, request: Request) -> dict[st
     denoiser.add(request)
     cache = denoiser.rows[0].caches[0]
     cache.policy = EveryLayer()
-    looking = Looking(cache.frames)
-    cache.pattern = looking
+    probe = AttentionProbe(cache.frames)
+    cache.attention = probe
     layers = model.language_model.config.num_hidden_layers
     drifts: dict[str, list[list[float]]] = {
         name: [[] for _ in range(layers)] for name in ("text", "visual", "response")
@@ -108,8 +111,8 @@ def drift_figures(model: VidLaDAForMaskedDiffusion, request: Request) -> dict[st
     before: dict[int, Tensor] = {}
     while denoiser.rows:
         denoiser.step()
-        assert cache.store is not None
-        after = {layer: states.clone() for layer, states in cache.store.hidden.items()}
+        assert cache.kv_cache is not None
+        after = {layer: states.clone() for layer, states in cache.kv_cache.hidden.items()}
         if before:
             _add_drift(drifts, cache, before, after)
         before = after
@@ -126,10 +129,10 @@ def drift_figures(model: VidLaDAForMaskedDiffusion, request: Request) -> dict[st
         "layers": [
             {
                 **{name: _mean(values[layer]) for name, values in drifts.items()},
-                "near": _mean(looking.near[layer]),
-                "flatness": _mean(looking.flatness[layer]),
-                "on_anchors": _mean(looking.on_anchors[layer]),
-                "anchors_kept": _mean(looking.kept[layer]),
+                "near": _mean(probe.near[layer]),
+                "flatness": _mean(probe.flatness[layer]),
+                "on_anchors": _mean(probe.on_anchors[layer]),
+                "anchors_kept": _mean(probe.kept[layer]),
             }
             for layer in range(layers)
         ],
@@ -137,7 +140,7 @@ def drift_figures(model: VidLaDAForMaskedDiffusion, request: Request) -> dict[st
 
 
 def _add_drift(
-    drifts: dict[str, list[list[float]]], cache: Cache, before: dict[int, Tensor], after: dict[int, Tensor]
+    drifts: dict[str, list[list[float]]], cache: RequestCache, before: dict[int, Tensor], after: dict[int, Tensor]
 ) -> None:
     same = cache.answer[(before[0] == after[0]).all(-1)[cache.answer]]
     for name, positions in (("text", cache.text), ("visual", cache.frames.visual), ("response", same)):

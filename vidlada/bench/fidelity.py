@@ -16,9 +16,9 @@ from torch import Tensor
 from vidlada.api import VidLaDA
 from vidlada.bench.decoding import BASELINE, CACHES
 from vidlada.decoding.policies import policy_from
-from vidlada.decoding.sampler import Denoiser, Request, Row
+from vidlada.decoding.sampler import Denoiser, Request, RunningRequest
 from vidlada.errors import InputError
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.shapes.dataset import question_of
 from vidlada.shapes.questions import LONG_FAMILIES
 
@@ -60,8 +60,8 @@ def follow(
         distances: of the caches and of full recompute.
     """
 
-    def row(number: int, cache: str) -> Row:
-        return Row(number, replace(request, settings=request.settings.updated(cache=cache)), model)
+    def row(number: int, cache: str) -> RunningRequest:
+        return RunningRequest(number, replace(request, settings=request.settings.updated(cache=cache)), model)
 
     leader, followers = row(0, BASELINE), [row(number, cache) for number, cache in enumerate(caches, start=1)]
     denoiser, layers = Denoiser(model), model.language_model.config.num_hidden_layers

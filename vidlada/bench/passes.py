@@ -10,11 +10,11 @@ from transformers import LlamaConfig, LlamaModel
 
 from vidlada.bench.decoding import measure
 from vidlada.bench.sizes import subject
-from vidlada.decoding.policies import Frozen
-from vidlada.decoding.store import key_value_bytes
+from vidlada.decoding.kv_cache import key_value_bytes
+from vidlada.decoding.policies.blockwise import Frozen
 from vidlada.generation import GenerationSettings
-from vidlada.language_model import LanguageModel
 from vidlada.machine import machine, now
+from vidlada.model.language_model import LanguageModel
 
 PASSES = ("vidlada", "Llama, all-true mask", "Llama, causal")
 

@@ -47,7 +47,7 @@ def quality_figures(
 
         def answers(video: Path | None, asked: Sequence[str], name: str = name) -> list[str]:
             if video not in watched:
-                watched[video] = vidlada.watch(video)
+                watched[video] = vidlada.encode_video(video)
             found = vidlada.ask_many([(watched[video], question) for question in asked], **{**options, "cache": name})
             work[name] += sum(sum(answer.statistics.layer_tokens) for answer in found)
             return [answer.text for answer in found]

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from vidlada.config import VidLaDAConfig
 from vidlada.decoding.sampler import Request
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.config import VidLaDAConfig
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 TEXT_TOKENS = 32  # on either side of the video
 SHIPPED = "tiny"
@@ -96,7 +96,7 @@ def _shipped(frames: int, device: str, dtype: torch.dtype) -> Subject:
         raise InputError(f"size tiny sees a frame a second of {MIN_SECONDS} to {MAX_SECONDS} s, not {frames} frames")
     vidlada = load(SHIPPED, dtype=dtype, device=device)
     images = render_frames(clip_for("test", 0, seconds=frames), range(frames), vidlada.processor.image_size)
-    video = vidlada.watch(images)
+    video = vidlada.encode_video(images)
     return Subject(
         vidlada.model,
         lambda settings: vidlada.chat(video, generation=settings.to_dict()).request(SHIPPED_QUESTION),

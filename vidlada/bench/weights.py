@@ -9,10 +9,10 @@ import torch
 
 from vidlada.bench.decoding import Run, measure
 from vidlada.bench.sizes import Subject, subject
-from vidlada.decoding.policies import Frozen
+from vidlada.decoding.policies.blockwise import Frozen
 from vidlada.generation import GenerationSettings
 from vidlada.machine import machine
-from vidlada.quantization import Quantization, quantize
+from vidlada.model.quantization import Quantization, quantize
 
 
 @dataclass(frozen=True)

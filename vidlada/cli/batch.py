@@ -35,7 +35,7 @@ def batch(
     gives a line with "error", and exit code 1 in the end.
     """
     try:
-        from vidlada.serve.batch import Answerer, answer_all, opened, read_lines
+        from vidlada.batch.local import Answerer, answer_all, opened, read_lines
     except ImportError as error:
         raise InputError(f"batches need more packages: pip install 'vidlada[serve]' ({error.name})") from error
     if workers is not None and not ray:
@@ -48,7 +48,7 @@ def batch(
         done = output.written
         if ray:
             from vidlada.api import SHIPPED, model_folder
-            from vidlada.serve.cluster import answer_on_cluster
+            from vidlada.batch.ray_data import answer_on_cluster
 
             if source.model != SHIPPED:
                 source = replace(source, model=str(model_folder(source.model).absolute()))

@@ -20,7 +20,7 @@ from vidlada.cli.options import one_line_errors, progress
 def info(model: str, frames: int, dtype: str, cache: str, as_json: bool) -> None:
     """Tell what checkpoint MODEL is, what memory a run needs, and what this machine has. Loads no weights."""
     from vidlada.api import model_folder
-    from vidlada.checkpoint import describe
+    from vidlada.checkpoint.load import describe
     from vidlada.info import checkpoint_facts, machine_facts
 
     facts = {
@@ -48,7 +48,7 @@ def info(model: str, frames: int, dtype: str, cache: str, as_json: bool) -> None
 @one_line_errors
 def convert(source: Path, target: Path, layout: Any) -> None:
     """Write checkpoint SOURCE in another layout as TARGET, a new folder."""
-    from vidlada.checkpoint import convert as convert_checkpoint
+    from vidlada.checkpoint.convert import convert as convert_checkpoint
 
     with progress(f"converting {source}"):
         convert_checkpoint(source, target, layout)

@@ -25,7 +25,7 @@ def check(config: Path, most: int, workers: int, as_json: bool) -> None:
     or without labels, duplicate ids; and show how long samples are. The exit code is 1 if anything was found.
     """
     from vidlada.training.config import load_config
-    from vidlada.training.llava import LlavaSource
+    from vidlada.training.data.llava import LlavaSource
     from vidlada.training.stages import evaluation_source, stage_sources
 
     settings = load_config(config)
@@ -34,10 +34,10 @@ def check(config: Path, most: int, workers: int, as_json: bool) -> None:
     if held_out is not None:
         sources.append(("evaluation", held_out))
     # only now what imports torch
-    from vidlada.training.check import check_source
-    from vidlada.training.models import starting_processor
+    from vidlada.training.data.check import check_source
+    from vidlada.training.models import initial_processor
 
-    processor = starting_processor(settings)
+    processor = initial_processor(settings)
     reports = []
     for name, source in sources:
         if isinstance(source, LlavaSource):
@@ -59,6 +59,6 @@ def build(config: Path) -> None:
     """Make questions about long videos as CONFIG (YAML) says: a model writes them, those answered without the video
     are dropped, and other models vote. Running it again continues.
     """
-    from vidlada.training.engine import build_dataset, load_build
+    from vidlada.data_engine.build import build_dataset, load_build
 
     click.echo(str(build_dataset(load_build(config), report=lambda line: click.echo(line, err=True))))

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from vidlada.cli.options import ModelSource, model_option, one_line_errors, progress
+from vidlada.cli.options import ModelSource, model_option, one_line_errors
 from vidlada.errors import InputError
 
 
@@ -68,12 +68,6 @@ from vidlada.errors import InputError
     help="Instead: finished runs side by side, also written into --output; twice or more, the baseline first.",
 )
 @click.option(
-    "--miniature",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Instead: write miniature copies of --tasks with synthetic clips there, to try everything out.",
-)
-@click.option(
     "--shapes-clips",
     type=click.IntRange(1),
     default=24,
@@ -85,7 +79,7 @@ from vidlada.errors import InputError
 @one_line_errors
 def evaluate(
     tasks: str | None, output: Path | None, data_root: Path | None, only_check: bool, compared: tuple[Path, ...],
-    miniature: Path | None, as_json: bool, shapes_clips: int, processes: int, download: bool, submit: bool,
+    as_json: bool, shapes_clips: int, processes: int, download: bool, submit: bool,
     source: ModelSource, adapter: Path | None, **options: Any,
 ) -> None:  # fmt: skip
     """Evaluate a model on benchmarks with lmms-eval, and report.
@@ -95,7 +89,6 @@ def evaluate(
     """
     from vidlada.evaluation import data
     from vidlada.evaluation.benchmarks import UNSENT, chosen
-    from vidlada.evaluation.miniature import write_miniatures
 
     if compared:
         print_comparison(compared, output, as_json)
@@ -103,11 +96,6 @@ def evaluate(
     if tasks is None:
         raise InputError("give --tasks, e.g. --tasks videomme,mlvu_dev, or --tasks paper for the published eight")
     benchmarks = chosen(tasks)
-    if miniature is not None:
-        with progress("writing clips"):
-            write_miniatures(miniature, benchmarks)
-        click.echo(str(miniature))
-        return
     root = data.data_root(data_root)
     if submit and (options["limit"] is not None or all(benchmark.name != UNSENT for benchmark in benchmarks)):
         raise InputError(f"--submit sends the answers of the whole task {UNSENT}; put it in --tasks, leave --limit out")
@@ -181,7 +169,7 @@ def refuse_missing(root: Path, benchmarks: list[Any], shapes_clips: int) -> None
     """Stop before anything is loaded where questions or all videos are missing; warn where some videos are; write the
     shapes world."""
     from vidlada.evaluation import data
-    from vidlada.evaluation.miniature import write_shapes
+    from vidlada.evaluation.shapes_data import write_shapes
 
     for benchmark in benchmarks:
         if benchmark.name == "shapes" and data.repository_folder(root, benchmark.repository) is None:

@@ -23,20 +23,20 @@ def train(config: Path, output: str | None, resume: bool, overwrite: bool, dry_r
     from vidlada.errors import InputError
     from vidlada.training.config import load_config
     from vidlada.training.output import check_output
-    from vidlada.training.stages import prepared, schedule
+    from vidlada.training.stages import prepare_run, schedule
 
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    run = prepared(load_config(config, output=output))
+    run = prepare_run(load_config(config, output=output))
     main_process = os.environ.get("RANK", "0") == "0"  # of those that a launcher started
     if main_process and not dry_run:  # the others may come when it has begun to write
         check_output(Path(run.config.output), resume, overwrite)
     # only now what imports torch
-    from vidlada.training.models import starting_config
+    from vidlada.training.models import initial_config
     from vidlada.training.trainer import train_prepared
 
     if dry_run:
-        starting_config(run.config)
+        initial_config(run.config)
         click.echo(schedule(run.config))
         return
     without_progress_bars()
@@ -51,7 +51,7 @@ def train(config: Path, output: str | None, resume: bool, overwrite: bool, dry_r
 @one_line_errors
 def merge(adapter: Path, target: Path) -> None:
     """Write the model that LoRA folder ADAPTER and its base make together as TARGET, a new folder."""
-    from vidlada.adapter import merge as merge_adapter
+    from vidlada.checkpoint.convert import merge as merge_adapter
 
     without_progress_bars()
     merge_adapter(adapter, target)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidlada.decoding.store import attend_grouped
+from vidlada.decoding.kv_cache import attend_grouped
 
 
 @dataclass(frozen=True)

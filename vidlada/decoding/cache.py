@@ -1,4 +1,4 @@
-"""The cache of one request: its policy, its store, and what the next pass recomputes."""
+"""The cache of one request: its policy, its KV cache, and what the next pass recomputes."""
 
 from dataclasses import dataclass, replace
 
@@ -6,23 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidlada.config import VidLaDATextConfig
-from vidlada.decoding.attention import FrameMap, scenes_of
-from vidlada.decoding.fused import can_fuse
-from vidlada.decoding.patterns import FramePattern, SparsePattern
-from vidlada.decoding.policies import EVERYTHING, Mars, Moment, Plan, Policy, Sparse
-from vidlada.decoding.store import Pattern, Store, Work, see_everything
-from vidlada.errors import InputError
-
-DEFAULT_ANCHORS = 64
+from vidlada.decoding.attention import FrameMap
+from vidlada.decoding.kv_cache import KVCache, PartialPass
+from vidlada.decoding.policies.base import EVERYTHING, Plan, Policy, StepContext
+from vidlada.model.config import VidLaDATextConfig
 
 
 @dataclass(frozen=True)
-class VisualStates:
-    """What a request leaves of its frames, for a further question about the same video.
+class VisualCache:
+    """Keys, values and states of a video's tokens, reused by a further question about the same video.
 
     Attributes:
-        positions: (visual tokens,) places in the sequence; the same in every request that may take them over.
+        positions: (visual tokens,) in the sequence; the same in every request that may reuse them.
         keys, values: (layers, key/value heads, visual tokens, head_dim).
         hidden: layer → (visual tokens, width) states entering it.
         anchors: layer → positions of its anchors.
@@ -34,8 +29,13 @@ class VisualStates:
     hidden: dict[int, Tensor]
     anchors: dict[int, Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return sum(tensor.nbytes for tensor in (self.keys, self.values, *self.hidden.values()))
 
-class Cache:
+
+class RequestCache:
     """What one request keeps between steps.
 
     Args:
@@ -45,8 +45,8 @@ class Cache:
         frame_index: (tokens of the prompt,) frame of each position, -1 for text.
         slots: answer slots.
         tokens: length of the whole sequence, suffix included.
-        visual: left by an earlier request; the first step then leaves the frames alone. Ignored where the frames stand
-            elsewhere or the policy keeps other layers.
+        visual: of an earlier request; the first step then does not compute the frames. Ignored where the frames have
+            other positions or the policy needs the states of other layers.
 
     Raises:
         InputError: the policy does not fit this request.
@@ -60,7 +60,7 @@ class Cache:
         frame_index: Tensor,
         slots: int,
         tokens: int,
-        visual: VisualStates | None = None,
+        visual: VisualCache | None = None,
     ):
         self.config, self.policy, self.prompt = config, policy, prompt
         rest = frame_index.new_full((tokens - len(frame_index),), -1)
@@ -69,43 +69,21 @@ class Cache:
         is_answer = torch.zeros(tokens, dtype=torch.bool, device=prompt.device)
         is_answer[self.answer] = True
         self.text = self.frames.others[~is_answer[self.frames.others]]
-        self.store: Store | None = None
+        self.kv_cache: KVCache | None = None
         self.step, self.step_in_block, self.block = 0, -1, slice(0, 0)
         self.refreshes = {"text": 0, "visual": 0}
+        self.attention = policy.attention(self.frames, prompt)
+        # of policies that refresh by measured drift
         self.probed: dict[str, Tensor] = {}
-        self.renewed: dict[str, int] = {}
+        self.refreshed_from: dict[str, int] = {}
         self.references: dict[str, Tensor] = {}
         self.drift: dict[str, list[float]] = {}
-        self.frame_pattern = self._frame_pattern(policy)
-        self.sparse_pattern: SparsePattern | None = None
-        self.pattern: Pattern = see_everything  # of policies that bring none
         layers = {*policy.entries(config.num_hidden_layers), config.num_hidden_layers}
-        if visual is not None and (
-            visual.hidden.keys() != layers or not torch.equal(visual.positions, self.frames.visual)
-        ):
-            visual = None
-        self.given = visual
-
-    def _frame_pattern(self, policy: Policy) -> FramePattern | None:
-        if not isinstance(policy, Mars) or not policy.chunks or not len(self.frames.positions):
-            return None
-        visual, frames = len(self.frames.visual), len(self.frames.positions)
-        anchors = min(DEFAULT_ANCHORS, visual) if policy.anchors is None else policy.anchors
-        if anchors > visual:
-            raise InputError(f"cache mars: {anchors} anchors are more than the {visual} visual tokens; use fewer")
-        if policy.window and policy.window >= frames:
-            raise InputError(
-                f"cache mars: a window of {policy.window} is larger than the video of {frames} frames; "
-                f"use a smaller one, or -1 for full attention"
-            )
-        sizes = self.frames.valid.sum(1)
-        means = torch.stack([part.mean(0) for part in self.prompt[self.frames.visual].split(sizes.tolist())])
-        scenes = scenes_of(means, sizes, policy.scene)
-        fused = can_fuse(self.prompt.device) if policy.fused is None else policy.fused
-        return FramePattern(self.frames, policy.window, anchors, policy.queries, policy.per_head, scenes, fused)
+        fits = visual is not None and visual.hidden.keys() == layers
+        self.reused = visual if fits and torch.equal(visual.positions, self.frames.visual) else None  # type: ignore[union-attr]
 
     def segments(self) -> dict[str, Tensor]:
-        """Positions of each segment of `vidlada.decoding.policies.SEGMENTS`."""
+        """Positions of each segment of `vidlada.decoding.policies.base.SEGMENTS`."""
         return {
             "text": self.text,
             "visual": self.frames.visual,
@@ -114,7 +92,7 @@ class Cache:
             "after": self.answer[self.block.stop :],
         }
 
-    def work(self, answer: Tensor, suffix: Tensor, block: slice) -> Work:
+    def next_pass(self, answer: Tensor, suffix: Tensor, block: slice) -> PartialPass:
         """What the next pass recomputes.
 
         Args:
@@ -126,13 +104,13 @@ class Cache:
         self.block = block
         layers = self.config.num_hidden_layers
         self.measure_drift()
-        plan = self.policy.plan(Moment(self.step, self.step_in_block, layers, self.drift))
-        if self.store is None:
+        plan = self.policy.plan(StepContext(self.step, self.step_in_block, layers, self.drift))
+        if self.kv_cache is None:
             embeddings = torch.cat((self.prompt.to(answer.dtype), answer, suffix))
-            self.store = Store(self.config, embeddings, self.policy.entries(layers))
-            plan = replace(plan, start=self.take_over(self.store), narrow=None)
+            self.kv_cache = KVCache(self.config, embeddings, self.policy.entries(layers))
+            plan = replace(plan, start=self.reuse_visual(self.kv_cache), narrow=None)
         else:
-            self.store.hidden[0][self.answer] = answer
+            self.kv_cache.hidden[0][self.answer] = answer
         self.step += 1
         for segment in self.refreshes:
             self.refreshes[segment] += segment in plan.start
@@ -140,76 +118,60 @@ class Cache:
         joins: dict[int, list[Tensor]] = {}
         for segment, start in plan.start.items():
             joins.setdefault(start, []).append(segments[segment])
-        self.probe(plan, joins)
-        return Work(
-            self.store,
+        self.add_probes(plan, joins)
+        self.attention.begin_pass(plan, segments["block"])
+        return PartialPass(
+            self.kv_cache,
             {start: torch.cat(positions) for start, positions in joins.items()},
-            self._pattern(plan, segments["block"]),
+            self.attention,
             None if plan.narrow is None else max(1, round(plan.narrow * len(self.answer))),
         )
 
-    def take_over(self, store: Store) -> dict[str, int]:
-        """Fill the store with what an earlier request left, and tell what the first step has still to compute."""
-        if self.given is None:
+    def reuse_visual(self, kv_cache: KVCache) -> dict[str, int]:
+        """Copy an earlier request's visual states in; returns what the first step still has to compute."""
+        if self.reused is None:
             return EVERYTHING
-        positions = self.given.positions
-        store.keys[:, :, positions], store.values[:, :, positions] = self.given.keys, self.given.values
-        for layer, states in self.given.hidden.items():
-            store.hidden[layer][positions] = states
-        if self.frame_pattern is not None:
-            self.frame_pattern.found = dict(self.given.anchors)
+        positions = self.reused.positions
+        kv_cache.keys[:, :, positions], kv_cache.values[:, :, positions] = self.reused.keys, self.reused.values
+        for layer, states in self.reused.hidden.items():
+            kv_cache.hidden[layer][positions] = states
+        self.attention.anchors = dict(self.reused.anchors)
         return {segment: start for segment, start in EVERYTHING.items() if segment != "visual"}
 
-    def visual_states(self) -> VisualStates | None:
-        """What this request leaves of its frames; None before its first step."""
-        if self.store is None:
+    def export_visual(self) -> VisualCache | None:
+        """The visual tokens' part, for a further question about the same video; None before the first step."""
+        if self.kv_cache is None:
             return None
-        positions = self.frames.visual
-        hidden = {layer: states[positions] for layer, states in self.store.hidden.items() if layer}
-        anchors = {} if self.frame_pattern is None else dict(self.frame_pattern.found)
-        return VisualStates(
-            positions, self.store.keys[:, :, positions], self.store.values[:, :, positions], hidden, anchors
-        )
+        positions, kv_cache = self.frames.visual, self.kv_cache
+        hidden = {layer: states[positions] for layer, states in kv_cache.hidden.items() if layer}
+        anchors = dict(self.attention.anchors)
+        return VisualCache(positions, kv_cache.keys[:, :, positions], kv_cache.values[:, :, positions], hidden, anchors)
 
-    def probe(self, plan: Plan, joins: dict[int, list[Tensor]]) -> None:
-        """Let a few positions of the segments that rest run along, and note which segments are renewed."""
-        self.renewed = {segment: plan.start[segment] for segment in self.refreshes if segment in plan.start}
+    def add_probes(self, plan: Plan, joins: dict[int, list[Tensor]]) -> None:
+        """Recompute a few positions of the segments that are not refreshed, to measure how far they moved."""
+        self.refreshed_from = {segment: plan.start[segment] for segment in self.refreshes if segment in plan.start}
         for segment in self.refreshes if plan.probes else ():
             positions = self.segments()[segment]
             spread = torch.linspace(0, len(positions) - 1, min(plan.probes, len(positions)), device=positions.device)
             self.probed[segment] = positions[spread.long()]
-            if segment not in self.renewed:
+            if segment not in self.refreshed_from:
                 joins.setdefault(0, []).append(self.probed[segment])
 
     def measure_drift(self) -> None:
-        """Compare the probed values of the last pass with those of their renewal, at every entry."""
+        """Compare the probed values of the last pass with those of their last refresh, at every entry."""
         entries = [0, *self.policy.entries(self.config.num_hidden_layers)]
         for segment, positions in self.probed.items():
-            assert self.store is not None
-            values = (
-                self.store.values[entries][:, :, positions].transpose(1, 2).flatten(2).float()
-            )  # (entries, probes, …)
-            if (
-                segment in self.renewed or segment not in self.references
-            ):  # from some layer up; what lies below rests since an earlier renewal
-                rests = sum(entry < self.renewed.get(segment, 0) for entry in entries)
-                self.references[segment] = torch.cat((self.references.get(segment, values)[:rests], values[rests:]))
+            assert self.kv_cache is not None
+            # (entries, probes, key/value heads × head_dim)
+            values = self.kv_cache.values[entries][:, :, positions].transpose(1, 2).flatten(2).float()
+            if segment in self.refreshed_from or segment not in self.references:
+                # a refresh from some layer up leaves what lies below as the earlier one left it
+                kept = sum(entry < self.refreshed_from.get(segment, 0) for entry in entries)
+                self.references[segment] = torch.cat((self.references.get(segment, values)[:kept], values[kept:]))
             similarity = F.cosine_similarity(values, self.references[segment], dim=-1)  # (entries, probes)
             self.drift[segment] = (1 - similarity.mean(1)).tolist()
 
-    def _pattern(self, plan: Plan, block: Tensor) -> Pattern:
-        if self.frame_pattern is not None:
-            self.frame_pattern.renewed_from = plan.start.get("visual")
-            self.frame_pattern.chunked, self.frame_pattern.search = plan.chunked, plan.search
-            return self.frame_pattern
-        if isinstance(self.policy, Sparse):
-            if self.step_in_block == 0 or self.sparse_pattern is None:
-                self.sparse_pattern = SparsePattern(self.policy.keep, block)
-            self.sparse_pattern.select = plan.select
-            return self.sparse_pattern
-        return self.pattern
-
-    def leaving(self, block: slice) -> Tensor:
-        """Normed states of the block's positions as they left the top: (block, width)."""
-        assert self.store is not None
-        return self.store.hidden[self.config.num_hidden_layers][self.answer[block]]
+    def block_states(self, block: slice) -> Tensor:
+        """Final normed states of the block's positions: (block, width)."""
+        assert self.kv_cache is not None
+        return self.kv_cache.hidden[self.config.num_hidden_layers][self.answer[block]]

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidlada.decoding.cache import Cache, VisualStates
+from vidlada.decoding.cache import RequestCache, VisualCache
 from vidlada.decoding.commit import above_threshold, by_factor, most_confident, spread
+from vidlada.decoding.kv_cache import refresh
 from vidlada.decoding.policies import policy_from
-from vidlada.decoding.store import renew
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.model import VidLaDAForMaskedDiffusion, positions_of
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion, positions_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Request:
     suffix_ids: Sequence[int] = ()
     initial_ids: Sequence[int] | None = None
     frame_index: Sequence[int] | None = None
-    visual: VisualStates | None = None
+    visual: VisualCache | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class State:
     stop_at: int | None
     done: bool
     statistics: Statistics
-    visual: VisualStates | None = None
+    visual: VisualCache | None = None
 
     def answer_ids(self) -> list[int]:
         """Final tokens before the stop, in order; open slots are left out."""
@@ -120,7 +120,7 @@ class State:
         return [int(token) for token in kept]
 
 
-class Row:
+class RunningRequest:
     """A request while it is decoded."""
 
     def __init__(self, number: int, request: Request, model: VidLaDAForMaskedDiffusion):
@@ -148,7 +148,7 @@ class Row:
         self.started = time.perf_counter()
         self.next_block()
 
-    def make_caches(self, model: VidLaDAForMaskedDiffusion) -> list[Cache]:
+    def make_caches(self, model: VidLaDAForMaskedDiffusion) -> list[RequestCache]:
         """One cache, or a second one for the guided pass; none without a policy."""
         policy = policy_from(self.settings.cache)
         if policy is None:
@@ -164,7 +164,7 @@ class Row:
             prompts.append(self.hidden_prompt(model))
         given = [self.request.visual if self.settings.reuse else None, None]  # a hidden prompt has no frames
         return [
-            Cache(config, policy, each, frame_index, len(self.ids), tokens, visual)
+            RequestCache(config, policy, each, frame_index, len(self.ids), tokens, visual)
             for each, visual in zip(prompts, given, strict=False)
         ]
 
@@ -207,9 +207,9 @@ class Row:
 
     def layer_tokens(self, layers: int) -> tuple[int, ...]:
         """Positions computed so far, by layer, this step's included."""
-        stores = [cache.store for cache in self.caches if cache.store is not None]
-        if stores:
-            return tuple(sum(counts) for counts in zip(*(store.work for store in stores), strict=True))
+        kv_caches = [cache.kv_cache for cache in self.caches if cache.kv_cache is not None]
+        if kv_caches:
+            return tuple(sum(counts) for counts in zip(*(kv_cache.computed for kv_cache in kv_caches), strict=True))
         length = len(self.request.prompt) + len(self.ids) + len(self.suffix)
         passes = 2 if self.settings.cfg_scale > 0 else 1
         return (length * passes * (self.statistics.steps + 1),) * layers
@@ -291,7 +291,7 @@ class Row:
             stop_at=self.stop_at,
             done=self.done,
             statistics=self.statistics,
-            visual=self.caches[0].visual_states() if self.done and self.settings.reuse else None,
+            visual=self.caches[0].export_visual() if self.done and self.settings.reuse else None,
         )
 
 
@@ -304,7 +304,7 @@ class Denoiser:
 
     def __init__(self, model: VidLaDAForMaskedDiffusion):
         self.model = model
-        self.rows: list[Row] = []
+        self.rows: list[RunningRequest] = []
         self.count = 0
 
     def add(self, request: Request) -> tuple[int, State | None]:
@@ -313,7 +313,7 @@ class Denoiser:
         Returns:
             Its number, and its final state if there is nothing to decode (every slot was given).
         """
-        row = Row(self.count, request, self.model)
+        row = RunningRequest(self.count, request, self.model)
         self.count += 1
         if row.done:
             return row.number, row.snapshot(slice(0, 0), row.ids[:0], row.ids[:0].float())
@@ -347,7 +347,7 @@ class Denoiser:
         self.rows = [row for row in rows if not row.done]
         return states
 
-    def block_logits(self, rows: Sequence[Row], guided: bool = False) -> Tensor:
+    def block_logits(self, rows: Sequence[RunningRequest], guided: bool = False) -> Tensor:
         """Logits of every row's current block, one after another: (blocks, vocabulary)."""
         hidden: dict[int, Tensor] = {}
         for cached in (False, True):
@@ -358,15 +358,17 @@ class Denoiser:
                 hidden.update(zip((row.number for row in chosen), states.split(sizes), strict=True))
         return self.model.lm_head(torch.cat([hidden[row.number] for row in rows])).float()
 
-    def cached_states(self, rows: Sequence[Row], guided: bool) -> Tensor:
+    def cached_states(self, rows: Sequence[RunningRequest], guided: bool) -> Tensor:
         """Normed states of the rows' blocks, (blocks, width), recomputing what their policies say."""
         caches = [row.caches[guided] for row in rows]
         embed = self.model.language_model.embed_tokens
-        works = [c.work(embed(row.ids), embed(row.suffix), row.slots) for c, row in zip(caches, rows, strict=True)]
-        renew(self.model.language_model, works)
-        return torch.cat([cache.leaving(row.slots) for cache, row in zip(caches, rows, strict=True)])
+        passes = [
+            c.next_pass(embed(row.ids), embed(row.suffix), row.slots) for c, row in zip(caches, rows, strict=True)
+        ]
+        refresh(self.model.language_model, passes)
+        return torch.cat([cache.block_states(row.slots) for cache, row in zip(caches, rows, strict=True)])
 
-    def plain_states(self, rows: Sequence[Row], guided: bool) -> Tensor:
+    def plain_states(self, rows: Sequence[RunningRequest], guided: bool) -> Tensor:
         """The same by running every position through every layer, in one padded batch."""
         sequences = [row.embeddings(self.model, guided) for row in rows]
         longest = max(len(sequence) for sequence in sequences)

@@ -118,7 +118,7 @@ class Answerer:
     def encode(self, frames: "Future[Any]") -> EncodedVideo | str:
         """Visual tokens, or why there are none."""
         try:
-            return self.vidlada.watch(frames.result())
+            return self.vidlada.encode_video(frames.result())
         except InputError as error:
             return str(error)
 

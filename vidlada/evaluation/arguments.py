@@ -7,7 +7,7 @@ from typing import Any, Literal
 from vidlada.decoding.policies import policy_from
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.quantization import Quantization
+from vidlada.model.quantization import Quantization
 from vidlada.video import Sampling
 
 ThinkMode = Literal["no_think", "think"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from vidlada.decoding.sampler import Request, denoise
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 
 def masked_counts(length: int, samples: int, generator: torch.Generator) -> list[int]:

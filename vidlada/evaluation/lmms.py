@@ -159,7 +159,7 @@ class VidLaDAChat(lmms):
     def watched(self, media: Media) -> EncodedVideo | str:
         """Visual tokens, or why there are none."""
         try:
-            return self.vidlada.watch(self.answerer.decode(media))
+            return self.vidlada.encode_video(self.answerer.decode(media))
         except InputError as error:
             return str(error)
 

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from vidlada.api import SHIPPED, model_folder
-from vidlada.checkpoint import ADAPTER_CONFIG, base_of
+from vidlada.checkpoint.load import ADAPTER_CONFIG, base_of
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation.arguments import PACES, ModelArguments, generation_settings
 from vidlada.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL_VERSION, UNSENT, Benchmark

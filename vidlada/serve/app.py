@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from vidlada import __version__
 from vidlada.api import VidLaDA
 from vidlada.errors import VidLaDAError
+from vidlada.machine import MEBI
 from vidlada.serve.completions import Completion
 from vidlada.serve.conversation import MediaReference, turn_of
 from vidlada.serve.errors import RequestError
@@ -40,7 +41,7 @@ from vidlada.serve.http import (
     read_body,
     unless_gone,
 )  # fmt: skip
-from vidlada.serve.limits import MEBI, Limits
+from vidlada.serve.limits import Limits
 from vidlada.serve.metrics import Metrics
 from vidlada.serve.schema import ChatRequest
 from vidlada.serve.service import Service
@@ -106,7 +107,7 @@ class Server:
             try:
                 async with asyncio.timeout_at(deadline):
                     submitted = await unless_gone(request, self.service.submit(order, owner))
-                    stack.callback(submitted.ticket.cancel)
+                    stack.callback(submitted.handle.cancel)
                     completion = Completion(self.vidlada, self.settings.name, submitted, order.diffusing)
                     if not order.stream:
                         return await unless_gone(request, self.whole(completion, order, started))
@@ -122,7 +123,7 @@ class Server:
 
     async def whole(self, completion: Completion, order: ChatRequest, started: float) -> Response:
         """The answer at once."""
-        async for update in completion.submitted.ticket.updates():
+        async for update in completion.submitted.handle.updates():
             completion.last = update
         self.finish(completion, order, started)
         assert completion.last is not None
@@ -134,7 +135,7 @@ class Server:
         """The answer as it settles."""
         yield completion.opening()
         try:
-            async for update in completion.submitted.ticket.updates(deadline):
+            async for update in completion.submitted.handle.updates(deadline):
                 events = completion.events(update)
                 if events:
                     yield events
@@ -157,7 +158,7 @@ class Server:
         usage = completion.usage(update)
         line = (
             f"{completion.id} prompt={usage['prompt_tokens']} completion={usage['completion_tokens']} "
-            f"steps={update.state.step} finish={update.settled.finish_reason} seconds={total:.3f}"
+            f"steps={update.state.step} finish={update.stable.finish_reason} seconds={total:.3f}"
         )
         if self.settings.log_content:
             line += f" question={turn_of(order.messages[-1])[1]!r} answer={completion.text(update)!r}"

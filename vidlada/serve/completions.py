@@ -1,6 +1,6 @@
 """Updates of the engine as OpenAI's objects.
 
-`delta.content` carries settled text only, so that a client that knows nothing of diffusion shows the right answer. With
+`delta.content` carries stable text only, so that a client that knows nothing of diffusion shows the right answer. With
 `diffusing` every event also has a `diffusion` object: the draft as it stands.
 """
 
@@ -10,7 +10,7 @@ import uuid
 from typing import Any
 
 from vidlada.api import VidLaDA
-from vidlada.serve.engine import Update
+from vidlada.engine.engine import Update
 from vidlada.serve.service import Submitted
 
 
@@ -28,13 +28,13 @@ class Completion:
         self.vidlada, self.name, self.submitted, self.diffusing = vidlada, name, submitted, diffusing
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.sent = 0  # characters of the settled text
+        self.sent = 0  # characters of the stable text
         self.last: Update | None = None
 
     def text(self, update: Update) -> str:
         """What of the answer is certain; the suffix follows it once it is complete."""
-        suffix = self.submitted.ticket.job.settings.suffix if update.settled.finish_reason else ""
-        return update.settled.text + suffix
+        suffix = self.submitted.handle.job.settings.suffix if update.stable.finish_reason else ""
+        return update.stable.text + suffix
 
     def seconds(self, update: Update) -> dict[str, float]:
         """By phase."""
@@ -42,7 +42,7 @@ class Completion:
 
     def usage(self, update: Update) -> dict[str, Any]:
         """Token counts; visual tokens are part of the prompt's."""
-        prompt, completion = self.submitted.prompt_tokens, update.settled.tokens
+        prompt, completion = self.submitted.prompt_tokens, update.stable.tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -61,8 +61,8 @@ class Completion:
         while tokens and tokens[-1]["text"] is None:
             tokens.pop()
         draft = {"step": state.step, "slots": len(pieces), "tokens": tokens}
-        if update.settled.finish_reason is not None:
-            job = self.submitted.ticket.job
+        if update.stable.finish_reason is not None:
+            job = self.submitted.handle.job
             draft["frame_times"] = [round(time, 3) for video in job.videos for time in video.frames.times]
             draft["settings"] = job.settings.to_dict()
             statistics = state.statistics.to_dict()
@@ -76,7 +76,7 @@ class Completion:
         choice = {
             "index": 0,
             "message": message,
-            "finish_reason": update.settled.finish_reason,
+            "finish_reason": update.stable.finish_reason,
             "logprobs": None,
         }
         completion = {**self._head("chat.completion"), "choices": [choice], "usage": self.usage(update)}
@@ -96,8 +96,8 @@ class Completion:
         parts = []
         if delta or draft:
             parts.append(self._event({**self._chunk(delta), **draft}))
-        if update.settled.finish_reason is not None:
-            parts.append(self._event(self._chunk({}, update.settled.finish_reason)))
+        if update.stable.finish_reason is not None:
+            parts.append(self._event(self._chunk({}, update.stable.finish_reason)))
         return b"".join(parts)
 
     def closing(self, include_usage: bool) -> bytes:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from vidlada.machine import MEBI
 from vidlada.serve.errors import RequestError
-from vidlada.serve.limits import MEBI, Limits
+from vidlada.serve.limits import Limits
 from vidlada.video import Frames, Sampling, VideoInfo
 
 MOST_HEADER_BYTES = 2**20

@@ -18,8 +18,6 @@ class RequestError(VidLaDAError):
         self.status, self.code, self.param = status, code, param
 
 
-class ClosingError(RequestError):
-    """The server is ending, and the request with it."""
-
-    def __init__(self) -> None:
-        super().__init__(503, "the server is shutting down", "shutting_down")
+def shutting_down() -> RequestError:
+    """The server is closing, and the request with it."""
+    return RequestError(503, "the server is shutting down", "shutting_down")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from vidlada.machine import MEBI
 from vidlada.serve.errors import RequestError
-from vidlada.serve.limits import MEBI, Limits
+from vidlada.serve.limits import Limits
 
 SIGNATURES = {  # how files begin that are read as images; everything else is a video to FFmpeg
     rb"\x89PNG\r\n\x1a\n": ".png",

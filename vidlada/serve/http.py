@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vidlada.engine.engine import EngineClosedError
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.serve.errors import ClosingError, RequestError
-from vidlada.serve.limits import MEBI
+from vidlada.machine import MEBI
+from vidlada.serve.errors import RequestError, shutting_down
 from vidlada.serve.schema import ChatRequest
 
 RETRY_SECONDS = 1
@@ -161,6 +162,8 @@ def as_request_error(error: Exception) -> RequestError:
     """Any error with a status."""
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, EngineClosedError):
+        return shutting_down()
     if isinstance(error, InputError):
         return RequestError(422, str(error), "invalid_request")
     if isinstance(error, VidLaDAError):
@@ -208,7 +211,7 @@ class Outermost:
             status = status or CLIENT_CLOSED
         except asyncio.CancelledError:  # by the server, which ends; an answer that began is broken off
             if not status:
-                await error_response(ClosingError())(scope, receive, counted)
+                await error_response(shutting_down())(scope, receive, counted)
         except Exception as error:
             if not isinstance(error, VidLaDAError):
                 log.exception("a request failed", exc_info=error)

@@ -1,25 +1,14 @@
 """How much a request may ask for, and how much the server takes on. One source for the command line and Python."""
 
-from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from dataclasses import dataclass
 
-from vidlada.errors import InputError
-
-MEBI = 2**20
-Number = TypeVar("Number", int, float)
-
-
-def limit(default: Number, text: str) -> Number:
-    """A limit with its default and its help text."""
-    return field(default=default, metadata={"help": text})
+from vidlada.engine.limits import EngineLimits, limit
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Everything is at least 1; the type of the default is the type of the limit."""
+class Limits(EngineLimits):
+    """The engine's limits and the server's own."""
 
-    max_running: int = limit(16, "Requests decoded together.")
-    max_running_tokens: int = limit(262144, "Tokens, prompts included, decoded together.")
     max_queue: int = limit(64, "Requests that may wait; more are refused with 429.")
     max_tokens: int = limit(1024, "Answer slots of a request.")
     max_media: int = limit(8, "Videos and images in a request.")
@@ -39,14 +28,6 @@ class Limits:
     decode_workers: int = limit(2, "Processes that decode videos.")
     decode_memory_mb: int = limit(4096, "MiB of address space of each of them.")
     frame_store_mb: int = limit(256, "MiB of decoded frames kept for further questions.")
-    feature_store_mb: int = limit(512, "MiB of vision features kept for further questions.")
-    visual_store_mb: int = limit(1024, "MiB of the frames' keys and values kept for questions that say `reuse`.")
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if not value >= 1:
-                raise InputError(f"{entry.name} must be at least 1, not {value!r}")
 
     @property
     def max_admitted(self) -> int:

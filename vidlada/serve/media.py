@@ -17,9 +17,10 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import httpx2
 
+from vidlada.machine import MEBI
 from vidlada.serve.errors import RequestError
 from vidlada.serve.files import FileStore, suffix_of, too_large
-from vidlada.serve.limits import MEBI, Limits
+from vidlada.serve.limits import Limits
 
 MOST_REDIRECTS = 5
 CHUNK = 2**18

@@ -1,4 +1,4 @@
-"""From a client's request to a ticket of the engine: fetch, decode, encode the text, queue."""
+"""From a client's request to a handle of the engine: fetch, decode, encode the text, queue."""
 
 import asyncio
 import time
@@ -9,16 +9,17 @@ from pathlib import Path
 
 from vidlada.api import VidLaDA
 from vidlada.decoding.policies import policy_from
+from vidlada.engine.engine import Engine, EngineRequest, MediaInput, RequestHandle
+from vidlada.engine.feature_store import LRUCache
+from vidlada.machine import MEBI
 from vidlada.processor import time_instruction
 from vidlada.serve.conversation import MediaReference, conversation_of, settings_of
 from vidlada.serve.decoder import Decoders
-from vidlada.serve.engine import Engine, Job, Shown, Ticket
 from vidlada.serve.errors import RequestError
 from vidlada.serve.files import FileStore
-from vidlada.serve.limits import MEBI, Limits
+from vidlada.serve.limits import Limits
 from vidlada.serve.media import MediaSource
 from vidlada.serve.schema import ChatRequest
-from vidlada.serve.store import BoundedStore
 from vidlada.video import Frames, Sampling
 
 
@@ -27,22 +28,22 @@ class Submitted:
     """A request on its way.
 
     Attributes:
-        ticket: of the engine.
+        handle: of the engine.
         seconds: spent on fetching and on decoding media.
     """
 
-    ticket: Ticket
+    handle: RequestHandle
     seconds: dict[str, float]
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt, visual ones included."""
-        return len(self.ticket.job.encoded.input_ids)
+        return len(self.handle.job.encoded.input_ids)
 
     @property
     def visual_tokens(self) -> int:
         """Visual tokens of the prompt."""
-        return sum(index >= 0 for index in self.ticket.job.encoded.frame_index)
+        return sum(index >= 0 for index in self.handle.job.encoded.frame_index)
 
 
 class Service:
@@ -64,7 +65,7 @@ class Service:
         self.decoders = Decoders(limits, vidlada.processor.image_size)
         self.files = FileStore(folder, limits)
         self.media = MediaSource(folder, limits, self.files, allowed, private_urls)
-        self.frames: BoundedStore[Frames] = BoundedStore(limits.frame_store_mb * MEBI)
+        self.frames: LRUCache[Frames] = LRUCache(limits.frame_store_mb * MEBI)
         self.decoding: dict[object, asyncio.Task[Frames]] = {}
         self.admitted = 0
 
@@ -112,7 +113,7 @@ class Service:
             text["text"] = f"{time_instruction(frames.times, frames.info.duration)}\n{text['text']}"
         counts = [len(video.frames.times) for video in videos]
         encoded = await asyncio.to_thread(self.vidlada.processor.encode, messages, counts)
-        job = Job(encoded, videos, settings, max_tokens)
+        job = EngineRequest(encoded, videos, settings, max_tokens)
         most = self.vidlada.processor.max_length
         if job.tokens > most:
             message = f"prompt and answer slots take {job.tokens} tokens, more than the model's {most}"
@@ -128,7 +129,9 @@ class Service:
             raise RequestError(422, f"{frames} frames are more than the {most} allowed", "too_many_frames", "frames")
         return Sampling(fps=fps, max_frames=frames, force_sample=force_sample)
 
-    async def show(self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float]) -> Shown:
+    async def show(
+        self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float]
+    ) -> MediaInput:
         """Sampled frames of a reference; decoded once, however many ask for them at the same time."""
         if reference.is_image:
             sampling = Sampling(max_frames=1)
@@ -139,7 +142,7 @@ class Service:
             key = (medium.key, sampling)
             frames = self.frames.get(key) or await self._decode(key, medium.path, sampling)
             seconds["video"] += time.perf_counter() - fetched
-        return Shown(key, frames)
+        return MediaInput(key, frames)
 
     async def _decode(self, key: tuple[str, Sampling], path: Path, sampling: Sampling) -> Frames:
         while (other := self.decoding.get(key)) is not None:

@@ -8,16 +8,16 @@ from accelerate.utils import set_seed
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from vidlada.config import VidLaDAConfig
 from vidlada.errors import InputError
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.config import VidLaDAConfig
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, VidLaDAProcessor
 from vidlada.training.origin import gguf_file
 
 CONTROL_TOKENS = (BOS, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN, MASK)
 
 
-def adapted_llama(
+def adapt_llama(
     folder: Path, arguments: dict[str, Any], seed: int
 ) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
     """The same layers without the causal mask, rows for the control tokens added, a new vision half.
@@ -51,9 +51,9 @@ def adapted_llama(
     ]
     if problems:
         raise InputError(f"{folder}: a Llama with {' and '.join(problems)} cannot be adapted")
-    tokenizer = adapted_tokenizer(folder)
+    tokenizer = adapt_tokenizer(folder)
     rows = max(len(tokenizer), llama.vocab_size)
-    from vidlada.training.models import role_tokens
+    from vidlada.training.tokenizer import role_tokens
 
     config = VidLaDAConfig(
         **{
@@ -80,7 +80,7 @@ def adapted_llama(
     return model, VidLaDAProcessor.from_config(tokenizer, config)
 
 
-def adapted_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def adapt_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The model's own tokenizer with the control tokens added; `InputError` if there is none."""
     named = {} if gguf_file(folder) is None else {"gguf_file": gguf_file(folder)}
     try:

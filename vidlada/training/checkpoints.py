@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from vidlada.checkpoint.load import save_model
 from vidlada.errors import VidLaDAError
 from vidlada.processor import VidLaDAProcessor
 from vidlada.training.config import TrainingConfig
-from vidlada.training.models import save_model
 from vidlada.training.output import PARTIAL, STATE_FILE, checkpoints, put_in_place, remove_partial
 from vidlada.training.parallel import any_process, on_main
 

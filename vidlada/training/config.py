@@ -9,8 +9,8 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
+from vidlada.training.data.samples import STRICT, Share
 from vidlada.training.description import described
-from vidlada.training.samples import STRICT, Share
 from vidlada.training.settings import build, expanded, read_yaml
 
 ModelPart = Literal["tower", "projector", "language_model"]

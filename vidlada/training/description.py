@@ -11,8 +11,8 @@ from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.layout import NewlinePosition, PoolMode, check_division
-from vidlada.training.samples import STRICT
+from vidlada.model.config import NewlinePosition, PoolMode, check_division
+from vidlada.training.data.samples import STRICT
 from vidlada.training.settings import build
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from vidlada.config import VidLaDAConfig
+from vidlada.model.config import VidLaDAConfig
 from vidlada.training.optimizers import part_of
 
 # Dense bfloat16 peaks from the makers' data sheets, in FLOP/s; the first name found in the device's counts.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from vidlada.errors import InputError
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 
 def insert_layers(model: VidLaDAForMaskedDiffusion, after: Sequence[int]) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from vidlada.model import VidLaDAForMaskedDiffusion
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 # Token embeddings as large as fresh visual tokens. At the size of the other weights, two layers of random mixing
 # drown which token a position holds, and binding colours and shapes to places never gets off the ground.

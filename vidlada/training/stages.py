@@ -8,11 +8,11 @@ from typing import Any
 
 from vidlada.errors import InputError
 from vidlada.training.config import CollateSettings, TrainingConfig
-from vidlada.training.llava import LlavaSource
+from vidlada.training.data.llava import LlavaSource
+from vidlada.training.data.samples import Source
+from vidlada.training.data.shapes import ShapesSource
 from vidlada.training.origin import is_llama, origin
-from vidlada.training.samples import Source
 from vidlada.training.settings import build
-from vidlada.training.shapes_source import ShapesSource
 
 SEEDS_PER_RUN = 1000  # stages of runs with different seeds never share one
 EVALUATION = SEEDS_PER_RUN - 1  # in place of a stage's number, which none reaches
@@ -34,7 +34,7 @@ class PreparedRun:
     held_out: Source | None
 
 
-def prepared(config: TrainingConfig) -> PreparedRun:
+def prepare_run(config: TrainingConfig) -> PreparedRun:
     """Check what a run needs and read its data files.
 
     Raises:

@@ -2,9 +2,10 @@
 
 import string
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER
 
@@ -39,3 +40,17 @@ def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         clean_up_tokenization_spaces=False,
     )
+
+
+def role_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The tokens with a role, as arguments of `VidLaDAConfig`."""
+    names = (BOS, END_OF_TEXT, START_HEADER, END_HEADER, MASK, END_OF_TURN)
+    bos, end_of_text, start_header, end_header, mask, end_of_turn = tokenizer.convert_tokens_to_ids(list(names))
+    return {
+        "bos_token_id": bos,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
+        "mask_token_id": mask,
+        "suppressed_token_ids": [end_of_text, bos, start_header, end_header],
+        "stop_token_ids": [end_of_turn],
+    }

@@ -17,13 +17,16 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from vidlada.checkpoint.load import save_model
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.machine import keep_freed_memory, peak_memory, return_free_memory
 from vidlada.training.checkpoints import READ_ERRORS, WRITE_ERRORS, NotSaved, save_checkpoint
-from vidlada.training.collate import Collator, PartSampler, StepDataset, to_device
 from vidlada.training.config import CollateSettings, TrainingConfig
+from vidlada.training.data.collate import Collator, PartSampler, StepDataset, to_device
+from vidlada.training.data.samples import Source
+from vidlada.training.data.workers import STOP_SIGNALS, prepared_batches
 from vidlada.training.flops import FlopCount, peak_of
-from vidlada.training.models import save_model, starting_config, starting_model, with_adapters
+from vidlada.training.models import add_lora, initial_config, initial_model
 from vidlada.training.objective import (
     before_targets,
     causal_mask,
@@ -52,9 +55,7 @@ from vidlada.training.parallel import (
     total,
     weights_come_from_main,
 )
-from vidlada.training.samples import Source
-from vidlada.training.stages import EVALUATION, PreparedRun, prepared, stage_seed
-from vidlada.training.workers import STOP_SIGNALS, prepared_batches
+from vidlada.training.stages import EVALUATION, PreparedRun, prepare_run, stage_seed
 
 # Settings that do not change what is learned
 BESIDE_THE_CURVE = ("output", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "tracker", "layouts")
@@ -120,7 +121,7 @@ def train(
         VidLaDAError: the loss is not finite, too many samples are broken, or nothing can be saved.
         Interrupted: SIGTERM or SIGINT; a checkpoint was saved first.
     """
-    return train_prepared(prepared(config), resume, report, overwrite)
+    return train_prepared(prepare_run(config), resume, report, overwrite)
 
 
 def train_prepared(
@@ -128,7 +129,7 @@ def train_prepared(
 ) -> Path:
     """`train`, for a run whose data were read before."""
     config = prepared_run.config
-    starting_config(config)  # refuses a model that cannot be, before any process waits for another
+    initial_config(config)  # refuses a model that cannot be, before any process waits for another
     output = Path(config.output)
     accelerator = make_accelerator(config)
     say = report if accelerator.is_main_process else (lambda line: None)
@@ -169,7 +170,7 @@ class Run:
         self.config = config = prepared_run.config
         self.sources, self.held_out = prepared_run.sources, prepared_run.held_out
         self.accelerator, self.say = accelerator, say
-        model, self.processor = starting_model(config, weights=not weights_come_from_main(accelerator))
+        model, self.processor = initial_model(config, weights=not weights_come_from_main(accelerator))
         self.model_config = model.config
         if not model.config.text_only:
             # transformers' fused attention is several times slower than plain products in a CPU's bfloat16 backward
@@ -185,7 +186,7 @@ class Run:
                     layer.compile(dynamic=True)
         if config.lora is not None:
             assert config.init_from is not None
-            model = with_adapters(model, config.lora, config.init_from, config.seed)
+            model = add_lora(model, config.lora, config.init_from, config.seed)
         optimizers = make_optimizers(model, config)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
@@ -230,7 +231,7 @@ class Run:
                 save_model(self.accelerator.unwrap_model(self.model), self.processor, partial, weights)
                 put_in_place(partial, folder)
                 if "published" in self.config.layouts:
-                    from vidlada.checkpoint import convert
+                    from vidlada.checkpoint.convert import convert
 
                     published = folder.with_name("model-published")
                     shutil.rmtree(published, ignore_errors=True)  # of the same run, which was continued after its end
@@ -288,7 +289,7 @@ class Run:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def prepared(
+    def prepare_run(
         self, source: Source, collate: CollateSettings, number: int, steps: range
     ) -> Generator[dict[str, Any]]:
         """Batches of this process's parts of some steps.
@@ -312,7 +313,7 @@ class Run:
         for number, (stage, source) in enumerate(zip(self.config.stages, self.sources, strict=True)):
             steps = range(max(0, first - start), stage.length)
             if len(steps):
-                with closing(self.prepared(source, stage.collate, number, steps)) as batches:
+                with closing(self.prepare_run(source, stage.collate, number, steps)) as batches:
                     for within in steps:
                         head = next(batches)
                         passes = head["parts"] // self.accelerator.num_processes
@@ -432,7 +433,7 @@ class Run:
             )
         return torch.stack(losses).mean() * batch["weight"] if len(losses) > 1 else losses[0] * batch["weight"]
 
-    def predict(self, batch: dict[str, Any], input_ids: Tensor, logits_at: Tensor) -> Tensor:
+    def predict(self, batch: dict[str, Any], input_ids: Tensor, logits_to_keep: Tensor) -> Tensor:
         """Logits (chosen positions, vocabulary) of a batch with other token ids."""
         inputs = to_device(
             {
@@ -440,7 +441,7 @@ class Run:
                 "position_ids": batch["position_ids"],
                 "attention_mask": batch["attention_mask"],
                 "pixel_values": batch.get("pixel_values"),
-                "logits_at": logits_at,
+                "logits_to_keep": logits_to_keep,
             },
             self.accelerator.device,
         )
@@ -470,7 +471,7 @@ class Run:
         self.model.eval()
         loss = 0.0
         steps = range(config.evaluation.steps)
-        with closing(self.prepared(self.held_out, config.evaluation.collate, EVALUATION, steps)) as batches:
+        with closing(self.prepare_run(self.held_out, config.evaluation.collate, EVALUATION, steps)) as batches:
             for batch in batches:
                 loss += float(self.loss(batch, batch["step"], stream=EVALUATION))
                 self.note_skipped(done, batch["skipped"])

@@ -1,0 +1,261 @@
+"""The engine: answers as alone, joining and leaving between steps, places freed at once."""
+
+import asyncio
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vidlada.engine.engine import Engine, EngineRequest, MediaInput
+from vidlada.engine.feature_store import LRUCache
+from vidlada.errors import InputError, VidLaDAError
+from vidlada.serve.limits import Limits
+from vidlada.video import Frames, VideoInfo
+
+INFO = VideoInfo("", 20, 1.0, 20.0, 36, 36, "raw")
+
+
+def frames_of(number, seed=0):
+    images = np.random.default_rng(seed).integers(0, 255, (number, 36, 36, 3), np.uint8)
+    return Frames(images, tuple(map(float, range(number))), tuple(range(number)), INFO)
+
+
+@contextmanager
+def engine_of(model, **limits):
+    engine = Engine(model, Limits(**limits))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def job_of(model, question="is it red ?", frames=0, seed=0, max_tokens=None, **generation):
+    generation.setdefault("gen_length", 16)
+    shown = [MediaInput(("video", seed, frames), frames_of(frames, seed))] if frames else []
+    content = [{"type": "video"}, {"type": "text", "text": question}] if frames else question
+    encoded = model.processor.encode([{"role": "user", "content": content}], [frames] if frames else [])
+    return EngineRequest(encoded, shown, model.settings(**generation), max_tokens)
+
+
+async def answer(engine, job):
+    updates = [update async for update in engine.submit(job).updates()]
+    texts = [update.stable.text for update in updates]
+    assert all(later.startswith(text) for text, later in zip(texts, texts[1:], strict=False))
+    return updates[-1]
+
+
+def alone(model, question, frames=0, seed=0, **generation):
+    generation.setdefault("gen_length", 16)
+    video = frames_of(frames, seed) if frames else None
+    return model.ask(video, question, **generation)
+
+
+CASES = [
+    {"question": "is it red ?", "frames": 20},
+    {"question": "which way does it move ?", "frames": 3, "seed": 1, "threshold": 0.3},
+    {"question": "count", "gen_length": 32},
+    {"question": "is it red ?", "frames": 20, "temperature": 0.7, "seed": 0},
+    {"question": "how many are large ?", "frames": 5, "cache": "dual"},
+    {"question": "how many are large ?", "frames": 5, "cache": "mars:window=1,anchors=4"},
+    {"question": "is it red ?", "frames": 2, "cfg_scale": 1.0},
+]
+
+
+def test_together_as_alone(small):
+    async def together(engine):
+        return await asyncio.gather(*(answer(engine, job_of(small, **case)) for case in CASES))
+
+    with engine_of(small, max_running=4) as engine:
+        updates = asyncio.run(together(engine))
+    for case, update in zip(CASES, updates, strict=True):
+        expected = alone(small, **case)
+        assert update.stable.text == expected.text
+        assert update.state.answer_ids() == expected.token_ids
+        assert update.stable.finish_reason == expected.finish_reason
+
+
+def test_a_request_joins_and_another_leaves(small):
+    async def run(engine):
+        long = engine.submit(job_of(small, gen_length=64, block_length=8))
+        steps = []
+        async for update in long.updates():
+            steps.append(update.state.step)
+            if len(steps) == 2:
+                short = await answer(engine, job_of(small, gen_length=4, block_length=4))
+                assert short.stable.finish_reason
+                assert not long.pending or not isinstance(long.pending[-1], BaseException)
+        return steps
+
+    with engine_of(small) as engine:
+        assert asyncio.run(run(engine))[-1] > 4
+        assert engine.totals.finished == 2
+
+
+def test_cancelled_requests_free_their_place_within_a_step(small):
+    async def run(engine):
+        handle = engine.submit(job_of(small, gen_length=256, block_length=8))
+        waiting = engine.submit(job_of(small, gen_length=4, block_length=4))
+        updates = handle.updates()
+        first = await anext(updates)
+        await updates.aclose()
+        last = [update async for update in waiting.updates()][-1]
+        assert last.stable.finish_reason
+        return first
+
+    with engine_of(small, max_running=1) as engine:
+        started = time.perf_counter()
+        asyncio.run(run(engine))
+        assert engine.totals.cancelled == 1
+        assert engine.totals.steps < 256
+        assert time.perf_counter() - started < 20
+        assert not engine.running
+        assert not engine.denoiser.rows
+
+
+def test_cancelled_while_waiting(small):
+    async def run(engine):
+        handle = engine.submit(job_of(small, gen_length=64, block_length=8))
+        waiting = engine.submit(job_of(small))
+        async for _ in handle.updates():
+            waiting.cancel()
+        with pytest.raises(VidLaDAError, match="cancelled"):
+            async for _ in waiting.updates():
+                pass
+
+    with engine_of(small, max_running=1) as engine:
+        asyncio.run(run(engine))
+        assert (engine.totals.cancelled, engine.totals.finished) == (1, 1)
+
+
+def test_videos_are_encoded_once(small):
+    async def run(engine):
+        first = await answer(engine, job_of(small, frames=20))
+        again = await answer(engine, job_of(small, frames=20))
+        assert first.stable == again.stable
+        return await asyncio.gather(*(answer(engine, job_of(small, frames=9, seed=5)) for _ in range(4)))
+
+    with engine_of(small) as engine:
+        asyncio.run(run(engine))
+        assert engine.totals.frames_encoded == 29
+
+
+def test_keys_and_values_are_taken_over_where_asked(small):
+    async def run(engine):
+        await answer(engine, job_of(small, frames=20, cache="frozen", reuse=True))
+        return await answer(engine, job_of(small, question="how many ?", frames=20, cache="frozen", reuse=True))
+
+    with engine_of(small) as engine:
+        last = asyncio.run(run(engine))
+        assert last.state.statistics.refreshes["visual"] == 0
+        assert last.state.visual is None
+        assert engine.visual.nbytes > 0
+
+
+def test_token_bound_lets_only_one_run(small):
+    most = 0
+
+    async def encode_video(engine):
+        nonlocal most
+        while engine.running or engine.queued:
+            most = max(most, len(engine.running))
+            await asyncio.sleep(0.001)
+
+    async def run(engine):
+        tasks = [asyncio.ensure_future(answer(engine, job_of(small))) for _ in range(3)]
+        await asyncio.gather(*tasks, encode_video(engine))
+
+    with engine_of(small, max_running_tokens=30) as engine:
+        asyncio.run(run(engine))
+    assert most == 1
+
+
+def test_max_tokens_ends_early(small):
+    with engine_of(small) as engine:
+        last = asyncio.run(answer(engine, job_of(small, max_tokens=3, block_length=4)))
+    assert last.stable.tokens <= 3
+    assert last.state.step < 16
+
+
+def test_what_does_not_fit_fails_alone(small):
+    async def run(engine):
+        good = asyncio.ensure_future(answer(engine, job_of(small, frames=20)))
+        with pytest.raises(InputError, match="anchors"):
+            await answer(engine, job_of(small, frames=1, cache="mars:window=0,anchors=999"))
+        return await good
+
+    with engine_of(small) as engine:
+        assert asyncio.run(run(engine)).stable.finish_reason
+        assert engine.totals.failed == 1
+
+
+def test_a_failing_model_fails_its_requests_and_no_more(small, monkeypatch, caplog):
+    async def run(engine):
+        step = engine.denoiser.step
+        monkeypatch.setattr(engine.denoiser, "step", lambda: 1 / 0)
+        with pytest.raises(VidLaDAError, match="ZeroDivisionError"):
+            await answer(engine, job_of(small))
+        monkeypatch.setattr(engine.denoiser, "step", step)
+        return await answer(engine, job_of(small))
+
+    with engine_of(small) as engine:
+        assert asyncio.run(run(engine)).stable.finish_reason
+        assert engine.alive
+
+
+def test_deadline(small):
+    async def run(engine):
+        handle = engine.submit(job_of(small, gen_length=256, block_length=8))
+        with pytest.raises(TimeoutError):
+            async for _ in handle.updates(asyncio.get_running_loop().time() + 0.05):
+                pass
+
+    with engine_of(small) as engine:
+        asyncio.run(run(engine))
+        time.sleep(0.2)
+        assert not engine.running
+
+
+def test_closing_fails_what_runs(small):
+    async def run(engine):
+        running = engine.submit(job_of(small, gen_length=256, block_length=8))
+        waiting = engine.submit(job_of(small))
+        updates = running.updates()
+        await anext(updates)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(VidLaDAError, match="shutting down"):
+            async for _ in waiting.updates():
+                pass
+        with pytest.raises(VidLaDAError, match="shutting down"):
+            engine.submit(job_of(small))
+
+    with engine_of(small, max_running=1) as engine:
+        asyncio.run(run(engine))
+        assert not engine.alive
+
+
+def test_slow_readers_miss_drafts_but_not_the_end(small):
+    async def run(engine):
+        handle = engine.submit(replace(job_of(small, gen_length=128, block_length=8), max_tokens=None))
+        while engine.running or engine.queued:
+            await asyncio.sleep(0.01)
+        return [update async for update in handle.updates()]
+
+    with engine_of(small) as engine:
+        updates = asyncio.run(run(engine))
+    assert len(updates) <= 64
+    assert updates[-1].stable.finish_reason
+
+
+def test_bounded_store():
+    store = LRUCache(10)
+    store.put("a", 1, 4)
+    store.put("b", 2, 4)
+    assert store.get("a") == 1
+    store.put("c", 3, 4)
+    assert store.get("b") is None
+    assert (store.get("a"), store.get("c"), store.nbytes) == (1, 3, 8)
+    store.put("a", 4, 2)
+    store.put("huge", 5, 11)
+    assert (store.get("a"), store.get("huge"), store.nbytes) == (4, None, 6)

@@ -1,0 +1,135 @@
+"""What a cache policy is: a plan for every step, and the attention pattern of the passes that carry it out.
+
+A plan says which segments are recomputed and from which layer on; everything else is read from the KV cache. A policy
+does not know what tokens mean, and the sampler does not know which policy runs. To add one, write a file beside this
+one with a subclass of `SegmentPolicy` (or anything that fits `Policy`), and add it to the table in `__init__.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from vidlada.decoding.attention import FrameMap
+from vidlada.decoding.kv_cache import attend_grouped
+from vidlada.errors import InputError
+
+# The segments of a request's sequence. Text is the prompt's text and a fixed suffix; before and after are the answer
+# slots on either side of the current block.
+SEGMENTS = ("text", "visual", "before", "block", "after")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step recomputes.
+
+    Attributes:
+        start: segment → first layer that is recomputed; a segment left out is only read from the KV cache.
+        chunked: visual queries see only the frames around their own, the anchors and all text.
+        search: look for anchors while the visual tokens are recomputed.
+        select: choose the keys that the following steps see.
+        narrow: share of the answer's positions that go on after the first layer, those whose values changed most.
+        probes: positions of each segment of the prompt that are recomputed just to see how far they moved.
+    """
+
+    start: dict[str, int]
+    chunked: bool = False
+    search: bool = False
+    select: bool = False
+    narrow: float | None = None
+    probes: int = 0
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a policy knows when it plans a step.
+
+    Attributes:
+        step: counted over the request, from 0.
+        step_in_block: counted within the current block, from 0.
+        layers: of the language model.
+        drift: segment → for each entry of the policy, 0 included, how far the probed positions' values there have moved
+            since the segment's last refresh (1 - cosine). Only of policies with probes.
+    """
+
+    step: int
+    step_in_block: int
+    layers: int
+    drift: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+EVERYTHING = dict.fromkeys(SEGMENTS, 0)
+ANSWER = dict.fromkeys(("before", "block", "after"), 0)
+
+
+class AttentionPattern:
+    """How the queries of a pass see the KV cache: here, everything.
+
+    Attributes:
+        anchors: layer → positions of its anchors, kept between steps; empty for patterns without any.
+    """
+
+    def __init__(self) -> None:
+        self.anchors: dict[int, Tensor] = {}
+
+    def begin_pass(self, plan: Plan, block: Tensor) -> None:
+        """Prepare for the next pass.
+
+        Args:
+            plan: what it recomputes.
+            block: (block,) positions of the current block.
+        """
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
+        """Attention of one layer.
+
+        Args:
+            queries: (heads, active, head_dim), rotated.
+            keys, values: (key/value heads, tokens, head_dim) of the whole sequence.
+            layer: number of the layer.
+            active: (active,) positions that are being recomputed.
+
+        Returns:
+            (heads, active, head_dim).
+        """
+        return attend_grouped(queries, keys, values)
+
+
+class Policy(Protocol):
+    """A cache policy. The first step of a request always recomputes everything."""
+
+    name: ClassVar[str]
+
+    def plan(self, context: StepContext) -> Plan:
+        """The plan of a step."""
+
+    def entries(self, layers: int) -> list[int]:
+        """Layers above 0 at which segments may join."""
+
+    def attention(self, frames: FrameMap, prompt: Tensor) -> AttentionPattern:
+        """The attention pattern of a request.
+
+        Args:
+            frames: where its frames are.
+            prompt: (tokens, width) embeddings.
+        """
+
+
+class SegmentPolicy:
+    """Base of policies that recompute whole segments from layer 0, with full attention."""
+
+    def entries(self, layers: int) -> list[int]:
+        """None."""
+        return []
+
+    def attention(self, frames: FrameMap, prompt: Tensor) -> AttentionPattern:
+        """Full attention."""
+        return AttentionPattern()
+
+
+def check_at_least(policy: Any, least: int, *names: str) -> None:
+    """Refuse settings of a policy that are below `least`; None is not checked."""
+    for name in names:
+        if getattr(policy, name) is not None and getattr(policy, name) < least:
+            raise InputError(f"cache {policy.name}: {name} must be at least {least}, not {getattr(policy, name)}")

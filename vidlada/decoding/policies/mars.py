@@ -1,0 +1,209 @@
+"""MARS-Cache (VidLaDA, arXiv 2601.17868): the schedule, and frame-wise chunk attention with anchors."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors, scenes_of
+from vidlada.decoding.fused import FusedChunks, can_fuse
+from vidlada.decoding.kv_cache import attend_grouped
+from vidlada.decoding.policies.base import (
+    ANSWER,
+    EVERYTHING,
+    AttentionPattern,
+    Plan,
+    StepContext,
+    check_at_least,
+)
+from vidlada.errors import InputError
+
+DEFAULT_ANCHORS = 64
+
+
+@dataclass(frozen=True)
+class Mars:
+    """MARS-Cache (VidLaDA, arXiv 2601.17868): text and frames refreshed at their own intervals, deep layers more often.
+
+    Layers form groups. The deepest is refreshed every `text` steps (frames: every `ratio` times as many); going down,
+    each group's interval is `pyramid` times that of the group above it. A refresh that is due for a group starts at
+    its entry and runs to the top, so it includes all deeper groups.
+
+    Args:
+        text: steps between refreshes of text in the deepest group (τ_t).
+        ratio: frames are refreshed `ratio` times less often (R = τ_v / τ_t).
+        group: layers in a group.
+        pyramid: ratio of a group's interval to the next deeper one's; 1 refreshes all layers together.
+        window: chunk attention: neighbouring frames on either side that a visual query attends to in a refresh; -1 for
+            full attention.
+        anchors: with a window, visual tokens that all visual queries attend to as well; 0 for none. By default 64, or
+            all where there are fewer.
+        queries: visual queries sampled in the search for anchors.
+        per_head: anchors of each key/value head instead of each layer.
+        chunk_first: restrict visual queries in the first step too.
+        drift: above 0, refresh by measurement instead of at intervals: a few probed positions are recomputed in every
+            step, and a segment is refreshed from the lowest group where their values moved further than this (1 -
+            cosine) since its last refresh.
+        probes: positions probed in each segment.
+        scene: above 0, a scene begins where a frame's mean embedding differs by more than this (1 - cosine) from that
+            of the frame before, and every scene has anchors of its own, found by queries of its own.
+        fused: chunk attention as one kernel (FlexAttention) instead of on gathered blocks, with the same result; by
+            default on a GPU.
+    """
+
+    name: ClassVar[str] = "mars"
+    text: int = 4
+    ratio: int = 8
+    group: int = 4
+    pyramid: int = 2
+    window: int = -1
+    anchors: int | None = None
+    queries: int = 32
+    per_head: bool = False
+    chunk_first: bool = False
+    drift: float = 0.0
+    probes: int = 8
+    scene: float = 0.0
+    fused: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "text", "ratio", "group", "pyramid", "queries", "probes")
+        check_at_least(self, 0, "anchors", "drift", "scene")
+        check_at_least(self, -1, "window")
+        needs_window = {name: getattr(self, name) for name in ("anchors", "per_head", "chunk_first", "scene", "fused")}
+        for name, value in needs_window.items():
+            if value and not self.chunks:
+                raise InputError(f"cache mars: {name}={value} is part of chunk attention; give a window too: window=1")
+
+    @property
+    def chunks(self) -> bool:
+        """Whether visual queries are restricted in refreshes."""
+        return self.window >= 0
+
+    def entries(self, layers: int) -> list[int]:
+        """Where the groups begin."""
+        return list(range(self.group, layers, self.group))
+
+    def plan(self, context: StepContext) -> Plan:
+        """Answer always; text and frames from the lowest group that is due."""
+        probes = self.probes if self.drift else 0
+        if context.step == 0:
+            chunked, search = self.chunk_first and self.chunks, self.anchors != 0 and self.chunks
+            return Plan(EVERYTHING, chunked=chunked, search=search, probes=probes)
+        start = dict(ANSWER)
+        for segment, interval in (("text", self.text), ("visual", self.text * self.ratio)):
+            due = self._moved(context, segment) if self.drift else self._groups(context.layers, context.step, interval)
+            if due:
+                start[segment] = min(due)
+        return Plan(start, chunked=self.chunks, probes=probes)
+
+    def attention(self, frames: FrameMap, prompt: Tensor) -> AttentionPattern:
+        """Chunk attention where there are frames and a window; else full attention.
+
+        Raises:
+            InputError: more anchors than visual tokens, or a window larger than the video.
+        """
+        sizes = frames.valid.sum(1).tolist()
+        visual, count = sum(sizes), len(sizes)
+        if not self.chunks or not count:
+            return AttentionPattern()
+        anchors = min(DEFAULT_ANCHORS, visual) if self.anchors is None else self.anchors
+        if anchors > visual:
+            raise InputError(f"cache mars: {anchors} anchors are more than the {visual} visual tokens; use fewer")
+        if self.window and self.window >= count:
+            raise InputError(
+                f"cache mars: a window of {self.window} is larger than the video of {count} frames; "
+                f"use a smaller one, or -1 for full attention"
+            )
+        means = torch.stack([part.mean(0) for part in prompt[frames.visual].split(sizes)])
+        scenes = scenes_of(means, frames.valid.sum(1), self.scene)
+        fused = can_fuse(prompt.device) if self.fused is None else self.fused
+        return ChunkPattern(frames, self.window, anchors, self.queries, self.per_head, scenes, fused)
+
+    def _moved(self, context: StepContext, segment: str) -> list[int]:
+        """Entries of the groups where a segment has drifted too far."""
+        entries = [0, *self.entries(context.layers)]
+        drifts = context.drift.get(segment, [0.0] * len(entries))
+        return [entry for entry, drift in zip(entries, drifts, strict=True) if drift > self.drift]
+
+    def _groups(self, layers: int, step: int, interval: int) -> list[int]:
+        """Entries of the groups that are due at a step."""
+        firsts = [0, *self.entries(layers)]
+        return [
+            first
+            for depth, first in enumerate(reversed(firsts))  # 0 is the deepest
+            if step % (interval * self.pyramid**depth) == 0
+        ]
+
+
+class ChunkPattern(AttentionPattern):
+    """Visual queries attend to their neighbourhood, anchors and text; all other queries attend to everything.
+
+    Args:
+        frames: where the frames are.
+        window: neighbours on either side.
+        anchor_count: anchors to keep; 0 for none.
+        queries: visual queries sampled in the search for anchors.
+        per_head: anchors of each key/value head instead of each layer.
+        scenes: numbers of the visual tokens of every scene; each gets an equal share of anchors and queries.
+        fused: run chunk attention as one kernel instead of on gathered blocks.
+    """
+
+    def __init__(
+        self,
+        frames: FrameMap,
+        window: int,
+        anchor_count: int,
+        queries: int,
+        per_head: bool,
+        scenes: tuple[Tensor, ...],
+        fused: bool = False,
+    ):
+        super().__init__()
+        self.frames, self.window, self.anchor_count, self.queries = frames, window, anchor_count, queries
+        self.per_head, self.scenes, self.fused = per_head, scenes, fused
+        self.visual_start: int | None = None
+        self.chunked = self.search = False
+        self.kernel: FusedChunks | None = None
+
+    def begin_pass(self, plan: Plan, block: Tensor) -> None:
+        """Note from which layer on the visual tokens are recomputed (single ones that are probed see everything)."""
+        self.visual_start = plan.start.get("visual")
+        self.chunked, self.search = plan.chunked, plan.search
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
+        """See `AttentionPattern`."""
+        # decided by the plan, not by the tensors: reading those would make the host wait for a GPU in every layer
+        if self.visual_start is None or layer < self.visual_start or not (self.chunked or self.search):
+            return attend_grouped(queries, keys, values)
+        is_visual, visual = self.frames.frame_of[active] >= 0, self.frames.visual
+        visual_queries = queries[:, is_visual]
+        if self.search:
+            best = [self._find_anchors(visual_queries[:, scene], keys[:, visual[scene]]) for scene in self.scenes]
+            self.anchors[layer] = torch.cat(
+                [visual[scene][chosen] for scene, chosen in zip(self.scenes, best, strict=True)], dim=-1
+            )
+        if not self.chunked:
+            return attend_grouped(queries, keys, values)
+        mixed = torch.empty_like(queries)
+        mixed[:, is_visual] = self._chunks(visual_queries, keys, values, self.anchors.get(layer))
+        if len(visual) < len(active):
+            mixed[:, ~is_visual] = attend_grouped(queries[:, ~is_visual], keys, values)
+        return mixed
+
+    def _chunks(self, queries: Tensor, keys: Tensor, values: Tensor, anchors: Tensor | None) -> Tensor:
+        """Chunk attention of all visual queries."""
+        if not self.fused:
+            return chunked_attention(queries, keys, values, self.frames, self.window, anchors)
+        if self.kernel is None:
+            self.kernel = FusedChunks(
+                self.frames, self.window, len(queries), 0 if anchors is None else anchors.shape[-1]
+            )
+        return self.kernel(queries, keys, values, anchors)
+
+    def _find_anchors(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Anchors of one scene, as numbers of its tokens."""
+        tokens, share = keys.shape[1], len(self.scenes)
+        sampled = torch.linspace(0, tokens - 1, min(max(1, self.queries // share), tokens), device=keys.device).long()
+        return find_anchors(queries[:, sampled], keys, min(max(1, self.anchor_count // share), tokens), self.per_head)

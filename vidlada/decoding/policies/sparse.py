@@ -1,0 +1,80 @@
+"""Sparse-dLLM: the block looks only at the keys it attended to most."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vidlada.decoding.attention import FrameMap
+from vidlada.decoding.kv_cache import attend_grouped
+from vidlada.decoding.policies.base import EVERYTHING, AttentionPattern, Plan, SegmentPolicy, StepContext
+from vidlada.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sparse(SegmentPolicy):
+    """After Sparse-dLLM: two full steps of a block, then the block alone, looking at the keys it attended to most.
+
+    Args:
+        keep: share of the keys outside the block that stay in sight.
+    """
+
+    name: ClassVar[str] = "sparse"
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise InputError(f"cache sparse: keep must be above 0 and at most 1, not {self.keep}")
+
+    def plan(self, context: StepContext) -> Plan:
+        """All twice, selecting in the second, then the block."""
+        if context.step_in_block < 2:
+            return Plan(EVERYTHING, select=context.step_in_block == 1)
+        return Plan({"block": 0})
+
+    def attention(self, frames: FrameMap, prompt: Tensor) -> "SparsePattern":
+        """Attention to the kept keys."""
+        return SparsePattern(self.keep)
+
+
+class SparsePattern(AttentionPattern):
+    """The block attends to itself and, of everything else, to the keys it attended to most (Sparse-dLLM).
+
+    Args:
+        keep: share of the keys outside the block that are kept.
+
+    Attributes:
+        kept: layer → positions that are attended to, the block's among them; empty in a block's full passes.
+    """
+
+    def __init__(self, keep: float):
+        super().__init__()
+        self.keep, self.select = keep, False
+        self.block: Tensor
+        self.kept: dict[int, Tensor] = {}
+
+    def begin_pass(self, plan: Plan, block: Tensor) -> None:
+        """A pass over everything starts a new selection."""
+        self.block, self.select = block, plan.select
+        if "text" in plan.start:
+            self.kept.clear()
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
+        """See `AttentionPattern`."""
+        if self.select:
+            in_block = torch.isin(active, self.block)
+            self.kept[layer] = self._most_attended(queries[:, in_block], keys)
+        elif layer in self.kept:
+            keys, values = keys[:, self.kept[layer]], values[:, self.kept[layer]]
+        return attend_grouped(queries, keys, values)
+
+    def _most_attended(self, queries: Tensor, keys: Tensor) -> Tensor:
+        groups = len(queries) // len(keys)
+        scores = queries.unflatten(0, (-1, groups)).float() @ keys[:, None].float().transpose(-1, -2)
+        received = scores.mean((0, 1, 2))  # (tokens,)
+        received = torch.nn.functional.max_pool1d(received[None], 3, stride=1, padding=1)[0]
+        received[self.block] = -torch.inf
+        outside = len(received) - len(self.block)
+        best = received.topk(max(1, round(self.keep * outside))).indices if outside else received.new_empty(0).long()
+        return torch.cat((best, self.block)).sort().values

@@ -1,0 +1,102 @@
+"""The text of an answer in the making that can no longer change.
+
+A denoised answer appears all over at once, and tokens before a hole may still turn out to belong to a stop string.
+What is settled is the run of final tokens from the left, less whatever a later token could take back: the beginning of
+a stop string, an unfinished character, white space that the end of the answer would strip.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vidlada.decoding.sampler import State
+
+
+@dataclass(frozen=True)
+class StableText:
+    """What is certain about an answer.
+
+    Attributes:
+        text: a prefix of the answer, and of every later settled text.
+        tokens: answer tokens it was made from.
+        finish_reason: `stop` or `length` once the text is the whole answer, else None.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: str | None
+
+
+def stable_text(
+    state: State,
+    decode: Callable[[Sequence[int]], str],
+    stop_sequences: Sequence[tuple[int, ...]],
+    stop_words: Sequence[str],
+    max_tokens: int | None = None,
+) -> StableText:
+    """The settled part of a state.
+
+    Args:
+        state: after any step.
+        decode: token ids to text.
+        stop_sequences: token ids that end the answer, as the request has them.
+        stop_words: strings that end it, which may also stand inside other tokens.
+        max_tokens: most tokens of the answer; the rest is cut off.
+    """
+    committed = state.committed
+    run = len(committed) if bool(committed.all()) else int(committed.long().argmin())
+    slots = len(committed) if state.stop_at is None else min(state.stop_at, len(committed))
+    stopped = state.stop_at is not None and run >= slots
+    run = min(run, slots)
+    cut = max_tokens is not None and run >= max_tokens and not (stopped and run == max_tokens)
+    if cut:
+        run, stopped = max_tokens or 0, False
+    ids = [int(token) for token in state.proposed[:run]]
+    complete = cut or stopped or run == len(committed)
+    if not complete:
+        ids = ids[: len(ids) - overlap(ids, stop_sequences)]
+    text = decode(ids)
+    if not complete:
+        text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    sure = len(text) if complete else len(text) - overlap(text, stop_words)
+    end = min((place for place in (text.find(word) for word in stop_words) if place >= 0), default=None)
+    if end is not None and end <= sure:
+        return StableText(text[:end].strip(), len(ids), "stop")
+    reason = ("stop" if stopped else "length") if complete else None
+    return StableText(text[:sure].strip(), len(ids), reason)
+
+
+def overlap(sequence: Sequence, ends: Sequence[Sequence]) -> int:
+    """Length of the longest end of `sequence` that one of `ends` begins with, without being all of it."""
+    longest = 0
+    for end in ends:
+        for length in range(min(len(end) - 1, len(sequence)), longest, -1):
+            if list(sequence[len(sequence) - length :]) == list(end[:length]):
+                longest = length
+                break
+    return longest
+
+
+def feed(streamer: Any, states: Iterable[State], mask_token_id: int) -> Iterator[State]:
+    """Pass states on and show them to a streamer such as `transformers.TextDiffusionStreamer`.
+
+    Tokens are `put` once everything before them is final too, since a streamer cannot take text back.
+
+    Args:
+        streamer: with `put`, `end` and, for drafts, `put_draft`.
+        states: of one request, in order.
+        mask_token_id: left out of drafts.
+    """
+    shown = 0
+    for state in states:
+        committed = state.committed[: state.stop_at]
+        final = len(committed) if bool(committed.all()) else int(committed.long().argmin())
+        if final > shown:
+            streamer.put(state.proposed[shown:final])
+            shown = final
+        draft = state.proposed[shown : state.stop_at]
+        draft = draft[draft != mask_token_id]
+        if len(draft) and hasattr(streamer, "put_draft"):
+            streamer.put_draft(draft)
+        yield state
+    streamer.end()

@@ -1,0 +1,373 @@
+"""One thread that owns the model: requests join between denoising steps, and leave within one.
+
+What is special about it:
+- in every turn the thread does at most one piece of preparation (a few frames through the vision tower, or one request
+  joining) and one step of all running answers, so new requests never stop the running ones for long;
+- an answer is the same as alone: requests share steps, not settings, blocks or random numbers;
+- vision features are kept, bounded, under a key made from the video's content; so are the frames' keys and values
+  where a request's settings say `reuse`;
+- a cancelled request is gone before the next step.
+
+It knows nothing of HTTP. Whoever submits a job gets a handle, and reads updates from it in an asyncio event loop.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from vidlada.api import VidLaDA
+from vidlada.decoding.cache import VisualCache
+from vidlada.decoding.sampler import Denoiser, Request, State
+from vidlada.decoding.streaming import StableText, stable_text
+from vidlada.engine.feature_store import LRUCache
+from vidlada.engine.limits import EngineLimits
+from vidlada.errors import VidLaDAError
+from vidlada.generation import GenerationSettings
+from vidlada.machine import MEBI
+from vidlada.processor import EncodedConversation
+from vidlada.video import Frames
+
+FRAMES_PER_TURN = 8  # through the vision tower between two steps; always the same, so that features are too
+MOST_PENDING = 64  # updates a slow reader may be behind; older ones are dropped, the last one never
+
+log = logging.getLogger("vidlada.engine")
+
+
+class EngineClosedError(VidLaDAError):
+    """The engine is closing, and the request with it."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
+@dataclass(frozen=True)
+class MediaInput:
+    """A video of a job.
+
+    Attributes:
+        key: of its content and of how it was sampled.
+        frames: sampled at the model's size.
+    """
+
+    key: Hashable
+    frames: Frames
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """A question.
+
+    Attributes:
+        encoded: the conversation.
+        videos: what it shows, in order.
+        settings: of decoding.
+        max_tokens: most tokens of the answer; the answer's slots by default.
+    """
+
+    encoded: EncodedConversation
+    videos: Sequence[MediaInput]
+    settings: GenerationSettings
+    max_tokens: int | None = None
+
+    @property
+    def visual_key(self) -> Hashable:
+        """Under which the frames' keys and values may be taken over; the decoding loop checks that they fit."""
+        return (*(shown.key for shown in self.videos), self.settings.cache)
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens and answer slots."""
+        return len(self.encoded.input_ids) + self.settings.gen_length
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step brought.
+
+    Attributes:
+        state: after the step.
+        stable: the part of the answer that can no longer change; the last update's is the whole answer.
+        seconds: waiting in the queue, and in the vision tower.
+    """
+
+    state: State
+    stable: StableText
+    seconds: dict[str, float]
+
+
+@dataclass
+class Totals:
+    """What an engine has done since it started."""
+
+    steps: int = 0
+    turns_with_steps: int = 0
+    tokens: int = 0
+    refreshes: dict[str, int] = field(default_factory=lambda: {"text": 0, "visual": 0})
+    frames_encoded: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    stepping_seconds: float = 0.0
+
+
+class RequestHandle:
+    """A submitted job, seen from the event loop that submitted it."""
+
+    def __init__(self, job: EngineRequest, loop: asyncio.AbstractEventLoop):
+        self.job, self.loop = job, loop
+        self.cancelled = False
+        self.seconds: dict[str, float] = {}
+        self.submitted = time.perf_counter()
+        self.request: Request | None = None  # while it runs
+        self.pending: deque[Update | BaseException] = deque(maxlen=MOST_PENDING)
+        self.news = asyncio.Event()
+
+    def cancel(self) -> None:
+        """Give up; the place is free before the next step. Harmless once it is done."""
+        self.cancelled = True
+
+    async def updates(self, deadline: float | None = None) -> AsyncIterator[Update]:
+        """Updates until the answer is complete.
+
+        Args:
+            deadline: time of the event loop's clock after which to give up.
+
+        Raises:
+            VidLaDAError: the request turned out not to fit, or the model failed.
+            TimeoutError: the deadline has passed.
+        """
+        try:
+            while True:
+                async with asyncio.timeout_at(deadline):
+                    await self.news.wait()
+                self.news.clear()
+                while self.pending:
+                    update = self.pending.popleft()
+                    if isinstance(update, BaseException):
+                        raise update
+                    yield update
+                    if update.stable.finish_reason is not None:
+                        return
+        finally:
+            self.cancel()
+
+    def put(self, update: "Update | BaseException") -> None:
+        """Called by the engine's thread."""
+
+        def deliver() -> None:
+            self.pending.append(update)
+            self.news.set()
+
+        try:
+            self.loop.call_soon_threadsafe(deliver)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            self.cancelled = True
+
+
+class Engine:
+    """The thread and its queue.
+
+    Args:
+        vidlada: the model; only this thread may run it from now on.
+        limits: `max_running`, `max_running_tokens`, `feature_store_mb` and `visual_store_mb` count here.
+    """
+
+    def __init__(self, vidlada: VidLaDA, limits: EngineLimits):
+        self.vidlada, self.limits = vidlada, limits
+        self.denoiser = Denoiser(vidlada.model)
+        self.features: LRUCache[Tensor] = LRUCache(limits.feature_store_mb * MEBI)
+        self.visual: LRUCache[VisualCache] = LRUCache(limits.visual_store_mb * MEBI)
+        self.totals = Totals()
+        self.waiting: deque[RequestHandle] = deque()
+        self.running: dict[int, RequestHandle] = {}
+        self.joining: tuple[RequestHandle, Iterator[None]] | None = None
+        self.closing = False
+        self.condition = threading.Condition()
+        vidlada.processor.text_ids("")  # sets the tokenizer's mode, which must not change while threads share it
+        self.thread = threading.Thread(target=self._run, name="vidlada-engine", daemon=True)
+        self.thread.start()
+
+    def submit(self, job: EngineRequest) -> RequestHandle:
+        """Queue a job; to be called in the event loop that reads the handle."""
+        handle = RequestHandle(job, asyncio.get_running_loop())
+        with self.condition:
+            if self.closing:
+                raise EngineClosedError
+            self.waiting.append(handle)
+            self.condition.notify()
+        return handle
+
+    def stop(self) -> None:
+        """Let the thread end after the step it is in; what is not finished fails with a `EngineClosedError`."""
+        with self.condition:
+            self.closing = True
+            self.condition.notify()
+
+    def close(self) -> None:
+        """Stop, and wait for the thread to end."""
+        self.stop()
+        self.thread.join()
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait or are being prepared."""
+        return len(self.waiting) + (self.joining is not None)
+
+    @property
+    def alive(self) -> bool:
+        """The thread runs."""
+        return self.thread.is_alive()
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        while True:
+            with self.condition:
+                while not (self.closing or self.waiting or self.joining or self.running):
+                    self.condition.wait()
+                if self.closing:
+                    break
+            self._drop_cancelled()
+            self._prepare()
+            if self.denoiser.rows:
+                self._step()
+        self._fail(EngineClosedError(), everything=True)
+
+    def _drop_cancelled(self) -> None:
+        gone = [handle for handle in self.running.values() if handle.cancelled]
+        self.running = {number: handle for number, handle in self.running.items() if not handle.cancelled}
+        self.denoiser.rows = [row for row in self.denoiser.rows if row.number in self.running]
+        if self.joining and self.joining[0].cancelled:
+            gone.append(self.joining[0])
+            self.joining = None
+        with self.condition:
+            gone += [handle for handle in self.waiting if handle.cancelled]
+            self.waiting = deque(handle for handle in self.waiting if not handle.cancelled)
+        self.totals.cancelled += len(gone)
+        for handle in gone:
+            handle.put(VidLaDAError("the request was cancelled"))
+
+    def _prepare(self) -> None:
+        """One piece of preparation of the next request in line, if there is room for it."""
+        if self.joining is None:
+            with self.condition:
+                if not self.waiting or not self._fits(self.waiting[0]):
+                    return
+                handle = self.waiting.popleft()
+            handle.seconds["queue"] = time.perf_counter() - handle.submitted
+            self.joining = handle, self._join(handle)
+        handle, pieces = self.joining
+        started = time.perf_counter()
+        try:
+            done = next(pieces, "done") == "done"
+        except Exception as error:
+            self.joining = None
+            self.totals.failed += 1
+            handle.put(self._explained(error))
+            return
+        handle.seconds["vision"] = handle.seconds.get("vision", 0.0) + time.perf_counter() - started
+        if done:
+            self.joining = None
+
+    def _fits(self, handle: RequestHandle) -> bool:
+        tokens = sum(running.job.tokens for running in self.running.values())
+        room = len(self.running) < self.limits.max_running
+        return not self.running or (room and tokens + handle.job.tokens <= self.limits.max_running_tokens)
+
+    @torch.inference_mode()
+    def _encode(self, frames: Frames, first: int) -> Tensor:
+        """Pooled features of a few frames: (frames, cells, width)."""
+        model = self.vidlada.model
+        pixels = self.vidlada.processor.pixel_values(frames.images[first : first + FRAMES_PER_TURN])
+        self.totals.frames_encoded += len(pixels)
+        return model.vision(pixels.to(model.device, model.dtype))
+
+    def _join(self, handle: RequestHandle) -> Iterator[None]:
+        """Encode the videos that are not known yet, piece by piece, then let the request join."""
+        model, visual = self.vidlada.model, []
+        for shown in handle.job.videos:
+            features = self.features.get(shown.key)
+            if features is None:
+                parts = []
+                for first in range(0, len(shown.frames.images), FRAMES_PER_TURN):
+                    parts.append(self._encode(shown.frames, first))
+                    yield
+                with torch.inference_mode():
+                    features = model.vision.with_newlines(torch.cat(parts))
+                self.features.put(shown.key, features, features.nbytes)
+            visual.append(features)
+        width = model.language_model.config.hidden_size
+        tokens = torch.cat(visual) if visual else torch.empty(0, width, device=model.device)
+        job = handle.job
+        known = self.visual.get(job.visual_key) if job.settings.reuse else None
+        handle.request = replace(self.vidlada.request(job.encoded, tokens, job.settings), visual=known)
+        number, state = self.denoiser.add(handle.request)
+        self.running[number] = handle
+        if state is not None:
+            self._deliver(number, state)
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        before = {row.number: row.statistics for row in self.denoiser.rows}
+        try:
+            states = self.denoiser.step()
+        except Exception as error:
+            self._fail(self._explained(error), everything=False)
+            return
+        totals = self.totals
+        totals.turns_with_steps += 1
+        totals.stepping_seconds += time.perf_counter() - started
+        for number, state in states:
+            earlier = before[number]
+            totals.steps += 1
+            totals.tokens += state.statistics.tokens - earlier.tokens
+            for segment, count in state.statistics.refreshes.items():
+                totals.refreshes[segment] += count - earlier.refreshes.get(segment, 0)
+            self._deliver(number, state)
+
+    def _deliver(self, number: int, state: State) -> None:
+        """Send a state on; free the place of an answer that is complete."""
+        handle = self.running[number]
+        request, settings = handle.request, handle.job.settings
+        assert request is not None
+        if state.visual is not None:
+            self.visual.put(handle.job.visual_key, state.visual, state.visual.nbytes)
+            state = replace(state, visual=None)  # readers have no use for it
+        stable = stable_text(
+            state, self.vidlada.processor.decode, request.stop_sequences, settings.stop, handle.job.max_tokens
+        )
+        if stable.finish_reason is not None:
+            self.denoiser.rows = [row for row in self.denoiser.rows if row.number != number]
+            del self.running[number]
+            handle.request = None
+            self.totals.finished += 1
+        handle.put(Update(state, stable, dict(handle.seconds)))
+
+    def _fail(self, error: VidLaDAError, everything: bool) -> None:
+        """Tell the running requests, or all of them, that there will be no answer."""
+        failed = list(self.running.values())
+        self.running.clear()
+        self.denoiser.rows = []
+        if everything:
+            with self.condition:
+                failed += [*self.waiting, *([self.joining[0]] if self.joining else [])]
+                self.waiting.clear()
+                self.joining = None
+        self.totals.failed += len(failed)
+        for handle in failed:
+            handle.put(error)
+
+    @staticmethod
+    def _explained(error: Exception) -> VidLaDAError:
+        if isinstance(error, VidLaDAError):
+            return error
+        log.exception("the model failed", exc_info=error)
+        lines = str(error).splitlines() or [""]
+        return VidLaDAError(f"the model failed: {type(error).__name__}: {lines[0]}")

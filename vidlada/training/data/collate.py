@@ -1,0 +1,292 @@
+"""How the samples of a step become tensors."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidlada.errors import InputError
+from vidlada.model.language_model import SharedPrefixMask
+from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK, VIDEO_PLACE, Message, VidLaDAProcessor
+from vidlada.training.config import CollateSettings
+from vidlada.training.data.samples import Item, Sample, Source
+from vidlada.training.objective import IGNORED, conversation_mask
+
+Row = dict[str, list[int]]  # what is known of every token, by name
+PADDING = -2  # sample index of positions that belong to nothing
+MOST_REPLACEMENTS = 20  # for one broken sample
+
+
+class Collator:
+    """Turns the samples of a step into one batch.
+
+    Args:
+        processor: of the model in training.
+        settings: see `CollateSettings`.
+        stand_in: size of the frame that stands in, behind the attention mask, where a batch has no video. Processes
+            that train together must all run the vision tower in every step. None: no frame stands in.
+    """
+
+    def __init__(self, processor: VidLaDAProcessor, settings: CollateSettings, stand_in: int | None = None):
+        self.processor = processor
+        self.settings = settings
+        self.stand_in = stand_in
+        self.end_of_text = processor.token_id(END_OF_TEXT)
+        self.end_of_turn = processor.token_id(END_OF_TURN)
+        self.mask = processor.token_id(MASK)
+        self.padding = {
+            "input_ids": processor.tokenizer.pad_token_id,
+            "labels": IGNORED,
+            "sample_index": PADDING,
+            "position_ids": 0,
+            "turn": 0,
+            "in_answer": 0,
+        }
+
+    def __call__(self, samples: Sequence[Sample], generator: np.random.Generator) -> dict[str, Any]:
+        """Tensors of one step.
+
+        Returns:
+            `input_ids`, `labels`, `sample_index`, `position_ids` (batch, tokens); `attention_mask` (batch, tokens)
+            or (batch, 1, tokens, tokens), or of rows with a shared prefix, or None when nothing is padded or separate;
+            `force` (samples,); `sample_weight` (samples,) where samples are weighed; with videos `pixel_values` and
+            `frame_counts`; `stands_in` where they are only a stand-in.
+        """
+        rows_of_parts, first = [], 0
+        for sample in samples:
+            rows_of_parts.append(self._parts(sample, first, generator))
+            first += len(sample.exchanges) if sample.separate else 1
+        sizes = sizes_of(rows_of_parts)
+        rows = [self._joined(parts, sizes if len(sizes) > 2 else None) for parts in rows_of_parts]
+        length = max(len(row["input_ids"]) for row in rows)
+        if self.settings.pad_targets:
+            rows = [self._filled(row, length) for row in rows]
+        videos = [video for sample in samples for video in sample.videos]
+        unseen = self.processor.video_frame_index(1) if self.stand_in is not None and not videos else []
+        length += len(unseen)
+        batch: dict[str, Any] = {
+            name: torch.tensor([row[name] + [self.padding[name]] * (length - len(row[name])) for row in rows])
+            for name in self.padding
+        }
+        valid = batch["sample_index"] != PADDING
+        turn, in_answer = batch.pop("turn"), batch.pop("in_answer") == 1
+        if len(sizes) > 2:
+            batch["attention_mask"] = SharedPrefixMask((*sizes, *[len(unseen)] * bool(unseen)), valid)
+        elif self.settings.conversation_mask:
+            batch["attention_mask"] = conversation_mask(turn, valid)
+        else:
+            batch["attention_mask"] = None if valid.all() else valid
+        lengths = torch.bincount(batch["sample_index"][in_answer], minlength=first)
+        batch["force"] = lengths <= self.settings.force_up_to
+        if self.settings.weigh_every:
+            targets = torch.bincount(batch["sample_index"][batch["labels"] != IGNORED], minlength=first)
+            batch["sample_weight"] = (targets / self.settings.weigh_every).clamp(min=1)
+        if unseen:
+            assert self.stand_in is not None
+            batch["input_ids"][0, length - len(unseen) :] = self.processor.video_token_id
+            batch["stands_in"] = True
+            videos = [np.zeros((1, self.stand_in, self.stand_in, 3), np.uint8)]
+        if videos:
+            batch["pixel_values"] = torch.cat([self.processor.pixel_values(video) for video in videos])
+            batch["frame_counts"] = [len(video) for video in videos]
+        return batch
+
+    def check(self, sample: Sample) -> None:
+        """Raise `InputError` if a sample has nothing to learn, or more tokens than the model takes."""
+        if not any(answer.strip() for _, answer in sample.exchanges):
+            raise InputError("every answer is empty")
+        self.processor.encode(
+            messages_of(len(sample.videos), sample.exchanges),
+            [len(video) for video in sample.videos],
+            add_generation_prompt=False,
+        )
+
+    def _filled(self, row: Row, length: int) -> Row:
+        """A row filled up with end-of-text targets."""
+        more = length - len(row["input_ids"])
+        return {
+            "input_ids": row["input_ids"] + [self.end_of_text] * more,
+            "labels": row["labels"] + [self.end_of_text] * more,
+            "sample_index": row["sample_index"] + row["sample_index"][-1:] * more,
+            "position_ids": list(range(length)),
+            "turn": row["turn"] + row["turn"][-1:] * more,
+            "in_answer": row["in_answer"] + [0] * more,
+        }
+
+    def _parts(self, sample: Sample, first: int, generator: np.random.Generator) -> list[Row]:
+        """One row: what exchanges share, then every exchange with positions as if it stood alone, longest first."""
+        if not sample.separate:
+            return [self._exchange(sample, sample.exchanges, first, generator)]
+        shared: Row = {}
+        parts: list[Row] = []
+        for number, exchange in enumerate(sample.exchanges):
+            alone = self._exchange(sample, [exchange], first + number, generator)
+            length = self._shared_length(alone["input_ids"])
+            if not shared:
+                shared = {name: values[:length] for name, values in alone.items()}
+                shared["sample_index"] = [-1] * length
+                shared["labels"] = [IGNORED] * length  # what all samples share is hidden in none
+            parts.append({name: values[length:] for name, values in alone.items()})
+        return [shared, *sorted(parts, key=lambda part: -len(part["input_ids"]))]
+
+    def _joined(self, parts: list[Row], sizes: Sequence[int] | None) -> Row:
+        """The parts of a row in one piece; with sizes, each part is padded to its own."""
+        row: Row = {name: [] for name in self.padding}
+        for number, size in enumerate(sizes or [0] * len(parts)):
+            part = parts[number] if number < len(parts) else {name: [] for name in self.padding}
+            for name, values in part.items():
+                row[name] += values + [self.padding[name]] * (size - len(values))
+        return row
+
+    def _shared_length(self, input_ids: list[int]) -> int:
+        """Tokens up to the end of the video."""
+        places = [i for i, token in enumerate(input_ids) if token == self.processor.video_token_id]
+        return places[-1] + 1 if places else 0
+
+    def _exchange(
+        self, sample: Sample, exchanges: Sequence[tuple[str, str]], sample_number: int, generator: np.random.Generator
+    ) -> Row:
+        messages = messages_of(len(sample.videos), exchanges)
+        counts = [len(video) for video in sample.videos]
+        encoded = self.processor.encode(messages, counts, add_generation_prompt=False)
+        targets = [
+            answer or (control and self.settings.control_targets)
+            for answer, control in zip(encoded.is_answer, encoded.is_control, strict=True)
+        ]
+        labels = [t if is_target else IGNORED for t, is_target in zip(encoded.input_ids, targets, strict=True)]
+        extra_targets = int(generator.integers(self.settings.end_targets + 1))
+        extra_slots = int((self.settings.end_slots + 2) ** generator.random()) - 1
+        if self.settings.end_slots_share < 1 and generator.random() >= self.settings.end_slots_share:
+            extra_slots = 0
+        input_ids = encoded.input_ids + [self.end_of_turn] * extra_targets + [self.mask] * extra_slots
+        labels += [self.end_of_turn] * extra_targets + [IGNORED] * extra_slots
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "sample_index": [sample_number] * len(input_ids),
+            "position_ids": list(range(len(input_ids))),
+            "turn": encoded.turn + [encoded.turn[-1]] * (extra_targets + extra_slots),
+            "in_answer": [*map(int, encoded.is_answer), *[1] * extra_targets, *[0] * extra_slots],
+        }
+
+
+def sizes_of(rows: Sequence[Sequence[Row]]) -> tuple[int, ...]:
+    """Tokens of the longest first, second, … part of several rows."""
+    lengths = [[len(part["input_ids"]) for part in parts] for parts in rows]
+    return tuple(max(column) for column in zip_longest(*lengths, fillvalue=0))
+
+
+def messages_of(videos: int, exchanges: Sequence[tuple[str, str]]) -> list[Message]:
+    """A conversation for the processor; see `Sample` for where the videos stand."""
+    marked = sum(question.count(VIDEO_PLACE) for question, _ in exchanges) == videos
+    messages: list[Message] = []
+    for number, (question, answer) in enumerate(exchanges):
+        content: list[dict[str, str]] = []
+        if not marked:
+            content += [{"type": "video"}] * videos if number == 0 else []
+            question = question.replace(VIDEO_PLACE, "")
+        for place, text in enumerate(question.split(VIDEO_PLACE)):
+            if place > 0:
+                content.append({"type": "video"})
+            if text.strip():
+                content.append({"type": "text", "text": text})
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the equal parts of a step's samples: what one device works on in one forward pass."""
+
+    step: int
+    number: int = 0
+    parts: int = 1
+
+
+class PartSampler:
+    """The parts of steps that one process works on, in order.
+
+    Args:
+        steps: numbers within the stage.
+        source: tells how many items a step has.
+        per_device_batch: most items of a part; None for one part a process.
+        processes, process: how many there are, and which this is.
+    """
+
+    def __init__(self, steps: range, source: Source, per_device_batch: int | None, processes: int, process: int):
+        self.all_steps, self.source, self.per_device_batch = steps, source, per_device_batch
+        self.processes, self.process = processes, process
+
+    def __iter__(self) -> Iterator[Part]:
+        for step in self.all_steps:
+            passes = 1
+            if self.per_device_batch is not None:
+                passes = math.ceil(len(self.source.plan(step)) / (self.per_device_batch * self.processes))
+            for number in range(passes):
+                yield Part(step, number * self.processes + self.process, passes * self.processes)
+
+
+class StepDataset:
+    """A part of a step in, batch out: deterministic, so that workers, restarts and ranks agree.
+
+    Args:
+        source: the samples of each step.
+        collator: samples to tensors.
+        seed: of the collator's random choices.
+    """
+
+    def __init__(self, source: Source, collator: Collator, seed: int):
+        self.source, self.collator, self.seed = source, collator, seed
+
+    def __getitem__(self, part: Part) -> dict[str, Any]:
+        """The batch of a part; besides the collator's entries, how it stands in the step:
+
+        `step`, `part`, `parts`; `first_sample`, `total_samples` (numbers of samples before it and in the whole step);
+        `weight`, 0 for a part that only keeps its process in step, since the step has fewer items than parts or all
+        it found is broken; and `skipped`: a message for each broken sample that another was taken for.
+        """
+        items = self.source.plan(part.step)
+        first, end = (len(items) * number // part.parts for number in (part.number, part.number + 1))
+        own = items[first:end]
+        skipped: list[str] = []
+        samples = [self._load(item, skipped) for item in own or items[:1]]
+        usable = bool(own) and None not in samples
+        # as many samples, of almost nothing: what is broken may be too long as well
+        blind = [Sample([], [("-", "-")] * len(item.exchanges), item.separate) for item in own or items[:1]]
+        seeds = [self.seed, part.step, 1] + ([part.number] if part.parts > 1 else [])
+        return {
+            **self.collator(samples if usable else blind, np.random.default_rng(seeds)),  # type: ignore[arg-type]
+            "step": part.step,
+            "part": part.number,
+            "parts": part.parts,
+            "first_sample": sum(item.samples for item in items[:first]) if own else 0,
+            "total_samples": sum(item.samples for item in items),
+            "weight": float(usable),
+            "skipped": skipped,
+        }
+
+    def _load(self, item: Item, skipped: list[str]) -> Sample | None:
+        """The sample of an item, or of another if it is broken or unfit; None if no other was found."""
+        for attempt in range(MOST_REPLACEMENTS):
+            try:
+                sample = self.source.load(item, self.collator.processor.image_size)
+                if not sample.separate:
+                    self.collator.check(sample)
+                return sample
+            except InputError as error:
+                skipped.append(f"{item.origin}: {error}" if item.origin else str(error))
+                item = self.source.instead_of(item, attempt)
+        return None
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor | SharedPrefixMask) else value
+        for name, value in batch.items()
+    }
