@@ -14,6 +14,7 @@ from vidlada.checkpoint.load import describe, load_model, load_tokenizer
 from vidlada.decoding.cache import VisualCache
 from vidlada.decoding.policies import policy_from
 from vidlada.decoding.sampler import Request, State, Statistics, denoise
+from vidlada.decoding.scoring import score_answers
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.info import check_memory, check_memory_of_weights, memory_need
@@ -76,6 +77,7 @@ class Answer:
         frame_times: seconds of the frames the model saw.
         statistics: steps, forward passes, tokens, seconds per phase.
         settings: how it was decoded.
+        choices: probability of each answer that was given to choose from, relative to the others.
     """
 
     text: str
@@ -84,6 +86,7 @@ class Answer:
     frame_times: tuple[float, ...]
     statistics: Statistics
     settings: GenerationSettings = field(repr=False)
+    choices: dict[str, float] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -199,19 +202,20 @@ class VidLaDA:
         policy_from(settings.cache)  # an unknown policy is refused before any work starts
         return settings
 
-    def ask(self, video: Any, question: str, **options: Any) -> Answer:
+    def ask(self, video: Any, question: str, choices: Sequence[str] | None = None, **options: Any) -> Answer:
         """Answer one question about a video.
 
         Args:
             video: what `encode_video` takes; an `EncodedVideo` is not encoded again.
             question: text.
+            choices: answer with the likeliest of these, found in one pass, instead of decoding.
             options: `frames`, `fps`, `force_sample` of `encode_video`; `time_instruction`, `system` of `Conversation`;
                 the rest are `GenerationSettings`.
 
         Raises:
             InputError: the video, the question or an option cannot be used.
         """
-        return self.chat(video, **split_options(options)).ask(question)
+        return self.chat(video, **split_options(options)).ask(question, choices)
 
     def stream(self, video: Any, question: str, **options: Any) -> Iterator[Draft]:
         """As `ask`, but yields a draft after every denoising step."""
@@ -225,12 +229,18 @@ class VidLaDA:
         others["settings"] = self.settings(**others.pop("generation", {}))
         return Conversation(self, self.encode_video(video, **video_options), **others)
 
-    def ask_many(self, questions: Sequence[tuple[Any, str]], **options: Any) -> list[Answer]:
+    def ask_many(
+        self,
+        questions: Sequence[tuple[Any, str]],
+        choices: Sequence[Sequence[str] | None] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
         """Answer several questions, each about its own video, in one padded batch.
 
         Args:
             questions: pairs of a video (as for `encode_video`) and a question; a video given several times as the same
                 object is encoded once.
+            choices: of each question, as for `ask`; None for one that is decoded.
             options: as for `ask`.
         """
         options = split_options(options)
@@ -240,11 +250,18 @@ class VidLaDA:
                 video_options = {name: options[name] for name in VIDEO_OPTIONS if name in options}
                 seen[id(video)] = self.encode_video(video, **video_options)
         chats = [self.chat(seen[id(video)], **options) for video, _ in questions]
-        requests = [chat.request(question) for chat, (_, question) in zip(chats, questions, strict=True)]
-        last: dict[int, State] = {}
-        for number, state in denoise(self.model, requests):
-            last[number] = state
-        return [chat.answer(last[number]) for number, chat in enumerate(chats)]
+        listed = choices or [None] * len(questions)
+        answers: dict[int, Answer] = {}
+        decoded: list[int] = []
+        for number, (chat, (_, question), own) in enumerate(zip(chats, questions, listed, strict=True)):
+            if own is None:
+                decoded.append(number)
+            else:
+                answers[number] = chat.choose(question, own)
+        for place, state in denoise(self.model, [chats[number].request(questions[number][1]) for number in decoded]):
+            if state.done:
+                answers[decoded[place]] = chats[decoded[place]].answer(state)
+        return [answers[number] for number in range(len(questions))]
 
 
 VIDEO_OPTIONS = ("frames", "fps", "force_sample")
@@ -309,14 +326,46 @@ class Conversation:
             yield self.draft(state)
         assert state is not None
         self.last, self.visual = self.answer(state), state.visual
-        if self.vidlada.model.config.multi_turn:
-            self.messages += [self._user(question), {"role": "assistant", "content": self.last.text}]
+        self._remember(question)
 
-    def ask(self, question: str) -> Answer:
-        """Answer the next question."""
+    def ask(self, question: str, choices: Sequence[str] | None = None) -> Answer:
+        """Answer the next question, with one of the choices if there are any."""
+        if choices is not None:
+            self.last = self.choose(question, choices)
+            self._remember(question)
+            return self.last
         for _ in self.stream(question):
             pass
         return self.last
+
+    def choose(self, question: str, choices: Sequence[str]) -> Answer:
+        """The likeliest of several answers, found in one pass; of the settings only `gen_length` matters.
+
+        Raises:
+            InputError: there is no choice, an empty one, or one twice.
+        """
+        if not choices or not all(choice.strip() for choice in choices) or len(set(choices)) < len(choices):
+            raise InputError(f"choices must be different answers, none of them empty, not {list(choices)}")
+        started = time.perf_counter()
+        request = self.request(question)
+        ids = [self.vidlada.processor.text_ids(choice) for choice in choices]
+        scores = score_answers(self.vidlada.model, request.prompt, ids, self.settings.gen_length)
+        best = int(scores.argmax())
+        seconds = {**self.video.seconds, "scoring": time.perf_counter() - started}
+        return Answer(
+            text=choices[best],
+            token_ids=ids[best],
+            finish_reason="stop",
+            frame_times=self.video.times,
+            statistics=Statistics(forward_passes=1, seconds=seconds),
+            settings=self.settings,
+            choices=dict(zip(choices, scores.softmax(0).tolist(), strict=True)),
+        )
+
+    def _remember(self, question: str) -> None:
+        """Models trained on conversations see the earlier turns."""
+        if self.vidlada.model.config.multi_turn:
+            self.messages += [self._user(question), {"role": "assistant", "content": self.last.text}]
 
     def draft(self, state: State) -> Draft:
         """A state as text."""

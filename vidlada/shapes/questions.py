@@ -23,6 +23,7 @@ from vidlada.shapes.world import (
 LETTERS = ("A", "B", "C", "D")
 STILL = "it stays still"
 NOTHING = "nothing"
+CHOICES_MARK = " choices : "  # before the choices of a question
 
 
 @dataclass(frozen=True)
@@ -411,7 +412,7 @@ def ask(clip: Clip, family: str, generator: Generator, choice_share: float = 0.0
         options = [options[i] for i in generator.permutation(len(options))]
         listed = " , ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False))
         letter = LETTERS[options.index(answer)]
-        return Question(family, f"{question} choices : {listed} . answer with the letter .", letter, tuple(options))
+        return Question(family, f"{question}{CHOICES_MARK}{listed} . answer with the letter .", letter, tuple(options))
     return Question(family, question, answer)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from vidlada.errors import InputError
+from vidlada.model.language_model import Layer
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 
@@ -28,8 +29,9 @@ def insert_layers(model: VidLaDAForMaskedDiffusion, after: Sequence[int]) -> Non
         deeper.append(layer)
         for _ in range(list(after).count(number)):
             new = copy.deepcopy(layer)
-            for out in (new.self_attn.o_proj, new.mlp.down_proj):
-                nn.init.zeros_(out.weight)
+            assert isinstance(new, Layer)
+            nn.init.zeros_(new.self_attn.o_proj.weight)
+            nn.init.zeros_(new.mlp.down_proj.weight)
             deeper.append(new)
     model.language_model.layers = deeper
     model.config.text_config.num_hidden_layers = len(deeper)  # type: ignore[union-attr]

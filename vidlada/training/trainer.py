@@ -180,7 +180,7 @@ class Run:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.compile:
             for layer in model.language_model.layers:
-                layer.compile_parts()
+                layer.compile_parts()  # type: ignore[operator]
             if not model.config.text_only:
                 for layer in model.vision.tower.encoder.layers:
                     layer.compile(dynamic=True)

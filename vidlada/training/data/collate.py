@@ -62,8 +62,10 @@ class Collator:
             rows_of_parts.append(self._parts(sample, first, generator))
             first += len(sample.exchanges) if sample.separate else 1
         sizes = sizes_of(rows_of_parts)
+        sizes = (*sizes[:-1], sizes[-1] + -sum(sizes) % self.settings.pad_to_multiple_of)
         rows = [self._joined(parts, sizes if len(sizes) > 2 else None) for parts in rows_of_parts]
         length = max(len(row["input_ids"]) for row in rows)
+        length += -length % self.settings.pad_to_multiple_of
         if self.settings.pad_targets:
             rows = [self._filled(row, length) for row in rows]
         videos = [video for sample in samples for video in sample.videos]
