@@ -237,7 +237,7 @@ def picture(clip: Clip, generator: Generator) -> Asked | None:
 def clock(clip: Clip, generator: Generator) -> Asked | None:
     """What the clock shows, in a clip at its start or end (training only)."""
     if clip.seconds == 1:
-        return "which second is it ?", str(clip.clock_at(0)), []
+        return ("which second is it ?", str(clip.clock_at(0)), []) if clip.clock else None
     if generator.integers(2):
         return "which second is it at the start ?", str(clip.clock_at(0)), []
     return "which second is it at the end ?", str(clip.clock_at(clip.seconds - 1)), []

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
@@ -33,6 +34,8 @@ class ShapesSource:
         questions: exchanges a clip.
         choice_share: share of short questions asked as multiple choice.
         pictures: single frames at a random second instead of whole clips.
+        picture_share: share of steps with single frames, one question each, of `picture_families`.
+        picture_families: as `families`, for these steps.
         max_things: most things in a clip.
         single_share: share of steps with one exchange a clip, where the video's tokens see the question.
         text_only_share: share of clips left out, so that the model also learns to do without.
@@ -50,6 +53,8 @@ class ShapesSource:
     questions: PositiveInt = 6
     choice_share: Share = 0.3
     pictures: bool = False
+    picture_share: Share = 0.0
+    picture_families: tuple[str, ...] = ("clock",)
     max_things: Annotated[int, Field(ge=1, le=MAX_THINGS)] = MAX_THINGS
     single_share: Share = 0.0
     text_only_share: Share = 0.0
@@ -58,7 +63,7 @@ class ShapesSource:
     no_clock_share: Share = 0.0
 
     def __post_init__(self) -> None:
-        unknown = [family for family in self.families if family not in FAMILIES]
+        unknown = [family for family in (*self.families, *self.picture_families) if family not in FAMILIES]
         if unknown or not self.families:
             meant = hint("".join(unknown[:1]), FAMILIES)
             raise InputError(f"families: {unknown or 'none'} are no families of questions; {meant}")
@@ -82,6 +87,8 @@ class ShapesSource:
     def plan(self, step: int) -> list[Item]:
         """Clips of one random length, with fresh questions; those that no family fits are left out."""
         generator = np.random.default_rng([self.seed, step])
+        if self.picture_share and generator.random() < self.picture_share:
+            return self._pictures.plan(step)
         questions = 1 if generator.random() < self.single_share else self.questions
         seconds = None if self.seconds is None else int(generator.integers(self.seconds[0], self.seconds[1] + 1))
         rate = self.rates[int(generator.integers(len(self.rates)))] if len(self.rates) > 1 else self.rates[0]
@@ -99,6 +106,12 @@ class ShapesSource:
                 return items
             clips = [self._clip(generator, first.seconds) for _ in range(count)]
         raise InputError(f"no clip of {first.seconds} seconds supports a question of {', '.join(self.families)}")
+
+    @cached_property
+    def _pictures(self) -> "ShapesSource":
+        """The source of steps with single frames."""
+        families = self.picture_families
+        return replace(self, pictures=True, picture_share=0.0, families=families, questions=1, rates=(1.0,))
 
     def load(self, item: Item, size: int) -> Sample:
         """Render the clip."""
