@@ -110,8 +110,10 @@ class ShapesSource:
     @cached_property
     def _pictures(self) -> "ShapesSource":
         """The source of steps with single frames."""
-        families = self.picture_families
-        return replace(self, pictures=True, picture_share=0.0, families=families, questions=1, rates=(1.0,))
+        families, frames = self.picture_families, math.ceil(self.frames_per_batch / 3)  # as many tokens as of clips
+        return replace(
+            self, pictures=True, picture_share=0.0, families=families, questions=1, frames_per_batch=frames, rates=(1,)
+        )
 
     def load(self, item: Item, size: int) -> Sample:
         """Render the clip."""
