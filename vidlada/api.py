@@ -16,6 +16,7 @@ from vidlada.checkpoint.publish import upload
 from vidlada.decoding.cache import VisualCache
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.sampler import Denoiser, Request, State, Statistics
+from vidlada.decoding.scoring import score_answers
 from vidlada.decoding.streaming import StableText, stable_text
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings, PromptSettings
@@ -81,6 +82,7 @@ class Answer:
         frame_times: seconds of the frames the model saw.
         statistics: steps, forward passes, tokens, seconds per phase.
         settings: how it was decoded.
+        choices: probability of each answer that was given to choose from, relative to the others.
     """
 
     text: str
@@ -89,6 +91,7 @@ class Answer:
     frame_times: tuple[float, ...]
     statistics: Statistics
     settings: GenerationSettings = field(repr=False)
+    choices: dict[str, float] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -203,18 +206,19 @@ class VidLaDA:
         parse_policy(settings.cache)  # an unknown policy is refused before any work starts
         return settings
 
-    def ask(self, video: Any, question: str, **options: Any) -> Answer:
+    def ask(self, video: Any, question: str, choices: Sequence[str] | None = None, **options: Any) -> Answer:
         """Answer one question about a video.
 
         Args:
             video: what `encode_video` takes; an `EncodedVideo` is not encoded again.
             question: text.
+            choices: answer with the likeliest of these, found in one pass, instead of decoding.
             options: `frames`, `fps`, `force_sample` of `Sampling`, all of `PromptSettings` and `GenerationSettings`.
 
         Raises:
             InputError: the video, the question or an option cannot be used.
         """
-        return self.chat(video, **options).ask(question)
+        return self.chat(video, **options).ask(question, choices)
 
     def stream(self, video: Any, question: str, **options: Any) -> Iterator[Draft]:
         """As `ask`, but yields a draft after every denoising step."""
@@ -226,12 +230,18 @@ class VidLaDA:
         settings = self.settings(**generation)
         return Conversation(self, self.encode_video(video, sampling), settings, prompt)
 
-    def ask_many(self, questions: Sequence[tuple[Any, str]], **options: Any) -> list[Answer]:
+    def ask_many(
+        self,
+        questions: Sequence[tuple[Any, str]],
+        choices: Sequence[Sequence[str] | None] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
         """Answer several questions, each about its own video, in one padded batch.
 
         Args:
             questions: pairs of a video (as for `encode_video`) and a question; a video given several times as the same
                 object is encoded once.
+            choices: of each question, as for `ask`; None for one that is decoded.
             options: as for `ask`.
         """
         sampling, prompt, generation = split_options(options)
@@ -241,11 +251,18 @@ class VidLaDA:
             if id(video) not in encoded:
                 encoded[id(video)] = self.encode_video(video, sampling)
         chats = [Conversation(self, encoded[id(video)], settings, prompt) for video, _ in questions]
-        requests = [chat.request(question) for chat, (_, question) in zip(chats, questions, strict=True)]
-        last: dict[int, tuple[State, StableText]] = {}
-        for number, state, stable in self.decode(requests):
-            last[number] = state, stable
-        return [chat.answer(*last[number]) for number, chat in enumerate(chats)]
+        answers: dict[int, Answer] = {}
+        decoded: list[int] = []
+        for number, own in enumerate(choices or [None] * len(questions)):
+            if own is None:
+                decoded.append(number)
+            else:
+                answers[number] = chats[number].choose(questions[number][1], own)
+        requests = [chats[number].request(questions[number][1]) for number in decoded]
+        for place, state, stable in self.decode(requests):
+            if stable.finish_reason is not None:
+                answers[decoded[place]] = chats[decoded[place]].answer(state, stable)
+        return [answers[number] for number in range(len(questions))]
 
     def decode(self, requests: Sequence[Request]) -> Iterator[tuple[int, State, StableText]]:
         """Decode requests together until the text of each is complete.
@@ -358,14 +375,46 @@ class Conversation:
             if stable.finish_reason is not None:
                 self.last, self.visual = self.answer(state, stable), state.visual
             yield self.draft(state)
-        if self.vidlada.model.config.multi_turn:
-            self.messages += [self._user(question), {"role": "assistant", "content": self.last.text}]
+        self._remember(question)
 
-    def ask(self, question: str) -> Answer:
-        """Answer the next question."""
+    def ask(self, question: str, choices: Sequence[str] | None = None) -> Answer:
+        """Answer the next question, with one of the choices if there are any."""
+        if choices is not None:
+            self.last = self.choose(question, choices)
+            self._remember(question)
+            return self.last
         for _ in self.stream(question):
             pass
         return self.last
+
+    def choose(self, question: str, choices: Sequence[str]) -> Answer:
+        """The likeliest of several answers, found in one pass; of the settings only `gen_length` matters.
+
+        Raises:
+            InputError: there is no choice, an empty one, or one twice.
+        """
+        if not choices or not all(choice.strip() for choice in choices) or len(set(choices)) < len(choices):
+            raise InputError(f"choices must be different answers, none of them empty, not {list(choices)}")
+        started = time.perf_counter()
+        request = self.request(question)
+        ids = [self.vidlada.processor.text_ids(choice) for choice in choices]
+        scores = score_answers(self.vidlada.model, request.prompt, ids, self.settings.gen_length)
+        best = int(scores.argmax())
+        seconds = {**self.video.seconds, "scoring": time.perf_counter() - started}
+        return Answer(
+            text=choices[best],
+            token_ids=ids[best],
+            finish_reason="stop",
+            frame_times=self.video.times,
+            statistics=Statistics(forward_passes=1, seconds=seconds),
+            settings=self.settings,
+            choices=dict(zip(choices, scores.softmax(0).tolist(), strict=True)),
+        )
+
+    def _remember(self, question: str) -> None:
+        """Models trained on conversations see the earlier turns."""
+        if self.vidlada.model.config.multi_turn:
+            self.messages += [self._user(question), {"role": "assistant", "content": self.last.text}]
 
     def draft(self, state: State) -> Draft:
         """A state as text."""

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
-from vidlada.model.language_model import LanguageModel, RMSNorm
+from vidlada.model.language_model import LanguageModel, RMSNorm, SharedPrefixMask
 from vidlada.model.vision import Vision
 
 
@@ -110,7 +110,7 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         frame_counts: list[int] | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | SharedPrefixMask | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: Tensor | None = None,
@@ -122,7 +122,8 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
             input_ids: (batch, tokens), or give `inputs_embeds`.
             pixel_values: (all frames, 3, image_size, image_size), with `frame_counts`.
             frame_counts: frames of each video; all in one video by default.
-            attention_mask: boolean or 0/1 (batch, tokens) or (batch, 1, tokens, tokens); True may be attended.
+            attention_mask: boolean or 0/1 (batch, tokens) or (batch, 1, tokens, tokens), True may be attended; or of
+                rows with a shared prefix.
             position_ids: (batch, tokens); counted over unpadded tokens by default.
             inputs_embeds: (batch, tokens, width) instead of ids.
             logits_to_keep: boolean (batch, tokens): logits only there, shape (chosen, vocabulary). Saves the largest
@@ -135,7 +136,7 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
             if pixel_values is not None:
                 visual = torch.cat(self.encode_videos(pixel_values, frame_counts or [pixel_values.shape[0]]))
             inputs_embeds = self.embed(input_ids, visual)
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             position_ids = positions_of(attention_mask)
         hidden = self.language_model(inputs_embeds, position_ids, attention_mask)
         chosen = hidden if logits_to_keep is None else hidden[logits_to_keep]

@@ -16,6 +16,7 @@ from vidlada.noise import quiet_libraries
 from vidlada.processor import VidLaDAProcessor
 from vidlada.shapes.questions import vocabulary
 from vidlada.training.config import Lora, TrainingConfig
+from vidlada.training.growth import insert_layers
 from vidlada.training.initialization import initialize
 from vidlada.training.origin import is_llama, origin
 from vidlada.training.tokenizer import role_tokens, word_tokenizer
@@ -48,6 +49,7 @@ def initial_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaDA
         model = load_model(folder, dtype="auto" if stored else torch.float32)
     else:
         model = empty_model(describe(folder).config)
+    insert_layers(model, config.new_layers)
     return model, VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
 
 
