@@ -20,7 +20,10 @@ from vidlada.serve.files import FileStore
 from vidlada.serve.limits import Limits
 from vidlada.serve.media import MediaSource
 from vidlada.serve.schema import ChatRequest
+from vidlada.serve.threads import LONG_TEXT, TEXT, in_thread
 from vidlada.video import Frames, Sampling
+
+LONG_TEXT_CHARACTERS = 2**13
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Service:
         self.frames: LRUCache[Frames] = LRUCache(limits.frame_store_mb * MEBI)
         self.decoding: dict[object, asyncio.Task[Frames]] = {}
         self.admitted = 0
+        self.previews = asyncio.Semaphore(max(1, limits.decode_workers - 1))  # questions wait for one of them at most
 
     async def close(self) -> None:
         """End the worker processes and the engine."""
@@ -76,14 +80,18 @@ class Service:
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """A place for one request, from its first byte to its last; 429 if there is none."""
-        if self.admitted >= self.limits.max_admitted:
-            raise RequestError(429, f"{self.admitted} requests are being answered or waiting; try later", "queue_full")
+        """A place for one request, from the end of its body to the end of its answer; 429 if there is none."""
+        self.refuse_if_full()
         self.admitted += 1
         try:
             yield
         finally:
             self.admitted -= 1
+
+    def refuse_if_full(self) -> None:
+        """429 if there is no place."""
+        if self.admitted >= self.limits.max_admitted:
+            raise RequestError(429, f"{self.admitted} requests are being answered or waiting; try later", "queue_full")
 
     async def submit(self, request: ChatRequest, owner: str = "") -> Submitted:
         """Prepare a request and queue it.
@@ -112,7 +120,8 @@ class Service:
             text = shown["content"][-1]
             text["text"] = f"{time_instruction(frames.times, frames.info.duration)}\n{text['text']}"
         counts = [len(video.frames.times) for video in videos]
-        encoded = await asyncio.to_thread(self.vidlada.processor.encode, messages, counts)
+        is_long = sum(len(str(message["content"])) for message in messages) > LONG_TEXT_CHARACTERS
+        encoded = await in_thread(LONG_TEXT if is_long else TEXT, self.vidlada.processor.encode, messages, counts)
         job = EngineRequest(encoded, videos, settings, max_tokens)
         most = self.vidlada.processor.max_length
         if job.tokens > most:
