@@ -125,7 +125,7 @@ class VidLaDA:
             video: a file, a folder of images, an image, frames already sampled, or a uint8 array
                 (frames, height, width, 3) taken at the sampling's `fps`; None for no video at all.
             sampling: which frames to take.
-            options: instead, `frames`, `fps`, `force_sample` of `Sampling`.
+            options: instead, `frames`, `fps`, `force_sample`, `background` of `Sampling`.
 
         Raises:
             InputError: the video cannot be used.
@@ -147,10 +147,12 @@ class VidLaDA:
                 raise InputError("the video array holds no frames")
         else:
             if not isinstance(video, Frames):
-                video = sample_frames(video, sampling, size=self.processor.image_size)
+                video = sample_frames(
+                    video, sampling, self.processor.image_size, lambda _, count: self.check_frames(count)
+                )
             images, times, info = video.images, video.times, video.info
+        self.check_frames(len(images))
         decoded = time.perf_counter()
-        self._check_memory(len(images), self.settings())
         with torch.inference_mode():
             pixels = self.processor.pixel_values(images).to(self.model.device, self.model.dtype)
             (visual_tokens,) = self.model.encode_videos(pixels, [len(pixels)])
@@ -193,6 +195,20 @@ class VidLaDA:
             known.append(token)
             pieces.append((decode([*before, token])[len(decode(before)) :], final))
         return Draft(state, tuple(pieces), decode(state.answer_ids()).strip())
+
+    def check_frames(self, frames: int) -> None:
+        """Refuse more frames than a prompt or this machine's memory can hold, before they are decoded.
+
+        Raises:
+            InputError: they are too many.
+        """
+        most = self.processor.most_frames
+        if frames > most:
+            raise InputError(
+                f"{frames} frames are more than the {most} that fit in the model's {self.processor.max_length} tokens; "
+                f"use fewer frames"
+            )
+        self._check_memory(frames, self.settings())
 
     def _check_memory(self, frames: int, settings: GenerationSettings) -> None:
         """Refuse a run that cannot fit."""

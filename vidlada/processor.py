@@ -163,6 +163,11 @@ class VidLaDAProcessor(ProcessorMixin):
         pixels = (scaled - np.float32(self.pixel_mean)) / np.float32(self.pixel_std)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
+    @property
+    def most_frames(self) -> int:
+        """Frames whose visual tokens fit in a conversation, without any text."""
+        return max(0, (self.max_length - self.closing_tokens) // self.tokens_per_frame)
+
     def video_frame_index(self, frames: int) -> list[int]:
         """Frame number of each visual token of a video of `frames` frames."""
         index = np.repeat(np.arange(frames), self.tokens_per_frame).tolist()

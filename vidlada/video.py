@@ -35,7 +35,7 @@ from vidlada.truncation import is_cut
 from vidlada.video_decoding import LateStartError, WrongTimesError, decode_frames
 from vidlada.video_index import Timeline, VideoInfo, index_file, rate_of
 
-__all__ = ["IMAGE_SUFFIXES", "Frames", "Sampling", "VideoInfo", "natural_order", "probe", "sample_frames"]
+__all__ = ["MAX_FRAMES", "IMAGE_SUFFIXES", "Frames", "Sampling", "VideoInfo", "natural_order", "probe", "sample_frames"]
 
 PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})  # FFmpeg would open what they name, anywhere on the machine
 MERE_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image

@@ -65,7 +65,7 @@ class Service:
     ):
         self.vidlada, self.limits = vidlada, limits
         self.engine = Engine(vidlada, limits)
-        self.decoders = Decoders(limits, vidlada.processor.image_size)
+        self.decoders = Decoders(limits, vidlada.processor.image_size, vidlada.processor.most_frames)
         self.files = FileStore(folder, limits)
         self.media = MediaSource(folder, limits, self.files, allowed, private_urls)
         self.frames: LRUCache[Frames] = LRUCache(limits.frame_store_mb * MEBI)
@@ -111,7 +111,7 @@ class Service:
         if request.time_instruction and len(references) != 1:
             message = f"time_instruction needs exactly one video, not {len(references)}"
             raise RequestError(422, message, "bad_time_instruction", "time_instruction")
-        sampling = self.sampling(request.frames, request.fps, request.force_sample)
+        sampling = self.sampling(request.frames, request.fps, request.force_sample, request.background)
         seconds = {"fetch": 0.0, "video": 0.0}
         videos = [await self.show(reference, sampling, owner, seconds) for reference in references]
         if request.time_instruction:
@@ -129,21 +129,24 @@ class Service:
             raise RequestError(422, f"{message}; use fewer frames or a smaller max_tokens", "context_length_exceeded")
         return Submitted(self.engine.submit(job), seconds)
 
-    def sampling(self, frames: int | None, fps: float | None, force_sample: bool | None) -> Sampling:
+    def sampling(
+        self, frames: int | None, fps: float | None, force_sample: bool | None, background: str | None = None
+    ) -> Sampling:
         """How to sample, within the limits; None stands for a default."""
         most = self.limits.max_frames
         if frames is None:
             frames = min(Sampling().max_frames, most)
         if frames > most:
             raise RequestError(422, f"{frames} frames are more than the {most} allowed", "too_many_frames", "frames")
-        return Sampling(Sampling().fps if fps is None else fps, frames, bool(force_sample))
+        default = Sampling()
+        return Sampling(fps or default.fps, frames, bool(force_sample), background or default.background)
 
     async def show(
         self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float]
     ) -> MediaInput:
         """Sampled frames of a reference; decoded once, however many ask for them at the same time."""
         if reference.is_image:
-            sampling = Sampling(max_frames=1)
+            sampling = Sampling(max_frames=1, background=sampling.background)
         started = time.perf_counter()
         async with self.media.open(reference.url, owner) as medium:
             fetched = time.perf_counter()
