@@ -17,6 +17,7 @@ from vidlada.cli.serve import listen
 from vidlada.serve import body as body_module
 from vidlada.serve import threads
 from vidlada.serve.decoder import Decoders
+from vidlada.serve.service import MOST_PREVIEWS
 
 FILES = "/v1/files"
 
@@ -144,7 +145,7 @@ def test_tokenizing_a_long_text(small, monkeypatch):
 
 
 def test_previews(small, monkeypatch):
-    """They leave a decoder to questions, end with their clients, and take no longer than other requests."""
+    """They leave places and a decoder to questions, end with their clients and at the time limit."""
     decoding, free = [], asyncio.Event()
 
     async def slow(self, path, sampling):
@@ -160,19 +161,20 @@ def test_previews(small, monkeypatch):
         async with running_app(small, {"request_seconds": 2.0, "decode_workers": 2}) as (app, http):
             service = app.state.server.service
             upload = (await http.post(FILES, files={"file": ("x", b"x")})).json()["id"]
-            calls = [Call(app, "GET", f"{FILES}/{upload}/frames") for _ in range(30)]
+            calls = [Call(app, "GET", f"{FILES}/{upload}/frames") for _ in range(MOST_PREVIEWS)]
             for call in calls:
                 call.body(b"")
             await until(lambda: decoding)
-            assert (len(decoding), service.admitted) == (1, 30)
+            assert (len(decoding), service.previewing, service.admitted) == (1, MOST_PREVIEWS, 0)
+            assert (await http.get(f"{FILES}/{upload}/frames")).status_code == 429
             await others_are_answered(http)
             for call in calls[:20]:
                 call.hang_up()
-            await until(lambda: service.admitted == 10)
+            await until(lambda: service.previewing == MOST_PREVIEWS - 20)
             assert len(decoding) == 1
             for call in calls[20:]:
                 assert (await call.answer())[0] == 504
-            assert (service.admitted, decoding) == (0, [])
+            assert (service.previewing, decoding) == (0, [])
 
     asyncio.run(run())
 

@@ -248,7 +248,7 @@ class Server:
                 shown = await self.service.show(reference, sampling, owner, {"fetch": 0.0, "video": 0.0})
             return await in_thread(PICTURES, strip, shown.frames)
 
-        with self.service.admit():
+        with self.service.admit_preview():
             try:
                 async with asyncio.timeout(self.limits.request_seconds):
                     return JSONResponse(await unless_gone(request, preview()))

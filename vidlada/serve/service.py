@@ -24,6 +24,7 @@ from vidlada.serve.threads import LONG_TEXT, TEXT, in_thread
 from vidlada.video import Frames, Sampling
 
 LONG_TEXT_CHARACTERS = 2**13
+MOST_PREVIEWS = 32
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Service:
         self.media = MediaSource(folder, limits, self.files, allowed, private_urls)
         self.frames: LRUCache[Frames] = LRUCache(limits.frame_store_mb * MEBI)
         self.decoding: dict[object, asyncio.Task[Frames]] = {}
-        self.admitted = 0
+        self.admitted = self.previewing = 0
         self.previews = asyncio.Semaphore(max(1, limits.decode_workers - 1))  # questions wait for one of them at most
 
     async def close(self) -> None:
@@ -87,6 +88,17 @@ class Service:
             yield
         finally:
             self.admitted -= 1
+
+    @contextmanager
+    def admit_preview(self) -> Iterator[None]:
+        """A place for one preview, which are not those of questions; 429 if there is none."""
+        if self.previewing >= MOST_PREVIEWS:
+            raise RequestError(429, f"{self.previewing} previews are being made; try later", "queue_full")
+        self.previewing += 1
+        try:
+            yield
+        finally:
+            self.previewing -= 1
 
     def refuse_if_full(self) -> None:
         """429 if there is no place."""
