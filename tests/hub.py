@@ -172,7 +172,8 @@ class Handler(BaseHTTPRequestHandler):
                 elif operation["key"] == "lfsFile":
                     files[value["path"]] = self.server.objects[value["oid"]]
             commit = commit_of(parts[5])
-            answer = {"success": True, "commitOid": commit, "commitUrl": f"{self.server.endpoint}/commit/{commit}"}
+            address = f"{self.server.endpoint}/{'/'.join(parts[2:4])}/commit/{commit}"
+            answer = {"success": True, "commitOid": commit, "commitUrl": address}
         return self.reply(200, json.dumps(answer).encode())
 
     def do_PUT(self):
