@@ -27,7 +27,8 @@ class Hub(ThreadingHTTPServer):
         ranges: where downloads began that were continued, by path.
         gated: a repository's terms have to be accepted.
         token: without it nothing is shown, where set.
-        stall_at: a first download of a large file stops after so many bytes, and `stalled` is set.
+        stall_at: the first download of a longer file stops after so many bytes, and `stalled` is set; once `released`
+            is, its connection breaks.
         created: repositories made, with the request for them.
     """
 
@@ -123,8 +124,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.ranges[path] = start
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             return self.reply(206, data[start:], headers)
-        stop = self.server.stall_at if path.endswith(LARGE) else None
-        if stop is None or self.server.stalled.is_set():
+        stop = self.server.stall_at
+        if stop is None or len(data) <= stop or self.server.stalled.is_set():
             return self.reply(200, data, headers)
         self.send_response(200)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
@@ -172,7 +173,8 @@ class Handler(BaseHTTPRequestHandler):
                 elif operation["key"] == "lfsFile":
                     files[value["path"]] = self.server.objects[value["oid"]]
             commit = commit_of(parts[5])
-            answer = {"success": True, "commitOid": commit, "commitUrl": f"{self.server.endpoint}/commit/{commit}"}
+            address = f"{self.server.endpoint}/{'/'.join(parts[2:4])}/commit/{commit}"
+            answer = {"success": True, "commitOid": commit, "commitUrl": address}
         return self.reply(200, json.dumps(answer).encode())
 
     def do_PUT(self):

@@ -106,8 +106,12 @@ def model_card(checkpoint: Checkpoint, repository: str) -> str:
         f"{config.tokens_per_frame()} visual tokens each."
     )
     pipeline = "text-generation" if config.text_only else "video-text-to-text"
-    ask = '"", ' if config.text_only else '"video.mp4", '
-    call = "None, " if config.text_only else '"video.mp4", '
+    command = f"""```console
+$ vidlada ask "video.mp4" "What happens?" --model {repository}
+```
+
+"""
+    video = "None" if config.text_only else '"video.mp4"'
     return f"""---
 library_name: vidlada
 pipeline_tag: {pipeline}
@@ -123,15 +127,11 @@ A masked-diffusion language model of the VidLaDA family ([arXiv 2601.17868](http
 
 It runs with the `vidlada` package:
 
-```console
-$ vidlada ask {ask.strip(", ")} "What happens?" --model {repository}
-```
-
-```python
+{"" if config.text_only else command}```python
 import vidlada
 
 model = vidlada.load("{repository}")
-print(model.ask({call}"What happens?").text)
+print(model.ask({video}, "What happens?").text)
 ```
 
 Where `vidlada` is installed, transformers loads it too, with `trust_remote_code=True`:

@@ -1,7 +1,7 @@
 """Models by name: a local folder, or a repository of the Hugging Face hub, which is downloaded into its cache.
 
 Everything about the hub is huggingface_hub's: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, the cache's layout,
-progress bars, and going on where an interrupted download stopped.
+progress bars, going on after a broken connection, and keeping what an interrupted download completed.
 """
 
 import re
