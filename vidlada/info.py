@@ -10,8 +10,9 @@ import torch
 
 from vidlada.checkpoint.load import Checkpoint, weights_type
 from vidlada.decoding.kv_cache import key_value_bytes
-from vidlada.decoding.policies import policy_from
+from vidlada.decoding.policies import parse_policy
 from vidlada.errors import InputError
+from vidlada.generation import CachePolicy
 from vidlada.machine import processor
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
 
@@ -50,7 +51,12 @@ class MemoryNeed:
 
 
 def memory_need(
-    config: VidLaDAConfig, parameters: int, frames: int, gen_length: int, value_bytes: int, cache: str = "none"
+    config: VidLaDAConfig,
+    parameters: int,
+    frames: int,
+    gen_length: int,
+    value_bytes: int,
+    cache: str | CachePolicy = "none",
 ) -> MemoryNeed:
     """Estimate the memory of answering about `frames` frames.
 
@@ -73,7 +79,7 @@ def memory_need(
     tower_width, tower_mlp = int(vision.hidden_size), int(vision.intermediate_size)  # type: ignore[union-attr]
     tower = max(4 * tower_width, 2 * tower_mlp, 2 * width) * value_bytes + 2 * tower_width * value_bytes
     logits = gen_length * int(text.vocab_size) * (4 + 8)  # type: ignore[union-attr]
-    policy = policy_from(cache)
+    policy = parse_policy(cache)
     kept = 0
     if policy is not None:
         assert isinstance(text, VidLaDATextConfig)

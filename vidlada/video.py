@@ -21,33 +21,33 @@ from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
 from vidlada.errors import InputError
+from vidlada.settings import check_settings, setting
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
 PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})  # FFmpeg would open what they name, anywhere on the machine
 IMAGE_FOLDER_FPS = 3.0  # of a folder of images, as the published evaluations read MVBench's
 SEEK_WORTH_FRAMES = 12  # jump to a keyframe only if that skips at least so many frames; see `vidlada bench video`
+MAX_FRAMES = 100_000  # of one prompt; far more than any context holds
 MOST_MISSING = 0.02  # share of the announced frames a readable file may lack before it counts as truncated
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames to take.
+    """Which frames to take. On the command line and in Python, `max_frames` is called `frames`."""
 
-    Args:
-        fps: candidate frames a second: every round(video fps / fps)-th frame.
-        max_frames: with more candidates, or with `force_sample`, so many frames are taken evenly over the video.
-        force_sample: always take `max_frames` frames.
-    """
-
-    fps: float = 1.0
-    max_frames: int = 64
-    force_sample: bool = False
+    fps: float = setting(1.0, "Candidate frames a second.", minimum=1e-6, maximum=1000, essential=True)
+    max_frames: int = setting(
+        64,
+        "Most frames to take; with more candidates, so many are taken evenly over the video.",
+        minimum=1,
+        maximum=MAX_FRAMES,
+        essential=True,
+        alias="frames",
+    )
+    force_sample: bool = setting(False, "Always take the most frames, evenly spaced.")
 
     def __post_init__(self) -> None:
-        if not 0 < self.fps < float("inf"):
-            raise InputError(f"fps must be above 0, not {self.fps!r}")
-        if not isinstance(self.max_frames, int) or self.max_frames < 1:
-            raise InputError(f"the number of frames must be at least 1, not {self.max_frames!r}")
+        check_settings(self)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,20 @@ from typing import Any
 
 import click
 
-from vidlada.cli.options import ModelSource, answer_options, given_options, model_option, one_line_errors, progress
+from vidlada.cli.options import (
+    GroupedCommand,
+    ModelSource,
+    answer_options,
+    given_options,
+    model_option,
+    one_line_errors,
+    progress,
+    setting_options,
+)
+from vidlada.generation import GenerationSettings
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("video", type=click.Path())
 @click.argument("question")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: answer, model, frames, statistics.")
@@ -83,15 +93,10 @@ def show_drafts(conversation: Any, question: str) -> None:
         live.update(Text(f"{answer.text}\n").append(counts, style="dim"))
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("video", type=click.Path())
 @click.option("--show", is_flag=True, help="Draw the answers denoising live.")
-@click.option(
-    "--reuse",
-    is_flag=True,
-    help="Let later questions start from the frames' keys and values of the one "
-    "before; needs --cache, and approximates.",
-)
+@setting_options(GenerationSettings, "Decoding", only=("reuse",))
 @answer_options
 @model_option
 @one_line_errors

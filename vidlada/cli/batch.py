@@ -10,11 +10,18 @@ from typing import Any, BinaryIO
 
 import click
 
-from vidlada.cli.options import ModelSource, answer_options, given_options, model_option, one_line_errors
+from vidlada.cli.options import (
+    GroupedCommand,
+    ModelSource,
+    answer_options,
+    given_options,
+    model_option,
+    one_line_errors,
+)
 from vidlada.errors import InputError
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("questions", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="Answers; a run that was ended goes on where it stopped.")
 @click.option("--videos", type=click.Path(), help="Folder that paths start from; that of QUESTIONS by default.")

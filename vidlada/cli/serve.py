@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from vidlada.cli.options import ModelSource, model_option, one_line_errors
+from vidlada.cli.options import GroupedCommand, GroupedOption, ModelSource, model_option, one_line_errors
 from vidlada.errors import InputError
 from vidlada.serve.limits import Limits
 
@@ -23,12 +23,13 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
         name = f"--{entry.name.replace('_', '-')}"
         kind = type(entry.default)
         command = click.option(
-            name, type=kind, default=entry.default, show_default=True, help=entry.metadata["help"]
+            name, type=kind, default=entry.default, show_default=True, help=entry.metadata["help"],
+            cls=GroupedOption, group="Limits",
         )(command)  # fmt: skip
     return command
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--name", help="Name the model is served under; its folder's name by default.")

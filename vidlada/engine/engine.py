@@ -344,7 +344,7 @@ class Engine:
             state, self.vidlada.processor.decode, request.stop_sequences, settings.stop, handle.job.max_tokens
         )
         if stable.finish_reason is not None:
-            self.denoiser.rows = [row for row in self.denoiser.rows if row.number != number]
+            self.denoiser.remove(number)
             del self.running[number]
             handle.request = None
             self.totals.finished += 1

@@ -229,7 +229,7 @@ class Server:
         }
 
     async def frames(
-        self, request: Request, file_id: str, frames: int | None, fps: float, force_sample: bool
+        self, request: Request, file_id: str, frames: int | None, fps: float | None, force_sample: bool
     ) -> Response:
         """`GET /v1/files/{id}/frames`: what the model sees of an upload."""
         owner = self.owner(request)
@@ -341,7 +341,7 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
 
     @app.get("/v1/files/{file_id}/frames")
     async def frames(
-        request: Request, file_id: str, frames: int | None = None, fps: float = 1.0, force_sample: bool = False
+        request: Request, file_id: str, frames: int | None = None, fps: float | None = None, force_sample: bool = False
     ) -> Response:
         return await server().frames(request, file_id, frames, fps, force_sample)
 

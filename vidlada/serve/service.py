@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vidlada.api import VidLaDA
-from vidlada.decoding.policies import policy_from
+from vidlada.decoding.policies import parse_policy
 from vidlada.engine.engine import Engine, EngineRequest, MediaInput, RequestHandle
 from vidlada.engine.feature_store import LRUCache
 from vidlada.machine import MEBI
 from vidlada.processor import time_instruction
-from vidlada.serve.conversation import MediaReference, conversation_of, settings_of
+from vidlada.serve.conversation import MediaReference, conversation_of, generation_settings
 from vidlada.serve.decoder import Decoders
 from vidlada.serve.errors import RequestError
 from vidlada.serve.files import FileStore
@@ -92,8 +92,8 @@ class Service:
             RequestError, InputError: it cannot be answered, and why.
         """
         base = self.vidlada.settings()
-        settings, max_tokens = settings_of(request, base, self.limits.max_tokens)
-        policy_from(settings.cache)
+        settings, max_tokens = generation_settings(request, base, self.limits.max_tokens)
+        parse_policy(settings.cache)
         messages, references = conversation_of(request.messages, self.vidlada.model.config.multi_turn)
         if len(references) > self.limits.max_media:
             message = f"{len(references)} videos and images are more than the {self.limits.max_media} allowed"
@@ -120,14 +120,14 @@ class Service:
             raise RequestError(422, f"{message}; use fewer frames or a smaller max_tokens", "context_length_exceeded")
         return Submitted(self.engine.submit(job), seconds)
 
-    def sampling(self, frames: int | None, fps: float, force_sample: bool) -> Sampling:
-        """How to sample, within the limits."""
+    def sampling(self, frames: int | None, fps: float | None, force_sample: bool | None) -> Sampling:
+        """How to sample, within the limits; None stands for a default."""
         most = self.limits.max_frames
         if frames is None:
             frames = min(Sampling().max_frames, most)
         if frames > most:
             raise RequestError(422, f"{frames} frames are more than the {most} allowed", "too_many_frames", "frames")
-        return Sampling(fps=fps, max_frames=frames, force_sample=force_sample)
+        return Sampling(Sampling().fps if fps is None else fps, frames, bool(force_sample))
 
     async def show(
         self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float]
