@@ -132,7 +132,7 @@ def test_the_benchmark_scores_answers(tmp_path):
 
     perfect = evaluate(entries, tmp_path, knows, letters=True)
     assert len(perfect.letters.points) == sum(entry["choices"] is not None for entry in entries) > 0
-    assert perfect.letters.mean == 100 and "by letter" in perfect.table()
+    assert perfect.letters.mean == 100 and "by letter" in perfect.to_markdown()
     assert perfect.short.mean == 100 and all(score.mean == 100 for score in perfect.families.values())
     assert set(perfect.families) <= {*BENCHMARK_FAMILIES, *LONG_FAMILIES}
     assert all(video.is_file() for video in shown)
