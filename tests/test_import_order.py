@@ -17,10 +17,10 @@ ROWS = [
     ["__init__"],
     ["api"],
     ["data_engine", "info", "training"],
-    ["checkpoint"],
+    ["checkpoint", "media"],
     ["decoding", "processor"],
     ["model"],
-    ["generation", "images", "video", "shapes", "tiling"],
+    ["generation", "fetch", "images", "video", "shapes", "tiling"],
     ["settings"],
     ["errors", "files", "machine", "noise"],
 ]

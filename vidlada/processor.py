@@ -463,9 +463,23 @@ class VidLaDAProcessor(ProcessorMixin):
                 pieces_of(message)  # refuses unknown roles and parts
         return super().apply_chat_template(batch[0] if alone else batch, tokenize=False, **kwargs)
 
+    def tag_ids(self, tag: str) -> list[int]:
+        """Token ids of a think-mode tag: one, if the tokenizer has it."""
+        return [self.think_ids[tag]] if tag in self.think_ids else self.text_ids(tag)
+
     def decode(self, token_ids: Any, **kwargs: Any) -> str:
-        """Text of token ids, control tokens left out."""
-        return self.tokenizer.decode(token_ids, **{"skip_special_tokens": True, **kwargs})
+        """Text of token ids; control tokens are left out, think-mode tags are not."""
+        options = {"skip_special_tokens": True, **kwargs}
+        if not self.think_ids or not options["skip_special_tokens"]:
+            return self.tokenizer.decode(token_ids, **options)
+        ids = [int(token) for token in np.atleast_1d(np.asarray(token_ids, dtype=np.int64))]
+        tags = {token: tag for tag, token in self.think_ids.items()}
+        text, start = "", 0
+        for place, token in enumerate(ids):
+            if token in tags:
+                text += self.tokenizer.decode(ids[start:place], **options) + tags[token]
+                start = place + 1
+        return text + self.tokenizer.decode(ids[start:], **options)
 
 
 AutoProcessor.register(VidLaDAConfig, VidLaDAProcessor)

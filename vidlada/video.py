@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
+from typing import Literal
 
 import av
 import numpy as np
@@ -36,9 +37,11 @@ class Sampling:
     """Which frames to take. On the command line and in Python, `max_frames` is called `frames`."""
 
     fps: float = setting(1.0, "Candidate frames a second.", minimum=1e-6, maximum=1000, essential=True)
-    max_frames: int = setting(
+    max_frames: int | Literal["auto"] = setting(
         64,
-        "Most frames to take; with more candidates, so many are taken evenly over the video.",
+        "Most frames to take; with more candidates, so many are taken evenly over the video. auto: as many as the "
+        "model's context and the free memory hold.",
+        choices=("auto",),
         minimum=1,
         maximum=MAX_FRAMES,
         essential=True,
@@ -48,6 +51,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    @property
+    def most(self) -> int:
+        """Most frames, as a number."""
+        if isinstance(self.max_frames, str):
+            raise InputError("frames auto needs a model that says how many fit; give a number")
+        return self.max_frames
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,8 @@ def sample_indices(total: int, fps: float, sampling: Sampling) -> list[int]:
     """
     stride = max(1, round(fps / sampling.fps))
     indices = list(range(0, total, stride))
-    if len(indices) > sampling.max_frames or sampling.force_sample:
-        indices = np.linspace(0, total - 1, sampling.max_frames).astype(int).tolist()
+    if len(indices) > sampling.most or sampling.force_sample:
+        indices = np.linspace(0, total - 1, sampling.most).astype(int).tolist()
     return indices
 
 

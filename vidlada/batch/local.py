@@ -100,7 +100,7 @@ class Answerer:
     """
 
     def __init__(self, vidlada: VidLaDA, folder: Path, defaults: dict[str, Any], concurrency: int):
-        _, _, generation = split_options(dict(defaults))
+        *_, generation = split_options(dict(defaults))
         vidlada.settings(**generation)
         limits = Limits(
             max_running=concurrency, max_tokens=UNBOUNDED, max_media=UNBOUNDED, max_frames=UNBOUNDED,
