@@ -72,6 +72,8 @@ class Tiling:
             raise InputError(
                 f"image_aspect_ratio {self.aspect_ratio!r} is unknown; use frame, pad, anyres or anyres_max_4"
             )
+        if self.pinpoints is not None:  # lists where it was read from JSON
+            object.__setattr__(self, "pinpoints", tuple(tuple(pinpoint) for pinpoint in self.pinpoints))
         for pinpoint in self.resolutions:
             if len(pinpoint) != 2 or any(side < self.tile or side % self.tile for side in pinpoint):
                 raise InputError(
@@ -158,6 +160,13 @@ class Tiling:
         if times <= SHRINK_ABOVE:
             return rows, columns
         return max(1, int(rows // times)), max(1, int(columns // times))
+
+    def most_tokens(self, alone: bool = True) -> int:
+        """Visual tokens that no image exceeds."""
+        if not alone or not self.aspect_ratio.startswith("anyres"):
+            return self.patches**2 + 1
+        tiles = max(width * height for width, height in self.resolutions) // self.tile**2
+        return self.patches**2 + tiles * self.patches * (self.patches + 1)
 
     def tokens(self, shape: ImageShape) -> int:
         """Visual tokens of an image."""

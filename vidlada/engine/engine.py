@@ -291,12 +291,13 @@ class Engine:
         return not self.running or (room and tokens + handle.job.tokens <= self.limits.max_running_tokens)
 
     @torch.inference_mode()
-    def _encode(self, frames: Frames, first: int) -> Tensor:
-        """Projected features of a few frames: (frames, patches, width)."""
+    def _encode(self, shown: MediaInput, first: int) -> Tensor:
+        """Features of a few frames, pooled, or of a few tiles of an image: (pictures, cells, width)."""
         model = self.vidlada.model
-        pixels = self.vidlada.processor.pixel_values(frames.images[first : first + FRAMES_PER_TURN])
+        pixels = self.vidlada.processor.pixel_values(shown.frames.images[first : first + FRAMES_PER_TURN])
         self.totals.frames_encoded += len(pixels)
-        return model.vision.project(pixels.to(model.device, model.dtype))
+        projected = model.vision.project(pixels.to(model.device, model.dtype))
+        return projected if shown.image is not None else model.vision.pool(projected)
 
     def _join(self, handle: RequestHandle) -> Iterator[None]:
         """Encode the videos that are not known yet, piece by piece, then let the request join."""
@@ -306,10 +307,15 @@ class Engine:
             if features is None:
                 parts = []
                 for first in range(0, len(shown.frames.images), FRAMES_PER_TURN):
-                    parts.append(self._encode(shown.frames, first))
+                    parts.append(self._encode(shown, first))
                     yield
                 with torch.inference_mode():
-                    features = model.vision.lay_out(torch.cat(parts), shown.shape)
+                    pooled = torch.cat(parts)
+                    features = (
+                        model.vision.with_newlines(pooled)
+                        if shown.image is None
+                        else model.vision.lay_out_image(pooled, shown.image)
+                    )
                 self.features.put(shown.key, features, features.nbytes)
             visual.append(features)
         width = model.language_model.config.hidden_size
