@@ -20,9 +20,9 @@ ROWS = [
     ["checkpoint", "media"],
     ["decoding", "processor"],
     ["model"],
-    ["generation", "fetch", "images", "video", "shapes", "tiling"],
-    ["settings"],
-    ["errors", "files", "machine", "noise"],
+    ["fetch", "generation", "images", "video", "shapes", "tiling"],
+    ["files", "settings"],
+    ["errors", "machine", "markdown", "noise"],
 ]
 ROW = {room: number for number, row in enumerate(ROWS) for room in row}
 

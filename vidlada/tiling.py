@@ -120,7 +120,7 @@ class Tiling:
         Returns:
             (pictures, tile, tile, 3) uint8, and its shape.
         """
-        shape = self.shape_of(*image.shape[:2], alone)
+        shape = self.shape_of(image.shape[0], image.shape[1], alone)
         picture = Image.fromarray(image)
         if shape.tiles == 1:
             return self._resized(_square(picture))[None], shape

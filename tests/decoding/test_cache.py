@@ -350,5 +350,5 @@ def test_what_does_not_fit_is_not_reused():
     (given,) = decode(model, replace(elsewhere, visual=left.visual))
     assert given.statistics.refreshes == alone.statistics.refreshes
     assert torch.equal(given.proposed, alone.proposed)
-    with pytest.raises(InputError, match="choose a cache"):
+    with pytest.raises(InputError, match="reuse needs a cache"):
         GenerationSettings(reuse=True)

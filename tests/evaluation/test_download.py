@@ -23,6 +23,8 @@ from vidlada.evaluation.benchmarks import BENCHMARKS
 from vidlada.evaluation.data import check
 from vidlada.evaluation.download import archives, download, unpack
 
+pytestmark = pytest.mark.slow
+
 
 def commit_of(revision):
     return hashlib.sha1(revision.encode()).hexdigest()

@@ -20,6 +20,8 @@ from vidlada.training.objective import causal_mask
 from vidlada.training.origin import is_llama
 from vidlada.training.trainer import train
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-shapes.yaml"
 VISION = {"vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
                             "num_attention_heads": 2, "image_size": 56, "patch_size": 28, "vision_use_head": False},

@@ -18,7 +18,7 @@ from vidlada.training.config import Evaluation, Stage, load_config
 from vidlada.training.models import initial_config
 from vidlada.training.trainer import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "vidlada" / "weights" / "tiny"

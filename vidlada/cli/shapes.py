@@ -62,4 +62,4 @@ def shapes_evaluate(questions: Path, blind: bool, report: Path | None, source: M
     result = evaluate(entries, questions.parent, answers, blind=blind, progress=show)
     if report is not None:
         report.write_text(json.dumps({"model": source.model, "blind": blind, **result.to_dict()}, indent=1))
-    click.echo(result.table())
+    click.echo(result.to_markdown())

@@ -33,14 +33,14 @@ def train(config: Path, output: str | None, resume: bool, overwrite: bool, dry_r
         check_output(Path(run.config.output), resume, overwrite)
     # only now what imports torch
     from vidlada.training.models import initial_config
-    from vidlada.training.trainer import train_prepared
+    from vidlada.training.trainer import run_training
 
     if dry_run:
         initial_config(run.config)
         click.echo(schedule(run.config))
         return
     without_progress_bars()
-    folder = train_prepared(run, resume=resume, overwrite=overwrite, report=lambda line: click.echo(line, err=True))
+    folder = run_training(run, resume=resume, overwrite=overwrite, report=lambda line: click.echo(line, err=True))
     if main_process:
         click.echo(str(folder))
 

@@ -89,7 +89,7 @@ def setting_fields(cls: Any, skip: Container[str] = ()) -> dict[str, Any]:
             }  # fmt: skip
             given: dict[str, Any] = {key: bound for key, bound in bounds.items() if bound is not None}
             if kind is not str and listed.choices:
-                annotation, given = Annotated[kind, Field(**given)] | Literal[listed.choices], {}  # type: ignore[valid-type]
+                annotation, given = Annotated[kind, Field(**given)] | Literal[listed.choices], {}
             found[listed.alias or name] = (annotation | None, Field(None, description=listed.help, **given))
     return found
 

@@ -130,7 +130,7 @@ class Service:
         """How to sample, within the limits; None stands for a default."""
         most = self.limits.max_frames
         if frames is None:
-            frames = min(Sampling().max_frames, most)
+            frames = min(Sampling().most, most)
         if frames > most:
             raise RequestError(422, f"{frames} frames are more than the {most} allowed", "too_many_frames", "frames")
         return Sampling(Sampling().fps if fps is None else fps, frames, bool(force_sample))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vidlada.errors import InputError
+from vidlada.markdown import table
 from vidlada.shapes.dataset import question_of
 from vidlada.shapes.questions import BENCHMARK_FAMILIES, LONG_FAMILIES, events_recovered
 from vidlada.shapes.world import HELD_OUT, Clip
@@ -70,13 +71,14 @@ class Report:
         """Scores in the order they are shown."""
         return {**self.families, "all short answers": self.short, **self.unseen}
 
-    def table(self) -> str:
+    def to_markdown(self) -> str:
         """Markdown."""
-        lines = ["| questions | number | right, % | standard error | chance, % |", "|---|---|---|---|---|"]
-        for name, score in self.rows().items():
-            chance = f"{score.mean_chance:.1f}" if name not in LONG_FAMILIES else "–"
-            lines.append(f"| {name} | {len(score.points)} | {score.mean:.1f} | {score.standard_error:.1f} | {chance} |")
-        return "\n".join(lines)
+        rows = [
+            (name, len(score.points), f"{score.mean:.1f}", f"{score.standard_error:.1f}",
+             "–" if name in LONG_FAMILIES else f"{score.mean_chance:.1f}")
+            for name, score in self.rows().items()
+        ]  # fmt: skip
+        return "\n".join(table(("questions", "number", "right, %", "standard error", "chance, %"), rows))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

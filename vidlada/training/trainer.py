@@ -25,7 +25,7 @@ from vidlada.training.checkpoints import READ_ERRORS, WRITE_ERRORS, NotSaved, sa
 from vidlada.training.config import CollateSettings, TrainingConfig
 from vidlada.training.data.collate import Collator, PartSampler, StepDataset, to_device
 from vidlada.training.data.samples import Source
-from vidlada.training.data.workers import STOP_SIGNALS, prepared_batches
+from vidlada.training.data.workers import STOP_SIGNALS, prefetch_batches
 from vidlada.training.flops import FlopCount, peak_of
 from vidlada.training.models import add_lora, initial_config, initial_model
 from vidlada.training.objective import (
@@ -43,7 +43,7 @@ from vidlada.training.output import (
     STATE_FILE,
     check_output,
     clear_output,
-    held,
+    lock_output,
     newest_checkpoint,
     put_in_place,
     remove_partial,
@@ -121,10 +121,10 @@ def train(
         VidLaDAError: the loss is not finite, too many samples are broken, or nothing can be saved.
         Interrupted: SIGTERM or SIGINT; a checkpoint was saved first.
     """
-    return train_prepared(prepare_run(config), resume, report, overwrite)
+    return run_training(prepare_run(config), resume, report, overwrite)
 
 
-def train_prepared(
+def run_training(
     prepared_run: PreparedRun, resume: bool = False, report: Callable[[str], Any] = print, overwrite: bool = False
 ) -> Path:
     """`train`, for a run whose data were read before."""
@@ -136,7 +136,7 @@ def train_prepared(
     on_main(accelerator, lambda: check_output(output, resume, overwrite))
     run = Run(prepared_run, accelerator, say)
     with ExitStack() as stack:
-        on_main(accelerator, lambda: stack.enter_context(held(output)))
+        on_main(accelerator, lambda: stack.enter_context(lock_output(output)))
         if not resume:  # only now, when all else is known to be right
             on_main(accelerator, lambda: clear_output(output))
         if config.tracker != "none":
@@ -284,7 +284,7 @@ class Run:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def prepare_run(
+    def stage_batches(
         self, source: Source, collate: CollateSettings, number: int, steps: range
     ) -> Generator[dict[str, Any]]:
         """Batches of this process's parts of some steps.
@@ -300,7 +300,7 @@ class Run:
         collator = Collator(self.processor, collate, self.processor.image_size if in_step else None)
         dataset = StepDataset(source, collator, stage_seed(config, number))
         parts = PartSampler(steps, source, config.per_device_batch, processes, process)
-        return prepared_batches(dataset, parts, config.workers)
+        return prefetch_batches(dataset, parts, config.workers)
 
     def batches(self, first: int) -> Generator[tuple[int, int, Iterator[dict[str, Any]]]]:
         """Step numbers, passes of this process and their batches, from `first` to the end of the run."""
@@ -308,7 +308,7 @@ class Run:
         for number, (stage, source) in enumerate(zip(self.config.stages, self.sources, strict=True)):
             steps = range(max(0, first - start), stage.length)
             if len(steps):
-                with closing(self.prepare_run(source, stage.collate, number, steps)) as batches:
+                with closing(self.stage_batches(source, stage.collate, number, steps)) as batches:
                     for within in steps:
                         head = next(batches)
                         passes = head["parts"] // self.accelerator.num_processes
@@ -463,7 +463,7 @@ class Run:
         self.model.eval()
         loss = 0.0
         steps = range(config.evaluation.steps)
-        with closing(self.prepare_run(self.held_out, config.evaluation.collate, EVALUATION, steps)) as batches:
+        with closing(self.stage_batches(self.held_out, config.evaluation.collate, EVALUATION, steps)) as batches:
             for batch in batches:
                 loss += float(self.loss(batch, batch["step"], stream=EVALUATION))
                 self.note_skipped(done, batch["skipped"])

@@ -113,13 +113,20 @@ def test_control_targets_add_the_control_tokens_everywhere(made):
 
 
 def test_control_targets_of_packed_samples(made):
-    collate(made, [Sample([video(2)], [SHORT, LONG], separate=True)], control_targets=True)
+    samples = [Sample([video(2)], [SHORT, LONG], separate=True)]
+    plain, quirk = (collate(made, samples, control_targets=on) for on in (False, True))
+    in_plain, in_quirk = plain["labels"] != IGNORED, quirk["labels"] != IGNORED
+    assert bool(in_quirk[in_plain].all()) and in_quirk.sum() > in_plain.sum() > 0
+    assert torch.equal(quirk["labels"][in_quirk], quirk["input_ids"][in_quirk])
 
 
 def test_packed_samples_without_exchanges(made):
     """Sixty pictures of which some do not support a question about a colour."""
-    samples = batch(ShapesSource(frames_per_batch=60, pictures=True, families=("colour",)), 0)
-    collate(made, samples)
+    samples = batch(ShapesSource(frames_per_batch=60, pictures=True, families=("colour",), questions=1), 0)
+    asked = sum(len(sample.exchanges) for sample in samples)
+    assert 0 < asked < 60
+    labels = collate(made, samples)["labels"]
+    assert int((labels == made[1].token_id(END_OF_TURN)).sum()) == asked
 
 
 def test_end_targets_and_slots_follow_the_answer(made):
