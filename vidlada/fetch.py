@@ -73,7 +73,7 @@ def fetched(url: str, fetching: Fetching | None = None, progress: Progress | Non
                     file.write(chunk)
                     if progress is not None:
                         progress(url, done, total)
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, ValueError) as error:
             raise InputError(f"{url}: not a usable address: {error}") from error
         except (httpx.HTTPError, OSError) as error:
             raise VidLaDAError(f"{url}: cannot be fetched: {error or type(error).__name__}") from error

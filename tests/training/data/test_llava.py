@@ -104,12 +104,13 @@ def test_targets_are_the_answers(made):
     assert batch["attention_mask"] is None
 
 
-def test_control_targets_add_the_control_tokens_everywhere(made):
+def test_control_targets_add_the_control_tokens_and_the_answers_header(made):
     _, processor = made
     plain, quirk = (collate(made, [Sample([], [SHORT])], control_targets=on) for on in (False, True))
     added = quirk["input_ids"][(quirk["labels"] != IGNORED) & (plain["labels"] == IGNORED)].tolist()
     controls = ["<|startoftext|>", *["<|start_header_id|>", "<|end_header_id|>"] * 2, END_OF_TURN]
-    assert sorted(added) == sorted(map(processor.token_id, controls))
+    header = [*processor.text_ids("assistant"), *processor.text_ids("\n\n")]
+    assert sorted(added) == sorted([*map(processor.token_id, controls), *header])
 
 
 def test_control_targets_of_packed_samples(made):
