@@ -16,7 +16,7 @@ ROWS = [
     ["engine", "bench", "evaluation"],
     ["__init__"],
     ["api"],
-    ["data_engine", "info", "training"],
+    ["conversation", "data_engine", "info", "training"],
     ["checkpoint", "media"],
     ["decoding", "processor"],
     ["model"],

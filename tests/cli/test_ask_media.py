@@ -108,7 +108,7 @@ def test_what_the_web_does_not_give(tiler, files, web, path, options, message):
 def test_nobody_there(tiler):
     result = ask(tiler, "http://127.0.0.1:9/clip.mp4", "what is it ?")
     assert result.exit_code == 1 and "cannot be fetched" in result.stderr
-    result = ask(tiler, "http://[half/clip.mp4", "what is it ?")
+    result = ask(tiler, "http:///clip.mp4", "what is it ?")
     assert result.exit_code == 2 and "not a usable address" in result.stderr
 
 
