@@ -20,7 +20,7 @@ ROWS = [
     ["checkpoint", "media"],
     ["decoding", "processor"],
     ["model"],
-    ["fetch", "generation", "images", "video", "shapes", "tiling"],
+    ["fetch", "generation", "images", "shapes", "tiling", "truncation", "video", "video_decoding", "video_index"],
     ["files", "settings"],
     ["errors", "machine", "markdown", "noise"],
 ]

@@ -4,13 +4,16 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vidlada.checkpoint.load import describe, load_model, load_tokenizer
+from vidlada.checkpoint.load import describe, load_model, load_tokenizer, save_model
+from vidlada.checkpoint.publish import upload
 from vidlada.conversation import Answer, Conversation, Draft, EncodedVideo
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.sampler import Denoiser, Request, State
@@ -21,6 +24,7 @@ from vidlada.fetch import Fetching, Progress
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.info import PROMPT_TOKENS, check_memory, check_memory_of_weights, free_memory, memory_need
 from vidlada.media import Pictures, is_image, local, media_list, read_image, read_video
+from vidlada.model.hub import local_folder, with_revision
 from vidlada.model.quantization import Quantization, quantize
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import (
@@ -60,7 +64,7 @@ class VidLaDA:
                 image, or a uint8 array: (height, width, 3) of an image, or (frames, height, width, 3) taken at the
                 sampling's `fps`; None for no video at all.
             sampling: which frames to take.
-            options: instead, `frames`, `fps`, `force_sample` of `Sampling`, `max_download_mb`.
+            options: instead, `frames`, `fps`, `force_sample`, `background` of `Sampling`, `max_download_mb`.
 
         Raises:
             InputError: the video cannot be used.
@@ -103,20 +107,18 @@ class VidLaDA:
             images = [number for number in new if is_image(sources[number])]
             alone = len(images) + sum(medium.is_image for medium in encoded.values()) == 1
             for number in images:
-                encoded[number] = self._encode(
-                    lambda number=number: read_image(sources[number], self.processor, alone),  # type: ignore[misc]
-                    [], settings, is_image=True,
-                )  # fmt: skip
+                read = partial(read_image, sources[number], self.processor, alone, sampling.background)
+                encoded[number] = self._encode(read, [], settings, is_image=True)
             videos = [number for number in new if number not in encoded]
             if sampling.max_frames == "auto":
                 known = [medium.shape for medium in encoded.values()]
                 most = self.frames_that_fit(known, max(1, len(videos)), settings, prompt)
                 sampling = replace(sampling, max_frames=most)
             for number in videos:
-                encoded[number] = self._encode(
-                    lambda number=number: read_video(sources[number], sampling, self.processor.image_size),  # type: ignore[misc]
-                    [medium.shape for medium in encoded.values()], settings,
-                )  # fmt: skip
+                others = [medium.shape for medium in encoded.values()]
+                check = partial(self.check_frames, others=others, settings=settings)
+                read = partial(read_video, sources[number], sampling, self.processor.image_size, check)
+                encoded[number] = self._encode(read, others, settings)
         return [encoded[number] for number in range(len(given))]
 
     def _encode(
@@ -228,6 +230,20 @@ class VidLaDA:
         thought, text = split_thought(f"{THINK}{text}" if thinks else text)
         return Draft(state, tuple(pieces), text, reasoning or thought)
 
+    def check_frames(self, frames: int, others: Sequence[MediaShape], settings: GenerationSettings) -> None:
+        """Refuse more frames than a prompt or this machine's memory can hold, before they are decoded.
+
+        Raises:
+            InputError: they are too many.
+        """
+        most = self.processor.most_frames
+        if frames > most:
+            raise InputError(
+                f"{frames} frames are more than the {most} that fit in the model's {self.processor.max_length} tokens; "
+                f"use fewer frames"
+            )
+        self._check_memory([*others, frames], settings)
+
     def _check_memory(self, media: Sequence[MediaShape], settings: GenerationSettings) -> None:
         """Refuse a run that cannot fit."""
         need = memory_need(self.model.config, 0, media, settings.slots, self.model.dtype.itemsize, settings.cache)
@@ -241,20 +257,21 @@ class VidLaDA:
         parse_policy(settings.cache)  # an unknown policy is refused before any work starts
         return settings
 
-    def ask(self, media: Any, question: str, **options: Any) -> Answer:
+    def ask(self, media: Any, question: str, choices: Sequence[str] | None = None, **options: Any) -> Answer:
         """Answer one question about a video, an image, or several of them.
 
         Args:
             media: what `encode_video` takes, or a list of such; an `EncodedVideo` is not encoded again. They stand in
                 front of the question, or in the places of as many `<image>` marks in it.
             question: text.
+            choices: answer with the likeliest of these, found in one pass, instead of decoding.
             options: `frames`, `fps`, `force_sample` of `Sampling`, all of `PromptSettings` and `GenerationSettings`,
                 `max_download_mb`.
 
         Raises:
             InputError: a video, the question or an option cannot be used.
         """
-        return self.chat(media, **options).ask(question)
+        return self.chat(media, **options).ask(question, choices)
 
     def stream(self, media: Any, question: str, **options: Any) -> Iterator[Draft]:
         """As `ask`, but yields a draft after every denoising step."""
@@ -290,12 +307,18 @@ class VidLaDA:
             pass
         return conversation.last
 
-    def ask_many(self, questions: Sequence[tuple[Any, str]], **options: Any) -> list[Answer]:
+    def ask_many(
+        self,
+        questions: Sequence[tuple[Any, str]],
+        choices: Sequence[Sequence[str] | None] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
         """Answer several questions, each about its own videos and images, in one padded batch.
 
         Args:
             questions: pairs of media (as for `ask`) and a question; media given several times as the same object are
                 encoded once.
+            choices: of each question, as for `ask`; None for one that is decoded.
             options: as for `ask`.
         """
         sampling, prompt, fetching, generation = split_options(options)
@@ -305,11 +328,18 @@ class VidLaDA:
             if id(media) not in encoded:
                 encoded[id(media)] = self.encode_media(media, sampling, settings, prompt, fetching)
         chats = [Conversation(self, encoded[id(media)], settings, prompt) for media, _ in questions]
-        requests = [chat.request(question) for chat, (_, question) in zip(chats, questions, strict=True)]
-        last: dict[int, tuple[State, StableText]] = {}
-        for number, state, stable in self.decode(requests):
-            last[number] = state, stable
-        return [chat.answer(*last[number]) for number, chat in enumerate(chats)]
+        answers: dict[int, Answer] = {}
+        decoded: list[int] = []
+        for number, own in enumerate(choices or [None] * len(questions)):
+            if own is None:
+                decoded.append(number)
+            else:
+                answers[number] = chats[number].choose(questions[number][1], own)
+        requests = [chats[number].request(questions[number][1]) for number in decoded]
+        for place, state, stable in self.decode(requests):
+            if stable.finish_reason is not None:
+                answers[decoded[place]] = chats[decoded[place]].answer(state, stable)
+        return [answers[number] for number in range(len(questions))]
 
     def decode(self, requests: Sequence[Request]) -> Iterator[tuple[int, State, StableText]]:
         """Decode requests together, with their thoughts where the settings ask for them, until each text is complete.
@@ -342,6 +372,25 @@ class VidLaDA:
                     add(place)
                 yield place, state, stable
 
+    def push_to_hub(self, repository: str, private: bool | None = None, revision: str | None = None) -> str:
+        """Upload weights, configuration, processor, tokenizer and a model card to the Hugging Face hub.
+
+        Args:
+            repository: `owner/name`; it is created if need be.
+            private: whether a new repository is; as the hub decides by default.
+            revision: branch to upload to; it is created if need be.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            InputError: the name cannot be one of the hub's.
+            VidLaDAError: the hub cannot be reached, or does not let us in.
+        """
+        with TemporaryDirectory() as folder:
+            save_model(self.model, self.processor, Path(folder))
+            return upload(Path(folder), repository, private, revision)
+
 
 SAMPLING_OPTIONS = {listed.alias or name: name for name, (_, listed, _) in settings_of(Sampling).items()}
 
@@ -367,14 +416,18 @@ def split_options(options: dict[str, Any]) -> tuple[Sampling, PromptSettings, Fe
     return Sampling(**sampling), PromptSettings(**prompt), Fetching(**fetching), options
 
 
-def model_folder(name_or_folder: str | Path) -> Path:
-    """Folder of a model given by name (`tiny`, in the package) or path; `InputError` if there is none."""
-    if str(name_or_folder) == SHIPPED:
+def model_folder(name_or_folder: str | Path, revision: str | None = None, what: str = "model") -> Path:
+    """Folder of a model or adapter given by name; `InputError` if there is none.
+
+    Args:
+        name_or_folder: `tiny`, the model in the package; a folder; or a name of the Hugging Face hub, `owner/name` or
+            `owner/name@revision`, which is downloaded into the hub's cache.
+        revision: of a name of the hub: a branch, tag or commit.
+        what: is looked for, for messages.
+    """
+    if str(name_or_folder) == SHIPPED and revision is None:
         return Path(__file__).parent / "weights" / SHIPPED
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        raise InputError(f"{name_or_folder}: no such model folder; give a folder, or {SHIPPED!r} for the shipped one")
-    return folder
+    return local_folder(with_revision(str(name_or_folder), revision), what)
 
 
 def load(
@@ -385,24 +438,28 @@ def load(
     quantization: Quantization | None = None,
     compiled: bool = False,
     adapter: str | Path | None = None,
+    revision: str | None = None,
 ) -> VidLaDA:
     """Load a model.
 
     Args:
-        name_or_folder: `tiny`, the model in the package, or a folder in our, the published or LLaDA-V layout.
+        name_or_folder: `tiny`, the model in the package; a folder in our, the published or the text-only layout; or a
+            name of the Hugging Face hub, `owner/name` or `owner/name@revision`.
         dtype: of the weights; `auto` is float32 on a CPU, and the stored type elsewhere.
         device: `cuda`, `cpu`, …; the first GPU by default, else the CPU.
         device_map: as in transformers, to spread a model over devices.
         quantization: of the language model's projections; see `vidlada.model.quantization`.
         compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
-        adapter: folder of a LoRA adapter for this model, to be merged into it. (An adapter's own folder may also be
-            loaded by its name; its base is then the one it names.)
+        adapter: folder or name of a LoRA adapter for this model, to be merged into it. (An adapter may also be loaded
+            by its own name; its base is then the one it names.)
+        revision: of a name of the hub: a branch, tag or commit.
 
     Raises:
         InputError: there is no such folder, or it is not a checkpoint of this family.
+        VidLaDAError: the hub cannot be reached.
     """
     device = usable_device(device)
-    folder = model_folder(name_or_folder)
+    folder = model_folder(name_or_folder, revision)
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
     checkpoint = describe(folder)
@@ -414,14 +471,14 @@ def load(
     else:
         from vidlada.checkpoint.load import load_with_adapter
 
-        model = load_with_adapter(model_folder(adapter), dtype, folder, **places)
+        model = load_with_adapter(model_folder(adapter, what="adapter"), dtype, folder, **places)
     model.eval()
     if quantization is not None:
         quantize(model.language_model, quantization)
     if compiled:
         model.language_model.compile_layers()
     processor = VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
-    return VidLaDA(model, processor, str(name_or_folder))
+    return VidLaDA(model, processor, with_revision(str(name_or_folder), revision))
 
 
 def usable_device(device: str | None) -> str:

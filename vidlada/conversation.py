@@ -1,5 +1,6 @@
 """Questions and answers about videos and images: what has been seen, drafts and answers, and the conversation."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from vidlada.decoding.cache import VisualCache
 from vidlada.decoding.sampler import Request, State, Statistics
+from vidlada.decoding.scoring import score_answers
 from vidlada.decoding.streaming import StableText
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings, PromptSettings
@@ -75,6 +77,7 @@ class Answer:
         frame_times: seconds of the frames the model saw, of all videos and images in order.
         statistics: steps, forward passes, tokens, seconds per phase.
         settings: how it was decoded.
+        choices: probability of each answer that was given to choose from, relative to the others.
     """
 
     text: str
@@ -84,6 +87,7 @@ class Answer:
     statistics: Statistics
     settings: GenerationSettings = field(repr=False)
     reasoning: str = ""
+    choices: dict[str, float] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -164,8 +168,7 @@ class Conversation:
         """
         message = self._user(question)
         yield from self.drafts(message)
-        if self.vidlada.model.config.multi_turn:
-            self.messages += [message, {"role": "assistant", "content": self.last.text}]
+        self._remember(message)
 
     def drafts(self, message: Message) -> Iterator[Draft]:
         """Answer a message, which is not remembered, yielding a draft after every step."""
@@ -174,11 +177,44 @@ class Conversation:
                 self.last, self.visual = self.answer(state, stable), state.visual
             yield self.vidlada.draft(state, "" if stable.thinking else stable.reasoning, stable.thinking)
 
-    def ask(self, question: str) -> Answer:
-        """Answer the next question."""
+    def ask(self, question: str, choices: Sequence[str] | None = None) -> Answer:
+        """Answer the next question, with one of the choices if there are any."""
+        if choices is not None:
+            self.last = self.choose(question, choices)
+            self._remember(self._user(question))
+            return self.last
         for _ in self.stream(question):
             pass
         return self.last
+
+    def choose(self, question: str, choices: Sequence[str]) -> Answer:
+        """The likeliest of several answers, found in one pass; of the settings only `gen_length` matters.
+
+        Raises:
+            InputError: there is no choice, an empty one, or one twice.
+        """
+        if not choices or not all(choice.strip() for choice in choices) or len(set(choices)) < len(choices):
+            raise InputError(f"choices must be different answers, none of them empty, not {list(choices)}")
+        started = time.perf_counter()
+        request = self.request(question)
+        ids = [self.vidlada.processor.text_ids(choice) for choice in choices]
+        scores = score_answers(self.vidlada.model, request.prompt, ids, self.settings.gen_length)
+        best = int(scores.argmax())
+        seconds = {**self.seconds, "scoring": time.perf_counter() - started}
+        return Answer(
+            text=choices[best],
+            token_ids=ids[best],
+            finish_reason="stop",
+            frame_times=self.times,
+            statistics=Statistics(forward_passes=1, seconds=seconds),
+            settings=self.settings,
+            choices=dict(zip(choices, scores.softmax(0).tolist(), strict=True)),
+        )
+
+    def _remember(self, message: Message) -> None:
+        """Models trained on conversations see the earlier turns."""
+        if self.vidlada.model.config.multi_turn:
+            self.messages += [message, {"role": "assistant", "content": self.last.text}]
 
     def answer(self, state: State, stable: StableText) -> Answer:
         """A finished state and its text as an answer."""

@@ -1,6 +1,6 @@
 """What the user names as videos and images, as pictures for the vision tower."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 
 from vidlada.errors import InputError
 from vidlada.fetch import Fetching, Progress, fetched, is_url
-from vidlada.images import open_images, to_rgb
+from vidlada.images import BACKGROUNDS, open_images, to_rgb
 from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import MediaShape
 from vidlada.video import IMAGE_SUFFIXES, Frames, Sampling, VideoInfo, probe, sample_frames
@@ -76,28 +76,29 @@ def local(media: Sequence[Any], fetching: Fetching, progress: Progress | None) -
             raise InputError(text) from error
 
 
-def read_image(medium: Any, processor: VidLaDAProcessor, alone: bool) -> Pictures:
+def read_image(medium: Any, processor: VidLaDAProcessor, alone: bool, background: str = "white") -> Pictures:
     """A picture, tiled as the model takes it.
 
     Args:
         medium: for which `is_image` holds.
         processor: of the model.
         alone: it is the only image of its conversation.
+        background: what transparent places are laid on.
     """
     info = None
     if isinstance(medium, np.ndarray):
         image = medium
     elif isinstance(medium, Image.Image):
-        image = to_rgb(medium)
+        image = to_rgb(medium, BACKGROUNDS[background])
     else:
         info = probe(medium)
-        image = open_images(medium)[0]
+        image = open_images(medium, background)[0]
         info = replace(info, duration=0.0, width=image.shape[1], height=image.shape[0])
     pictures, shape = processor.image_pictures(image, alone)
     return Pictures(pictures, shape, (0.0,), info)
 
 
-def read_video(medium: Any, sampling: Sampling, size: int) -> Pictures:
+def read_video(medium: Any, sampling: Sampling, size: int, check: Callable[[int], Any]) -> Pictures:
     """Frames of a video.
 
     Args:
@@ -105,6 +106,7 @@ def read_video(medium: Any, sampling: Sampling, size: int) -> Pictures:
             sampling's `fps`.
         sampling: which to take.
         size: pixels along a side of a frame.
+        check: called with the number of frames before they are decoded; it may raise.
     """
     if isinstance(medium, np.ndarray):
         if medium.ndim != 4 or len(medium) == 0:
@@ -112,8 +114,13 @@ def read_video(medium: Any, sampling: Sampling, size: int) -> Pictures:
                 "the video array holds no frames" if medium.ndim == 4 else
                 f"frames must be uint8 of shape (frames, height, width, 3), not {medium.dtype} {medium.shape}"
             )  # fmt: skip
+        check(len(medium))
         return Pictures(medium, len(medium), tuple(i / sampling.fps for i in range(len(medium))))
     if not isinstance(medium, str | Path | Frames):
         raise InputError(f"a medium must be a path, an address, an image or an array, not {type(medium).__name__}")
-    frames = medium if isinstance(medium, Frames) else sample_frames(medium, sampling, size=size)
+    if isinstance(medium, Frames):
+        frames = medium
+        check(len(frames.images))
+    else:
+        frames = sample_frames(medium, sampling, size, lambda _, count: check(count))
     return Pictures(frames.images, len(frames.images), tuple(frames.times), frames.info)

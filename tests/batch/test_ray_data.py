@@ -95,7 +95,7 @@ def test_a_death_midway_loses_and_doubles_nothing(cluster, start, expected, tmp_
         cluster.add_node(num_cpus=1)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1  # a line could not be answered
-    assert f"{LINES} lines answered, 1 of them with errors" in err
+    assert f"{LINES} lines answered, 0 before; 1 of all {LINES} are errors" in err
     assert told(tmp_path / "out.jsonl") == expected
 
 

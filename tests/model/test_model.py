@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
@@ -57,6 +58,18 @@ def test_rotary_angles_are_exact_far_out_in_bfloat16():
     cos, _ = rotary_angles(position, 128, 500000.0, torch.bfloat16)
     exact = (13_000 * 500000.0 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)).cos()
     assert (cos[0, 0, 0, :64].double() - exact).abs().max() < 0.01  # the published module, cast, is off by up to 1.97
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_rotary_angles_are_the_published_ones_at_large_positions(head_dim):
+    """1 / theta ** (2i / d), as published: theta ** (-2i / d) rounds otherwise, and is off by 5e-3 far out."""
+    config = LlamaConfig(hidden_size=2 * head_dim, num_attention_heads=2,
+                         rope_parameters={"rope_type": "default", "rope_theta": 500000.0})  # fmt: skip
+    positions = torch.tensor([[0, 1, 9_999, 10_001, 13_567, 32_767, 131_071]])
+    expected = LlamaRotaryEmbedding(config)(torch.zeros(1, 1, head_dim), positions)
+    found = rotary_angles(positions, head_dim, 500000.0, torch.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours[:, 0], theirs, rtol=0, atol=5e-5)
 
 
 def test_only_chosen_logits(small):

@@ -26,11 +26,15 @@ from vidlada.generation import GenerationSettings
 @click.argument("question")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: answer, model, frames, statistics.")
 @click.option("--show", is_flag=True, help="Draw the answer denoising live.")
+@click.option("--choices", help="Answers to choose from, with commas between them: the likeliest is printed.")
 @setting_options(Fetching, "Limits")
 @answer_options
 @model_option
 @one_line_errors
-def ask(media: tuple[str, ...], question: str, as_json: bool, show: bool, source: ModelSource, **options: Any) -> None:
+def ask(
+    media: tuple[str, ...], question: str, as_json: bool, show: bool, choices: str | None, source: ModelSource,
+    **options: Any,
+) -> None:  # fmt: skip
     """Ask a QUESTION about videos and images and print the answer.
 
     MEDIA are video files, folders of images, images, or http(s) addresses of such. They are shown in front of the
@@ -38,12 +42,14 @@ def ask(media: tuple[str, ...], question: str, as_json: bool, show: bool, source
     """
     if as_json and show:
         raise click.UsageError("--json and --show exclude each other")
+    if show and choices:
+        raise click.UsageError("--choices and --show exclude each other: choosing decodes nothing")
     vidlada, conversation = watch(media, source, options)
     if show:
         show_drafts(conversation, question)
     else:
         with progress("denoising"):
-            conversation.ask(question)
+            conversation.ask(question, choices and [choice.strip() for choice in choices.split(",")])
     answer = conversation.last
     if as_json:
         click.echo(json.dumps(answer_object(vidlada.name, media, question, conversation), ensure_ascii=False))
@@ -71,8 +77,10 @@ def answer_object(model: str, media: tuple[str, ...], question: str, conversatio
         }
         for source, medium in zip(media, conversation.media, strict=True)
     ]
+    chosen = {} if answer.choices is None else {"choices": answer.choices}
     return {
         "answer": answer.text,
+        **chosen,
         **({"reasoning": answer.reasoning} if answer.reasoning else {}),
         "finish_reason": answer.finish_reason,
         "model": model,

@@ -4,7 +4,6 @@ import time
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,7 +114,7 @@ class Answerer:
         """Frames of videos, at the model's size, and images."""
         size = self.vidlada.processor.image_size
         return [
-            sample_frames(Path(medium), self.sampling, size=size) if isinstance(medium, str) else medium
+            sample_frames(medium, self.sampling, size=size) if isinstance(medium, str) else medium
             for medium in media_list(media)
         ]
 

@@ -16,7 +16,7 @@ from vidlada.machine import MEBI
 from vidlada.serve.errors import RequestError
 from vidlada.serve.limits import Limits
 from vidlada.tiling import ImageShape, Tiling
-from vidlada.video import Frames, Sampling, VideoInfo
+from vidlada.video import MAX_FRAMES, Frames, Sampling, VideoInfo
 
 MOST_HEADER_BYTES = 2**20
 MOST_TILES = 1 + 36 * 36  # of an image, whatever its pinpoints
@@ -33,10 +33,11 @@ class Decoders:
     Args:
         limits: of videos, time and memory.
         size: pixels along a side of the decoded frames.
+        most_frames: that fit in a prompt; more are refused before they are decoded.
     """
 
-    def __init__(self, limits: Limits, size: int):
-        self.limits, self.size = limits, size
+    def __init__(self, limits: Limits, size: int, most_frames: int = MAX_FRAMES):
+        self.limits, self.size, self.most_frames = limits, size, most_frames
         self.idle: asyncio.Queue[Process | None] = asyncio.Queue()
         for _ in range(limits.decode_workers):
             self.idle.put_nowait(None)
@@ -88,6 +89,7 @@ class Decoders:
             "size": self.size,
             "max_duration": self.limits.max_duration,
             "max_pixels": self.limits.max_pixels,
+            "max_frames": self.most_frames,
             **(more or {}),
         }
         process = await self.idle.get()

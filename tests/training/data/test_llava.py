@@ -17,7 +17,7 @@ from vidlada.training.data.mixture import read_llava
 from vidlada.training.data.samples import Sample
 from vidlada.training.data.shapes import ShapesSource
 from vidlada.training.models import new_model
-from vidlada.training.objective import IGNORED, separate_samples_mask
+from vidlada.training.objective import IGNORED
 from vidlada.video import Sampling
 
 ARGUMENTS = {
@@ -50,10 +50,16 @@ def logits(made, batch, **changes):
     return model(input_ids=hidden, **{**{name: batch.get(name) for name in names}, **changes}).logits
 
 
+def separate_samples_mask(owner):
+    """All pairs of a row: every sample sees the shared part (owner -1) and itself, nobody sees padding (-2)."""
+    seen = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
+    return (seen & (owner != -2)[:, None, :])[:, None]
+
+
 def alone(made, sample, exchange):
     """What a packed exchange must reproduce: its own row, in which the shared part does not see the question."""
     batch = collate(made, [Sample(sample.videos, [exchange], separate=True)])
-    mask = separate_samples_mask(batch["sample_index"], batch["sample_index"] != -2)
+    mask = separate_samples_mask(batch["sample_index"])
     return logits(made, batch, attention_mask=mask)[batch["labels"] != IGNORED]
 
 

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
 from vidlada.images import image_info, open_images
-from vidlada.training.data.entries import Entries, Media, as_path, is_image, problem_with
+from vidlada.training.data.entries import Entries, as_path, is_image, problem_with
 from vidlada.training.data.mixture import Dataset, read_dataset, read_mixture
 from vidlada.training.data.samples import STRICT, BrokenMedia, Item, Sample
 from vidlada.video import Sampling, VideoInfo, sample_frames
@@ -99,7 +99,7 @@ class LlavaSource:
                     if is_image(media) and len(image_info(path).pages) == 1:
                         arrays.append(open_images(path)[0])
                     else:
-                        frames = sample_frames(path, self.sampling_of(media), size=size)
+                        frames = sample_frames(path, self.sampling, size=size)
                         videos.append((frames.times, frames.info))
                         arrays.append(frames.images)
             except (InputError, OSError) as error:
@@ -122,10 +122,6 @@ class LlavaSource:
             question = exchanges[0][0].replace(VIDEO_PLACE, "").strip()
             exchanges[0] = (f"{time_instruction(times, info.duration)}\n{question}", exchanges[0][1])
         return exchanges
-
-    def sampling_of(self, media: Media) -> Sampling:
-        """How frames are taken of a file; an image is one frame, however many are taken of videos."""
-        return Sampling(max_frames=1) if is_image(media) else self.sampling
 
     def instead_of(self, item: Item, attempt: int) -> Item:
         """An entry from anywhere: neighbours often share the broken video."""
