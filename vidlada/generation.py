@@ -105,6 +105,15 @@ class GenerationSettings:
         "approximates.",
     )
 
+    think: bool | None = setting(
+        None,
+        "Let the model think before it answers, or tell it not to; by default as the checkpoint was made.",
+        essential=True,
+    )
+    think_length: int = setting(
+        1024, "Slots of a thought, before those of the answer.", minimum=1, maximum=MAX_SLOTS, metavar="TOKENS"
+    )
+
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
@@ -143,6 +152,21 @@ class GenerationSettings:
     def steps_per_block(self) -> int:
         """Steps each block may take; one token a step unless `steps` says otherwise."""
         return self.block_length if self.steps is None else self.steps // self.num_blocks
+
+    @property
+    def slots(self) -> int:
+        """Slots of the answer, and of its thought if there is one."""
+        return self.gen_length + (self.think_length if self.think else 0)
+
+    def of_thought(self) -> "GenerationSettings":
+        """How the thought is decoded: as the answer and at its pace, in slots of its own."""
+        length = self.think_length
+        block = max(n for n in range(1, min(self.block_length, length) + 1) if length % n == 0)
+        steps = self.steps
+        if steps is not None:
+            blocks = length // block
+            steps = blocks * max(1, round(steps * length / self.gen_length / blocks))
+        return replace(self, gen_length=length, block_length=block, steps=steps, stop=(), suffix="")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GenerationSettings":

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vidlada.errors import InputError
 from vidlada.generation import CachePolicy
 from vidlada.machine import processor
 from vidlada.model.config import VidLaDAConfig
+from vidlada.tiling import MediaShape, pictures_of
 
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 PROMPT_TOKENS = 128  # room for a question, its header and the system message, in estimates
@@ -53,12 +55,12 @@ class MemoryNeed:
 def memory_need(
     config: VidLaDAConfig,
     parameters: int,
-    frames: int,
+    media: int | Sequence[MediaShape],
     gen_length: int,
     value_bytes: int,
     cache: str | CachePolicy = "none",
 ) -> MemoryNeed:
-    """Estimate the memory of answering about `frames` frames.
+    """Estimate the memory of answering about videos and images, which pass the tower one after another.
 
     Counted are the tensors alive at once in the widest place of a layer: the residual stream, its normed float32
     copy, and either queries, keys, values with the attention's output or the gate and up projections.
@@ -66,16 +68,17 @@ def memory_need(
     Args:
         config: of the model.
         parameters: how many weights it has.
-        frames: of the video.
-        gen_length: answer slots.
+        media: frames of each video, shape of each image; or frames of the only video.
+        gen_length: answer slots, those of a thought included.
         value_bytes: bytes a value in the type it runs in.
         cache: as `GenerationSettings.cache`.
     """
     text, vision = config.text, config.vision
     width, mlp = text.hidden_size, text.intermediate_size
-    tokens = config.visual_tokens(frames) + PROMPT_TOKENS + gen_length
+    shapes = [media] if isinstance(media, int) else list(media)
+    tokens = sum(map(config.visual_tokens, shapes)) + PROMPT_TOKENS + gen_length
     layer = max(4 * width, 3 * mlp) * value_bytes + 2 * width * value_bytes + 4 * width
-    patches = frames * config.patches_per_side**2
+    patches = max(map(pictures_of, shapes), default=0) * config.patches_per_side**2
     tower_width, tower_mlp = vision.hidden_size, vision.intermediate_size
     tower = max(4 * tower_width, 2 * tower_mlp, 2 * width) * value_bytes + 2 * tower_width * value_bytes
     logits = gen_length * text.vocab_size * (4 + 8)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -53,9 +53,11 @@ class Sampling:
     """
 
     fps: float = setting(1.0, "Candidate frames a second.", minimum=1e-6, maximum=1000, essential=True)
-    max_frames: int = setting(
+    max_frames: int | Literal["auto"] = setting(
         64,
-        "Most frames to take; with more candidates, so many are taken evenly over the video.",
+        "Most frames to take; with more candidates, so many are taken evenly over the video. auto: as many as the "
+        "model's context and the free memory hold.",
+        choices=("auto",),
         minimum=1,
         maximum=MAX_FRAMES,
         essential=True,
@@ -68,6 +70,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    @property
+    def most(self) -> int:
+        """Most frames, as a number."""
+        if isinstance(self.max_frames, str):
+            raise InputError("frames auto needs a model that says how many fit; give a number")
+        return self.max_frames
 
 
 @dataclass(frozen=True)
@@ -99,8 +108,8 @@ def sample_indices(total: int, fps: float, sampling: Sampling) -> list[int]:
         sampling: which to take.
     """
     stride = max(1, round(fps / sampling.fps))
-    if sampling.force_sample or -(-total // stride) > sampling.max_frames:
-        return np.linspace(0, total - 1, sampling.max_frames).astype(int).tolist()
+    if sampling.force_sample or -(-total // stride) > sampling.most:
+        return np.linspace(0, total - 1, sampling.most).astype(int).tolist()
     return list(range(0, total, stride))
 
 
@@ -112,7 +121,7 @@ def sample_times(seconds: np.ndarray, duration: float, sampling: Sampling) -> li
         duration: seconds until the last one ends.
         sampling: which to take.
     """
-    most, total = sampling.max_frames, len(seconds)
+    most, total = sampling.most, len(seconds)
     evenly = _shown_at(seconds, np.linspace(0, seconds[-1], most))
     if sampling.force_sample:
         return evenly.tolist() if total > most else np.linspace(0, total - 1, most).astype(int).tolist()

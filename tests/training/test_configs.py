@@ -24,7 +24,7 @@ def data(tmp_path, monkeypatch):
     entries = [{"id": str(n), "video": f"{n}.mp4", "conversations": turns} for n in range(ENTRIES)]
     (tmp_path / "all.json").write_text(json.dumps(entries))
     (tmp_path / "all.yaml").write_text(yaml.safe_dump({"datasets": [{"json_path": "all.json"}]}))
-    for name in ("DATA", "SHORT_DATA", "MEDIUM_DATA", "LONG_DATA"):
+    for name in ("DATA", "SHORT_DATA", "MEDIUM_DATA", "LONG_DATA", "THINK_DATA"):
         monkeypatch.setenv(name, str(tmp_path / "all.yaml"))
     monkeypatch.setenv("VIDEO_FOLDER", str(tmp_path))
     for name in ("OUTPUT", "MODEL", "LLM_VERSION"):

@@ -48,8 +48,9 @@ OURS = "vidlada"
 OWN_FIELDS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "suppressed_token_ids", "stop_token_ids",
     "spatial_pool_stride", "spatial_pool_mode", "newline_position", "video_token_id", "max_length", "system_message",
-    "multi_turn", "generation",
+    "multi_turn", "generation", "image_aspect_ratio", "image_grid_pinpoints", "image_merge_type",
 )  # fmt: skip
+ALL_PINPOINTS = "(1x1),...,(6x6)"  # as the published training script writes the default ones
 # of a source's config.json: they name files or programs that a conversion does not carry along
 NOT_KEPT = ("auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype", OURS)
 MERGE_TYPES = ("spatial_unpad", "spatial", "flat")
@@ -164,11 +165,31 @@ def _read_visual(stored: ConfigValues) -> dict[str, Any]:
     for name in ("add_faster_video", "mm_use_im_start_end"):
         stored.refuse_unless(name, False, 0)
     newline = stored.choice("mm_newline_position", get_args(NewlinePosition), "grid")
-    flat = stored.choice("mm_patch_merge_type", MERGE_TYPES, "spatial_unpad") == "flat"
+    merge_type = stored.choice("mm_patch_merge_type", MERGE_TYPES, "spatial_unpad")
     return {
+        "image_aspect_ratio": stored.text("image_aspect_ratio", "anyres_max_4"),
+        "image_grid_pinpoints": _pinpoints(stored),
+        "image_merge_type": merge_type,
         "spatial_pool_mode": stored.choice("mm_spatial_pool_mode", get_args(PoolMode), "bilinear"),
-        "newline_position": "no_token" if flat else newline,
+        "newline_position": "no_token" if merge_type == "flat" else newline,
     }
+
+
+def _pinpoints(stored: ConfigValues) -> list[list[int]] | None:
+    """The resolutions images are tiled to; None for the default ones."""
+    name = "image_grid_pinpoints"
+    values = stored.values.get(name)
+    if values is None or values == ALL_PINPOINTS:
+        return None
+    if (
+        not isinstance(values, list)
+        or not values
+        or not all(isinstance(pair, list) and len(pair) == 2 for pair in values)
+    ):
+        raise stored.error(name, "it must be a list of [width, height]")
+    if not all(isinstance(side, int) and 0 < side < 2**20 for pair in values for side in pair):
+        raise stored.error(name, "it must be a list of [width, height] in pixels")
+    return values
 
 
 def _read_tower(stored: ConfigValues, weights: Weights) -> dict[str, Any]:
@@ -289,8 +310,12 @@ def _own_settings(stored: ConfigValues) -> dict[str, Any]:
             settings[name] = stored.choice(name, get_args(PoolMode), default.spatial_pool_mode)
         elif name == "newline_position":
             settings[name] = stored.choice(name, get_args(NewlinePosition), default.newline_position)
-        elif name == "system_message":
-            settings[name] = stored.text(name, default.system_message)
+        elif name == "image_merge_type":
+            settings[name] = stored.choice(name, MERGE_TYPES, default.image_merge_type)
+        elif name == "image_grid_pinpoints":
+            settings[name] = _pinpoints(stored)
+        elif name in ("system_message", "image_aspect_ratio"):
+            settings[name] = stored.text(name, getattr(default, name))
         elif name == "multi_turn":
             settings[name] = stored.flag(name, default.multi_turn)
         elif name == "generation":
@@ -392,8 +417,6 @@ def _published_fields(config: VidLaDAConfig) -> tuple[dict[str, Any], dict[str, 
     defaults |= {
         **({"mm_vision_tower": SO400M_NAME} if shape == SO400M else {}),
         "mm_vision_select_layer": -2,
-        "mm_patch_merge_type": "spatial_unpad",
-        "image_aspect_ratio": "anyres_max_4",
         "mm_spatial_pool_stride": config.spatial_pool_stride,
     }
     ours |= {
@@ -401,6 +424,9 @@ def _published_fields(config: VidLaDAConfig) -> tuple[dict[str, Any], dict[str, 
         "mm_hidden_size": config.vision.hidden_size,
         "mm_spatial_pool_mode": config.spatial_pool_mode,
         "mm_newline_position": config.newline_position,
+        "mm_patch_merge_type": config.image_merge_type,
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "image_grid_pinpoints": config.image_grid_pinpoints,
     }
     return defaults, ours
 

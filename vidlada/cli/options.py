@@ -49,6 +49,20 @@ def progress(message: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def download_progress() -> Iterator[Callable[[str, int, int | None], None] | None]:
+    """Takes the progress of downloads and shows it on stderr; None when stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+
+    def show(url: str, done: int, total: int | None) -> None:
+        share = f"{done / 2**20:.1f}" + ("" if total is None else f" of {total / 2**20:.1f}")
+        click.echo(f"\r\033[K{url}: {share} MiB", nl=done == total, err=True)
+
+    yield show
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """The model a command was asked to use.
@@ -117,6 +131,23 @@ class GroupedCommand(click.Command):
 GROUPS = ("Common", "Output", "Model", "Video", "Prompt", "Decoding", "Limits")
 
 
+class NumberOr(click.ParamType):
+    """A number, or one of some words."""
+
+    def __init__(self, kind: type, words: tuple[str, ...]):
+        self.kind, self.words = kind, words
+        self.name = f"number or {' or '.join(words)}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number or the word."""
+        if value in self.words:
+            return value
+        try:
+            return self.kind(value)
+        except ValueError:
+            return self.fail(f"{value!r} is neither a whole number nor {' or '.join(self.words)}", param, ctx)
+
+
 def setting_option(name: str, entry: Field[Any], listed: Setting, kind: type, group: str) -> Any:
     """The option of a listed setting; without a value it is not given, so that the checkpoint's default counts."""
     # defaults of decoding are the checkpoint's own
@@ -124,11 +155,16 @@ def setting_option(name: str, entry: Field[Any], listed: Setting, kind: type, gr
     group = "Common" if listed.essential else group
     flag = f"--{name.replace('_', '-')}"
     if kind is bool:
-        return click.option(flag, name, is_flag=True, default=None, help=listed.help, cls=GroupedOption, group=group)
+        flags = f"{flag}/--no-{flag[2:]}" if entry.default is None else flag
+        return click.option(flags, name, is_flag=True, default=None, help=listed.help, cls=GroupedOption, group=group)
+    if listed.choices:
+        value_kind: Any = click.Choice(listed.choices) if kind is str else NumberOr(kind, listed.choices)
+    else:
+        value_kind = kind
     return click.option(
         flag,
         name,
-        type=click.Choice(listed.choices) if listed.choices else kind,
+        type=value_kind,
         multiple=isinstance(entry.default, tuple),
         help=listed.help + default,
         metavar=listed.metavar,

@@ -10,6 +10,7 @@ What is special about it:
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -76,6 +77,19 @@ class Statistics:
     def with_seconds(self, seconds: dict[str, float]) -> "Statistics":
         """A copy with further phases in front."""
         return replace(self, seconds={**seconds, **self.seconds})
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        """What both cost together."""
+        names = {*self.refreshes, *other.refreshes}
+        phases = [*self.seconds, *(phase for phase in other.seconds if phase not in self.seconds)]
+        return Statistics(
+            self.steps + other.steps,
+            self.forward_passes + other.forward_passes,
+            self.tokens + other.tokens,
+            tuple(sum(counts) for counts in zip_longest(self.layer_tokens, other.layer_tokens, fillvalue=0)),
+            {name: self.refreshes.get(name, 0) + other.refreshes.get(name, 0) for name in sorted(names)},
+            {phase: self.seconds.get(phase, 0.0) + other.seconds.get(phase, 0.0) for phase in phases},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -37,7 +37,8 @@ class ModelArguments:
         video_fps: candidate frames a second.
         force_sample: always take `max_frames_num` frames.
         add_time_instruction: tell the model when its frames were taken.
-        think_mode: `no_think` or `think` is appended to every question, after a slash.
+        think_mode: `no_think` or `think` is appended to every question, after a slash; in answers with a thought only
+            what follows it counts.
         system_prompt: instead of the checkpoint's system message.
         dtype, device, quantization, compiled: as `vidlada.load` takes them.
         cache, threshold, factor, reuse: of `GenerationSettings`; `--gen_kwargs` come after. The settings of a cache
@@ -115,6 +116,8 @@ class ModelArguments:
     def decoding(self) -> dict[str, Any]:
         """Generation settings given for all tasks."""
         given = {name: getattr(self, name) for name in DECODING if getattr(self, name) is not None}
+        if self.think_mode is not None:
+            given["think"] = self.think_mode == "think"
         if "cache" in given:
             given["cache"] = str(given["cache"]).replace(";", ",")
         return given
@@ -126,14 +129,9 @@ def check_think_mode(value: Any) -> None:
         raise InputError(f"think_mode must be no_think or think, not {value!r}")
 
 
-def with_think_mode(text: str, think_mode: str | None) -> str:
-    """A question with its mode at the end, as the published evaluation writes it."""
-    return text if think_mode is None else f"{text}/{think_mode}"
-
-
 def generation_settings(
     defaults: GenerationSettings, arguments: dict[str, Any], decoding: Mapping[str, Any] | None = None
-) -> tuple[GenerationSettings, ThinkMode | None]:
+) -> GenerationSettings:
     """Settings of one request.
 
     Args:
@@ -145,7 +143,7 @@ def generation_settings(
         decoding: of the model arguments; `defaults` have them already. Each may be replaced by name only.
 
     Returns:
-        The settings, and `think_mode` if given.
+        The settings; `think_mode` is their `think`.
 
     Raises:
         InputError: an argument is unknown, asks for what masked diffusion has no counterpart of, or would take the
@@ -154,7 +152,7 @@ def generation_settings(
     left = dict(arguments)
     think_mode = left.pop("think_mode", None)
     check_think_mode(think_mode)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {} if think_mode is None else {"think": think_mode == "think"}
     for name, ours in GENERATION_NAMES.items():
         if left.get(name) is not None:
             if changes.get(ours, left[name]) != left[name]:
@@ -187,7 +185,7 @@ def generation_settings(
     for name, value in (decoding or {}).items():
         if name not in changes and getattr(settings, name) is None:
             raise InputError(f"{name} {value!r} has no effect beside {_pace(arguments)}; leave one of them out")
-    return replace(settings, stop=changes["stop"]), think_mode
+    return replace(settings, stop=changes["stop"])
 
 
 def _pace(arguments: Mapping[str, Any]) -> str:

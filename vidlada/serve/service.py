@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,9 @@ from vidlada.api import VidLaDA
 from vidlada.decoding.policies import parse_policy
 from vidlada.engine.engine import Engine, EngineRequest, MediaInput, RequestHandle
 from vidlada.engine.feature_store import LRUCache
+from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.machine import MEBI
-from vidlada.processor import time_instruction
+from vidlada.processor import time_instruction, with_think_mode
 from vidlada.serve.conversation import MediaReference, conversation_of, generation_settings
 from vidlada.serve.decoder import Decoders
 from vidlada.serve.errors import RequestError
@@ -123,15 +124,20 @@ class Service:
         if request.time_instruction and len(references) != 1:
             message = f"time_instruction needs exactly one video, not {len(references)}"
             raise RequestError(422, message, "bad_time_instruction", "time_instruction")
-        sampling = self.sampling(request.frames, request.fps, request.force_sample, request.background)
+        frames_asked = request.frames
+        if frames_asked == "auto":
+            frames_asked = self.frames_that_fit(references, settings, request.time_instruction)
+        sampling = self.sampling(frames_asked, request.fps, request.force_sample, request.background)
         seconds = {"fetch": 0.0, "video": 0.0}
-        videos = [await self.show(reference, sampling, owner, seconds) for reference in references]
+        alone = sum(reference.is_image for reference in references) == 1
+        videos = [await self.show(reference, sampling, owner, seconds, alone) for reference in references]
         if request.time_instruction:
             frames = videos[0].frames
             (shown,) = [m for m in messages if isinstance(m["content"], list)]
             text = shown["content"][-1]
             text["text"] = f"{time_instruction(frames.times, frames.info.duration)}\n{text['text']}"
-        counts = [len(video.frames.times) for video in videos]
+        messages = with_think_mode(messages, settings.think)
+        counts = [video.shape for video in videos]
         is_long = sum(len(str(message["content"])) for message in messages) > LONG_TEXT_CHARACTERS
         encoded = await in_thread(LONG_TEXT if is_long else TEXT, self.vidlada.processor.encode, messages, counts)
         job = EngineRequest(encoded, videos, settings, max_tokens)
@@ -147,22 +153,39 @@ class Service:
         """How to sample, within the limits; None stands for a default."""
         most = self.limits.max_frames
         if frames is None:
-            frames = min(Sampling().max_frames, most)
+            frames = min(Sampling().most, most)
         if frames > most:
             raise RequestError(422, f"{frames} frames are more than the {most} allowed", "too_many_frames", "frames")
         default = Sampling()
         return Sampling(fps or default.fps, frames, bool(force_sample), background or default.background)
 
+    def frames_that_fit(
+        self, references: Sequence[MediaReference], settings: GenerationSettings, time_instruction: bool | None
+    ) -> int:
+        """Frames of `auto`, within the limits. Images count as many tokens as any can have: they are not read yet."""
+        images = sum(reference.is_image for reference in references)
+        largest = self.vidlada.processor.tiling.most_tokens(alone=images == 1)
+        others = -(-images * largest // self.vidlada.processor.tokens_per_frame)
+        videos = max(1, len(references) - images)
+        prompt = PromptSettings(time_instruction=bool(time_instruction))
+        most = self.vidlada.frames_that_fit([others] if others else [], videos, settings, prompt)
+        return min(most, self.limits.max_frames)
+
     async def show(
-        self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float]
+        self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float], alone: bool = True
     ) -> MediaInput:
-        """Sampled frames of a reference; decoded once, however many ask for them at the same time."""
+        """Sampled frames or tiles of a reference; decoded once, however many ask for them at the same time."""
+        tiling = self.vidlada.processor.tiling
         if reference.is_image:
             sampling = Sampling(max_frames=1, background=sampling.background)
         started = time.perf_counter()
         async with self.media.open(reference.url, owner) as medium:
             fetched = time.perf_counter()
             seconds["fetch"] += fetched - started
+            if reference.is_image and not tiling.as_frames:
+                frames, shape = await self.decoders.tile(medium.path, tiling, alone)
+                seconds["video"] += time.perf_counter() - fetched
+                return MediaInput((medium.key, "image", alone), frames, shape)
             key = (medium.key, sampling)
             frames = self.frames.get(key) or await self._decode(key, medium.path, sampling)
             seconds["video"] += time.perf_counter() - fetched

@@ -11,7 +11,9 @@ from dataclasses import asdict
 from typing import Any
 
 from vidlada.errors import InputError
-from vidlada.video import Sampling, VideoInfo, sample_frames
+from vidlada.images import open_images
+from vidlada.tiling import Tiling
+from vidlada.video import Sampling, VideoInfo, probe, sample_frames
 
 
 def confine(memory_bytes: int) -> None:
@@ -36,6 +38,9 @@ def answer(order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     path = order["path"]
     try:
         limits = {name: order[name] for name in ("max_duration", "max_pixels", "max_frames")}
+        if order.get("tiling") is not None:
+            check(probe(path), 1, **limits)
+            return tiles(path, order)
         sampling = Sampling(**order["sampling"])
         frames = sample_frames(path, sampling, order["size"], lambda info, count: check(info, count, **limits))
     except InputError as error:
@@ -52,6 +57,15 @@ def answer(order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         "info": {**asdict(frames.info), "path": ""},
     }
     return header, frames.images.tobytes()
+
+
+def tiles(path: str, order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """Header and pixels of an image's tiles."""
+    image = open_images(path)[0]
+    pictures, shape = Tiling(**order["tiling"]).cut(image, order["alone"])
+    info = VideoInfo("", 1, 1.0, 0.0, shape.width, shape.height, "image")
+    header = {"shape": pictures.shape, "times": [0.0], "indices": [0], "info": asdict(info), "image": asdict(shape)}
+    return header, pictures.tobytes()
 
 
 def main() -> None:

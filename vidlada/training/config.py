@@ -26,7 +26,7 @@ class CollateSettings:
 
     Args:
         control_targets: also train the control tokens (bos, header marks, end of turn) wherever they stand, the
-            prompt included: a quirk of the published recipe.
+            prompt included, and the whole header of an answer: a quirk of the published recipe.
         conversation_mask: turn a attends to turn b only if b ≤ a.
         pad_targets: fill rows up with the end-of-text token, as targets that may be attended to, as LLaDA was trained;
             by default padding is neither. Only for samples that do not share a row.
@@ -37,6 +37,7 @@ class CollateSettings:
             an answer needs reads the answer's length, and so its kind, from their number.
         end_slots_share: share of answers that such slots follow.
         force_up_to: samples whose answers have at most this many tokens (ends of turn included) hide every target.
+        max_length: samples with more tokens are skipped; the model's own limit by default.
         weigh_every: an answer counts as one sample for every so many of its targets, at least one: a caption teaches
             as much as so many short answers. 0: each answer counts once.
         pad_to_multiple_of: rows get a multiple of so many tokens. Kernels are made for every shape they meet, which on
@@ -50,6 +51,7 @@ class CollateSettings:
     end_slots: NonNegativeInt = 0
     end_slots_share: Share = 1.0
     force_up_to: NonNegativeInt = 0
+    max_length: PositiveInt | None = None
     weigh_every: NonNegativeInt = 0
     pad_to_multiple_of: PositiveInt = 1
 
@@ -70,6 +72,8 @@ class Stage:
         schedule: how the rate goes from one to the other.
         data: arguments of the source; `kind` is `shapes` or `llava`.
         collate: see `CollateSettings`.
+        think_tokens: the model gets the tokens of think mode that its tokenizer lacks (`<think>`, `</think>`,
+            `<stop_think>`, `<answer>`), before the run's first stage.
     """
 
     name: str
@@ -83,6 +87,7 @@ class Stage:
     frozen: tuple[ModelPart, ...] = ()
     schedule: Literal["linear", "cosine"] = "linear"
     collate: CollateSettings = field(default_factory=CollateSettings)
+    think_tokens: bool = False
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -232,6 +237,8 @@ class TrainingConfig:
             raise InputError(f"{self.parallel} cannot freeze other parts in other stages; use fsdp, or freeze alike")
         if self.objective == "autoregressive" and self.complementary:
             raise InputError("complementary masks belong to objective: diffusion; autoregressive hides nothing")
+        if self.lora is not None and self.think_tokens:
+            raise InputError("think_tokens: adapters leave the embeddings frozen, so new tokens would learn nothing")
         if self.lora is not None and self.init_from is None:
             raise InputError("lora adapts a trained model; give init_from")
         if self.lora is not None:
@@ -253,6 +260,11 @@ class TrainingConfig:
         if self.init_from is not None and not self.model:
             return {"text_only": True}
         return self.model or {}
+
+    @property
+    def think_tokens(self) -> bool:
+        """Whether any stage asks for them."""
+        return any(stage.think_tokens for stage in self.stages)
 
     @property
     def total_steps(self) -> int:

@@ -20,6 +20,7 @@ from vidlada.training.growth import insert_layers
 from vidlada.training.initialization import initialize
 from vidlada.training.origin import is_llama, origin
 from vidlada.training.tokenizer import role_tokens, word_tokenizer
+from vidlada.training.vocabulary import add_think_tokens, add_think_tokens_to
 
 
 def initial_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
@@ -32,6 +33,12 @@ def initial_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaDA
     Raises:
         InputError: `init_from` is not a usable checkpoint.
     """
+    model, processor = _first_model(config, weights)
+    return model, add_think_tokens(model, processor) if config.think_tokens else processor
+
+
+def _first_model(config: TrainingConfig, weights: bool) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
+    """The same without the tokens that stages ask for."""
     from vidlada.training.adapt import adapt_llama
 
     if config.init_from is None:
@@ -75,6 +82,8 @@ def initial_processor(config: TrainingConfig) -> VidLaDAProcessor:
         tokenizer = adapt_tokenizer(origin(config.init_from))
     else:
         tokenizer = load_tokenizer(origin(config.init_from))
+    if config.think_tokens:
+        add_think_tokens_to(tokenizer)
     return VidLaDAProcessor.from_config(tokenizer, model_config)
 
 

@@ -45,7 +45,7 @@ def collate(made, samples, seed=0, **settings):
 def logits(made, batch, **changes):
     """Logits of every position with all targets hidden."""
     model, _ = made
-    names = ("position_ids", "attention_mask", "pixel_values", "frame_counts")
+    names = ("position_ids", "attention_mask", "pixel_values", "media_shapes")
     hidden = batch["input_ids"].masked_fill(batch["labels"] != IGNORED, model.config.mask_token_id)
     return model(input_ids=hidden, **{**{name: batch.get(name) for name in names}, **changes}).logits
 
@@ -110,12 +110,13 @@ def test_targets_are_the_answers(made):
     assert batch["attention_mask"] is None
 
 
-def test_control_targets_add_the_control_tokens_everywhere(made):
+def test_control_targets_add_the_control_tokens_and_the_answers_header(made):
     _, processor = made
     plain, quirk = (collate(made, [Sample([], [SHORT])], control_targets=on) for on in (False, True))
     added = quirk["input_ids"][(quirk["labels"] != IGNORED) & (plain["labels"] == IGNORED)].tolist()
     controls = ["<|startoftext|>", *["<|start_header_id|>", "<|end_header_id|>"] * 2, END_OF_TURN]
-    assert sorted(added) == sorted(map(processor.token_id, controls))
+    header = [*processor.text_ids("assistant"), *processor.text_ids("\n\n")]
+    assert sorted(added) == sorted([*map(processor.token_id, controls), *header])
 
 
 def test_control_targets_of_packed_samples(made):

@@ -3,16 +3,18 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vidlada.errors import InputError
+from vidlada.images import open_images
 from vidlada.processor import VIDEO_PLACE, VidLaDAProcessor
+from vidlada.tiling import MediaShape
 from vidlada.training.data.collate import messages_of
-from vidlada.training.data.entries import Media, as_path, problem_with
+from vidlada.training.data.entries import Media, as_path, is_image, problem_with
 from vidlada.training.data.llava import LlavaSource
 from vidlada.video import Sampling, VideoInfo, sample_frames
 
@@ -126,10 +128,15 @@ def check_entry(
         report.note("without media", f"{entry.origin}: {VIDEO_PLACE} stands in it, but it names no video or image")
     if len(videos) < len(entry.media):
         return
-    counts = [len(times) for times, _ in videos]
-    messages = messages_of(len(counts), source.told(source.item(number), videos))
+    images = [is_image(media) and info.frames == 1 for media, (_, info) in zip(entry.media, videos, strict=True)]
+    tiling, alone = processor.tiling, sum(images) == 1
+    shapes: list[MediaShape] = [
+        tiling.shape_of(info.height, info.width, alone) if image and not tiling.as_frames else len(times)
+        for image, (times, info) in zip(images, videos, strict=True)
+    ]
+    messages = messages_of(shapes, source.told(source.item(number), videos))
     try:
-        encoded = processor.encode(messages, counts, add_generation_prompt=False)
+        encoded = processor.encode(messages, shapes, add_generation_prompt=False)
     except InputError as error:
         report.note("too long", f"{entry.origin}: {error}")
     else:
@@ -142,7 +149,11 @@ def try_media(media: Media, sampling: Sampling) -> Decoded | Problem:
     try:
         with as_path(media) as path:
             frames = sample_frames(path, sampling, size=1)
-            return frames.times, frames.info
+            info = frames.info
+            if is_image(media) and info.frames == 1:
+                height, width = open_images(path)[0].shape[:2]
+                info = replace(info, height=height, width=width)  # upright
+            return frames.times, info
     except (InputError, OSError) as error:
         missing = isinstance(error.__cause__, FileNotFoundError)
         return Problem("missing files" if missing else "unreadable files", problem_with(media, error))

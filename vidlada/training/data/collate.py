@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vidlada.errors import InputError
 from vidlada.model.language_model import SharedPrefixMask
-from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK, VIDEO_PLACE, Message, VidLaDAProcessor
+from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK, VIDEO_PLACE, Message, VidLaDAProcessor, place_media
+from vidlada.tiling import ImageShape, MediaShape
 from vidlada.training.config import CollateSettings
 from vidlada.training.data.samples import Item, Sample, Source
 from vidlada.training.objective import IGNORED, conversation_mask
@@ -55,8 +56,9 @@ class Collator:
             `input_ids`, `labels`, `sample_index`, `position_ids` (batch, tokens); `attention_mask` (batch, tokens)
             or (batch, 1, tokens, tokens), or of rows with a shared prefix, or None when nothing is padded or separate;
             `force` (samples,); `sample_weight` (samples,) where samples are weighed; with videos `pixel_values` and
-            `frame_counts`; `stands_in` where they are only a stand-in.
+            `media_shapes`; `stands_in` where they are only a stand-in.
         """
+        samples = [self.cut(sample) for sample in samples]
         rows_of_parts, first = [], 0
         for sample in samples:
             rows_of_parts.append(self._parts(sample, first, generator))
@@ -69,7 +71,8 @@ class Collator:
         if self.settings.pad_targets:
             rows = [self._filled(row, length) for row in rows]
         videos = [video for sample in samples for video in sample.videos]
-        unseen = self.processor.video_frame_index(1) if self.stand_in is not None and not videos else []
+        shapes = [shape for sample in samples for shape in sample.shapes]
+        unseen = self.processor.media_frame_index(1) if self.stand_in is not None and not videos else []
         length += len(unseen)
         batch: dict[str, Any] = {
             name: torch.tensor([row[name] + [self.padding[name]] * (length - len(row[name])) for row in rows])
@@ -92,21 +95,32 @@ class Collator:
             assert self.stand_in is not None
             batch["input_ids"][0, length - len(unseen) :] = self.processor.video_token_id
             batch["stands_in"] = True
-            videos = [np.zeros((1, self.stand_in, self.stand_in, 3), np.uint8)]
+            videos, shapes = [np.zeros((1, self.stand_in, self.stand_in, 3), np.uint8)], [1]
         if videos:
             batch["pixel_values"] = torch.cat([self.processor.pixel_values(video) for video in videos])
-            batch["frame_counts"] = [len(video) for video in videos]
+            batch["media_shapes"] = shapes
         return batch
 
+    def cut(self, sample: Sample) -> Sample:
+        """The sample with its images as the pictures that pass the vision tower; a single image is tiled."""
+        if len(sample.shapes) == len(sample.videos):
+            return sample
+        alone = sum(video.ndim == 3 for video in sample.videos) == 1
+        media: list[tuple[np.ndarray, MediaShape]] = [
+            self.processor.image_pictures(video, alone) if video.ndim == 3 else (video, len(video))
+            for video in sample.videos
+        ]
+        return replace(sample, videos=[pictures for pictures, _ in media], shapes=[shape for _, shape in media])
+
     def check(self, sample: Sample) -> None:
-        """Raise `InputError` if a sample has nothing to learn, or more tokens than the model takes."""
+        """Raise `InputError` if a sample has nothing to learn, or more tokens than the model or the stage takes."""
         if not any(answer.strip() for _, answer in sample.exchanges):
             raise InputError("every answer is empty")
-        self.processor.encode(
-            messages_of(len(sample.videos), sample.exchanges),
-            [len(video) for video in sample.videos],
-            add_generation_prompt=False,
-        )
+        messages = messages_of(sample.shapes, sample.exchanges)
+        encoded = self.processor.encode(messages, sample.shapes, add_generation_prompt=False)
+        length, most = len(encoded.input_ids), self.settings.max_length
+        if most is not None and length > most:
+            raise InputError(f"the sample has {length} tokens, more than the stage's {most}")
 
     def _filled(self, row: Row, length: int) -> Row:
         """A row filled up with end-of-text targets."""
@@ -153,9 +167,8 @@ class Collator:
     def _exchange(
         self, sample: Sample, exchanges: Sequence[tuple[str, str]], sample_number: int, generator: np.random.Generator
     ) -> Row:
-        messages = messages_of(len(sample.videos), exchanges)
-        counts = [len(video) for video in sample.videos]
-        encoded = self.processor.encode(messages, counts, add_generation_prompt=False)
+        messages = messages_of(sample.shapes, exchanges)
+        encoded = self.processor.encode(messages, sample.shapes, add_generation_prompt=False)
         targets = [
             answer or (control and self.settings.control_targets)
             for answer, control in zip(encoded.is_answer, encoded.is_control, strict=True)
@@ -183,20 +196,23 @@ def sizes_of(rows: Sequence[Sequence[Row]]) -> tuple[int, ...]:
     return tuple(max(column) for column in zip_longest(*lengths, fillvalue=0))
 
 
-def messages_of(videos: int, exchanges: Sequence[tuple[str, str]]) -> list[Message]:
-    """A conversation for the processor; see `Sample` for where the videos stand."""
-    marked = sum(question.count(VIDEO_PLACE) for question, _ in exchanges) == videos
+def messages_of(shapes: Sequence[MediaShape], exchanges: Sequence[tuple[str, str]]) -> list[Message]:
+    """A conversation for the processor; see `Sample` for where videos and images stand.
+
+    Args:
+        shapes: of the videos and images.
+        exchanges: pairs of question and answer.
+    """
+    media = [{"type": "image" if isinstance(shape, ImageShape) else "video"} for shape in shapes]
+    marks = [question.count(VIDEO_PLACE) for question, _ in exchanges]
+    marked = sum(marks) == len(media)
     messages: list[Message] = []
     for number, (question, answer) in enumerate(exchanges):
-        content: list[dict[str, str]] = []
-        if not marked:
-            content += [{"type": "video"}] * videos if number == 0 else []
+        if media and not marked:
             question = question.replace(VIDEO_PLACE, "")
-        for place, text in enumerate(question.split(VIDEO_PLACE)):
-            if place > 0:
-                content.append({"type": "video"})
-            if text.strip():
-                content.append({"type": "text", "text": text})
+        here = marks[number] if marked else len(media) if number == 0 else 0
+        content = place_media(question, media[:here])
+        media = media[here:]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return messages
 
@@ -276,7 +292,7 @@ class StepDataset:
         """The sample of an item, or of another if it is broken or unfit; None if no other was found."""
         for attempt in range(MOST_REPLACEMENTS):
             try:
-                sample = self.source.load(item, self.collator.processor.image_size)
+                sample = self.collator.cut(self.source.load(item, self.collator.processor.image_size))
                 if not sample.separate:
                     self.collator.check(sample)
                 return sample
