@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vidlada.checkpoint.load import describe, load_model, load_tokenizer
 from vidlada.decoding.cache import VisualCache
-from vidlada.decoding.policies import parse_policy
+from vidlada.decoding.choices import check_choices
 from vidlada.decoding.sampler import Denoiser, Request, State, Statistics
 from vidlada.decoding.streaming import StableText, stable_text
 from vidlada.errors import InputError
@@ -197,7 +197,7 @@ class VidLaDA:
     def settings(self, **generation: Any) -> GenerationSettings:
         """This checkpoint's generation defaults with some of them changed."""
         settings = GenerationSettings.from_dict(self.model.config.generation or {}).updated(**generation)
-        parse_policy(settings.cache)  # an unknown policy is refused before any work starts
+        check_choices(settings)  # before any work starts
         return settings
 
     def ask(self, video: Any, question: str, **options: Any) -> Answer:

@@ -263,9 +263,11 @@ def test_the_work_of_each_policy(small):
     ("cache", "message"),
     [
         ("lazy", "unknown cache 'lazy'"), ("none:x=1", "unknown cache"), ("mars:speed=2", "no setting 'speed'"),
-        ("mars:text=often", "must be a whole number"), ("mars:ratio=0", "ratio must be at least 1"),
+        ("mars:text=often", "must be a whole number"), ("mars:ratio=0", "ratio must be"),
         ("mars:per_head=maybe", "true or false"), ("interval:share=0", "share"), ("sparse:keep=2", "keep"),
-        ("frozen:every=2", "no setting 'every'"), ("dual:every=-1", "every must be at least 0"),
+        ("mars:drift=nan", "cache mars: drift must be a number"), (f"mars:text={10**18}", "text must be"),
+        ("interval:share=inf", "share must be"), ("mars:text=" + "9" * 5000, "must be a whole number"),
+        ("frozen:every=2", "no setting 'every'"), ("dual:every=-1", "every must be a whole number of at least 0"),
     ],
 )  # fmt: skip
 def test_bad_policies_are_refused(cache, message):
@@ -350,5 +352,5 @@ def test_what_does_not_fit_is_not_reused():
     (given,) = decode(model, replace(elsewhere, visual=left.visual))
     assert given.statistics.refreshes == alone.statistics.refreshes
     assert torch.equal(given.proposed, alone.proposed)
-    with pytest.raises(InputError, match="choose a cache"):
+    with pytest.raises(InputError, match="reuse needs a cache"):
         GenerationSettings(reuse=True)

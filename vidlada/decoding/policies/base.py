@@ -7,13 +7,15 @@ one with a subclass of `SegmentPolicy` (or anything that fits `Policy`), and add
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap
 from vidlada.decoding.kv_cache import attend_grouped
-from vidlada.errors import InputError
+from vidlada.generation import MAX_SLOTS
+
+MAX_STEPS = MAX_SLOTS  # no answer takes more
 
 # The segments of a request's sequence. Text is the prompt's text and a fixed suffix; before and after are the answer
 # slots on either side of the current block.
@@ -126,10 +128,3 @@ class SegmentPolicy:
     def attention(self, frames: FrameMap, prompt: Tensor) -> AttentionPattern:
         """Full attention."""
         return AttentionPattern()
-
-
-def check_at_least(policy: Any, least: int, *names: str) -> None:
-    """Refuse settings of a policy that are below `least`; None is not checked."""
-    for name in names:
-        if getattr(policy, name) is not None and getattr(policy, name) < least:
-            raise InputError(f"cache {policy.name}: {name} must be at least {least}, not {getattr(policy, name)}")
