@@ -397,9 +397,12 @@ class Denoiser:
         caches = [row.caches[guided] for row in rows]
         embed = self.model.language_model.embed_tokens
         passes = [
-            c.next_pass(embed(row.ids), embed(row.suffix), row.slots) for c, row in zip(caches, rows, strict=True)
+            c.next_pass(embed(row.ids), embed(row.suffix), row.slots, row.masked)
+            for c, row in zip(caches, rows, strict=True)
         ]
         refresh(self.model.language_model, passes)
+        for each, cache in zip(passes, caches, strict=True):
+            cache.attention.finish_pass(self.model.language_model, each.kv_cache, cache.answer)
         return torch.cat([cache.block_states(row.slots) for cache, row in zip(caches, rows, strict=True)])
 
     def plain_states(self, rows: Sequence[RunningRequest], guided: bool) -> Tensor:

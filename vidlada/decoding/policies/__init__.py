@@ -5,11 +5,16 @@ from typing import cast
 from vidlada.decoding.named import parse_named
 from vidlada.decoding.policies.base import Policy
 from vidlada.decoding.policies.blockwise import Dual, Frozen, Full, Interval, Prefix
+from vidlada.decoding.policies.dkv import DelayedKV
+from vidlada.decoding.policies.dllm import DLLM
+from vidlada.decoding.policies.elastic import Elastic
 from vidlada.decoding.policies.mars import Mars
 from vidlada.decoding.policies.sparse import Sparse
 from vidlada.generation import CachePolicy
 
-POLICIES: dict[str, type] = {kind.name: kind for kind in (Full, Prefix, Dual, Frozen, Interval, Sparse, Mars)}
+POLICIES: dict[str, type] = {
+    kind.name: kind for kind in (Full, Prefix, Dual, Frozen, Interval, DLLM, DelayedKV, Elastic, Sparse, Mars)
+}
 
 
 def parse_policy(cache: str | CachePolicy) -> Policy | None:
