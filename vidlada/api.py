@@ -15,6 +15,7 @@ from vidlada.decoding.cache import VisualCache
 from vidlada.decoding.choices import check_choices
 from vidlada.decoding.sampler import Denoiser, Request, State, Statistics
 from vidlada.decoding.streaming import StableText, stable_text
+from vidlada.decoding.token_reduction import reduce_visual
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.info import check_memory, check_memory_of_weights, memory_need
@@ -160,6 +161,8 @@ class VidLaDA:
             settings: of decoding.
         """
         processor, model = self.processor, self.model
+        if settings.visual_keep < 1:
+            encoded, visual_tokens = reduce_visual(encoded, visual_tokens, settings.visual_keep)
         ids = torch.tensor([encoded.input_ids], device=model.device)
         with torch.inference_mode():
             prompt = model.embed(ids, visual_tokens)[0]
@@ -190,7 +193,8 @@ class VidLaDA:
 
     def _check_memory(self, frames: int, settings: GenerationSettings) -> None:
         """Refuse a run that cannot fit."""
-        need = memory_need(self.model.config, 0, frames, settings.gen_length, self.model.dtype.itemsize, settings.cache)
+        config, size = self.model.config, self.model.dtype.itemsize
+        need = memory_need(config, 0, frames, settings.gen_length, size, settings.cache, settings.visual_keep)
         instead = "use fewer frames, a smaller gen_length or a smaller type"
         check_memory(need.working, self.model.device, f"answering about {frames} frames", instead)
 

@@ -106,10 +106,20 @@ class GenerationSettings:
         essential=True,
         metavar="POLICY",
     )
-    reuse: bool = setting(
-        False,
-        "Let further questions about a video start from the cached frames of the question before; needs a cache, and "
-        "approximates.",
+    reuse: int = setting(
+        0,
+        "Layers, from the lowest, whose keys and values of the frames a further question about the video takes over from "
+        "the one before; 0 is off. Needs a cache, and approximates the more, the more layers.",
+        minimum=0,
+        maximum=1024,
+        metavar="LAYERS",
+    )
+    visual_keep: float = setting(
+        1.0,
+        "Share of the visual tokens that is left; alike ones are merged over time and space (after FlashVID, HoliTom).",
+        above=0,
+        maximum=1,
+        metavar="SHARE",
     )
 
     def __post_init__(self) -> None:

@@ -57,6 +57,7 @@ def memory_need(
     gen_length: int,
     value_bytes: int,
     cache: str | CachePolicy = "none",
+    visual_keep: float = 1.0,
 ) -> MemoryNeed:
     """Estimate the memory of answering about `frames` frames.
 
@@ -69,11 +70,11 @@ def memory_need(
         frames: of the video.
         gen_length: answer slots.
         value_bytes: bytes a value in the type it runs in.
-        cache: as `GenerationSettings.cache`.
+        cache, visual_keep: as in `GenerationSettings`.
     """
     text, vision = config.text_config, config.vision_config
     width, mlp = int(text.hidden_size), int(text.intermediate_size)  # type: ignore[union-attr]
-    tokens = config.visual_tokens(frames) + PROMPT_TOKENS + gen_length
+    tokens = round(visual_keep * config.visual_tokens(frames)) + PROMPT_TOKENS + gen_length
     layer = max(4 * width, 3 * mlp) * value_bytes + 2 * width * value_bytes + 4 * width
     patches = frames * config.patches_per_side**2
     tower_width, tower_mlp = int(vision.hidden_size), int(vision.intermediate_size)  # type: ignore[union-attr]
