@@ -15,10 +15,11 @@ from torch import Tensor
 from vidlada.checkpoint.load import describe, load_model, load_tokenizer, save_model
 from vidlada.checkpoint.publish import upload
 from vidlada.conversation import Answer, Conversation, Draft, EncodedVideo
-from vidlada.decoding.policies import parse_policy
+from vidlada.decoding.choices import check_choices
 from vidlada.decoding.sampler import Denoiser, Request, State
 from vidlada.decoding.streaming import StableText
 from vidlada.decoding.thinking import Turn, split_thought
+from vidlada.decoding.token_reduction import reduce_visual
 from vidlada.errors import InputError
 from vidlada.fetch import Fetching, Progress
 from vidlada.generation import GenerationSettings, PromptSettings
@@ -194,6 +195,8 @@ class VidLaDA:
             settings: of decoding.
         """
         processor, model = self.processor, self.model
+        if settings.visual_keep < 1:
+            encoded, visual_tokens = reduce_visual(encoded, visual_tokens, settings.visual_keep)
         ids = torch.tensor([encoded.input_ids], device=model.device)
         with torch.inference_mode():
             prompt = model.embed(ids, visual_tokens)[0]
@@ -246,7 +249,8 @@ class VidLaDA:
 
     def _check_memory(self, media: Sequence[MediaShape], settings: GenerationSettings) -> None:
         """Refuse a run that cannot fit."""
-        need = memory_need(self.model.config, 0, media, settings.slots, self.model.dtype.itemsize, settings.cache)
+        config, size = self.model.config, self.model.dtype.itemsize
+        need = memory_need(config, 0, media, settings.slots, size, settings.cache, settings.visual_keep)
         instead = "use fewer frames, a smaller gen_length or a smaller type"
         what = f"answering about {sum(map(pictures_of, media))} frames"
         check_memory(need.working, self.model.device, what, instead)
@@ -254,7 +258,7 @@ class VidLaDA:
     def settings(self, **generation: Any) -> GenerationSettings:
         """This checkpoint's generation defaults with some of them changed."""
         settings = GenerationSettings.from_dict(self.model.config.generation or {}).updated(**generation)
-        parse_policy(settings.cache)  # an unknown policy is refused before any work starts
+        check_choices(settings)  # before any work starts
         return settings
 
     def ask(self, media: Any, question: str, choices: Sequence[str] | None = None, **options: Any) -> Answer:

@@ -59,6 +59,7 @@ def memory_need(
     gen_length: int,
     value_bytes: int,
     cache: str | CachePolicy = "none",
+    visual_keep: float = 1.0,
 ) -> MemoryNeed:
     """Estimate the memory of answering about videos and images, which pass the tower one after another.
 
@@ -71,12 +72,13 @@ def memory_need(
         media: frames of each video, shape of each image; or frames of the only video.
         gen_length: answer slots, those of a thought included.
         value_bytes: bytes a value in the type it runs in.
-        cache: as `GenerationSettings.cache`.
+        cache, visual_keep: as in `GenerationSettings`.
     """
     text, vision = config.text, config.vision
     width, mlp = text.hidden_size, text.intermediate_size
     shapes = [media] if isinstance(media, int) else list(media)
-    tokens = sum(map(config.visual_tokens, shapes)) + PROMPT_TOKENS + gen_length
+    visual = sum(map(config.visual_tokens, shapes))
+    tokens = round(visual_keep * visual) + PROMPT_TOKENS + gen_length
     layer = max(4 * width, 3 * mlp) * value_bytes + 2 * width * value_bytes + 4 * width
     patches = max(map(pictures_of, shapes), default=0) * config.patches_per_side**2
     tower_width, tower_mlp = vision.hidden_size, vision.intermediate_size

@@ -72,6 +72,8 @@ class RequestCache:
         self.kv_cache: KVCache | None = None
         self.step, self.step_in_block, self.block = 0, -1, slice(0, 0)
         self.refreshes = {"text": 0, "visual": 0}
+        self.masked = torch.ones(slots, dtype=torch.bool, device=prompt.device)  # in the last pass
+        self.undecided = self.masked
         self.attention = policy.attention(self.frames, prompt)
         # of policies that refresh by measured drift
         self.probed: dict[str, Tensor] = {}
@@ -90,16 +92,19 @@ class RequestCache:
             "before": self.answer[: self.block.start],
             "block": self.answer[self.block],
             "after": self.answer[self.block.stop :],
+            "undecided": self.answer[self.undecided],
         }
 
-    def next_pass(self, answer: Tensor, suffix: Tensor, block: slice) -> PartialPass:
+    def next_pass(self, answer: Tensor, suffix: Tensor, block: slice, masked: Tensor) -> PartialPass:
         """What the next pass recomputes.
 
         Args:
             answer: (slots, width) embeddings of the answer as it stands.
             suffix: (suffix tokens, width) embeddings.
             block: slots of the current block.
+            masked: boolean (slots,): still open.
         """
+        self.undecided, self.masked = self.masked | masked, masked.clone()
         self.step_in_block = self.step_in_block + 1 if block == self.block else 0
         self.block = block
         layers = self.config.num_hidden_layers
@@ -120,9 +125,10 @@ class RequestCache:
             joins.setdefault(start, []).append(segments[segment])
         self.add_probes(plan, joins)
         self.attention.begin_pass(plan, segments["block"])
+        self.attention.joins = {start: torch.cat(positions) for start, positions in joins.items()}
         return PartialPass(
             self.kv_cache,
-            {start: torch.cat(positions) for start, positions in joins.items()},
+            self.attention.joins,
             self.attention,
             None if plan.narrow is None else max(1, round(plan.narrow * len(self.answer))),
         )

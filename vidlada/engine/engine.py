@@ -90,7 +90,12 @@ class EngineRequest:
     @property
     def visual_key(self) -> Hashable:
         """Under which the frames' keys and values may be taken over; the decoding loop checks that they fit."""
-        return (*(shown.key for shown in self.videos), self.settings.cache)
+        return (
+            *(shown.key for shown in self.videos),
+            self.settings.cache,
+            self.settings.reuse,
+            self.settings.visual_keep,
+        )
 
     @property
     def tokens(self) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from vidlada.decoding.policies import parse_policy
+from vidlada.decoding.choices import check_choices
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.model.quantization import Quantization
@@ -12,8 +12,14 @@ from vidlada.settings import settings_of
 from vidlada.video import Sampling
 
 ThinkMode = Literal["no_think", "think"]
-DECODING = ("cache", "threshold", "factor", "reuse")  # generation settings that model arguments may give for all tasks
-PACES = ("steps", "gen_steps", "threshold", "factor")  # how many tokens a step commits; one replaces another
+DECODING = (
+    "cache",
+    "commit",
+    "threshold",
+    "factor",
+    "reuse",
+)  # generation settings that model arguments may give for all tasks
+PACES = ("steps", "gen_steps", "threshold", "factor", "commit")  # how many tokens a step commits; one replaces another
 RENAMED = {"torch_dtype": "dtype", "peft": "adapter"}
 GENERATION_NAMES = {name: name for name in settings_of(GenerationSettings) if name != "stop"} | {
     "gen_steps": "steps", "cfg": "cfg_scale",
@@ -41,8 +47,8 @@ class ModelArguments:
             what follows it counts.
         system_prompt: instead of the checkpoint's system message.
         dtype, device, quantization, compiled: as `vidlada.load` takes them.
-        cache, threshold, factor, reuse: of `GenerationSettings`; `--gen_kwargs` come after. The settings of a cache
-            are separated by `;`, because lmms-eval splits at commas: `cache=mars:text=8;ratio=2`.
+        cache, commit, threshold, factor, reuse: of `GenerationSettings`; `--gen_kwargs` come after. The settings of a
+            cache or rule are separated by `;`, because lmms-eval splits at commas: `cache=mars:text=8;ratio=2`.
         mc_num: Monte Carlo samples of a likelihood.
         batch_size_ppl: of these, how many run together.
         mc_seed: of their masks.
@@ -64,6 +70,7 @@ class ModelArguments:
     quantization: Quantization | None = None
     compiled: bool = False
     cache: str | None = None
+    commit: str | None = None
     threshold: float | None = None
     factor: float | None = None
     reuse: bool | None = None
@@ -87,7 +94,7 @@ class ModelArguments:
             raise InputError(f"conv_template {self.conv_template!r} is unknown; the checkpoint's own template is used")
         check_think_mode(self.think_mode)
         self.sampling  # noqa: B018 - validates
-        parse_policy(GenerationSettings().updated(**self.decoding).cache)
+        check_choices(GenerationSettings().updated(**self.decoding))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelArguments":
@@ -118,9 +125,7 @@ class ModelArguments:
         given = {name: getattr(self, name) for name in DECODING if getattr(self, name) is not None}
         if self.think_mode is not None:
             given["think"] = self.think_mode == "think"
-        if "cache" in given:
-            given["cache"] = str(given["cache"]).replace(";", ",")
-        return given
+        return given | {name: str(given[name]).replace(";", ",") for name in ("cache", "commit") if name in given}
 
 
 def check_think_mode(value: Any) -> None:
@@ -179,9 +184,8 @@ def generation_settings(
     for name in ("temperature", "cfg_scale", "threshold", "factor"):
         if isinstance(changes.get(name), int):
             changes[name] = float(changes[name])
-    if "cache" in changes:
-        parse_policy(changes["cache"])  # an unknown policy stops the run, not every sample
     settings = defaults.updated(**{name: value for name, value in changes.items() if name != "stop"})
+    check_choices(settings)  # an unknown policy or rule stops the run, not every sample
     for name, value in (decoding or {}).items():
         if name not in changes and getattr(settings, name) is None:
             raise InputError(f"{name} {value!r} has no effect beside {_pace(arguments)}; leave one of them out")

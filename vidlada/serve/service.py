@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vidlada.api import VidLaDA
-from vidlada.decoding.policies import parse_policy
+from vidlada.decoding.choices import check_choices
 from vidlada.engine.engine import Engine, EngineRequest, MediaInput, RequestHandle
 from vidlada.engine.feature_store import LRUCache
 from vidlada.generation import GenerationSettings, PromptSettings
@@ -114,7 +114,7 @@ class Service:
         """
         base = self.vidlada.settings()
         settings, max_tokens = generation_settings(request, base, self.limits.max_tokens)
-        parse_policy(settings.cache)
+        check_choices(settings)
         messages, references = conversation_of(request.messages, self.vidlada.model.config.multi_turn)
         if len(references) > self.limits.max_media:
             message = f"{len(references)} videos and images are more than the {self.limits.max_media} allowed"
