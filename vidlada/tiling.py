@@ -58,7 +58,7 @@ class Tiling:
             `spatial`: that grid with its padding and without newlines; `flat`: tile after tile.
 
     Raises:
-        InputError: there is no such aspect ratio, or a pinpoint is not made of whole tiles.
+        InputError: there is no such aspect ratio.
     """
 
     aspect_ratio: str
@@ -74,11 +74,6 @@ class Tiling:
             )
         if self.pinpoints is not None:  # lists where it was read from JSON
             object.__setattr__(self, "pinpoints", tuple(tuple(pinpoint) for pinpoint in self.pinpoints))
-        for pinpoint in self.resolutions:
-            if len(pinpoint) != 2 or any(side < self.tile or side % self.tile for side in pinpoint):
-                raise InputError(
-                    f"image_grid_pinpoints: {list(pinpoint)} is not made of whole tiles of {self.tile} pixels"
-                )
 
     @property
     def as_frames(self) -> bool:
@@ -94,14 +89,21 @@ class Tiling:
         return tuple((width, height) for width in sides for height in sides)
 
     def resolution_for(self, width: int, height: int) -> tuple[int, int]:
-        """The pinpoint that keeps most of an image's pixels, and of those the one that wastes least."""
+        """The pinpoint that keeps most of an image's pixels, and of those the one that wastes least.
+
+        Raises:
+            InputError: it is not made of whole tiles.
+        """
 
         def rank(pinpoint: tuple[int, int]) -> tuple[int, int]:
             scale = min(pinpoint[0] / width, pinpoint[1] / height)
             kept = min(int(width * scale) * int(height * scale), width * height)
             return kept, kept - pinpoint[0] * pinpoint[1]
 
-        return max(self.resolutions, key=rank)
+        best = max(self.resolutions, key=rank)
+        if any(side < self.tile or side % self.tile for side in best):
+            raise InputError(f"image_grid_pinpoints: {list(best)} is not made of whole tiles of {self.tile} pixels")
+        return best
 
     def shape_of(self, height: int, width: int, alone: bool = True) -> ImageShape:
         """The shape an image of so many pixels will have; see `cut`."""

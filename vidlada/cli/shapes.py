@@ -61,7 +61,7 @@ def shapes_evaluate(questions: Path, blind: bool, report: Path | None, source: M
     def answers(video: Path | None, asked: Sequence[Asked]) -> list[str]:
         if video not in videos:
             videos.clear()
-            videos[video] = vidlada.chat(video, **given).video
+            videos[video] = vidlada.chat(video, **given).media
         return [answer.text for answer in vidlada.ask_many(
             [(videos[video], question) for question, _ in asked], choices=[choices for _, choices in asked], **given
         )]  # fmt: skip
