@@ -20,7 +20,7 @@ ROWS = [
     ["checkpoint"],
     ["decoding", "processor"],
     ["model"],
-    ["generation", "images", "video", "shapes"],
+    ["generation", "images", "video", "shapes", "tiling"],
     ["settings"],
     ["errors", "files", "machine", "noise"],
 ]

@@ -147,7 +147,7 @@ class VidLaDA:
         self._check_memory(len(images), self.settings())
         with torch.inference_mode():
             pixels = self.processor.pixel_values(images).to(self.model.device, self.model.dtype)
-            (visual_tokens,) = self.model.encode_videos(pixels, [len(pixels)])
+            (visual_tokens,) = self.model.encode_media(pixels, [len(pixels)])
         seconds = {"video": decoded - started, "vision": time.perf_counter() - decoded}
         return EncodedVideo(visual_tokens, tuple(times), info, seconds)
 

@@ -43,8 +43,8 @@ def test_the_video_changes_the_answer(small, clips):
 
 def test_several_questions_pay_for_the_video_once(small, clips, monkeypatch):
     calls = []
-    encode = small.model.encode_videos
-    monkeypatch.setattr(small.model, "encode_videos", lambda *a: calls.append(1) or encode(*a))
+    encode = small.model.encode_media
+    monkeypatch.setattr(small.model, "encode_media", lambda *a: calls.append(1) or encode(*a))
     seen = small.encode_video(clips[0])
     for question in ("is it red ?", "is it small ?"):
         assert small.ask(seen, question, **FAST).token_ids == small.ask(clips[0], question, **FAST).token_ids

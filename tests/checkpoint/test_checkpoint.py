@@ -200,7 +200,7 @@ def test_llada_layout(llada):
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, reference(input_ids=ids).logits)
     with pytest.raises(InputError, match="text-only"):
-        model.encode_videos(torch.zeros(1, 3, 384, 384), [1])
+        model.encode_media(torch.zeros(1, 3, 384, 384), [1])
 
 
 def test_llada_converts_both_ways(llada, tmp_path):

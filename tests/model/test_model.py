@@ -77,8 +77,8 @@ def test_visual_tokens_must_fit_their_places(small):
 def test_videos_of_different_length_are_encoded_as_alone(small):
     pixels = torch.randn(5, 3, 36, 36)
     with torch.no_grad():
-        first, second = small.model.encode_videos(pixels, [2, 3])
-        (alone,) = small.model.encode_videos(pixels[2:], [3])
+        first, second = small.model.encode_media(pixels, [2, 3])
+        (alone,) = small.model.encode_media(pixels[2:], [3])
     assert first.shape == (12, 32)
     assert torch.allclose(second, alone, atol=1e-5)
 
@@ -91,7 +91,7 @@ def test_videos_of_different_length_are_encoded_as_alone(small):
 def test_layouts_of_visual_tokens(small, position, mode, count):
     config = VidLaDAConfig(**{**small.model.config.to_dict(), "newline_position": position, "spatial_pool_mode": mode})
     model = VidLaDAForMaskedDiffusion(config)
-    (visual,) = model.encode_videos(torch.zeros(2, 3, 36, 36), [2])
+    (visual,) = model.encode_media(torch.zeros(2, 3, 36, 36), [2])
     assert len(visual) == config.visual_tokens(2) == count
 
 

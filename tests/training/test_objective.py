@@ -35,7 +35,7 @@ def test_published_loss(variant):
     turns = torch.from_numpy(recorded["loss.turn_ids"])
     by_turn = conversation_mask(turns, torch.ones_like(turns, dtype=torch.bool))
     with torch.no_grad():
-        (visual,) = model.encode_videos(pixels(104, 2), [2])
+        (visual,) = model.encode_media(pixels(104, 2), [2])
         ids = expand_video(recorded["loss.ids"], len(visual))
         assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
         embeddings = model.embed(ids.masked_fill(masked, model.config.mask_token_id), visual)

@@ -130,7 +130,7 @@ def plain_loss(run, pictures, collate, think):
                     later_turn = collate.conversation_mask and turns[key] > turns[query]
                     later_token = config.objective == "autoregressive" and key > query
                     allowed[0, 0, query, key] = not later_turn and not later_token
-            seen = {"pixel_values": torch.cat(own), "frame_counts": [1] * len(own)} if own else {}
+            seen = {"pixel_values": torch.cat(own), "media_shapes": [1] * len(own)} if own else {}
             return run.model(input_ids=torch.tensor([ids]), attention_mask=allowed, **seen).logits[0].log_softmax(-1)
 
         if config.objective == "autoregressive":

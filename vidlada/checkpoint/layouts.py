@@ -86,6 +86,9 @@ def config_from_published(published: dict[str, Any], vision: dict[str, Any]) -> 
         # the published code pools with stride 2 whatever mm_spatial_pool_stride says
         spatial_pool_mode=published.get("mm_spatial_pool_mode", "bilinear"),
         newline_position=published.get("mm_newline_position", "grid"),
+        image_aspect_ratio=published.get("image_aspect_ratio") or "anyres_max_4",
+        image_grid_pinpoints=published.get("image_grid_pinpoints"),
+        image_merge_type=published.get("mm_patch_merge_type") or "spatial_unpad",
         max_length=published.get("tokenizer_model_max_length") or 32768,
         **published.get(OURS, {}),
     )
@@ -165,8 +168,9 @@ def published_config(config: VidLaDAConfig) -> dict[str, Any]:
         "mm_spatial_pool_stride": config.spatial_pool_stride,
         "mm_spatial_pool_mode": config.spatial_pool_mode,
         "mm_newline_position": config.newline_position,
-        "mm_patch_merge_type": "spatial_unpad",
-        "image_aspect_ratio": "anyres_max_4",
+        "mm_patch_merge_type": config.image_merge_type,
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "image_grid_pinpoints": config.image_grid_pinpoints,
         "tokenizer_model_max_length": config.max_length,
         "use_cache": False,
     }

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from vidlada.checkpoint.load import save_model
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.machine import peak_memory, return_free_memory
+from vidlada.tiling import pictures_of
 from vidlada.training.checkpoints import READ_ERRORS, WRITE_ERRORS, NotSaved, save_checkpoint
 from vidlada.training.config import CollateSettings, TrainingConfig
 from vidlada.training.data.collate import Collator, PartSampler, StepDataset, to_device
@@ -350,9 +351,9 @@ class Run:
             own.loss += value
             own.tokens += int((batch["sample_index"] >= -1).sum())
             rows, length = batch["input_ids"].shape
-            own.flops += self.flops(rows, length, sum(batch.get("frame_counts", ())))
+            own.flops += self.flops(rows, length, sum(map(pictures_of, batch.get("media_shapes", ()))))
             own.skipped += len(batch["skipped"])
-            own.frames += 0 if "stands_in" in batch else sum(batch.get("frame_counts", ()))
+            own.frames += 0 if "stands_in" in batch else sum(map(pictures_of, batch.get("media_shapes", ())))
             self.note_skipped(step, batch["skipped"])
             if not math.isfinite(value):
                 self.keep_batch(step, batch)
@@ -437,7 +438,7 @@ class Run:
             self.accelerator.device,
         )
         with self.accelerator.autocast():
-            return self.model(frame_counts=batch.get("frame_counts"), **inputs).logits
+            return self.model(media_shapes=batch.get("media_shapes"), **inputs).logits
 
     def keep_batch(self, step: int, batch: dict[str, Any]) -> None:
         """Save the batch whose loss is not finite; a full disk does not hide that it is not."""

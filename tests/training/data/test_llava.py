@@ -45,7 +45,7 @@ def collate(made, samples, seed=0, **settings):
 def logits(made, batch, **changes):
     """Logits of every position with all targets hidden."""
     model, _ = made
-    names = ("position_ids", "attention_mask", "pixel_values", "frame_counts")
+    names = ("position_ids", "attention_mask", "pixel_values", "media_shapes")
     hidden = batch["input_ids"].masked_fill(batch["labels"] != IGNORED, model.config.mask_token_id)
     return model(input_ids=hidden, **{**{name: batch.get(name) for name in names}, **changes}).logits
 

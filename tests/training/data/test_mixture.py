@@ -309,7 +309,7 @@ def test_nothing_usable_keeps_the_process_in_step(tmp_path):
     path = write_json(tmp_path / "d.json", [entry("gone", video="gone.mp4")])
     stuck = StepDataset(LlavaSource(path, batch_size=1), Collator(processor, CollateSettings(), 56), 0)[Part(0)]
     assert stuck["weight"] == 0 and len(stuck["skipped"]) > 1
-    assert stuck["frame_counts"] == [1] and not stuck["attention_mask"].all()
+    assert stuck["media_shapes"] == [1] and not stuck["attention_mask"].all()
 
 
 def write_config(folder, data, **more):

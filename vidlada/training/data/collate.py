@@ -43,7 +43,7 @@ class Collator:
         Returns:
             `input_ids`, `labels`, `sample_index`, `position_ids` (batch, tokens); `attention_mask` (batch, tokens)
             or (batch, 1, tokens, tokens), or None when nothing is padded or separate; `force` (samples,); with
-            videos `pixel_values` and `frame_counts`; `stands_in` where they are only a stand-in.
+            videos `pixel_values` and `media_shapes`; `stands_in` where they are only a stand-in.
         """
         rows, first = [], 0
         for sample in samples:
@@ -78,7 +78,7 @@ class Collator:
             videos = [np.zeros((1, self.stand_in, self.stand_in, 3), np.uint8)]
         if videos:
             batch["pixel_values"] = torch.cat([self.processor.pixel_values(video) for video in videos])
-            batch["frame_counts"] = [len(video) for video in videos]
+            batch["media_shapes"] = [len(video) for video in videos]
         return batch
 
     def check(self, sample: Sample) -> None:
