@@ -1,4 +1,5 @@
-"""Which proposals become final in a step: a fixed number, all above a threshold, or Fast-dLLM's factor rule."""
+"""Which tokens may be proposed, and which proposals become final in a step: a fixed number, all above a threshold, or
+Fast-dLLM's factor rule."""
 
 import torch
 from torch import Tensor
@@ -47,3 +48,20 @@ def by_factor(confidence: Tensor, open_slots: Tensor, factor: float) -> Tensor:
     counts = torch.arange(1, len(ranked) + 1, device=ranked.device)
     fits = ((counts + 1) * (1 - ranked) < factor).nonzero()
     return most_confident(confidence, open_slots, int(fits[-1]) + 1 if len(fits) else 1)
+
+
+def within_nucleus(logits: Tensor, top_p: float, temperature: float) -> Tensor:
+    """Logits without the tokens outside the nucleus: the fewest likeliest ones that together reach `top_p`.
+
+    Args:
+        logits: (block, vocabulary).
+        top_p: probability, in (0, 1].
+        temperature: that the probabilities are taken at, above 0.
+
+    Returns:
+        (block, vocabulary), minus infinity outside.
+    """
+    ranked, order = (logits.double() / temperature).sort(-1, descending=True)
+    probability = ranked.softmax(-1)
+    outside = probability.cumsum(-1) - probability >= top_p  # what stands before it is enough; never the first
+    return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
