@@ -59,6 +59,12 @@ class GenerationSettings:
         essential=True,
     )
     temperature: float = setting(0.0, "Of the Gumbel noise; 0 is greedy.", minimum=0, maximum=10, essential=True)
+    top_p: float = setting(
+        1.0,
+        "At a temperature, sample only from the likeliest tokens that together are this probable.",
+        above=0,
+        maximum=1,
+    )
     cfg_scale: float = setting(
         0.0, "Classifier-free guidance; 0 is off, else a step takes two passes.", minimum=0, maximum=100
     )

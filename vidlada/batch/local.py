@@ -124,7 +124,7 @@ class Answerer:
         if line.error is not None:
             return {**line.echo(), "error": line.error}
         try:
-            submitted = await self.service.submit(request_of(line, self.folder, self.defaults))
+            (submitted,) = await self.service.submit(request_of(line, self.folder, self.defaults))
             async for update in submitted.handle.updates():
                 last = update
         except VidLaDAError as error:

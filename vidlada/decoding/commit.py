@@ -366,3 +366,20 @@ def measured(measure: str, logits: Tensor) -> Tensor:
         return torch.special.entr(probability).sum(-1)
     best = logits.double().topk(2, dim=-1).values
     return best[:, 0] - best[:, 1]
+
+
+def within_nucleus(logits: Tensor, top_p: float, temperature: float) -> Tensor:
+    """Logits without the tokens outside the nucleus: the fewest likeliest ones that together reach `top_p`.
+
+    Args:
+        logits: (block, vocabulary).
+        top_p: probability, in (0, 1].
+        temperature: that the probabilities are taken at, above 0.
+
+    Returns:
+        (block, vocabulary), minus infinity outside.
+    """
+    ranked, order = (logits.double() / temperature).sort(-1, descending=True)
+    probability = ranked.softmax(-1)
+    outside = probability.cumsum(-1) - probability >= top_p  # what stands before it is enough; never the first
+    return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)

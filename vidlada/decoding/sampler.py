@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vidlada.decoding.cache import RequestCache, VisualCache
-from vidlada.decoding.commit import Proposals, commit_rule, measured
+from vidlada.decoding.commit import Proposals, commit_rule, measured, within_nucleus
 from vidlada.decoding.kv_cache import refresh
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.policies.blockwise import Full
@@ -299,6 +299,8 @@ class RunningRequest:
         """Add Gumbel noise in float64: exp(logits) / (-log u)^temperature; greedy at temperature 0."""
         if self.settings.temperature == 0:
             return logits
+        if self.settings.top_p < 1:
+            logits = within_nucleus(logits, self.settings.top_p, self.settings.temperature)
         noise = torch.rand(1, *logits.shape, dtype=torch.float64, generator=self.generator)[0].to(logits.device)
         return logits.double().exp() / (-noise.log()) ** self.settings.temperature
 

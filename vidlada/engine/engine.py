@@ -28,6 +28,7 @@ from vidlada.decoding.cache import VisualCache
 from vidlada.decoding.sampler import Denoiser, State
 from vidlada.decoding.streaming import StableText
 from vidlada.decoding.thinking import Turn
+from vidlada.engine.choosing import choose
 from vidlada.engine.feature_store import LRUCache
 from vidlada.engine.limits import EngineLimits
 from vidlada.engine.scheduler import Scheduler, Task
@@ -80,12 +81,16 @@ class EngineRequest:
         videos: what it shows, in order.
         settings: of decoding.
         max_tokens: most tokens of the answer; the answer's slots by default.
+        choices: answer with the likeliest of these instead of decoding.
+        continues: the prompt ends within what the assistant says.
     """
 
     encoded: EncodedConversation
     videos: Sequence[MediaInput]
     settings: GenerationSettings
     max_tokens: int | None = None
+    choices: Sequence[str] = ()
+    continues: bool = False
 
     @property
     def visual_key(self) -> Hashable:
@@ -111,11 +116,15 @@ class Update:
         state: after the step.
         stable: the part of the answer that can no longer change; the last update's is the whole answer.
         seconds: waiting in the queue, and in the vision tower.
+        confidence: (gen_length,) probability with which each final slot was committed; 1 where it was given.
+        choices: log-probabilities of the job's choices among each other.
     """
 
     state: State
     stable: StableText
     seconds: dict[str, float]
+    confidence: Tensor
+    choices: tuple[float, ...] = ()
 
 
 @dataclass
@@ -150,6 +159,8 @@ class RequestHandle:
         self.seconds: dict[str, float] = {}
         self.submitted = time.perf_counter()
         self.turn: Turn | None = None  # while it runs
+        self.confidence: Tensor | None = None
+        self.committed: Tensor | None = None
         self.pending: deque[Update | BaseException] = deque(maxlen=MOST_PENDING)
         self.news = asyncio.Event()
 
@@ -182,6 +193,13 @@ class RequestHandle:
                     await asyncio.sleep(0)  # a reader that never waits must not keep the loop from others
         finally:
             self.cancel()
+
+    def confidence_after(self, state: State) -> Tensor:
+        """Probability with which each final slot was committed; a state tells it of those of its step alone."""
+        before = self.committed if self.committed is not None else torch.zeros_like(state.committed)
+        known = self.confidence if self.confidence is not None else state.confidence
+        self.confidence, self.committed = torch.where(before, known, state.confidence), state.committed
+        return self.confidence
 
     def put(self, update: "Update | BaseException") -> None:
         """Called by the engine's thread."""
@@ -350,6 +368,11 @@ class Engine:
         job = handle.job
         known = self.visual.get(job.visual_key) if job.settings.reuse else None
         request = replace(self.vidlada.request(job.encoded, tokens, job.settings), visual=known)
+        if job.choices:
+            self.totals.finished += 1
+            chosen, stable, scores = choose(self.vidlada, request, job.choices)
+            handle.put(Update(chosen, stable, dict(handle.seconds), chosen.confidence, scores))
+            return
         handle.turn = Turn(request, self.vidlada.processor, model, job.max_tokens)
         self._start(handle)
 
@@ -406,7 +429,7 @@ class Engine:
         if stable.finish_reason is not None:
             handle.turn = None
             self.totals.finished += 1
-        handle.put(Update(state, stable, dict(handle.seconds)))
+        handle.put(Update(state, stable, dict(handle.seconds), handle.confidence_after(state)))
         if turn.request is not request:  # the thought is complete
             self._start(handle)
 

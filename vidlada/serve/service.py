@@ -2,10 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from vidlada.api import VidLaDA
 from vidlada.decoding.choices import check_choices
@@ -13,19 +14,20 @@ from vidlada.engine.engine import Engine, EngineRequest, MediaInput, RequestHand
 from vidlada.engine.feature_store import LRUCache
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.machine import MEBI
-from vidlada.processor import time_instruction, with_think_mode
-from vidlada.serve.conversation import MediaReference, conversation_of, generation_settings
+from vidlada.processor import BOS, EncodedConversation, time_instruction, with_think_mode
+from vidlada.serve.conversation import MediaReference, conversation_of, generation_settings, with_seed
 from vidlada.serve.decoder import Decoders
 from vidlada.serve.errors import RequestError
 from vidlada.serve.files import FileStore
 from vidlada.serve.limits import Limits
 from vidlada.serve.media import MediaSource
-from vidlada.serve.schema import ChatRequest
+from vidlada.serve.schema import AnswerRequest, ChatRequest
 from vidlada.serve.threads import LONG_TEXT, TEXT, in_thread
 from vidlada.video import Frames, Sampling
 
 LONG_TEXT_CHARACTERS = 2**13
 MOST_PREVIEWS = 32
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,29 @@ class Service:
         if self.admitted >= self.limits.max_admitted:
             raise RequestError(429, f"{self.admitted} requests are being answered or waiting; try later", "queue_full")
 
-    async def submit(self, request: ChatRequest, owner: str = "") -> Submitted:
-        """Prepare a request and queue it.
+    async def submit(self, request: AnswerRequest, owner: str = "") -> list[Submitted]:
+        """Prepare a request and queue its answers: `n` of them for every prompt.
+
+        Raises:
+            RequestError, InputError: it cannot be answered, and why.
+        """
+        jobs, seconds = await self.prepare(request, owner)
+        found = []
+        for job in jobs:
+            for number in range(request.n):
+                each = replace(job, settings=with_seed(job.settings, number))
+                found.append(Submitted(self.engine.submit(each), seconds))
+        return found
+
+    async def prepare(self, request: AnswerRequest, owner: str = "") -> tuple[list[EngineRequest], dict[str, float]]:
+        """Fetch, decode and encode what a request says.
+
+        Args:
+            request: of chat, of completions (then a job for every prompt), or of the tokenizer.
+            owner: of the uploads it may name.
+
+        Returns:
+            What to ask the engine, and seconds by phase.
 
         Raises:
             RequestError, InputError: it cannot be answered, and why.
@@ -115,7 +138,20 @@ class Service:
         base = self.vidlada.settings()
         settings, max_tokens = generation_settings(request, base, self.limits.max_tokens)
         check_choices(settings)
-        messages, references = conversation_of(request.messages, self.vidlada.model.config.multi_turn)
+        seconds = {"fetch": 0.0, "video": 0.0}
+        choices = tuple(request.guided_choice or ())
+        if not isinstance(request, ChatRequest):
+            prompts = request.prompts
+            size = sum(map(len, prompts))
+            encoded_all = await self._encode(size, lambda: [self.plain_text(prompt) for prompt in prompts])
+            return [
+                self.checked(EngineRequest(each, [], settings, max_tokens, choices, True)) for each in encoded_all
+            ], seconds
+        conversation = conversation_of(request.messages, self.vidlada.model.config.multi_turn)
+        messages, references, prefix = conversation.messages, conversation.media, conversation.prefix
+        if request.continue_final_message and not prefix:
+            message = "there is nothing to continue: the last message is not the assistant's"
+            raise RequestError(422, message, "bad_messages", "continue_final_message")
         if len(references) > self.limits.max_media:
             message = f"{len(references)} videos and images are more than the {self.limits.max_media} allowed"
             raise RequestError(422, message, "too_many_media", "messages")
@@ -124,11 +160,14 @@ class Service:
         if request.time_instruction and len(references) != 1:
             message = f"time_instruction needs exactly one video, not {len(references)}"
             raise RequestError(422, message, "bad_time_instruction", "time_instruction")
+        most = self.vidlada.processor.max_length
+        if len(references) * self.vidlada.model.config.tokens_per_frame() > most:  # before any is fetched
+            message = f"{len(references)} videos and images cannot fit into the model's {most} tokens"
+            raise RequestError(422, message, "context_length_exceeded", "messages")
         frames_asked = request.frames
         if frames_asked == "auto":
             frames_asked = self.frames_that_fit(references, settings, request.time_instruction)
         sampling = self.sampling(frames_asked, request.fps, request.force_sample, request.background)
-        seconds = {"fetch": 0.0, "video": 0.0}
         alone = sum(reference.is_image for reference in references) == 1
         videos = [await self.show(reference, sampling, owner, seconds, alone) for reference in references]
         if request.time_instruction:
@@ -138,14 +177,34 @@ class Service:
             text["text"] = f"{time_instruction(frames.times, frames.info.duration)}\n{text['text']}"
         messages = with_think_mode(messages, settings.think)
         counts = [video.shape for video in videos]
-        is_long = sum(len(str(message["content"])) for message in messages) > LONG_TEXT_CHARACTERS
-        encoded = await in_thread(LONG_TEXT if is_long else TEXT, self.vidlada.processor.encode, messages, counts)
-        job = EngineRequest(encoded, videos, settings, max_tokens)
+        size = sum(len(str(message["content"])) for message in messages) + len(prefix)
+
+        def encode() -> EncodedConversation:
+            encoded = self.vidlada.processor.encode(messages, counts)
+            encoded.append(self.vidlada.processor.answer_ids(prefix), encoded.turn[-1], answer=True)
+            return encoded
+
+        encoded = await self._encode(size, encode)
+        return [self.checked(EngineRequest(encoded, videos, settings, max_tokens, choices, bool(prefix)))], seconds
+
+    async def _encode(self, characters: int, encode: Callable[[], Result]) -> Result:
+        """Tokenize in a thread; long texts do not hold up short ones."""
+        return await in_thread(LONG_TEXT if characters > LONG_TEXT_CHARACTERS else TEXT, encode)
+
+    def plain_text(self, text: str) -> EncodedConversation:
+        """A text without a chat template."""
+        encoded, processor = EncodedConversation(), self.vidlada.processor
+        encoded.append([processor.token_id(BOS)], 0, control=True)
+        encoded.append(processor.text_ids(text), 0)
+        return encoded
+
+    def checked(self, job: EngineRequest) -> EngineRequest:
+        """A job that fits the model; 422 for one that does not."""
         most = self.vidlada.processor.max_length
         if job.tokens > most:
             message = f"prompt and answer slots take {job.tokens} tokens, more than the model's {most}"
             raise RequestError(422, f"{message}; use fewer frames or a smaller max_tokens", "context_length_exceeded")
-        return Submitted(self.engine.submit(job), seconds)
+        return job
 
     def sampling(
         self, frames: int | None, fps: float | None, force_sample: bool | None, background: str | None = None
