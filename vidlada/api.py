@@ -4,21 +4,25 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vidlada.checkpoint.load import describe, load_model, load_tokenizer
+from vidlada.checkpoint.load import describe, load_model, load_tokenizer, save_model
+from vidlada.checkpoint.publish import upload
 from vidlada.decoding.cache import VisualCache
 from vidlada.decoding.choices import check_choices
 from vidlada.decoding.sampler import Denoiser, Request, State, Statistics
+from vidlada.decoding.scoring import score_answers
 from vidlada.decoding.streaming import StableText, stable_text
 from vidlada.decoding.token_reduction import reduce_visual
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.info import check_memory, check_memory_of_weights, memory_need
+from vidlada.model.hub import local_folder, with_revision
 from vidlada.model.quantization import Quantization, quantize
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import EncodedConversation, Message, VidLaDAProcessor, time_instruction
@@ -79,6 +83,7 @@ class Answer:
         frame_times: seconds of the frames the model saw.
         statistics: steps, forward passes, tokens, seconds per phase.
         settings: how it was decoded.
+        choices: probability of each answer that was given to choose from, relative to the others.
     """
 
     text: str
@@ -87,6 +92,7 @@ class Answer:
     frame_times: tuple[float, ...]
     statistics: Statistics
     settings: GenerationSettings = field(repr=False)
+    choices: dict[str, float] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -120,7 +126,7 @@ class VidLaDA:
             video: a file, a folder of images, an image, frames already sampled, or a uint8 array
                 (frames, height, width, 3) taken at the sampling's `fps`; None for no video at all.
             sampling: which frames to take.
-            options: instead, `frames`, `fps`, `force_sample` of `Sampling`.
+            options: instead, `frames`, `fps`, `force_sample`, `background` of `Sampling`.
 
         Raises:
             InputError: the video cannot be used.
@@ -142,10 +148,12 @@ class VidLaDA:
                 raise InputError("the video array holds no frames")
         else:
             if not isinstance(video, Frames):
-                video = sample_frames(video, sampling, size=self.processor.image_size)
+                video = sample_frames(
+                    video, sampling, self.processor.image_size, lambda _, count: self.check_frames(count)
+                )
             images, times, info = video.images, video.times, video.info
+        self.check_frames(len(images))
         decoded = time.perf_counter()
-        self._check_memory(len(images), self.settings())
         with torch.inference_mode():
             pixels = self.processor.pixel_values(images).to(self.model.device, self.model.dtype)
             (visual_tokens,) = self.model.encode_videos(pixels, [len(pixels)])
@@ -191,6 +199,20 @@ class VidLaDA:
             pieces.append((decode([*before, token])[len(decode(before)) :], final))
         return Draft(state, tuple(pieces), decode(state.answer_ids()).strip())
 
+    def check_frames(self, frames: int) -> None:
+        """Refuse more frames than a prompt or this machine's memory can hold, before they are decoded.
+
+        Raises:
+            InputError: they are too many.
+        """
+        most = self.processor.most_frames
+        if frames > most:
+            raise InputError(
+                f"{frames} frames are more than the {most} that fit in the model's {self.processor.max_length} tokens; "
+                f"use fewer frames"
+            )
+        self._check_memory(frames, self.settings())
+
     def _check_memory(self, frames: int, settings: GenerationSettings) -> None:
         """Refuse a run that cannot fit."""
         config, size = self.model.config, self.model.dtype.itemsize
@@ -204,18 +226,19 @@ class VidLaDA:
         check_choices(settings)  # before any work starts
         return settings
 
-    def ask(self, video: Any, question: str, **options: Any) -> Answer:
+    def ask(self, video: Any, question: str, choices: Sequence[str] | None = None, **options: Any) -> Answer:
         """Answer one question about a video.
 
         Args:
             video: what `encode_video` takes; an `EncodedVideo` is not encoded again.
             question: text.
+            choices: answer with the likeliest of these, found in one pass, instead of decoding.
             options: `frames`, `fps`, `force_sample` of `Sampling`, all of `PromptSettings` and `GenerationSettings`.
 
         Raises:
             InputError: the video, the question or an option cannot be used.
         """
-        return self.chat(video, **options).ask(question)
+        return self.chat(video, **options).ask(question, choices)
 
     def stream(self, video: Any, question: str, **options: Any) -> Iterator[Draft]:
         """As `ask`, but yields a draft after every denoising step."""
@@ -227,12 +250,18 @@ class VidLaDA:
         settings = self.settings(**generation)
         return Conversation(self, self.encode_video(video, sampling), settings, prompt)
 
-    def ask_many(self, questions: Sequence[tuple[Any, str]], **options: Any) -> list[Answer]:
+    def ask_many(
+        self,
+        questions: Sequence[tuple[Any, str]],
+        choices: Sequence[Sequence[str] | None] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
         """Answer several questions, each about its own video, in one padded batch.
 
         Args:
             questions: pairs of a video (as for `encode_video`) and a question; a video given several times as the same
                 object is encoded once.
+            choices: of each question, as for `ask`; None for one that is decoded.
             options: as for `ask`.
         """
         sampling, prompt, generation = split_options(options)
@@ -242,11 +271,18 @@ class VidLaDA:
             if id(video) not in encoded:
                 encoded[id(video)] = self.encode_video(video, sampling)
         chats = [Conversation(self, encoded[id(video)], settings, prompt) for video, _ in questions]
-        requests = [chat.request(question) for chat, (_, question) in zip(chats, questions, strict=True)]
-        last: dict[int, tuple[State, StableText]] = {}
-        for number, state, stable in self.decode(requests):
-            last[number] = state, stable
-        return [chat.answer(*last[number]) for number, chat in enumerate(chats)]
+        answers: dict[int, Answer] = {}
+        decoded: list[int] = []
+        for number, own in enumerate(choices or [None] * len(questions)):
+            if own is None:
+                decoded.append(number)
+            else:
+                answers[number] = chats[number].choose(questions[number][1], own)
+        requests = [chats[number].request(questions[number][1]) for number in decoded]
+        for place, state, stable in self.decode(requests):
+            if stable.finish_reason is not None:
+                answers[decoded[place]] = chats[decoded[place]].answer(state, stable)
+        return [answers[number] for number in range(len(questions))]
 
     def decode(self, requests: Sequence[Request]) -> Iterator[tuple[int, State, StableText]]:
         """Decode requests together until the text of each is complete.
@@ -268,6 +304,25 @@ class VidLaDA:
                     denoiser.remove(number)
                 yield number, state, stable
             states = []
+
+    def push_to_hub(self, repository: str, private: bool | None = None, revision: str | None = None) -> str:
+        """Upload weights, configuration, processor, tokenizer and a model card to the Hugging Face hub.
+
+        Args:
+            repository: `owner/name`; it is created if need be.
+            private: whether a new repository is; as the hub decides by default.
+            revision: branch to upload to; it is created if need be.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            InputError: the name cannot be one of the hub's.
+            VidLaDAError: the hub cannot be reached, or does not let us in.
+        """
+        with TemporaryDirectory() as folder:
+            save_model(self.model, self.processor, Path(folder))
+            return upload(Path(folder), repository, private, revision)
 
 
 SAMPLING_OPTIONS = {listed.alias or name: name for name, (_, listed, _) in settings_of(Sampling).items()}
@@ -340,14 +395,46 @@ class Conversation:
             if stable.finish_reason is not None:
                 self.last, self.visual = self.answer(state, stable), state.visual
             yield self.draft(state)
-        if self.vidlada.model.config.multi_turn:
-            self.messages += [self._user(question), {"role": "assistant", "content": self.last.text}]
+        self._remember(question)
 
-    def ask(self, question: str) -> Answer:
-        """Answer the next question."""
+    def ask(self, question: str, choices: Sequence[str] | None = None) -> Answer:
+        """Answer the next question, with one of the choices if there are any."""
+        if choices is not None:
+            self.last = self.choose(question, choices)
+            self._remember(question)
+            return self.last
         for _ in self.stream(question):
             pass
         return self.last
+
+    def choose(self, question: str, choices: Sequence[str]) -> Answer:
+        """The likeliest of several answers, found in one pass; of the settings only `gen_length` matters.
+
+        Raises:
+            InputError: there is no choice, an empty one, or one twice.
+        """
+        if not choices or not all(choice.strip() for choice in choices) or len(set(choices)) < len(choices):
+            raise InputError(f"choices must be different answers, none of them empty, not {list(choices)}")
+        started = time.perf_counter()
+        request = self.request(question)
+        ids = [self.vidlada.processor.text_ids(choice) for choice in choices]
+        scores = score_answers(self.vidlada.model, request.prompt, ids, self.settings.gen_length)
+        best = int(scores.argmax())
+        seconds = {**self.video.seconds, "scoring": time.perf_counter() - started}
+        return Answer(
+            text=choices[best],
+            token_ids=ids[best],
+            finish_reason="stop",
+            frame_times=self.video.times,
+            statistics=Statistics(forward_passes=1, seconds=seconds),
+            settings=self.settings,
+            choices=dict(zip(choices, scores.softmax(0).tolist(), strict=True)),
+        )
+
+    def _remember(self, question: str) -> None:
+        """Models trained on conversations see the earlier turns."""
+        if self.vidlada.model.config.multi_turn:
+            self.messages += [self._user(question), {"role": "assistant", "content": self.last.text}]
 
     def draft(self, state: State) -> Draft:
         """A state as text."""
@@ -365,14 +452,18 @@ class Conversation:
         )
 
 
-def model_folder(name_or_folder: str | Path) -> Path:
-    """Folder of a model given by name (`tiny`, in the package) or path; `InputError` if there is none."""
-    if str(name_or_folder) == SHIPPED:
+def model_folder(name_or_folder: str | Path, revision: str | None = None, what: str = "model") -> Path:
+    """Folder of a model or adapter given by name; `InputError` if there is none.
+
+    Args:
+        name_or_folder: `tiny`, the model in the package; a folder; or a name of the Hugging Face hub, `owner/name` or
+            `owner/name@revision`, which is downloaded into the hub's cache.
+        revision: of a name of the hub: a branch, tag or commit.
+        what: is looked for, for messages.
+    """
+    if str(name_or_folder) == SHIPPED and revision is None:
         return Path(__file__).parent / "weights" / SHIPPED
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        raise InputError(f"{name_or_folder}: no such model folder; give a folder, or {SHIPPED!r} for the shipped one")
-    return folder
+    return local_folder(with_revision(str(name_or_folder), revision), what)
 
 
 def load(
@@ -383,24 +474,28 @@ def load(
     quantization: Quantization | None = None,
     compiled: bool = False,
     adapter: str | Path | None = None,
+    revision: str | None = None,
 ) -> VidLaDA:
     """Load a model.
 
     Args:
-        name_or_folder: `tiny`, the model in the package, or a folder in our, the published or LLaDA-V layout.
+        name_or_folder: `tiny`, the model in the package; a folder in our, the published or the text-only layout; or a
+            name of the Hugging Face hub, `owner/name` or `owner/name@revision`.
         dtype: of the weights; `auto` is float32 on a CPU, and the stored type elsewhere.
         device: `cuda`, `cpu`, …; the first GPU by default, else the CPU.
         device_map: as in transformers, to spread a model over devices.
         quantization: of the language model's projections; see `vidlada.model.quantization`.
         compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
-        adapter: folder of a LoRA adapter for this model, to be merged into it. (An adapter's own folder may also be
-            loaded by its name; its base is then the one it names.)
+        adapter: folder or name of a LoRA adapter for this model, to be merged into it. (An adapter may also be loaded
+            by its own name; its base is then the one it names.)
+        revision: of a name of the hub: a branch, tag or commit.
 
     Raises:
         InputError: there is no such folder, or it is not a checkpoint of this family.
+        VidLaDAError: the hub cannot be reached.
     """
     device = usable_device(device)
-    folder = model_folder(name_or_folder)
+    folder = model_folder(name_or_folder, revision)
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
     checkpoint = describe(folder)
@@ -412,14 +507,14 @@ def load(
     else:
         from vidlada.checkpoint.load import load_with_adapter
 
-        model = load_with_adapter(model_folder(adapter), dtype, folder, **places)
+        model = load_with_adapter(model_folder(adapter, what="adapter"), dtype, folder, **places)
     model.eval()
     if quantization is not None:
         quantize(model.language_model, quantization)
     if compiled:
         model.language_model.compile_layers()
     processor = VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
-    return VidLaDA(model, processor, str(name_or_folder))
+    return VidLaDA(model, processor, with_revision(str(name_or_folder), revision))
 
 
 def usable_device(device: str | None) -> str:

@@ -108,8 +108,8 @@ class GenerationSettings:
     )
     reuse: int = setting(
         0,
-        "Layers, from the lowest, whose keys and values of the frames a further question about the video takes over from "
-        "the one before; 0 is off. Needs a cache, and approximates the more, the more layers.",
+        "Layers, from the lowest, whose keys and values of the frames a further question about the video takes over "
+        "from the one before; 0 is off. Needs a cache, and approximates the more, the more layers.",
         minimum=0,
         maximum=1024,
         metavar="LAYERS",

@@ -123,7 +123,7 @@ class VidLaDAProcessor(ProcessorMixin):
         """The processor that fits a model."""
         return cls(
             tokenizer,
-            image_size=int(config.vision_config.image_size),  # type: ignore[union-attr]
+            image_size=int(config.vision.image_size),
             tokens_per_frame=config.tokens_per_frame(),
             closing_tokens=config.visual_tokens(0),
             video_token_id=config.video_token_id,
@@ -162,6 +162,11 @@ class VidLaDAProcessor(ProcessorMixin):
         scaled = (images * (1 / 255)).astype(np.float32)
         pixels = (scaled - np.float32(self.pixel_mean)) / np.float32(self.pixel_std)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+
+    @property
+    def most_frames(self) -> int:
+        """Frames whose visual tokens fit in a conversation, without any text."""
+        return max(0, (self.max_length - self.closing_tokens) // self.tokens_per_frame)
 
     def video_frame_index(self, frames: int) -> list[int]:
         """Frame number of each visual token of a video of `frames` frames."""

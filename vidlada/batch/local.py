@@ -162,6 +162,10 @@ class Output:
     Args:
         file: open for reading and appending.
         path: its name.
+
+    Attributes:
+        written: lines in the file, those of earlier runs included.
+        failed: how many of them are errors.
     """
 
     def __init__(self, file: BinaryIO, path: Path):
@@ -180,8 +184,8 @@ class Output:
                 break
             line = next(questions, None)
             try:
-                found = json.loads(raw)
-                found = {name: found[name] for name in ECHOED}
+                answer = json.loads(raw)
+                found = {name: answer[name] for name in ECHOED}
             except (ValueError, KeyError, TypeError):
                 found = None
             if line is None or found != line.echo():
@@ -189,6 +193,7 @@ class Output:
                 raise InputError(f"{self.path}: {message}")
             end += len(raw)
             self.written += 1
+            self.failed += "error" in answer
         self.file.truncate(end)
         self.file.seek(end)
 

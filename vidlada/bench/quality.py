@@ -8,7 +8,7 @@ from typing import Any
 from vidlada.api import EncodedVideo, VidLaDA
 from vidlada.bench.decoding import BASELINE, CACHES
 from vidlada.decoding.commit import TopK
-from vidlada.shapes.benchmark import Report, Score, evaluate
+from vidlada.shapes.benchmark import Asked, Report, Score, evaluate
 from vidlada.shapes.questions import LONG_FAMILIES
 
 REFERENCE = (BASELINE, TopK.name)
@@ -59,6 +59,8 @@ def quality_figures(
         progress: called with what is measured next.
         options: as of `VidLaDA.ask`.
 
+    Caches speed up decoding, so questions with choices are decoded too, without a look at the choices.
+
     Returns:
         For each pair the percentage of right short answers, the captions' score, each with its standard error, the
         percentage of answers that are the reference's to the letter, the passes an answer took, the work (positions
@@ -83,13 +85,13 @@ def quality_figures(
 
         def answers(
             video: Path | None,
-            asked: Sequence[str],
+            asked: Sequence[Asked],
             counts: dict[str, int] = counts,
             way: dict[str, str] = {"cache": cache, "commit": commit},  # noqa: B006 - of this turn of the loop
         ) -> list[str]:
             if video not in watched:
                 watched[video] = vidlada.encode_video(video)
-            found = vidlada.ask_many([(watched[video], question) for question in asked], **{**options, **way})
+            found = vidlada.ask_many([(watched[video], question) for question, _ in asked], **{**options, **way})
             counts["passes"] += sum(answer.statistics.forward_passes for answer in found)
             counts["work"] += sum(sum(answer.statistics.layer_tokens) for answer in found)
             return [answer.text for answer in found]

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from vidlada.errors import VidLaDAError
+from vidlada.errors import InputError, VidLaDAError
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.noise import quiet_libraries
 from vidlada.settings import Setting, settings_of
@@ -54,7 +54,7 @@ class ModelSource:
     """The model a command was asked to use.
 
     Attributes:
-        model: its name or folder.
+        model: its folder or name, of the hub with its revision.
         device, dtype, quantization, compiled: as `vidlada.load` takes them.
     """
 
@@ -65,12 +65,29 @@ class ModelSource:
     compiled: bool
 
     def load(self) -> Any:
-        """Load it behind our own spinner instead of transformers' progress bars."""
-        from vidlada.api import load
+        """Load it behind our own spinner instead of transformers' progress bars; a download shows the hub's."""
+        from vidlada.api import load, model_folder
 
+        folder = model_folder(self.model)
         without_progress_bars()
         with progress(f"loading {self.model}"):
-            return load(self.model, self.dtype, self.device, quantization=self.quantization, compiled=self.compiled)  # type: ignore[arg-type]
+            vidlada = load(folder, self.dtype, self.device, quantization=self.quantization, compiled=self.compiled)  # type: ignore[arg-type]
+        vidlada.name = self.model
+        return vidlada
+
+
+REVISION_HELP = "Branch, tag or commit of a model of the hub; also owner/name@revision."
+revision_option = click.option("--revision", help=REVISION_HELP)
+
+
+def named(model: str, revision: str | None) -> str:
+    """A model's name with its revision, as one name; a `UsageError` where it cannot have one."""
+    from vidlada.model.hub import with_revision
+
+    try:
+        return with_revision(model, revision)
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
 
 
 class GroupedOption(click.Option):
@@ -139,9 +156,10 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def wrapped(
-        model: str, device: str | None, dtype: str, quantization: str | None, compiled: bool, **options: Any
-    ) -> Any:
-        return command(source=ModelSource(model, device, dtype, quantization, compiled), **options)
+        model: str, revision: str | None, device: str | None, dtype: str, quantization: str | None, compiled: bool,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        return command(source=ModelSource(named(model, revision), device, dtype, quantization, compiled), **options)
 
     for group, names, settings in (
         ("Model", ("--compile", "compiled"),
@@ -152,8 +170,10 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
          {"type": click.Choice(["auto", "float32", "bfloat16", "float16"]), "default": "auto", "show_default": True,
           "help": "Type of the weights."}),
         ("Common", ("--device",), {"help": "cpu, cuda, cuda:1 …; the first GPU by default, else the CPU."}),
-        ("Common", ("--model",), {"default": "tiny", "show_default": True,
-                                  "help": "The shipped model 'tiny', or a checkpoint folder."}),
+        ("Model", ("--revision",), {"help": REVISION_HELP}),
+        ("Common", ("--model",),
+         {"default": "tiny", "show_default": True,
+          "help": "The shipped model 'tiny', a checkpoint folder, or a name of the Hugging Face hub (owner/name)."}),
     ):  # fmt: skip
         wrapped = click.option(*names, cls=GroupedOption, group=group, **settings)(wrapped)
     return wrapped

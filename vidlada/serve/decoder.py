@@ -15,7 +15,7 @@ import numpy as np
 from vidlada.machine import MEBI
 from vidlada.serve.errors import RequestError
 from vidlada.serve.limits import Limits
-from vidlada.video import Frames, Sampling, VideoInfo
+from vidlada.video import MAX_FRAMES, Frames, Sampling, VideoInfo
 
 MOST_HEADER_BYTES = 2**20
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")  # no keys or tokens
@@ -31,10 +31,11 @@ class Decoders:
     Args:
         limits: of videos, time and memory.
         size: pixels along a side of the decoded frames.
+        most_frames: that fit in a prompt; more are refused before they are decoded.
     """
 
-    def __init__(self, limits: Limits, size: int):
-        self.limits, self.size = limits, size
+    def __init__(self, limits: Limits, size: int, most_frames: int = MAX_FRAMES):
+        self.limits, self.size, self.most_frames = limits, size, most_frames
         self.idle: asyncio.Queue[Process | None] = asyncio.Queue()
         for _ in range(limits.decode_workers):
             self.idle.put_nowait(None)
@@ -53,6 +54,7 @@ class Decoders:
             "size": self.size,
             "max_duration": self.limits.max_duration,
             "max_pixels": self.limits.max_pixels,
+            "max_frames": self.most_frames,
         }
         process = await self.idle.get()
         try:

@@ -20,7 +20,11 @@ from vidlada.serve.files import FileStore
 from vidlada.serve.limits import Limits
 from vidlada.serve.media import MediaSource
 from vidlada.serve.schema import ChatRequest
+from vidlada.serve.threads import LONG_TEXT, TEXT, in_thread
 from vidlada.video import Frames, Sampling
+
+LONG_TEXT_CHARACTERS = 2**13
+MOST_PREVIEWS = 32
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,13 @@ class Service:
     ):
         self.vidlada, self.limits = vidlada, limits
         self.engine = Engine(vidlada, limits)
-        self.decoders = Decoders(limits, vidlada.processor.image_size)
+        self.decoders = Decoders(limits, vidlada.processor.image_size, vidlada.processor.most_frames)
         self.files = FileStore(folder, limits)
         self.media = MediaSource(folder, limits, self.files, allowed, private_urls)
         self.frames: LRUCache[Frames] = LRUCache(limits.frame_store_mb * MEBI)
         self.decoding: dict[object, asyncio.Task[Frames]] = {}
-        self.admitted = 0
+        self.admitted = self.previewing = 0
+        self.previews = asyncio.Semaphore(max(1, limits.decode_workers - 1))  # questions wait for one of them at most
 
     async def close(self) -> None:
         """End the worker processes and the engine."""
@@ -76,14 +81,29 @@ class Service:
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """A place for one request, from its first byte to its last; 429 if there is none."""
-        if self.admitted >= self.limits.max_admitted:
-            raise RequestError(429, f"{self.admitted} requests are being answered or waiting; try later", "queue_full")
+        """A place for one request, from the end of its body to the end of its answer; 429 if there is none."""
+        self.refuse_if_full()
         self.admitted += 1
         try:
             yield
         finally:
             self.admitted -= 1
+
+    @contextmanager
+    def admit_preview(self) -> Iterator[None]:
+        """A place for one preview, which are not those of questions; 429 if there is none."""
+        if self.previewing >= MOST_PREVIEWS:
+            raise RequestError(429, f"{self.previewing} previews are being made; try later", "queue_full")
+        self.previewing += 1
+        try:
+            yield
+        finally:
+            self.previewing -= 1
+
+    def refuse_if_full(self) -> None:
+        """429 if there is no place."""
+        if self.admitted >= self.limits.max_admitted:
+            raise RequestError(429, f"{self.admitted} requests are being answered or waiting; try later", "queue_full")
 
     async def submit(self, request: ChatRequest, owner: str = "") -> Submitted:
         """Prepare a request and queue it.
@@ -103,7 +123,7 @@ class Service:
         if request.time_instruction and len(references) != 1:
             message = f"time_instruction needs exactly one video, not {len(references)}"
             raise RequestError(422, message, "bad_time_instruction", "time_instruction")
-        sampling = self.sampling(request.frames, request.fps, request.force_sample)
+        sampling = self.sampling(request.frames, request.fps, request.force_sample, request.background)
         seconds = {"fetch": 0.0, "video": 0.0}
         videos = [await self.show(reference, sampling, owner, seconds) for reference in references]
         if request.time_instruction:
@@ -112,7 +132,8 @@ class Service:
             text = shown["content"][-1]
             text["text"] = f"{time_instruction(frames.times, frames.info.duration)}\n{text['text']}"
         counts = [len(video.frames.times) for video in videos]
-        encoded = await asyncio.to_thread(self.vidlada.processor.encode, messages, counts)
+        is_long = sum(len(str(message["content"])) for message in messages) > LONG_TEXT_CHARACTERS
+        encoded = await in_thread(LONG_TEXT if is_long else TEXT, self.vidlada.processor.encode, messages, counts)
         job = EngineRequest(encoded, videos, settings, max_tokens)
         most = self.vidlada.processor.max_length
         if job.tokens > most:
@@ -120,21 +141,24 @@ class Service:
             raise RequestError(422, f"{message}; use fewer frames or a smaller max_tokens", "context_length_exceeded")
         return Submitted(self.engine.submit(job), seconds)
 
-    def sampling(self, frames: int | None, fps: float | None, force_sample: bool | None) -> Sampling:
+    def sampling(
+        self, frames: int | None, fps: float | None, force_sample: bool | None, background: str | None = None
+    ) -> Sampling:
         """How to sample, within the limits; None stands for a default."""
         most = self.limits.max_frames
         if frames is None:
             frames = min(Sampling().max_frames, most)
         if frames > most:
             raise RequestError(422, f"{frames} frames are more than the {most} allowed", "too_many_frames", "frames")
-        return Sampling(Sampling().fps if fps is None else fps, frames, bool(force_sample))
+        default = Sampling()
+        return Sampling(fps or default.fps, frames, bool(force_sample), background or default.background)
 
     async def show(
         self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float]
     ) -> MediaInput:
         """Sampled frames of a reference; decoded once, however many ask for them at the same time."""
         if reference.is_image:
-            sampling = Sampling(max_frames=1)
+            sampling = Sampling(max_frames=1, background=sampling.background)
         started = time.perf_counter()
         async with self.media.open(reference.url, owner) as medium:
             fetched = time.perf_counter()

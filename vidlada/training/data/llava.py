@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
-from vidlada.training.data.entries import Entries, Media, as_path, is_image, problem_with
+from vidlada.training.data.entries import Entries, as_path, problem_with
 from vidlada.training.data.mixture import Dataset, read_dataset, read_mixture
 from vidlada.training.data.samples import STRICT, BrokenMedia, Item, Sample
 from vidlada.video import Sampling, VideoInfo, sample_frames
@@ -93,7 +93,7 @@ class LlavaSource:
         for media in self.entries[item.media].media:
             try:
                 with as_path(media) as path:
-                    videos.append(sample_frames(path, self.sampling_of(media), size=size))
+                    videos.append(sample_frames(path, self.sampling, size=size))
             except (InputError, OSError) as error:
                 raise BrokenMedia(problem_with(media, error)) from error
         told = self.told(item, [(frames.times, frames.info) for frames in videos])
@@ -114,10 +114,6 @@ class LlavaSource:
             question = exchanges[0][0].replace(VIDEO_PLACE, "").strip()
             exchanges[0] = (f"{time_instruction(times, info.duration)}\n{question}", exchanges[0][1])
         return exchanges
-
-    def sampling_of(self, media: Media) -> Sampling:
-        """How frames are taken of a file; an image is one frame, however many are taken of videos."""
-        return Sampling(max_frames=1) if is_image(media) else self.sampling
 
     def instead_of(self, item: Item, attempt: int) -> Item:
         """An entry from anywhere: neighbours often share the broken video."""
