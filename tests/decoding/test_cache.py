@@ -332,7 +332,7 @@ def test_every_scene_has_its_own_anchors():
 def test_a_further_question_reuses_the_frames(cache):
     model = load_reference_model("gqa")
     index = layout(3, [5, 5, 5], 4)
-    first = request(model, index, cache=cache, reuse=True)
+    first = request(model, index, cache=cache, reuse=99)
     (left,) = decode(model, first)
     assert left.visual is not None
     (again,) = decode(model, replace(first, visual=left.visual))
@@ -349,14 +349,14 @@ def test_a_further_question_reuses_the_frames(cache):
 
 def test_what_does_not_fit_is_not_reused():
     model = load_reference_model("gqa")
-    (left,) = decode(model, request(model, layout(3, [5, 5], 4), cache="frozen", reuse=True))
-    elsewhere = request(model, layout(4, [5, 5], 4), cache="frozen", reuse=True)
+    (left,) = decode(model, request(model, layout(3, [5, 5], 4), cache="frozen", reuse=99))
+    elsewhere = request(model, layout(4, [5, 5], 4), cache="frozen", reuse=99)
     (alone,) = decode(model, elsewhere)
     (given,) = decode(model, replace(elsewhere, visual=left.visual))
     assert given.statistics.refreshes == alone.statistics.refreshes
     assert torch.equal(given.proposed, alone.proposed)
     with pytest.raises(InputError, match="reuse needs a cache"):
-        GenerationSettings(reuse=True)
+        GenerationSettings(reuse=99)
 
 
 def test_the_paper_is_a_preset_of_mars():
@@ -396,3 +396,18 @@ def test_elastic_cache_recomputes_above_the_layer_that_changed(similarity):
     cheap = len(index) + 16 + 16 + 14 * 8
     assert lowest == cheap  # the first layer is tested, not recomputed
     assert highest > cheap if similarity else highest == cheap
+
+
+@pytest.mark.parametrize("cache", ["frozen", "mars:text=2,ratio=1,window=1,anchors=4,group=1"])
+def test_a_further_question_reuses_the_frames_of_some_layers(cache):
+    """Below the layer nothing of the frames is computed in the first step; from there on everything is."""
+    model, index = load_reference_model("gqa"), layout(3, [5, 5, 5], 4)
+    first = request(model, index, cache=cache, reuse=1)
+    (left,) = decode(model, first)
+    assert left.visual is not None and len(left.visual.keys) == 1
+    denoiser = Denoiser(model)
+    denoiser.add(replace(first, visual=left.visual))
+    denoiser.step()
+    kv_cache, everything = denoiser.rows[0].caches[0].kv_cache, len(index) + 16
+    assert kv_cache.computed == [everything - 15, *[everything] * (len(kv_cache.computed) - 1)]
+    assert torch.equal(kv_cache.keys[0][:, 3:18], left.visual.keys[0])

@@ -146,8 +146,8 @@ def test_videos_are_encoded_once(small):
 
 def test_keys_and_values_are_taken_over_where_asked(small):
     async def run(engine):
-        await answer(engine, job_of(small, frames=20, cache="frozen", reuse=True))
-        return await answer(engine, job_of(small, question="how many ?", frames=20, cache="frozen", reuse=True))
+        await answer(engine, job_of(small, frames=20, cache="frozen", reuse=2))
+        return await answer(engine, job_of(small, question="how many ?", frames=20, cache="frozen", reuse=2))
 
     with engine_of(small) as engine:
         last = asyncio.run(run(engine))

@@ -182,9 +182,10 @@ class RunningRequest:
         prompts = [prompt]
         if self.settings.cfg_scale > 0:
             prompts.append(self.hidden_prompt(model))
-        given = [self.request.visual if self.settings.reuse else None, None]  # a hidden prompt has no frames
+        given = [self.request.visual, None]  # a hidden prompt has no frames
+        reuse = self.settings.reuse
         return [
-            RequestCache(config, policy, each, frame_index, len(self.ids), tokens, visual)
+            RequestCache(config, policy, each, frame_index, len(self.ids), tokens, visual, reuse)
             for each, visual in zip(prompts, given, strict=False)
         ]
 

@@ -60,6 +60,8 @@ def reduce_visual(
     """
     places = [place for place, frame in enumerate(encoded.frame_index) if frame >= 0]
     starts = [n for n, place in enumerate(places) if n == 0 or place != places[n - 1] + 1]  # text stands between videos
+    if not places:
+        return encoded, visual_tokens
     parts, left = [], {place for place, frame in enumerate(encoded.frame_index) if frame < 0}
     for start, end in zip(starts, [*starts[1:], len(places)], strict=True):
         frames = [encoded.frame_index[place] for place in places[start:end]]
@@ -68,7 +70,7 @@ def reduce_visual(
         left |= {places[start + number] for number in kept.tolist()}
     chosen = sorted(left)
     fewer = {name: [getattr(encoded, name)[place] for place in chosen] for name in PER_POSITION}
-    return replace(encoded, **fewer), torch.cat(parts) if parts else visual_tokens
+    return replace(encoded, **fewer), torch.cat(parts)
 
 
 PER_POSITION = ("input_ids", "frame_index", "is_answer", "is_control", "turn")

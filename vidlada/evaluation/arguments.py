@@ -18,6 +18,7 @@ DECODING = (
     "threshold",
     "factor",
     "reuse",
+    "visual_keep",
 )  # generation settings that model arguments may give for all tasks
 PACES = ("steps", "gen_steps", "threshold", "factor", "commit")  # how many tokens a step commits; one replaces another
 RENAMED = {"torch_dtype": "dtype", "peft": "adapter"}
@@ -47,8 +48,9 @@ class ModelArguments:
             what follows it counts.
         system_prompt: instead of the checkpoint's system message.
         dtype, device, quantization, compiled: as `vidlada.load` takes them.
-        cache, commit, threshold, factor, reuse: of `GenerationSettings`; `--gen_kwargs` come after. The settings of a
-            cache or rule are separated by `;`, because lmms-eval splits at commas: `cache=mars:text=8;ratio=2`.
+        cache, commit, threshold, factor, reuse, visual_keep: of `GenerationSettings`; `--gen_kwargs` come after. The
+            settings of a cache or rule are separated by `;`, because lmms-eval splits at commas:
+            `cache=mars:text=8;ratio=2`.
         mc_num: Monte Carlo samples of a likelihood.
         batch_size_ppl: of these, how many run together.
         mc_seed: of their masks.
@@ -73,7 +75,8 @@ class ModelArguments:
     commit: str | None = None
     threshold: float | None = None
     factor: float | None = None
-    reuse: bool | None = None
+    reuse: int | None = None
+    visual_keep: float | None = None
     mc_num: int = 128
     batch_size_ppl: int = 32
     mc_seed: int = 0
