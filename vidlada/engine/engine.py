@@ -273,6 +273,15 @@ class Engine:
     # --- the thread ---
 
     def _run(self) -> None:
+        error: VidLaDAError = EngineClosedError()
+        try:
+            self._serve()
+        except Exception as cause:  # a defect of the engine: nobody may wait for it
+            error = self._explained(cause)
+            self.closing = True
+        self._fail_all(error)
+
+    def _serve(self) -> None:
         while True:
             with self.condition:
                 while not (self.closing or self.waiting or self.joining or self.running):
@@ -283,7 +292,6 @@ class Engine:
             self._prepare()
             if self.denoiser.rows:
                 self._step()
-        self._fail_all(EngineClosedError())
 
     def _drop_cancelled(self) -> None:
         gone = [handle for handle in [*self.running.values(), *self.joining] if handle.cancelled]
@@ -430,7 +438,8 @@ class Engine:
             handle.turn = None
             self.totals.finished += 1
         handle.put(Update(state, stable, dict(handle.seconds), handle.confidence_after(state)))
-        if turn.request is not request:  # the thought is complete
+        if turn.request is not request:  # the thought is complete, and the answer has slots of its own
+            handle.confidence = handle.committed = None
             self._start(handle)
 
     def _fail(self, error: VidLaDAError, handles: Iterable[RequestHandle]) -> None:
