@@ -1,4 +1,4 @@
-"""What OpenAI's own client sends and understands: conversations, several answers, probabilities, the other interfaces."""
+"""What OpenAI's own client sends and understands: conversations, several answers, probabilities, other interfaces."""
 
 import base64
 import math
@@ -102,8 +102,11 @@ def test_refusals_name_the_field(client):
 
 
 def test_responses(client, clip):
-    content = [{"type": "input_text", "text": "describe the video ."},
-               {"type": "input_file", "file_data": f"data:video/mp4;base64,{base64.b64encode(clip.read_bytes()).decode()}"}]  # fmt: skip
+    data = f"data:video/mp4;base64,{base64.b64encode(clip.read_bytes()).decode()}"
+    content = [
+        {"type": "input_text", "text": "describe the video ."},
+        {"type": "input_file", "filename": "clip.mp4", "file_data": data},
+    ]
     given = [{"role": "user", "content": content}]
     chat = ask(client, shown(clip, "describe the video ."), max_tokens=32)
     found = client.responses.create(model="tiny", input=given, max_output_tokens=32)

@@ -2,7 +2,7 @@
 
 const element = (id) => document.getElementById(id);
 const NAMES = ["A", "B"];
-const TIME = /\b(?:(\d+):([0-5]\d)|(\d+(?:\.\d+)?) ?(?:s|sec|seconds?))(?![\w.])/g;
+const TIME = /\b(?:(\d+):([0-5]\d)|(\d+(?:\.\d+)?) ?(?:s|sec|seconds?))(?!\w|\.\d)/g;
 const SURE = 5; // colours of confidence
 let media = []; // what is shown: { name, upload | url, seen, asked }
 let turns = []; // { question, media, answer }
@@ -333,7 +333,7 @@ function statistics(article, draft, usage, confidence, seconds) {
   const saved = whole ? Math.max(0, 1 - computed.reduce((sum, each) => sum + each, 0) / whole) : 0;
   const box = article.querySelector(".cost");
   box.querySelector("summary").textContent =
-    `${seconds.toFixed(1)} s · ${(tokens / phases.denoising).toFixed(0)} tokens a second · ${Math.round(100 * saved)} % of the work saved`;
+    `${seconds.toFixed(1)} s · ${(tokens / phases.denoising).toFixed(0)} tokens a second${saved >= 0.005 ? ` · ${Math.round(100 * saved)} % of the work saved` : ""}`;
   const unsure = confidence.filter(({ share }) => share < 0.9).sort((one, other) => one.share - other.share).slice(0, 8)
     .map(({ text, share }) => `${text.trim() || "space"} ${Math.round(100 * share)} %`).join(", ");
   const rows = [["Steps", steps], ["Tokens decided", tokens], ["Tokens a forward pass", (tokens / passes).toFixed(2)],
