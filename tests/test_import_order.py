@@ -16,13 +16,13 @@ ROWS = [
     ["engine", "bench", "evaluation"],
     ["__init__"],
     ["api"],
-    ["data_engine", "info", "training"],
-    ["checkpoint"],
+    ["conversation", "data_engine", "info", "training"],
+    ["checkpoint", "media"],
     ["decoding", "processor"],
     ["model"],
-    ["generation", "images", "video", "shapes", "tiling"],
-    ["settings"],
-    ["errors", "files", "machine", "noise"],
+    ["fetch", "generation", "images", "shapes", "tiling", "truncation", "video", "video_decoding", "video_index"],
+    ["files", "settings"],
+    ["errors", "machine", "markdown", "noise"],
 ]
 ROW = {room: number for number, row in enumerate(ROWS) for room in row}
 

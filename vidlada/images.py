@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -15,7 +14,6 @@ from PIL import ExifTags, Image, ImageOps
 from vidlada.errors import InputError
 
 IMAGE_SUFFIXES = frozenset({".png", ".apng", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
-Background = Literal["white", "black"]
 BACKGROUNDS: dict[str, int] = {"white": 255, "black": 0}
 MANY_FRAMES = frozenset({"PNG", "WEBP", "GIF", "AVIF", "TIFF"})  # others (MPO) keep previews of the one picture
 UNTIMED_SECONDS = 0.1  # how long browsers show a frame whose duration is 0
@@ -25,12 +23,6 @@ SUBFILE_TYPE, REDUCED, MASK = 254, 1, 4  # TIFF pages that are a smaller copy or
 def natural_order(name: str) -> list[tuple[int, str]]:
     """What to sort names by, so that 2 comes before 10."""
     return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in re.findall(r"[0-9]+|[^0-9]+", name)]
-
-
-def check_background(background: str) -> None:
-    """Refuse what is not a known ground for transparent pictures."""
-    if background not in BACKGROUNDS:
-        raise InputError(f"background must be white or black, not {background!r}")
 
 
 @dataclass(frozen=True)
@@ -53,12 +45,12 @@ class ImageInfo:
     duration: float = 0.0
 
 
-def open_images(source: str | Path | bytes, background: Background = "white") -> list[np.ndarray]:
+def open_images(source: str | Path | bytes, background: str = "white") -> list[np.ndarray]:
     """All pictures of a file: one of a still picture, several of an animation or a paged TIFF.
 
     Args:
         source: path or content of the file.
-        background: what transparent places are laid on.
+        background: what transparent places are laid on, `white` or `black`.
 
     Returns:
         Each (height, width, 3) uint8 RGB, turned as its EXIF orientation says. Of more than 8 bits, or of floating
@@ -67,7 +59,6 @@ def open_images(source: str | Path | bytes, background: Background = "white") ->
     Raises:
         InputError: it cannot be read, and why.
     """
-    check_background(background)
     return [image for _, image in read_images(source, image_info(source).pages, background)]
 
 
@@ -89,14 +80,14 @@ def image_info(source: str | Path | bytes) -> ImageInfo:
 
 
 def read_images(
-    source: str | Path | bytes, pages: Sequence[int], background: Background = "white"
+    source: str | Path | bytes, pages: Sequence[int], background: str = "white"
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Some pictures of a file.
 
     Args:
         source: path or content of the file.
         pages: numbers of the wanted pictures, ascending.
-        background: what transparent places are laid on.
+        background: what transparent places are laid on, `white` or `black`.
 
     Yields:
         The number of each picture and its (height, width, 3) uint8 RGB.

@@ -222,7 +222,7 @@ class VidLaDAProcessor(ProcessorMixin):
         """The processor that fits a model."""
         return cls(
             tokenizer,
-            image_size=int(config.vision_config.image_size),  # type: ignore[union-attr]
+            image_size=int(config.vision.image_size),
             tokens_per_frame=config.tokens_per_frame(),
             closing_tokens=config.visual_tokens(0),
             video_token_id=config.video_token_id,
@@ -297,6 +297,11 @@ class VidLaDAProcessor(ProcessorMixin):
         scaled = (images * (1 / 255)).astype(np.float32)
         pixels = (scaled - np.float32(self.pixel_mean)) / np.float32(self.pixel_std)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+
+    @property
+    def most_frames(self) -> int:
+        """Frames whose visual tokens fit in a conversation, without any text."""
+        return max(0, (self.max_length - self.closing_tokens) // self.tokens_per_frame)
 
     def image_pictures(self, image: np.ndarray, alone: bool = True) -> tuple[np.ndarray, MediaShape]:
         """What of an image passes the vision tower.
@@ -463,9 +468,23 @@ class VidLaDAProcessor(ProcessorMixin):
                 pieces_of(message)  # refuses unknown roles and parts
         return super().apply_chat_template(batch[0] if alone else batch, tokenize=False, **kwargs)
 
+    def tag_ids(self, tag: str) -> list[int]:
+        """Token ids of a think-mode tag: one, if the tokenizer has it."""
+        return [self.think_ids[tag]] if tag in self.think_ids else self.text_ids(tag)
+
     def decode(self, token_ids: Any, **kwargs: Any) -> str:
-        """Text of token ids, control tokens left out."""
-        return self.tokenizer.decode(token_ids, **{"skip_special_tokens": True, **kwargs})
+        """Text of token ids; control tokens are left out, think-mode tags are not."""
+        options = {"skip_special_tokens": True, **kwargs}
+        if not self.think_ids or not options["skip_special_tokens"]:
+            return self.tokenizer.decode(token_ids, **options)
+        ids = [int(token) for token in np.atleast_1d(np.asarray(token_ids, dtype=np.int64))]
+        tags = {token: tag for tag, token in self.think_ids.items()}
+        text, start = "", 0
+        for place, token in enumerate(ids):
+            if token in tags:
+                text += self.tokenizer.decode(ids[start:place], **options) + tags[token]
+                start = place + 1
+        return text + self.tokenizer.decode(ids[start:], **options)
 
 
 AutoProcessor.register(VidLaDAConfig, VidLaDAProcessor)

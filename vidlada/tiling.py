@@ -58,7 +58,7 @@ class Tiling:
             `spatial`: that grid with its padding and without newlines; `flat`: tile after tile.
 
     Raises:
-        InputError: there is no such aspect ratio, or a pinpoint is not made of whole tiles.
+        InputError: there is no such aspect ratio.
     """
 
     aspect_ratio: str
@@ -72,11 +72,8 @@ class Tiling:
             raise InputError(
                 f"image_aspect_ratio {self.aspect_ratio!r} is unknown; use frame, pad, anyres or anyres_max_4"
             )
-        for pinpoint in self.resolutions:
-            if len(pinpoint) != 2 or any(side < self.tile or side % self.tile for side in pinpoint):
-                raise InputError(
-                    f"image_grid_pinpoints: {list(pinpoint)} is not made of whole tiles of {self.tile} pixels"
-                )
+        if self.pinpoints is not None:  # lists where it was read from JSON
+            object.__setattr__(self, "pinpoints", tuple(tuple(pinpoint) for pinpoint in self.pinpoints))
 
     @property
     def as_frames(self) -> bool:
@@ -92,14 +89,21 @@ class Tiling:
         return tuple((width, height) for width in sides for height in sides)
 
     def resolution_for(self, width: int, height: int) -> tuple[int, int]:
-        """The pinpoint that keeps most of an image's pixels, and of those the one that wastes least."""
+        """The pinpoint that keeps most of an image's pixels, and of those the one that wastes least.
+
+        Raises:
+            InputError: it is not made of whole tiles.
+        """
 
         def rank(pinpoint: tuple[int, int]) -> tuple[int, int]:
             scale = min(pinpoint[0] / width, pinpoint[1] / height)
             kept = min(int(width * scale) * int(height * scale), width * height)
             return kept, kept - pinpoint[0] * pinpoint[1]
 
-        return max(self.resolutions, key=rank)
+        best = max(self.resolutions, key=rank)
+        if any(side < self.tile or side % self.tile for side in best):
+            raise InputError(f"image_grid_pinpoints: {list(best)} is not made of whole tiles of {self.tile} pixels")
+        return best
 
     def shape_of(self, height: int, width: int, alone: bool = True) -> ImageShape:
         """The shape an image of so many pixels will have; see `cut`."""
@@ -118,7 +122,7 @@ class Tiling:
         Returns:
             (pictures, tile, tile, 3) uint8, and its shape.
         """
-        shape = self.shape_of(*image.shape[:2], alone)
+        shape = self.shape_of(image.shape[0], image.shape[1], alone)
         picture = Image.fromarray(image)
         if shape.tiles == 1:
             return self._resized(_square(picture))[None], shape
@@ -158,6 +162,13 @@ class Tiling:
         if times <= SHRINK_ABOVE:
             return rows, columns
         return max(1, int(rows // times)), max(1, int(columns // times))
+
+    def most_tokens(self, alone: bool = True) -> int:
+        """Visual tokens that no image exceeds."""
+        if not alone or not self.aspect_ratio.startswith("anyres"):
+            return self.patches**2 + 1
+        tiles = max(width * height for width, height in self.resolutions) // self.tile**2
+        return self.patches**2 + tiles * self.patches * (self.patches + 1)
 
     def tokens(self, shape: ImageShape) -> int:
         """Visual tokens of an image."""

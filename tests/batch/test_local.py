@@ -90,6 +90,7 @@ def test_what_belongs_to_other_questions_is_left_alone(folder, small_folder, tmp
     assert run(folder / "some.jsonl", tmp_path / "none" / "out.jsonl")[0] == 2
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_nothing_is_lost_or_doubled(folder, small_folder, tmp_path):
     write_questions(folder / "many.jsonl", 40)
     options = ["--model", str(small_folder), "--gen-length", "16", "--concurrency", "2"]

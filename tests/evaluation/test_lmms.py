@@ -32,6 +32,8 @@ from lmms_eval.utils import get_lmms_eval_cache_version
 
 from vidlada.evaluation.lmms import picture
 
+pytestmark = pytest.mark.slow
+
 FRAMES = 4
 BROKEN, MISSING = "videomme/data/clip0000001.mp4", "lvbench/clip1.mp4"
 ALL = ",".join(BENCHMARKS)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
@@ -59,13 +60,24 @@ def test_rotary_angles_are_exact_far_out_in_bfloat16():
     assert (cos[0, 0, 0, :64].double() - exact).abs().max() < 0.01  # the published module, cast, is off by up to 1.97
 
 
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_rotary_angles_are_the_published_ones_at_large_positions(head_dim):
+    """1 / theta ** (2i / d), as published: theta ** (-2i / d) rounds otherwise, and is off by 5e-3 far out."""
+    config = LlamaConfig(hidden_size=2 * head_dim, num_attention_heads=2,
+                         rope_parameters={"rope_type": "default", "rope_theta": 500000.0})  # fmt: skip
+    positions = torch.tensor([[0, 1, 9_999, 10_001, 13_567, 32_767, 131_071]])
+    expected = LlamaRotaryEmbedding(config)(torch.zeros(1, 1, head_dim), positions)
+    found = rotary_angles(positions, head_dim, 500000.0, torch.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours[:, 0], theirs, rtol=0, atol=5e-5)
+
+
 def test_only_chosen_logits(small):
     ids = torch.randint(10, 200, (2, 9))
     chosen = torch.rand(2, 9) < 0.4
     with torch.no_grad():
-        assert torch.equal(
-            small.model(input_ids=ids, logits_to_keep=chosen).logits, small.model(input_ids=ids).logits[chosen]
-        )
+        kept = small.model(input_ids=ids, logits_to_keep=chosen).logits
+        torch.testing.assert_close(kept, small.model(input_ids=ids).logits[chosen])
 
 
 def test_visual_tokens_must_fit_their_places(small):

@@ -1,4 +1,4 @@
-"""What OpenAI's own client sends and understands: conversations, several answers, probabilities, other interfaces."""
+"""What OpenAI's own client sends and understands: conversations, several answers, probabilities, other routes."""
 
 import base64
 import math
@@ -102,11 +102,8 @@ def test_refusals_name_the_field(client):
 
 
 def test_responses(client, clip):
-    data = f"data:video/mp4;base64,{base64.b64encode(clip.read_bytes()).decode()}"
-    content = [
-        {"type": "input_text", "text": "describe the video ."},
-        {"type": "input_file", "filename": "clip.mp4", "file_data": data},
-    ]
+    inline = f"data:video/mp4;base64,{base64.b64encode(clip.read_bytes()).decode()}"
+    content = [{"type": "input_text", "text": "describe the video ."}, {"type": "input_file", "file_data": inline}]
     given = [{"role": "user", "content": content}]
     chat = ask(client, shown(clip, "describe the video ."), max_tokens=32)
     found = client.responses.create(model="tiny", input=given, max_output_tokens=32)

@@ -15,6 +15,8 @@ from serve.running import HEAD, JSON, KEY, LONG, SHORT, idle, running_server, se
 
 from vidlada.serve.temporary import temporary_folder
 
+pytestmark = pytest.mark.slow
+
 
 def about(path):
     """A question about a local file."""

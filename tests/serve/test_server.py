@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 from serve.running import JSON, KEY, wait_for
 
+pytestmark = pytest.mark.slow
+
 QUESTION = "what happens in the video ?"
 FAST = {"gen_length": 32, "threshold": 0.5}
 

@@ -64,12 +64,12 @@ def plain_tokens(processor, conversation, collate, think):
     token = processor.tokenizer.convert_tokens_to_ids
     text = "<|startoftext|>"
     for number, (asked, said) in enumerate(zip(conversation["asked"], conversation["said"], strict=True)):
-        last = number == len(conversation["asked"]) - 1
-        if think and last and "process" in conversation:
-            asked, said = f"{asked} /think", f"<think>\n{conversation['process']}\n</think>\n{said}"
-        elif think:
-            asked = f"{asked} /no_think"
-        asked = "<image>\n".join(part.strip() for part in asked.replace("<image>\n", "<image>").split("<image>"))
+        if think and number == 0:
+            process = conversation.get("process")
+            asked = f"{asked}/no_think" if process is None else f"{asked}/think"
+            said = said if process is None else f"<think>{process}</think>\n{said}"
+        if asked.count("<image>") == 1:  # several stand where they are
+            asked = f"<image>\n{asked.replace('<image>', '').strip()}"
         for role, said_by_it in (("user", asked), ("assistant", said)):
             text += f"<|start_header_id|>{role}<|end_header_id|>\n\n{said_by_it}<|eot_id|>"
     ids, targets, turns, turn = [], [], [], -1
@@ -85,8 +85,11 @@ def plain_tokens(processor, conversation, collate, think):
         answer_length += answering
         if one == token("<|eot_id|>"):
             answering = False
-        if ids[max(number - 2, 0) : number + 1] == [token("assistant"), token("<|end_header_id|>"), token("\n\n")]:
+        header = [token("assistant"), token("<|end_header_id|>"), token("\n\n")]
+        if ids[max(number - 2, 0) : number + 1] == header:
             answering = True
+            if collate.control_targets:  # the whole block of the assistant, its header too
+                targets[-3:] = [True] * 3
     return ids, targets, turns, answer_length
 
 
@@ -160,7 +163,7 @@ def test_the_loss_of_a_step(data, tmp_path, option):
         one.processor.pixel_values(np.asarray(Image.open(data.with_name(f"{number}.png")))[None]) for number in range(2)
     ]
     one.model.eval().requires_grad_(False)
-    (batch,) = one.prepare_run(one.sources[0], collate, 0, range(STEP, STEP + 1))
+    (batch,) = one.stage_batches(one.sources[0], collate, 0, range(STEP, STEP + 1))
     found = float(one.loss(batch, STEP))
     expected = plain_loss(one, pictures, collate, bool(more))
     assert found == pytest.approx(expected, rel=1e-5)

@@ -2,6 +2,7 @@
 
 Two really started servers take turns at every number of clients: one that decodes requests together, and one that lets
 a request run only when the one before it is done. Every client asks its next question as soon as it has an answer.
+Then, if asked, both get the same requests of mixed length at the same random times.
 """
 
 import asyncio
@@ -20,12 +21,15 @@ from typing import Any
 
 import httpx2
 
+from vidlada.bench.mixed_load import mixed_load, mixed_rows, summary
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.machine import machine
+from vidlada.markdown import table
 
 SAMPLE = "serve/page/samples/shapes.mp4"
 SERVERS = {"one at a time": ["--max-running", "1"], "together": []}
 MEMORY_SAMPLES = 10
+LONG_TIMES = 8  # as many slots as a short one, of the long requests among mixed ones
 SHORT = 16  # answer slots of the requests that only memory is watched over
 MEBI = 2**20
 
@@ -120,6 +124,9 @@ def serve_figures(
     requests: int = 32,
     gen_length: int = 64,
     memory_requests: int = 0,
+    mixed_requests: int = 0,
+    rate: float = 1.0,
+    promises: dict[str, float] | None = None,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
@@ -131,6 +138,10 @@ def serve_figures(
         requests: questions at every number of clients.
         gen_length: answer slots.
         memory_requests: so many more short questions to the server that decodes together, watching its memory.
+        mixed_requests: so many more of mixed length to both servers: short ones of `gen_length` slots, and one in four
+            with eight times as many.
+        rate: of those, a second.
+        promises: milliseconds of `ttft`, `tpot` and `e2el` within which a request counts as goodput.
         device: where the model runs.
         progress: called with what is measured next.
     """
@@ -150,6 +161,14 @@ def serve_figures(
             for name, url in urls.items():
                 progress(f"{name}, {number} clients")
                 rows.append({"server": name, "clients": number, **asyncio.run(load(url, body, number, requests))})
+        mixed: dict[str, Any] = {}
+        if mixed_requests:
+            slots = LONG_TIMES * gen_length
+            bodies = {"short": body, "long": {**body, "gen_length": slots, "max_tokens": slots}}
+            for name, url in urls.items():
+                progress(f"{name}, requests of mixed length")
+                measured = asyncio.run(mixed_load(url, bodies, mixed_requests, rate))
+                mixed[name] = summary(measured["seconds"], measured["timings"], promises or {})
         for part in range(MEMORY_SAMPLES if memory_requests else 0):
             progress(f"memory, part {part + 1} of {MEMORY_SAMPLES}")
             held = held or [memory(together)]
@@ -163,6 +182,9 @@ def serve_figures(
         "gen_length": gen_length,
         "same_answers": len(answers) == 1,
         "rows": rows,
+        "mixed": mixed,
+        "mixed_requests": mixed_requests,
+        "rate": rate,
         "memory_requests": memory_requests,
         "memory_mib": held,
     }
@@ -184,6 +206,18 @@ def serve_table(figures: dict[str, Any]) -> str:
             f"| {row['clients']} | {row['server']} | {row['requests_per_second']:.2f} | {ratio:.2f} | "
             f"{row['tokens_per_second']:.1f} | {row['median']:.3f} | {row['p95']:.3f} |"
         )
+    if figures["mixed"]:
+        rows = [row for name, measured in figures["mixed"].items() for row in mixed_rows(name, measured)]
+        promises = next(iter(figures["mixed"].values()))["promises"]
+        kept = " and ".join(f"{name} ≤ {most:g} ms" for name, most in promises.items()) or "every answer"
+        head = ["server", "requests", "requests/s", "tokens/s", "goodput/s", "TTFT, ms", "TPOT, ms", "E2EL, ms"]
+        lines += [
+            "",
+            f"{figures['mixed_requests']} requests at {figures['rate']:g} a second, one in four {LONG_TIMES} times as "
+            f"long; median / 99 % of each time; goodput counts {kept}",
+            "",
+            *table(head, rows),
+        ]
     if figures["memory_mib"]:
         held = " ".join(f"{value:.0f}" for value in figures["memory_mib"])
         lines += ["", f"memory over {figures['memory_requests']} further short requests, MiB: {held}"]

@@ -18,6 +18,7 @@ from vidlada.cli.options import (
     pace_options,
     progress,
 )
+from vidlada.errors import InputError
 
 
 @click.group()
@@ -175,12 +176,19 @@ def print_figures_of_questions(
 
 
 @bench.command("quality")
+@click.option("--rule", "commits", multiple=True, help="Commit rule; may be repeated, topk by default.")
+@click.option("--all-rules", is_flag=True, help="Every commit rule with its defaults.")
 @questions_options
-def bench_quality(**options: Any) -> None:
-    """What every cache costs in right answers to QUESTIONS (from `vidlada shapes write`), and saves in work."""
-    from vidlada.bench.quality import quality_figures, quality_table
+def bench_quality(commits: tuple[str, ...], all_rules: bool, **options: Any) -> None:
+    """What every cache and commit rule costs in right answers to QUESTIONS (from `vidlada shapes write`), and saves in
+    passes and work.
+    """
+    from functools import partial
 
-    print_figures_of_questions(quality_figures, quality_table, **options)
+    from vidlada.bench.quality import RULES, quality_figures, quality_table
+
+    rules = commits or (RULES if all_rules else RULES[:1])
+    print_figures_of_questions(partial(quality_figures, commits=rules), quality_table, **options)
 
 
 @bench.command("fidelity")
@@ -221,12 +229,38 @@ def bench_drift(video: str, question: str, as_json: bool, source: ModelSource, *
 @click.option("--gen-length", type=click.IntRange(1), default=64, show_default=True, help="Answer slots.")
 @click.option("--memory-requests", type=click.IntRange(0), default=0, show_default=True,
               help="Further requests over which the server's memory is watched.")  # fmt: skip
+@click.option(
+    "--mixed-requests",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Further requests of mixed length that arrive at random, reported as vLLM's benchmark does.",
+)
+@click.option(
+    "--rate", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Of those, a second."
+)
+@click.option("--goodput", "promises", multiple=True,
+              help="What a request must keep to: ttft:500, tpot:50, e2el:3000 (ms). May be repeated.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @one_line_errors
-def bench_serve(clients: tuple[int, ...], device: str | None, as_json: bool, **options: Any) -> None:
+def bench_serve(
+    clients: tuple[int, ...], promises: tuple[str, ...], device: str | None, as_json: bool, **options: Any
+) -> None:
     """Requests a second and latency of `vidlada serve`, against serving one request at a time."""
     from vidlada.bench.serve import serve_figures, serve_table
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as an exception: it ends the servers
-    figures = serve_figures(clients=clients or (1, 4, 16), **measuring(device), **options)
+    kept = dict(promise(text) for text in promises)
+    figures = serve_figures(clients=clients or (1, 4, 16), promises=kept, **measuring(device), **options)
     click.echo(json.dumps(figures) if as_json else serve_table(figures))
+
+
+def promise(text: str) -> tuple[str, float]:
+    """A time and the milliseconds it may take."""
+    name, _, most = text.partition(":")
+    try:
+        if name not in ("ttft", "tpot", "e2el"):
+            raise ValueError
+        return name, float(most)
+    except ValueError:
+        raise InputError(f"--goodput {text}: give ttft, tpot or e2el and milliseconds, as ttft:500") from None

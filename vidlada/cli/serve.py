@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import socket
 from collections.abc import Callable
 from dataclasses import fields
@@ -15,6 +16,7 @@ from vidlada.errors import InputError
 from vidlada.serve.limits import Limits
 
 KEYS_VARIABLE = "VIDLADA_API_KEYS"
+MOST_FILES = 2**16
 
 
 def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,10 +89,19 @@ def serve(
         http=impatient_protocol(checked.body_seconds),
     )  # fmt: skip
     drop_idle_readers(listener, checked.reader_seconds)
+    allow_many_files()
     address = f"[{host}]" if ":" in host else host
     click.echo(f"{settings.name} at http://{address}:{listener.getsockname()[1]}", err=True)
     server = DrainingServer(config, checked.drain_seconds, lambda: app.state.server.service.engine.stop())
     server.run(sockets=[listener])
+
+
+def allow_many_files() -> None:
+    """Raise the process's own limit of open files: every idle connection takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def api_keys(file: str | None) -> list[str]:

@@ -20,11 +20,17 @@ class StableText:
         text: a prefix of the answer, and of every later settled text.
         tokens: answer tokens it was made from.
         finish_reason: `stop` or `length` once the text is the whole answer, else None.
+        reasoning: a prefix of the thought before the answer; see `vidlada.decoding.thinking`.
+        reasoning_tokens: tokens, not counted in `tokens`, of a thought in slots of its own.
+        thinking: the state it was made from is that of such a thought.
     """
 
     text: str
     tokens: int
     finish_reason: str | None
+    reasoning: str = ""
+    reasoning_tokens: int = 0
+    thinking: bool = False
 
 
 def stable_text(
@@ -69,9 +75,11 @@ def stable_text(
 def overlap(sequence: Sequence, ends: Sequence[Sequence]) -> int:
     """Length of the longest end of `sequence` that one of `ends` begins with, without being all of it."""
     longest = 0
+    sequence = sequence if isinstance(sequence, str) else list(sequence)
     for end in ends:
+        end = end if isinstance(end, str) else list(end)  # slices of texts compare fast: stop strings may be long
         for length in range(min(len(end) - 1, len(sequence)), longest, -1):
-            if list(sequence[len(sequence) - length :]) == list(end[:length]):
+            if sequence[len(sequence) - length :] == end[:length]:
                 longest = length
                 break
     return longest

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from vidlada.api import VidLaDA
 from vidlada.decoding.cache import VisualCache
-from vidlada.decoding.sampler import Denoiser, Request, State
-from vidlada.decoding.streaming import StableText, stable_text
+from vidlada.decoding.sampler import Denoiser, State
+from vidlada.decoding.streaming import StableText
+from vidlada.decoding.thinking import Turn
 from vidlada.engine.choosing import choose
 from vidlada.engine.feature_store import LRUCache
 from vidlada.engine.limits import EngineLimits
@@ -35,6 +36,7 @@ from vidlada.errors import VidLaDAError
 from vidlada.generation import GenerationSettings
 from vidlada.machine import MEBI
 from vidlada.processor import EncodedConversation
+from vidlada.tiling import ImageShape, MediaShape
 from vidlada.video import Frames
 
 FRAMES_PER_TURN = 8  # through the vision tower between two steps; always the same, so that features are too
@@ -52,15 +54,22 @@ class EngineClosedError(VidLaDAError):
 
 @dataclass(frozen=True)
 class MediaInput:
-    """A video of a job.
+    """A video or an image of a job.
 
     Attributes:
         key: of its content and of how it was sampled.
-        frames: sampled at the model's size.
+        frames: sampled at the model's size; of an image, its tiles.
+        image: its shape, where it is tiled.
     """
 
     key: Hashable
     frames: Frames
+    image: ImageShape | None = None
+
+    @property
+    def shape(self) -> MediaShape:
+        """What the layout of its visual tokens depends on."""
+        return len(self.frames.images) if self.image is None else self.image
 
 
 @dataclass(frozen=True)
@@ -86,12 +95,17 @@ class EngineRequest:
     @property
     def visual_key(self) -> Hashable:
         """Under which the frames' keys and values may be taken over; the decoding loop checks that they fit."""
-        return (*(shown.key for shown in self.videos), self.settings.cache)
+        return (
+            *(shown.key for shown in self.videos),
+            self.settings.cache,
+            self.settings.reuse,
+            self.settings.visual_keep,
+        )
 
     @property
     def tokens(self) -> int:
-        """Prompt tokens and answer slots."""
-        return len(self.encoded.input_ids) + self.settings.gen_length
+        """Prompt tokens, slots of a thought and answer slots."""
+        return len(self.encoded.input_ids) + self.settings.slots
 
 
 @dataclass(frozen=True)
@@ -144,7 +158,7 @@ class RequestHandle:
         self.cancelled = False
         self.seconds: dict[str, float] = {}
         self.submitted = time.perf_counter()
-        self.request: Request | None = None  # while it runs
+        self.turn: Turn | None = None  # while it runs
         self.confidence: Tensor | None = None
         self.committed: Tensor | None = None
         self.pending: deque[Update | BaseException] = deque(maxlen=MOST_PENDING)
@@ -318,12 +332,13 @@ class Engine:
             del self.joining[handle]
 
     @torch.inference_mode()
-    def _encode(self, frames: Frames, first: int) -> Tensor:
-        """Pooled features of a few frames: (frames, cells, width)."""
+    def _encode(self, shown: MediaInput, first: int) -> Tensor:
+        """Features of a few frames, pooled, or of a few tiles of an image: (pictures, cells, width)."""
         model = self.vidlada.model
-        pixels = self.vidlada.processor.pixel_values(frames.images[first : first + FRAMES_PER_TURN])
+        pixels = self.vidlada.processor.pixel_values(shown.frames.images[first : first + FRAMES_PER_TURN])
         self.totals.frames_encoded += len(pixels)
-        return model.vision(pixels.to(model.device, model.dtype))
+        projected = model.vision.project(pixels.to(model.device, model.dtype))
+        return projected if shown.image is not None else model.vision.pool(projected)
 
     def _join(self, handle: RequestHandle) -> Iterator[None]:
         """Encode the videos that are not known yet, piece by piece, then let the request join."""
@@ -336,10 +351,15 @@ class Engine:
                 parts = self.parts.setdefault(shown.key, [])
                 while (first := FRAMES_PER_TURN * len(parts)) < len(images):
                     handle.task.frames = left + len(images) - first
-                    parts.append(self._encode(shown.frames, first))
+                    parts.append(self._encode(shown, first))
                     yield
                 with torch.inference_mode():
-                    features = model.vision.with_newlines(torch.cat(parts))
+                    pooled = torch.cat(parts)
+                    features = (
+                        model.vision.with_newlines(pooled)
+                        if shown.image is None
+                        else model.vision.lay_out_image(pooled, shown.image)
+                    )
                 self.features.put(shown.key, features, features.nbytes)
                 self.parts.pop(shown.key, None)
             visual.append(features)
@@ -347,13 +367,19 @@ class Engine:
         tokens = torch.cat(visual) if visual else torch.empty(0, width, device=model.device)
         job = handle.job
         known = self.visual.get(job.visual_key) if job.settings.reuse else None
-        handle.request = replace(self.vidlada.request(job.encoded, tokens, job.settings), visual=known)
+        request = replace(self.vidlada.request(job.encoded, tokens, job.settings), visual=known)
         if job.choices:
             self.totals.finished += 1
-            chosen, stable, scores = choose(self.vidlada, handle.request, job.choices)
+            chosen, stable, scores = choose(self.vidlada, request, job.choices)
             handle.put(Update(chosen, stable, dict(handle.seconds), chosen.confidence, scores))
             return
-        number, state = self.denoiser.add(handle.request)
+        handle.turn = Turn(request, self.vidlada.processor, model, job.max_tokens)
+        self._start(handle)
+
+    def _start(self, handle: RequestHandle) -> None:
+        """Let what is to be decoded now join."""
+        assert handle.turn is not None
+        number, state = self.denoiser.add(handle.turn.request)
         self.running[number] = handle
         if state is not None:
             self._deliver(number, state)
@@ -390,20 +416,22 @@ class Engine:
     def _deliver(self, number: int, state: State) -> None:
         """Send a state on; free the place of an answer that is complete."""
         handle = self.running[number]
-        request, settings = handle.request, handle.job.settings
-        assert request is not None
+        turn = handle.turn
+        assert turn is not None
+        request = turn.request
         if state.visual is not None:
             self.visual.put(handle.job.visual_key, state.visual, state.visual.nbytes)
-            state = replace(state, visual=None)  # readers have no use for it
-        stable = stable_text(
-            state, self.vidlada.processor.decode, request.stop_sequences, settings.stop, handle.job.max_tokens
-        )
-        if stable.finish_reason is not None:
+        state, stable = turn.take(state)
+        state = replace(state, visual=None)  # readers have no use for it
+        if stable.finish_reason is not None or turn.request is not request:
             self.denoiser.remove(number)
             del self.running[number]
-            handle.request = None
+        if stable.finish_reason is not None:
+            handle.turn = None
             self.totals.finished += 1
         handle.put(Update(state, stable, dict(handle.seconds), handle.confidence_after(state)))
+        if turn.request is not request:  # the thought is complete
+            self._start(handle)
 
     def _fail(self, error: VidLaDAError, handles: Iterable[RequestHandle]) -> None:
         """Tell requests that there will be no answer."""

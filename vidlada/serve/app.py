@@ -242,12 +242,12 @@ class Server:
 
         async def take(limited: Request, receive: LimitedReceive) -> Upload:
             async with limited.form(max_files=1, max_fields=20) as form:
+                if not ended(request.headers.get("content-type", ""), receive.tail):
+                    raise RequestError(400, "the upload was cut off: its last boundary is missing", "cut_off")
                 file = form.get("file")
                 if not isinstance(file, UploadFile):
                     message = "send multipart/form-data with the file in the field 'file'"
                     raise RequestError(422, message, "missing_file", "file")
-                if not ended(request.headers.get("content-type", ""), receive.tail):
-                    raise RequestError(400, "the upload was cut off: its last boundary is missing", "cut_off")
                 if not file.size:
                     raise RequestError(422, "the file is empty", "empty_file", "file")
                 if file.size > mebibytes * MEBI:
@@ -288,7 +288,7 @@ class Server:
                 shown = await self.service.show(reference, sampling, owner, {"fetch": 0.0, "video": 0.0})
             return await in_thread(PICTURES, strip, shown.frames)
 
-        with self.service.admit():
+        with self.service.admit_preview():
             try:
                 async with asyncio.timeout(self.limits.request_seconds):
                     return JSONResponse(await unless_gone(request, preview()))
@@ -297,9 +297,9 @@ class Server:
 
 
 def ended(content_type: str, tail: bytes) -> bool:
-    """Whether a multipart body's last bytes have the boundary that closes it."""
-    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
-    return b"--" + boundary + b"--" in tail
+    """Whether a multipart body's last bytes have the boundary that closes it; what is not multipart has none."""
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    return boundary is None or b"--" + boundary + b"--" in tail
 
 
 def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> FastAPI:

@@ -111,7 +111,8 @@ class SiteRules:
 
 def name_of(host: str) -> str:
     """The name in a `Host` header, without the port."""
-    return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdecimal() and not name.endswith(":") else host
 
 
 def site_rules(bind: str, keys: bool, allowed_hosts: Sequence[str], origins: Sequence[str]) -> SiteRules:

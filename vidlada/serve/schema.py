@@ -148,11 +148,13 @@ def setting_fields(cls: Any, skip: Container[str] = ()) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (_, listed, kind) in settings_of(cls).items():
         if name not in skip:
-            annotation: Any = Literal[listed.choices] if listed.choices else kind
-            bounds = {} if kind is bool or listed.choices else {
+            annotation: Any = Literal[listed.choices] if listed.choices and kind is str else kind
+            bounds = {} if kind is bool or annotation is not kind else {
                 "ge": listed.minimum, "gt": listed.above, "le": listed.maximum, "max_length": listed.max_length,
             }  # fmt: skip
             given: dict[str, Any] = {key: bound for key, bound in bounds.items() if bound is not None}
+            if kind is not str and listed.choices:
+                annotation, given = Annotated[kind, Field(**given)] | Literal[listed.choices], {}
             found[listed.alias or name] = (annotation | None, Field(None, description=listed.help, **given))
     return found
 

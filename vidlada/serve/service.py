@@ -2,18 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from vidlada.api import VidLaDA
-from vidlada.decoding.policies import parse_policy
+from vidlada.decoding.choices import check_choices
 from vidlada.engine.engine import Engine, EngineRequest, MediaInput, RequestHandle
 from vidlada.engine.feature_store import LRUCache
+from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.machine import MEBI
-from vidlada.processor import BOS, EncodedConversation, time_instruction
+from vidlada.processor import BOS, EncodedConversation, time_instruction, with_think_mode
 from vidlada.serve.conversation import MediaReference, conversation_of, generation_settings, with_seed
 from vidlada.serve.decoder import Decoders
 from vidlada.serve.errors import RequestError
@@ -25,6 +26,7 @@ from vidlada.serve.threads import LONG_TEXT, TEXT, in_thread
 from vidlada.video import Frames, Sampling
 
 LONG_TEXT_CHARACTERS = 2**13
+MOST_PREVIEWS = 32
 Result = TypeVar("Result")
 
 
@@ -67,12 +69,12 @@ class Service:
     ):
         self.vidlada, self.limits = vidlada, limits
         self.engine = Engine(vidlada, limits)
-        self.decoders = Decoders(limits, vidlada.processor.image_size)
+        self.decoders = Decoders(limits, vidlada.processor.image_size, vidlada.processor.most_frames)
         self.files = FileStore(folder, limits)
         self.media = MediaSource(folder, limits, self.files, allowed, private_urls)
         self.frames: LRUCache[Frames] = LRUCache(limits.frame_store_mb * MEBI)
         self.decoding: dict[object, asyncio.Task[Frames]] = {}
-        self.admitted = 0
+        self.admitted = self.previewing = 0
         self.previews = asyncio.Semaphore(max(1, limits.decode_workers - 1))  # questions wait for one of them at most
 
     async def close(self) -> None:
@@ -89,6 +91,17 @@ class Service:
             yield
         finally:
             self.admitted -= 1
+
+    @contextmanager
+    def admit_preview(self) -> Iterator[None]:
+        """A place for one preview, which are not those of questions; 429 if there is none."""
+        if self.previewing >= MOST_PREVIEWS:
+            raise RequestError(429, f"{self.previewing} previews are being made; try later", "queue_full")
+        self.previewing += 1
+        try:
+            yield
+        finally:
+            self.previewing -= 1
 
     def refuse_if_full(self) -> None:
         """429 if there is no place."""
@@ -124,7 +137,7 @@ class Service:
         """
         base = self.vidlada.settings()
         settings, max_tokens = generation_settings(request, base, self.limits.max_tokens)
-        parse_policy(settings.cache)
+        check_choices(settings)
         seconds = {"fetch": 0.0, "video": 0.0}
         choices = tuple(request.guided_choice or ())
         if not isinstance(request, ChatRequest):
@@ -147,18 +160,23 @@ class Service:
         if request.time_instruction and len(references) != 1:
             message = f"time_instruction needs exactly one video, not {len(references)}"
             raise RequestError(422, message, "bad_time_instruction", "time_instruction")
-        sampling = self.sampling(request.frames, request.fps, request.force_sample)
         most = self.vidlada.processor.max_length
         if len(references) * self.vidlada.model.config.tokens_per_frame() > most:  # before any is fetched
             message = f"{len(references)} videos and images cannot fit into the model's {most} tokens"
             raise RequestError(422, message, "context_length_exceeded", "messages")
-        videos = [await self.show(reference, sampling, owner, seconds) for reference in references]
+        frames_asked = request.frames
+        if frames_asked == "auto":
+            frames_asked = self.frames_that_fit(references, settings, request.time_instruction)
+        sampling = self.sampling(frames_asked, request.fps, request.force_sample, request.background)
+        alone = sum(reference.is_image for reference in references) == 1
+        videos = [await self.show(reference, sampling, owner, seconds, alone) for reference in references]
         if request.time_instruction:
             frames = videos[0].frames
             (shown,) = [m for m in messages if isinstance(m["content"], list)]
             text = shown["content"][-1]
             text["text"] = f"{time_instruction(frames.times, frames.info.duration)}\n{text['text']}"
-        counts = [len(video.frames.times) for video in videos]
+        messages = with_think_mode(messages, settings.think)
+        counts = [video.shape for video in videos]
         size = sum(len(str(message["content"])) for message in messages) + len(prefix)
 
         def encode() -> EncodedConversation:
@@ -188,25 +206,45 @@ class Service:
             raise RequestError(422, f"{message}; use fewer frames or a smaller max_tokens", "context_length_exceeded")
         return job
 
-    def sampling(self, frames: int | None, fps: float | None, force_sample: bool | None) -> Sampling:
+    def sampling(
+        self, frames: int | None, fps: float | None, force_sample: bool | None, background: str | None = None
+    ) -> Sampling:
         """How to sample, within the limits; None stands for a default."""
         most = self.limits.max_frames
         if frames is None:
-            frames = min(Sampling().max_frames, most)
+            frames = min(Sampling().most, most)
         if frames > most:
             raise RequestError(422, f"{frames} frames are more than the {most} allowed", "too_many_frames", "frames")
-        return Sampling(Sampling().fps if fps is None else fps, frames, bool(force_sample))
+        default = Sampling()
+        return Sampling(fps or default.fps, frames, bool(force_sample), background or default.background)
+
+    def frames_that_fit(
+        self, references: Sequence[MediaReference], settings: GenerationSettings, time_instruction: bool | None
+    ) -> int:
+        """Frames of `auto`, within the limits. Images count as many tokens as any can have: they are not read yet."""
+        images = sum(reference.is_image for reference in references)
+        largest = self.vidlada.processor.tiling.most_tokens(alone=images == 1)
+        others = -(-images * largest // self.vidlada.processor.tokens_per_frame)
+        videos = max(1, len(references) - images)
+        prompt = PromptSettings(time_instruction=bool(time_instruction))
+        most = self.vidlada.frames_that_fit([others] if others else [], videos, settings, prompt)
+        return min(most, self.limits.max_frames)
 
     async def show(
-        self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float]
+        self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float], alone: bool = True
     ) -> MediaInput:
-        """Sampled frames of a reference; decoded once, however many ask for them at the same time."""
+        """Sampled frames or tiles of a reference; decoded once, however many ask for them at the same time."""
+        tiling = self.vidlada.processor.tiling
         if reference.is_image:
-            sampling = Sampling(max_frames=1)
+            sampling = Sampling(max_frames=1, background=sampling.background)
         started = time.perf_counter()
         async with self.media.open(reference.url, owner) as medium:
             fetched = time.perf_counter()
             seconds["fetch"] += fetched - started
+            if reference.is_image and not tiling.as_frames:
+                frames, shape = await self.decoders.tile(medium.path, tiling, alone)
+                seconds["video"] += time.perf_counter() - fetched
+                return MediaInput((medium.key, "image", alone), frames, shape)
             key = (medium.key, sampling)
             frames = self.frames.get(key) or await self._decode(key, medium.path, sampling)
             seconds["video"] += time.perf_counter() - fetched
