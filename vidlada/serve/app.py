@@ -229,6 +229,7 @@ class Server:
                 "max_frames": self.limits.max_frames,
                 "max_upload_mb": self.limits.max_upload_mb,
                 "text_only": config.text_only,
+                "multi_turn": config.multi_turn,
             },
         }
 
