@@ -388,6 +388,7 @@ def load(
 
         model = load_with_adapter(model_folder(adapter), dtype, folder, **places)
     model.eval()
+    model.language_model.pack()
     if quantization is not None:
         quantize(model.language_model, quantization)
     if compiled:

@@ -4,7 +4,9 @@ What is special about it:
 - which slots are still masked is a boolean tensor of the loop, never a comparison of embeddings or ids;
 - several requests run as one batch, padded on the left; each keeps its own settings, block, step and random
   numbers, so it gives the same answer as alone, may end earlier, and another may join while it runs;
-- only the logits of the current blocks are computed.
+- only the logits of the current blocks are computed;
+- ids, masks and stops live on the host. Of a GPU it takes each step's proposals and their probabilities, of all
+  requests in one copy: that copy is the one place of a step where it waits.
 """
 
 import time
@@ -12,16 +14,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vidlada.decoding.attention import upload
 from vidlada.decoding.cache import RequestCache, VisualCache
 from vidlada.decoding.commit import above_threshold, by_factor, most_confident, spread
-from vidlada.decoding.kv_cache import refresh
+from vidlada.decoding.kv_cache import concatenated, refresh
 from vidlada.decoding.policies import policy_from
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.model.video_model import VidLaDAForMaskedDiffusion, positions_of
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 
 @dataclass(frozen=True)
@@ -131,9 +135,10 @@ class RunningRequest:
         initial = request.initial_ids if request.initial_ids is not None else [self.mask_id] * settings.gen_length
         if len(initial) != settings.gen_length:
             raise InputError(f"{len(initial)} initial ids were given for gen_length {settings.gen_length} answer slots")
-        self.ids = torch.tensor(initial, device=device)  # (gen_length,)
+        self.ids = torch.tensor(initial, pin_memory=device.type == "cuda")  # (gen_length,)
         self.masked = self.ids == self.mask_id
-        self.suffix = torch.tensor(list(request.suffix_ids), dtype=torch.long, device=device)
+        self.device_ids = torch.empty_like(self.ids, device=device)  # as of the last pass
+        self.suffix = upload({"": np.array(request.suffix_ids, dtype=np.int64)}, device)[""]
         length = len(request.prompt) + len(self.ids) + len(self.suffix)
         if length > config.max_length:
             raise InputError(
@@ -154,8 +159,7 @@ class RunningRequest:
         if policy is None:
             return []
         prompt, config = self.request.prompt, model.language_model.config
-        frames = self.request.frame_index
-        frame_index = torch.tensor([-1] * len(prompt) if frames is None else list(frames), device=prompt.device)
+        frame_index = self.request.frame_index if self.request.frame_index is not None else [-1] * len(prompt)
         if len(frame_index) != len(prompt):
             raise InputError(f"frame_index has {len(frame_index)} entries for a prompt of {len(prompt)} tokens")
         tokens = len(prompt) + len(self.ids) + len(self.suffix)
@@ -163,14 +167,15 @@ class RunningRequest:
         if self.settings.cfg_scale > 0:
             prompts.append(self.hidden_prompt(model))
         given = [self.request.visual if self.settings.reuse else None, None]  # a hidden prompt has no frames
+        devices = [layer.input_layernorm.weight.device for layer in model.language_model.layers]  # type: ignore[union-attr]
         return [
-            RequestCache(config, policy, each, frame_index, len(self.ids), tokens, visual)
+            RequestCache(config, policy, each, frame_index, len(self.ids), tokens, visual, devices)  # type: ignore[arg-type]
             for each, visual in zip(prompts, given, strict=False)
         ]
 
     def hidden_prompt(self, model: VidLaDAForMaskedDiffusion) -> Tensor:
         """The prompt behind mask embeddings, for guidance."""
-        mask = model.language_model.embed_tokens(self.ids.new_tensor([self.mask_id]))
+        mask = model.language_model.embed_tokens.weight[self.mask_id]
         return mask.expand(len(self.request.prompt), -1)
 
     @property
@@ -201,9 +206,13 @@ class RunningRequest:
     def embeddings(self, model: VidLaDAForMaskedDiffusion, guided: bool) -> Tensor:
         """The whole sequence, (tokens, width); with `guided` the prompt is hidden behind mask embeddings."""
         embed = model.language_model.embed_tokens
-        answer = embed(torch.cat((self.ids, self.suffix)))
+        answer = embed(torch.cat((self.upload_ids(), self.suffix)))
         prompt = self.hidden_prompt(model) if guided else self.request.prompt.to(answer.dtype)
         return torch.cat((prompt, answer))
+
+    def upload_ids(self) -> Tensor:
+        """The ids on the model's device; the host does not wait."""
+        return self.device_ids.copy_(self.ids, non_blocking=True)
 
     def layer_tokens(self, layers: int) -> tuple[int, ...]:
         """Positions computed so far, by layer, this step's included."""
@@ -214,24 +223,20 @@ class RunningRequest:
         passes = 2 if self.settings.cfg_scale > 0 else 1
         return (length * passes * (self.statistics.steps + 1),) * layers
 
-    def commit(self, logits: Tensor, suppressed: Tensor, passes: int, layers: int) -> State:
-        """Propose a token for every masked slot of the block and make some of them final.
+    def commit(self, proposed: Tensor, probability: Tensor, passes: int, layers: int) -> State:
+        """Make some of the proposals for the block's masked slots final.
 
         Args:
-            logits: (block, vocabulary) float32.
-            suppressed: ids that are never proposed.
+            proposed: (block,) token of every slot, on the CPU as all here.
+            probability: (block,) float64, of each.
             passes: forward passes this step took.
             layers: of the language model.
         """
         settings, slots = self.settings, self.slots
         masked = self.masked[slots]
-        logits = logits.clone()
-        logits[:, suppressed] = -torch.inf
-        proposed = self.sample(logits).argmax(-1)  # (block,)
-        probability = logits.double().softmax(-1).gather(-1, proposed[:, None])[:, 0]
         ranking = probability
         if settings.remasking == "random":
-            ranking = torch.rand(1, len(proposed), generator=self.generator)[0].double().to(probability.device)
+            ranking = torch.rand(1, len(proposed), generator=self.generator)[0].double()
         open_slots = self.open_slots()[slots]
         if settings.threshold is not None:
             chosen = above_threshold(ranking, open_slots, settings.threshold)
@@ -257,7 +262,8 @@ class RunningRequest:
         """Add Gumbel noise in float64: exp(logits) / (-log u)^temperature; greedy at temperature 0."""
         if self.settings.temperature == 0:
             return logits
-        noise = torch.rand(1, *logits.shape, dtype=torch.float64, generator=self.generator)[0].to(logits.device)
+        noise = torch.rand(1, *logits.shape, dtype=torch.float64, generator=self.generator)[0]
+        noise = noise.to(logits.device, non_blocking=True)
         return logits.double().exp() / (-noise.log()) ** self.settings.temperature
 
     def find_stop(self) -> int | None:
@@ -266,16 +272,10 @@ class RunningRequest:
         The published loop lets the first listed sequence win and forgets the others after a first hit; here the
         earliest occurrence of any of them counts, whatever their order.
         """
-        found = None
-        for sequence in self.request.stop_sequences:
-            if len(sequence) > len(self.ids):
-                continue
-            windows = self.ids.unfold(0, len(sequence), 1)  # (places, sequence)
-            final = (~self.masked).unfold(0, len(sequence), 1).all(-1)
-            hits = ((windows == windows.new_tensor(sequence)).all(-1) & final).nonzero()
-            if len(hits) and (found is None or int(hits[0]) < found):
-                found = int(hits[0])
-        return found
+        ids = [None if masked else token for token, masked in zip(self.ids.tolist(), self.masked.tolist(), strict=True)]
+        stops = [list(sequence) for sequence in self.request.stop_sequences]
+        places = (place for place in range(len(ids)) if any(ids[place : place + len(stop)] == stop for stop in stops))
+        return next(places, None)
 
     def snapshot(self, slots: slice, proposed: Tensor, probability: Tensor) -> State:
         """The state after a step; `proposed` and `probability` are of the block at `slots`."""
@@ -285,9 +285,9 @@ class RunningRequest:
         confidence[slots] = probability.float()
         return State(
             step=self.statistics.steps,
-            proposed=tokens.cpu(),
-            committed=(~self.masked).cpu(),
-            confidence=confidence.cpu(),
+            proposed=tokens,
+            committed=~self.masked,
+            confidence=confidence,
             stop_at=self.stop_at,
             done=self.done,
             statistics=self.statistics,
@@ -304,6 +304,8 @@ class Denoiser:
 
     def __init__(self, model: VidLaDAForMaskedDiffusion):
         self.model = model
+        device = model.lm_head.weight.device
+        self.suppressed = upload({"": np.array(model.config.suppressed_token_ids, dtype=np.int64)}, device)[""]
         self.rows: list[RunningRequest] = []
         self.count = 0
 
@@ -329,23 +331,50 @@ class Denoiser:
         """
         rows = self.rows
         guided = [row for row in rows if row.settings.cfg_scale > 0]
+        sizes = [row.settings.block_length for row in rows]
         logits = self.block_logits(rows)
         if guided:
-            scales = torch.cat([row.ids.new_full((row.settings.block_length,), 1).float() * row.settings.cfg_scale
-                                for row in guided])[:, None]  # fmt: skip
-            unconditional = self.block_logits(guided, guided=True)
-            places = torch.cat([torch.full((row.settings.block_length,), row.settings.cfg_scale > 0) for row in rows])
-            conditional = logits[places]
-            logits[places] = unconditional + (scales + 1) * (conditional - unconditional)
+            unconditional = dict(
+                zip(
+                    guided,
+                    self.block_logits(guided, guided=True).split([row.settings.block_length for row in guided]),
+                    strict=True,
+                )
+            )
+            parts = dict(zip(rows, logits.split(sizes), strict=True))
+            for row, without in unconditional.items():
+                parts[row] = without + (row.settings.cfg_scale + 1) * (parts[row] - without)
+            logits = torch.cat(list(parts.values()))
         layers = self.model.language_model.config.num_hidden_layers
-        suppressed = logits.new_tensor(list(self.model.config.suppressed_token_ids), dtype=torch.long)
-        parts = logits.split([row.settings.block_length for row in rows])
         states = []
-        for row, part in zip(rows, parts, strict=True):
-            states.append((row.number, row.commit(part, suppressed, 2 if row in guided else 1, layers)))
+        for row, (proposed, probability) in zip(rows, self.propose(rows, logits), strict=True):
+            states.append((row.number, row.commit(proposed, probability, 2 if row in guided else 1, layers)))
             row.next_block()
         self.rows = [row for row in rows if not row.done]
         return states
+
+    def propose(self, rows: Sequence[RunningRequest], logits: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A token for every slot of every row's block, and its probability. Waits for the device, once.
+
+        Args:
+            rows: as many as the blocks of `logits`.
+            logits: (blocks, vocabulary) float32; written to.
+
+        Returns:
+            Tokens (block,) and float64 probabilities (block,) of each row, on the CPU.
+        """
+        sizes = [row.settings.block_length for row in rows]
+        if len(self.suppressed):
+            logits.index_fill_(-1, self.suppressed, -torch.inf)
+        if any(row.settings.temperature for row in rows):
+            proposed = torch.cat(
+                [row.sample(part).argmax(-1) for row, part in zip(rows, logits.split(sizes), strict=True)]
+            )
+        else:
+            proposed = logits.argmax(-1)  # (blocks,)
+        probability = logits.double().softmax(-1).gather(-1, proposed[:, None])
+        packed = torch.cat((proposed[:, None].double(), probability), dim=-1).cpu()  # ids are exact in float64
+        return [(part[:, 0].long(), part[:, 1]) for part in packed.split(sizes)]
 
     def block_logits(self, rows: Sequence[RunningRequest], guided: bool = False) -> Tensor:
         """Logits of every row's current block, one after another: (blocks, vocabulary)."""
@@ -363,28 +392,24 @@ class Denoiser:
         caches = [row.caches[guided] for row in rows]
         embed = self.model.language_model.embed_tokens
         passes = [
-            c.next_pass(embed(row.ids), embed(row.suffix), row.slots) for c, row in zip(caches, rows, strict=True)
+            cache.next_pass(row.upload_ids(), row.slots, embed, row.suffix)
+            for cache, row in zip(caches, rows, strict=True)
         ]
         refresh(self.model.language_model, passes)
-        return torch.cat([cache.block_states(row.slots) for cache, row in zip(caches, rows, strict=True)])
+        return concatenated([cache.block_states(row.slots) for cache, row in zip(caches, rows, strict=True)])
 
     def plain_states(self, rows: Sequence[RunningRequest], guided: bool) -> Tensor:
-        """The same by running every position through every layer, in one padded batch."""
+        """The same by running every position through every layer. Sequences of one length form a batch, so that none
+        is padded: a mask would keep attention from its fastest kernel."""
         sequences = [row.embeddings(self.model, guided) for row in rows]
-        longest = max(len(sequence) for sequence in sequences)
-        batch = sequences[0].new_zeros(len(rows), longest, sequences[0].shape[-1])
-        attention_mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=batch.device)
-        in_block = torch.zeros_like(attention_mask)
-        for number, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
-            first = longest - len(sequence)
-            batch[number, first:] = sequence
-            attention_mask[number, first:] = True
-            answer = first + len(row.request.prompt)
-            in_block[number, answer + row.slots.start : answer + row.slots.stop] = True
-        padded = any(len(sequence) < longest for sequence in sequences)
-        mask = attention_mask if padded else None
-        positions = positions_of(attention_mask) if padded else None
-        return self.model.language_model(batch, positions, mask)[in_block]
+        states: dict[RunningRequest, Tensor] = {}
+        for length in dict.fromkeys(len(sequence) for sequence in sequences):
+            alike = [row for row, sequence in zip(rows, sequences, strict=True) if len(sequence) == length]
+            batch = torch.stack([sequence for sequence in sequences if len(sequence) == length])
+            for row, hidden in zip(alike, self.model.language_model(batch), strict=True):
+                first = len(row.request.prompt)
+                states[row] = hidden[first + row.slots.start : first + row.slots.stop]
+        return concatenated([states[row] for row in rows])
 
 
 def denoise(model: VidLaDAForMaskedDiffusion, requests: Sequence[Request]) -> Iterator[tuple[int, State]]:
