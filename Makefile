@@ -15,13 +15,14 @@ TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 ask: $(VENV)/ready
 	$(BIN)/vidlada ask examples/shapes.mp4 "which way does the red star move first ?"
 
+# The fast tests, two files at a time: no network, no browser, no compiler.
 test: $(VENV)/ready-dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --durations 10
 
 # The same, two files at a time, with DeepSpeed, trackers and SmolLM2, which are else skipped; DeepSpeed's need a C++
 # compiler.
 test-all: $(VENV)/ready-all
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --durations 10 -rs
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

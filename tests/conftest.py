@@ -1,8 +1,16 @@
 """What several rooms need: a small model with random weights that knows the words of the shapes world."""
 
+import random
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("vidlada", deadline=None)  # no example is judged by its time
+settings.load_profile("vidlada")
 
 SMALL = {
     "text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -12,6 +20,21 @@ SMALL = {
     "system_message": "",
     "generation": {"gen_length": 32, "block_length": 8},
 }  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """A job in the background ignores Ctrl-C, and so would every process that tests start and interrupt."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """No test's random input depends on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +51,7 @@ def small_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small(small_folder):
-    """The small model, loaded through the front door."""
+    """The small model, as `vidlada.load` loads it."""
     import vidlada
 
     return vidlada.load(small_folder)

@@ -21,7 +21,8 @@ ROWS = [
     ["decoding", "processor"],
     ["model"],
     ["generation", "images", "video", "shapes"],
-    ["errors", "files", "machine", "noise"],
+    ["files", "settings"],
+    ["errors", "machine", "markdown", "noise"],
 ]
 ROW = {room: number for number, row in enumerate(ROWS) for room in row}
 

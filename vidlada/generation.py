@@ -1,54 +1,118 @@
-"""Settings of decoding, validated on construction; torch is not needed to read them."""
+"""Settings of prompts and of decoding: the one list of them, which the command line, the server
+and the docs follow."""
 
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import Field, asdict, dataclass, fields, is_dataclass, replace
+from types import NoneType
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from vidlada.errors import InputError
+from vidlada.settings import INT64, check_settings, setting, shown
 
 Remasking = Literal["low_confidence", "random"]
+MAX_SLOTS = 2**17  # more answer slots or steps than any model of the family has positions
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """What is put into the prompt beside the video and the question."""
+
+    time_instruction: bool = setting(False, "Tell the model when its frames were taken.")
+    system: str | None = setting(None, "System message instead of the checkpoint's own.", max_length=100_000)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@runtime_checkable
+class CachePolicy(Protocol):
+    """What a cache policy looks like from here; see `vidlada.decoding.policies.base.Policy`."""
+
+    name: ClassVar[str]
+
+    def plan(self, context: Any) -> Any:
+        """The plan of a step."""
+
+    def entries(self, layers: int) -> list[int]:
+        """Layers above 0 at which segments may join."""
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How an answer is decoded (LLaDA sampling).
+    """How an answer is decoded (LLaDA sampling). Every setting is described where it is listed.
 
-    Args:
-        gen_length: answer slots, in tokens.
-        block_length: slots decoded together, blocks left to right; divides `gen_length`.
-        steps: denoising steps for the whole answer; None is one token a step. A multiple of the number of blocks.
-        temperature: of the Gumbel noise; 0 is greedy.
-        cfg_scale: classifier-free guidance; 0 is off (one pass a step instead of two).
-        remasking: how proposals are ranked: by their probability, or at random.
-        threshold: commit every proposal at least this confident, at least one a step (Fast-dLLM); None: by `steps`.
-        factor: commit the largest n with (n + 1)(1 - confidence_n) < factor (Fast-dLLM); None: by `steps`.
-        stop: strings that end the answer, besides the checkpoint's end-of-turn token.
-        suffix: fixed text after the answer slots, visible from the first step and returned with the answer.
-        seed: of every random choice of this answer.
-        cache: what is reused between steps: `none`, or a policy of `vidlada.decoding.policies` by name, with settings
-            after a colon.
-        reuse: let further questions about a video start from the frames' keys and values of the question before, which
-            were computed beside another question; needs a cache.
+    Raises:
+        InputError: a value is out of bounds, or two settings exclude each other.
     """
 
-    gen_length: int = 128
-    block_length: int = 32
-    steps: int | None = None
-    temperature: float = 0.0
-    cfg_scale: float = 0.0
-    remasking: Remasking = "low_confidence"
-    threshold: float | None = None
-    factor: float | None = None
-    stop: tuple[str, ...] = field(default=())
-    suffix: str = ""
-    seed: int = 0
-    cache: str = "none"
-    reuse: bool = False
+    gen_length: int = setting(
+        128, "Answer slots, in tokens.", minimum=1, maximum=MAX_SLOTS, essential=True, metavar="TOKENS"
+    )
+    block_length: int = setting(
+        32, "Slots decoded together, blocks left to right; divides gen_length.", minimum=1, maximum=MAX_SLOTS
+    )
+    steps: int | None = setting(
+        None,
+        "Denoising steps for the whole answer, a multiple of the number of blocks; by default one token a step.",
+        minimum=1,
+        maximum=MAX_SLOTS,
+        essential=True,
+    )
+    temperature: float = setting(0.0, "Of the Gumbel noise; 0 is greedy.", minimum=0, maximum=10, essential=True)
+    cfg_scale: float = setting(
+        0.0, "Classifier-free guidance; 0 is off, else a step takes two passes.", minimum=0, maximum=100
+    )
+    remasking: Remasking = setting(
+        "low_confidence",
+        "How proposed tokens are ranked: by their probability, or at random.",
+        choices=("low_confidence", "random"),
+    )
+    threshold: float | None = setting(
+        None,
+        "Commit every token at least this confident, at least one a step, e.g. 0.9 (Fast-dLLM).",
+        above=0,
+        maximum=1,
+        essential=True,
+    )
+    factor: float | None = setting(
+        None,
+        "Commit the largest n with (n + 1)(1 - confidence of the n-th) below this (Fast-dLLM).",
+        above=0,
+        maximum=10**6,
+    )
+    stop: tuple[str, ...] = setting(
+        (),
+        "A text that ends the answer, as the end-of-turn token does; may be given several times.",
+        max_length=1000,
+        max_items=16,
+        metavar="TEXT",
+    )
+    suffix: str = setting(
+        "", "Fixed text after the answer slots, visible from the first step and returned.", max_length=10_000
+    )
+    seed: int = setting(0, "Of every random choice of this answer.", minimum=-INT64, maximum=INT64 - 1, essential=True)
+    cache: str | CachePolicy = setting(
+        "none",
+        "What is reused between steps: none, prefix, dual, frozen, interval, sparse or mars, with settings after a "
+        "colon, e.g. mars:text=8,ratio=2.",
+        max_length=200,
+        essential=True,
+        metavar="POLICY",
+    )
+    reuse: bool = setting(
+        False,
+        "Let further questions about a video start from the cached frames of the question before; needs a cache, and "
+        "approximates.",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("gen_length", "block_length", "steps"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        elif isinstance(self.stop, Sequence):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        check_settings(self, skip=() if isinstance(self.cache, str | NoneType) else ("cache",))
+        if not isinstance(self.cache, str | CachePolicy):
+            raise InputError(f"cache must be a text or a cache policy, not {shown(self.cache)}")
         if self.gen_length % self.block_length:
             raise InputError(
                 f"block_length {self.block_length} does not divide gen_length {self.gen_length}; "
@@ -59,16 +123,6 @@ class GenerationSettings:
                 f"steps {self.steps} is not a multiple of the {self.num_blocks} blocks "
                 f"(gen_length {self.gen_length} / block_length {self.block_length})"
             )
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature must be at least 0, not {self.temperature!r}")
-        if not 0 <= self.cfg_scale < float("inf"):
-            raise InputError(f"cfg_scale must be at least 0, not {self.cfg_scale!r}")
-        if self.remasking not in ("low_confidence", "random"):
-            raise InputError(f"remasking must be low_confidence or random, not {self.remasking!r}")
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise InputError(f"threshold must be above 0 and at most 1, not {self.threshold!r}")
-        if self.factor is not None and not self.factor > 0:
-            raise InputError(f"factor must be above 0, not {self.factor!r}")
         if self.threshold is not None and self.factor is not None:
             raise InputError("threshold and factor exclude each other; give one of them")
         if self.steps is not None and (self.threshold is not None or self.factor is not None):
@@ -76,8 +130,7 @@ class GenerationSettings:
         if self.remasking == "random" and (self.threshold is not None or self.factor is not None):
             raise InputError("threshold and factor compare probabilities; they need remasking low_confidence")
         if self.reuse and self.cache == "none":
-            raise InputError("reuse takes over what a cache has kept; choose a cache, e.g. mars")
-        object.__setattr__(self, "stop", tuple(self.stop))
+            raise InputError("reuse needs a cache to reuse; choose one, e.g. mars")
         if any(not word for word in self.stop):
             raise InputError("a stop string must not be empty")
 
@@ -116,5 +169,16 @@ class GenerationSettings:
         return replace(self, **given)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for JSON."""
-        return asdict(self)
+        """The settings as plain values, for JSON; a cache policy as its text."""
+        return {**asdict(self), "cache": policy_text(self.cache)}
+
+
+def policy_text(cache: str | CachePolicy) -> str:
+    """A cache as the command line takes it: `name:setting=value,…` with the settings that are not defaults."""
+    if isinstance(cache, str):
+        return cache
+    entries: tuple[Field[Any], ...] = fields(cache) if is_dataclass(cache) else ()
+    pairs = [
+        f"{entry.name}={getattr(cache, entry.name)}" for entry in entries if getattr(cache, entry.name) != entry.default
+    ]
+    return f"{cache.name}:{','.join(pairs)}" if pairs else cache.name

@@ -123,7 +123,7 @@ class VidLaDAProcessor(ProcessorMixin):
         """The processor that fits a model."""
         return cls(
             tokenizer,
-            image_size=int(config.vision_config.image_size),  # type: ignore[union-attr]
+            image_size=int(config.vision.image_size),
             tokens_per_frame=config.tokens_per_frame(),
             closing_tokens=config.visual_tokens(0),
             video_token_id=config.video_token_id,

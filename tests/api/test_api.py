@@ -105,8 +105,8 @@ def test_time_instruction_is_seen(small, clips):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gen_lenght": 3}, "unknown generation setting gen_lenght"),
-        ({"frames": 0}, "number of frames"),
+        ({"gen_lenght": 3}, "unknown option gen_lenght"),
+        ({"frames": 0}, "frames must be a whole number of at least 1"),
         ({"fps": -1}, "fps"),
         ({"block_length": 5}, "does not divide"),
     ],

@@ -45,7 +45,7 @@ def test_answers_are_those_of_ask(folder, small, small_folder, tmp_path):
     lines = write_questions(folder / "questions.jsonl", 7)
     options = ("--model", small_folder, "--gen-length", 16, "--concurrency", 3)
     code, err = run(folder / "questions.jsonl", tmp_path / "out.jsonl", *options)
-    assert (code, err) == (0, "7 lines answered, 0 of them with errors; 0 before\n")
+    assert (code, err) == (0, "7 lines answered, 0 before; 0 of all 7 are errors\n")
     found = answers(tmp_path / "out.jsonl")
     assert [answer["line"] for answer in found] == list(range(1, 8))
     for line, answer in zip(lines, found, strict=True):
@@ -54,7 +54,7 @@ def test_answers_are_those_of_ask(folder, small, small_folder, tmp_path):
         assert {name: answer[name] for name in ("id", "video", "question")}.items() <= line.items()
     before = (tmp_path / "out.jsonl").read_bytes()
     code, err = run(folder / "questions.jsonl", tmp_path / "out.jsonl", *options)
-    assert (code, err) == (0, "0 lines answered, 0 of them with errors; 7 before\n")
+    assert (code, err) == (0, "0 lines answered, 7 before; 0 of all 7 are errors\n")
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
@@ -68,13 +68,13 @@ def test_errors_are_lines(folder, small_folder, tmp_path):
     (folder / "bad.jsonl").write_bytes("\n".join(bad).encode() + b"\n\xff\xff\n")
     code, err = run(folder / "bad.jsonl", tmp_path / "out.jsonl", "--model", small_folder, "--gen-length", 16)
     assert code == 1
-    assert "13 lines answered, 12 of them with errors" in err
+    assert "13 lines answered, 0 before; 12 of all 13 are errors" in err
     found = answers(tmp_path / "out.jsonl")
     assert [answer["line"] for answer in found] == list(range(1, 14))
     assert ["error" in answer for answer in found] == [True] * 11 + [False, True]
     assert found[11]["id"] == "good"
     again = run(folder / "bad.jsonl", tmp_path / "out.jsonl", "--model", small_folder, "--gen-length", 16)
-    assert again == (0, "0 lines answered, 0 of them with errors; 13 before\n")
+    assert again == (1, "0 lines answered, 13 before; 12 of all 13 are errors\n")
 
 
 def test_what_belongs_to_other_questions_is_left_alone(folder, small_folder, tmp_path):
@@ -90,6 +90,7 @@ def test_what_belongs_to_other_questions_is_left_alone(folder, small_folder, tmp
     assert run(folder / "some.jsonl", tmp_path / "none" / "out.jsonl")[0] == 2
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_nothing_is_lost_or_doubled(folder, small_folder, tmp_path):
     write_questions(folder / "many.jsonl", 40)
     options = ["--model", str(small_folder), "--gen-length", "16", "--concurrency", "2"]

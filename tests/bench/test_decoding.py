@@ -11,6 +11,8 @@ from vidlada.bench.weights import Weights, weights_figures, weights_table
 from vidlada.cli import main
 from vidlada.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"frames": 2, "gen_length": 4, "block_length": 2}
 SEQUENCE = 2 * 32 + 2 * 200 + 4
 MARS = "mars:text=2,ratio=1,pyramid=1"

@@ -11,6 +11,8 @@ from vidlada.decoding.sampler import Request, denoise
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 
+pytestmark = pytest.mark.slow
+
 FRAME_INDEX = [-1, -1, *[0] * 6, *[1] * 6, *[2] * 6, -1]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from vidlada.machine import return_free_memory
 
+pytestmark = pytest.mark.slow
+
 BLOCKS, SIZE = 1000, 100_000  # below the size from which glibc maps every block by itself
 
 

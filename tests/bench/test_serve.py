@@ -9,6 +9,8 @@ import sys
 import pytest
 from serve.running import wait_for
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def bench():

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 import vidlada
 from vidlada.cli import main
 from vidlada.shapes.questions import vocabulary
+
+pytestmark = pytest.mark.slow
 
 VIDEO = Path(__file__).parents[2] / "examples" / "shapes.mp4"
 MOST_BYTES = 10 * 2**20  # of the weights

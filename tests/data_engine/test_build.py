@@ -239,21 +239,21 @@ def test_segments_worked_on_at_once_write_the_same_files(tmp_path, stub, config,
     assert 1 < max(at_once) <= 4
 
 
+@pytest.mark.slow
 def test_an_error_of_one_segment_ends_all_at_once(tmp_path, stub, config, four_at_once):
     """Requests of the others, which are not answered, are not waited for, even of those before it."""
-    release = threading.Event()
+    release, gave_up = threading.Event(), threading.Event()
 
     def wait(body):
         if "seconds 0 to" in str(body):  # every video's first segment
-            release.wait(60)
+            release.wait(60) or gave_up.set()
         else:
             stub.fail_at = 1
 
     stub.wait = wait
-    start = time.monotonic()
     result = build(four_at_once)
+    assert not gave_up.is_set()  # the build ended before any of them was answered
     release.set()
-    assert time.monotonic() - start < 10
     assert result.exit_code == 1 and "status 401" in result.output and "Traceback" not in result.output
     stub.fail_at, stub.wait = None, lambda body: None
     assert build(four_at_once).exit_code == 0 and build(config).exit_code == 0
@@ -261,25 +261,25 @@ def test_an_error_of_one_segment_ends_all_at_once(tmp_path, stub, config, four_a
         assert (tmp_path / "four" / name).read_text() == (tmp_path / "out" / name).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_build_in_a_moment(tmp_path, stub, config, four_at_once, number):
+def test_a_signal_ends_a_build_at_once(tmp_path, stub, config, four_at_once, number):
     """Although no endpoint answers; it then continues to the same files."""
-    waiting, release = threading.Semaphore(0), threading.Event()
+    waiting, release, gave_up = threading.Semaphore(0), threading.Event(), threading.Event()
 
     def wait(body):
         if len(stub.requests) > 12:
             waiting.release()
-            release.wait(60)
+            release.wait(300) or gave_up.set()
 
     stub.wait = wait
     command = [sys.executable, "-m", "vidlada", "data", "build", str(four_at_once)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         for _ in range(4):
-            assert waiting.acquire(timeout=60)
-        start = time.monotonic()
+            assert waiting.acquire(timeout=240)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-    assert time.monotonic() - start < 5 and "Traceback" not in said
+        _, said = process.communicate(timeout=240)
+    assert not gave_up.is_set() and "Traceback" not in said  # it ended before any request was answered
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: -signal.SIGTERM}[number]
     release.set()
     stub.wait = lambda body: None
@@ -354,21 +354,20 @@ def test_a_model_that_says_nothing_says_nothing(stub):
 
 def test_a_reply_that_never_ends_is_not_waited_for():
     """Every byte comes in time, the whole does not."""
+    done = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def drip():
             with server.accept()[0] as connection, suppress(OSError):
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-                for _ in range(100):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n")
+                while not done.wait(0.1):
                     connection.sendall(b" ")
-                    time.sleep(0.1)
 
         threading.Thread(target=drip, daemon=True).start()
         endpoint = Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", timeout=0.5, tries=1)
-        start = time.monotonic()
         with pytest.raises(VidLaDAError, match="no whole reply in 0.5 seconds"):
-            complete(endpoint, "hello")
-        assert time.monotonic() - start < 5
+            complete(endpoint, "hello")  # the bytes go on until it has given up
+        done.set()
 
 
 def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(stub, monkeypatch):
@@ -433,6 +432,7 @@ WORDING = {"prompt": "{question} choices : {choices} . answer with the letter ."
            "between": " , "}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_shipped_model_votes_on_shapes_videos(tmp_path, stub, monkeypatch):
     """Through vidlada serve, which shows it the segment as a video of a frame a second."""
     questions = write_dataset(tmp_path, "validation", clips=2, seconds=6, size=84)

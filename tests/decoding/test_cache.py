@@ -12,7 +12,7 @@ from vectors import VARIANTS, arrays, load_reference_model
 
 from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors, scenes_of
 from vidlada.decoding.kv_cache import KVCache, PartialPass, refresh
-from vidlada.decoding.policies import POLICIES, policy_from
+from vidlada.decoding.policies import POLICIES, parse_policy
 from vidlada.decoding.policies.base import StepContext
 from vidlada.decoding.policies.mars import Mars
 from vidlada.decoding.sampler import Denoiser, Request, denoise
@@ -266,7 +266,7 @@ def test_the_work_of_each_policy(small):
 )  # fmt: skip
 def test_bad_policies_are_refused(cache, message):
     with pytest.raises(InputError, match=message):
-        policy_from(cache)
+        parse_policy(cache)
 
 
 @pytest.mark.parametrize(
@@ -347,5 +347,5 @@ def test_what_does_not_fit_is_not_reused():
     (given,) = decode(model, replace(elsewhere, visual=left.visual))
     assert given.statistics.refreshes == alone.statistics.refreshes
     assert torch.equal(given.proposed, alone.proposed)
-    with pytest.raises(InputError, match="choose a cache"):
+    with pytest.raises(InputError, match="reuse needs a cache"):
         GenerationSettings(reuse=True)

@@ -14,6 +14,8 @@ from vidlada.decoding.fused import BLOCK, FusedChunks, blocks_in_sight
 from vidlada.decoding.sampler import Request, denoise
 from vidlada.generation import GenerationSettings
 
+pytestmark = pytest.mark.slow
+
 sizes = st.lists(st.integers(1, 90), min_size=1, max_size=9)
 
 

@@ -116,10 +116,12 @@ def test_cancelled_requests_free_their_place_within_a_step(small):
 
 def test_cancelled_while_waiting(small):
     async def run(engine):
-        handle = engine.submit(job_of(small, gen_length=64, block_length=8))
+        updates = engine.submit(job_of(small, gen_length=64, block_length=8)).updates()
+        await anext(updates)
         waiting = engine.submit(job_of(small))
-        async for _ in handle.updates():
-            waiting.cancel()
+        waiting.cancel()
+        async for _ in updates:
+            pass
         with pytest.raises(VidLaDAError, match="cancelled"):
             async for _ in waiting.updates():
                 pass
@@ -219,10 +221,9 @@ def test_deadline(small):
 
 def test_closing_fails_what_runs(small):
     async def run(engine):
-        running = engine.submit(job_of(small, gen_length=256, block_length=8))
-        waiting = engine.submit(job_of(small))
-        updates = running.updates()
+        updates = engine.submit(job_of(small, gen_length=256, block_length=8)).updates()
         await anext(updates)
+        waiting = engine.submit(job_of(small))
         await asyncio.to_thread(engine.close)
         with pytest.raises(VidLaDAError, match="shutting down"):
             async for _ in waiting.updates():

@@ -53,12 +53,12 @@ def test_batches_share_their_forward_passes(small, clips, monkeypatch, cache):
 
 def test_a_video_is_decoded_and_encoded_once(small, clips, monkeypatch):
     decoded, encoded = Counter(), Counter()
-    decode, watch = Answerer.decode, type(small).watch
+    decode, encode = Answerer.decode, type(small).encode_video
     monkeypatch.setattr(Answerer, "decode", lambda self, media: (decoded.update([media]), decode(self, media))[1])
     monkeypatch.setattr(
-        type(small), "watch",
-        lambda self, video, **o: (encoded.update([getattr(getattr(video, "info", None), "path", None)])
-                                  if not hasattr(video, "visual_tokens") else None, watch(self, video, **o))[1],
+        type(small), "encode_video",
+        lambda self, video, *o, **k: (encoded.update([getattr(getattr(video, "info", None), "path", None)])
+                                  if not hasattr(video, "visual_tokens") else None, encode(self, video, *o, **k))[1],
     )  # fmt: skip
     questions = [Question(f"is it {word} ?", clips[n], SETTINGS) for word in ("red", "blue") for n in range(3)]
     ask(small, questions, batch_size=2)

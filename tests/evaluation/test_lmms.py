@@ -32,6 +32,8 @@ from lmms_eval.utils import get_lmms_eval_cache_version
 
 from vidlada.evaluation.lmms import picture
 
+pytestmark = pytest.mark.slow
+
 FRAMES = 4
 BROKEN, MISSING = "videomme/data/clip0000001.mp4", "lvbench/clip1.mp4"
 ALL = ",".join(BENCHMARKS)
@@ -153,12 +155,15 @@ def test_rounds(root, small_lm):
         text = [{"role": "user", "content": [{"type": "text", "text": "is it blue ?"}]}]
         return (said(video, "is it red ?") if round_idx == 0 else text), False, previous_output, round_idx
 
-    watch, watched = small_lm.vidlada.watch, []
-    small_lm.vidlada.watch = lambda frames, **o: (watched.append(type(frames).__name__), watch(frames, **o))[1]
+    encode, encoded = small_lm.vidlada.encode_video, []
+    small_lm.vidlada.encode_video = lambda frames, *o, **k: (
+        encoded.append(type(frames).__name__),
+        encode(frames, *o, **k),
+    )[1]
     request = request_of(0, to_messages, GENERATION, "generate_until_multi_round")
     (answers,) = small_lm.generate_until_multi_round([request])
-    del small_lm.vidlada.watch
-    assert watched.count("Frames") == 1
+    del small_lm.vidlada.encode_video
+    assert encoded.count("Frames") == 1
     assert [entry[0] for entry in given] == [0, 1, 2] and given[2][1] == answers and given[2][2] == 1
     alone = [small_lm.vidlada.ask(video, text, frames=2, gen_length=4, block_length=4) for text in
              ("is it red ?", "is it blue ?")]  # fmt: skip

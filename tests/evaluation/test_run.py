@@ -13,8 +13,10 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation import run as running
 from vidlada.evaluation.benchmarks import chosen
 from vidlada.evaluation.data import documents
-from vidlada.evaluation.folder import held, open_record, read_run_file
+from vidlada.evaluation.folder import lock_run, open_record, read_run_file
 from vidlada.evaluation.run import RunSettings, command, launches, start_run
+
+pytestmark = pytest.mark.slow
 
 
 def options_after(arguments, name):
@@ -147,7 +149,7 @@ def test_without_lmms_eval(root, tmp_path, monkeypatch, vidlada_eval):
 def test_failures_of_lmms_eval_are_told(tmp_path):
     start_run(tmp_path / "run", RunSettings("tiny"), chosen("lvbench"))
     program = "print('ERROR - Error during evaluation: no disk'); raise SystemExit({})"
-    with held(tmp_path / "run") as lock, pytest.raises(VidLaDAError, match="code 3.*no disk"):
+    with lock_run(tmp_path / "run") as lock, pytest.raises(VidLaDAError, match="code 3.*no disk"):
         running.execute([sys.executable, "-c", program.format(3)], tmp_path, tmp_path / "run", {}, lock)
 
 
@@ -155,13 +157,13 @@ def test_a_folder_is_for_one_command_at_a_time(root, tmp_path, monkeypatch, vidl
     monkeypatch.setattr(running, "require_lmms_eval", lambda: None)
     output = tmp_path / "run"
     start_run(output, RunSettings("tiny"), chosen("lvbench"))
-    with held(output) as lock:
+    with lock_run(output) as lock:
         left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
     options = ["--tasks", "lvbench", "--data-root", root, "--output", output]
     code, _, err = vidlada_eval(*options)  # lmms-eval goes on after its command was killed
     assert code == 2 and "another run is going on in it" in err
     left.communicate(b"\n", timeout=60)
-    with held(output):
+    with lock_run(output):
         pass
 
 
@@ -169,9 +171,9 @@ def test_a_folder_is_in_use_while_a_process_answers(tmp_path):
     """torchrun's processes survive a `kill -9` of all that holds the lock."""
     start_run(tmp_path / "run", RunSettings("tiny"), chosen("lvbench"))
     refused = pytest.raises(InputError, match="another run is going on in it")
-    with open_record(tmp_path / "run", 1), open_record(tmp_path / "run", 0), refused, held(tmp_path / "run"):
+    with open_record(tmp_path / "run", 1), open_record(tmp_path / "run", 0), refused, lock_run(tmp_path / "run"):
         pass
-    with held(tmp_path / "run"), open_record(tmp_path / "run", 0):
+    with lock_run(tmp_path / "run"), open_record(tmp_path / "run", 0):
         pass
 
 

@@ -42,6 +42,7 @@ def _parts(weight):
         yield from _parts(part) if hasattr(part, "__tensor_flatten__") else [part]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_layers_answer_the_same(model):
     request = random_request(model, 5, 3, SETTINGS)

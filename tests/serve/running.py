@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import httpx2
 
 KEY = "secret"
+JSON = {"Content-Type": "application/json"}
 LIMITS = ("--max-upload-mb", 4, "--max-stored-mb", 6, "--max-body-mb", 8, "--max-duration", 100,
           "--max-pixels", 500_000, "--max-frames", 32, "--max-running", 8, "--max-queue", 60, "--decode-seconds", 300,
           "--body-seconds", 10, "--reader-seconds", 5)  # fmt: skip
@@ -23,7 +24,10 @@ LIMITS = ("--max-upload-mb", 4, "--max-stored-mb", 6, "--max-body-mb", 8, "--max
 LONG = {"model": "tiny", "stream": True, "gen_length": 1024, "block_length": 1024, "diffusing": True,
         "messages": [{"role": "user", "content": "describe the video ."}]}  # fmt: skip
 SHORT = {"model": "tiny", "gen_length": 16, "messages": [{"role": "user", "content": "is it red ?"}]}
-HEAD = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+HEAD = (
+    "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    f"Authorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+)
 
 
 class RunningServer:

@@ -3,7 +3,7 @@
 import pytest
 
 from vidlada.generation import GenerationSettings
-from vidlada.serve.conversation import conversation_of, settings_of
+from vidlada.serve.conversation import conversation_of, generation_settings
 from vidlada.serve.errors import RequestError
 from vidlada.serve.schema import ChatRequest
 
@@ -67,6 +67,6 @@ def test_only_users_show_videos(role):
 )
 def test_slots_for_max_tokens(fields, slots, block, bound):
     base = GenerationSettings(gen_length=64, block_length=16)
-    settings, max_tokens = settings_of(request(TURNS, stop="x", **fields), base, 64)
+    settings, max_tokens = generation_settings(request(TURNS, stop="x", **fields), base, 64)
     assert (settings.gen_length, settings.block_length, max_tokens) == (slots, block, bound)
     assert settings.stop == ("x",)

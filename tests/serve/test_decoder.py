@@ -19,6 +19,8 @@ from vidlada.serve.errors import RequestError
 from vidlada.serve.limits import Limits
 from vidlada.video import Sampling, sample_frames
 
+pytestmark = pytest.mark.slow
+
 SIZE = 64
 
 

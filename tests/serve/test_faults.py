@@ -11,9 +11,11 @@ import time
 
 import httpx2
 import pytest
-from serve.running import HEAD, KEY, LONG, SHORT, idle, running_server, send_body, wait_for
+from serve.running import HEAD, JSON, KEY, LONG, SHORT, idle, running_server, send_body, wait_for
 
 from vidlada.serve.temporary import temporary_folder
+
+pytestmark = pytest.mark.slow
 
 
 def about(path):
@@ -23,10 +25,10 @@ def about(path):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000, b'{"model": "tiny"}']
+    "body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"[" * 10_000, b'{"model": "tiny"}']
 )
 def test_malformed_bodies(server, body):
-    response = server.http().post("/v1/chat/completions", content=body)
+    response = server.http().post("/v1/chat/completions", content=body, headers=JSON)
     assert response.status_code in (400, 422)
     assert response.json()["error"]["message"]
 

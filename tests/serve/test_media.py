@@ -129,10 +129,10 @@ def test_private_addresses_are_refused_in_every_spelling(folder, site, host):
 
 
 def test_a_name_is_judged_by_all_its_addresses(folder, monkeypatch):
-    async def both(self, host, port, **options):
+    def both(host, port, **options):
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("93.184.216.34", "10.0.0.1")]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", both)
+    monkeypatch.setattr(socket, "getaddrinfo", both)
     assert refusal(source_of(folder), "http://rebinding.example/video") == (403, "forbidden_url")
 
 
@@ -140,12 +140,12 @@ def test_the_judged_address_is_the_one_connected_to(folder, site, monkeypatch):
     """The name is looked up once: what it says a moment later does not matter."""
     port, asked = int(site.rpartition(":")[2]), []
 
-    async def once(self, host, port_, **options):
+    def once(host, port_, **options):
         asked.append(host)
         assert len(asked) == 1, "looked up again"
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", once)
+    monkeypatch.setattr(socket, "getaddrinfo", once)
     monkeypatch.setattr("vidlada.serve.media.is_public", lambda address: True)
     _, content = content_of(source_of(folder), f"http://rebinding.example:{port}/video")
     assert content == b"video" * 1000

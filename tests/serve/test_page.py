@@ -15,7 +15,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 SCREENSHOTS = os.environ.get("VIDLADA_SCREENSHOTS")  # a folder to keep pictures in, for people to look at
 SECONDS = 120_000  # milliseconds, since machines are slow
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="needs Chromium")]
 
 
 @pytest.fixture(scope="module")

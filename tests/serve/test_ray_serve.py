@@ -10,6 +10,8 @@ import openai
 import pytest
 from serve.test_server import data_uri, text, video
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("ray.serve", reason="needs ray[serve]", exc_type=ImportError)
 
 SLOW = {"gen_length": 32}  # a token a step

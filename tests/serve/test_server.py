@@ -9,7 +9,9 @@ import sys
 import openai
 import pytest
 from PIL import Image
-from serve.running import KEY, wait_for
+from serve.running import JSON, KEY, wait_for
+
+pytestmark = pytest.mark.slow
 
 QUESTION = "what happens in the video ?"
 FAST = {"gen_length": 32, "threshold": 0.5}
@@ -240,7 +242,7 @@ def test_upload_limits(server):
     assert http.post("/v1/files", content=unannounced(), headers=kind).status_code in (400, 413)
     assert http.post("/v1/files", json={}).status_code == 422
     body = b'{"model": "' + b"x" * 9 * 2**20 + b'"}'
-    assert http.post("/v1/chat/completions", content=body).status_code == 413
+    assert http.post("/v1/chat/completions", content=body, headers=JSON).status_code == 413
 
 
 def test_uploads_on_their_way_take_up_room(server):

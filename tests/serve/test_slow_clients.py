@@ -8,6 +8,8 @@ from http.client import HTTPResponse
 import pytest
 from serve.running import HEAD, LONG, SHORT, idle, send_body, wait_for
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 10  # to send a head, and a body
 
 

@@ -30,6 +30,8 @@ from vidlada.training.output import checkpoints
 from vidlada.training.parallel import make_accelerator
 from vidlada.training.trainer import train
 
+pytestmark = pytest.mark.slow
+
 # Each step has four samples, so one process in two passes and two processes in one split it into the same parts.
 # Half of the samples are text alone: often one process has no video and the other has.
 DATA = {"kind": "shapes", "pictures": True, "frames_per_batch": 4, "questions": 2, "families": ["clock"],

@@ -38,7 +38,7 @@ from vidlada.training.trainer import train
 EASY = {**PICTURES, "families": ["clock"], "choice_share": 0.0}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 # One head of 72, as the published tower's: only then does a published checkpoint say all about its tower.

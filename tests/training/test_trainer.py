@@ -49,7 +49,7 @@ trainer.train(TrainingConfig(**values, stages=stages), report=report)
 """
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from vidlada.shapes.dataset import write_dataset
 from vidlada.training.config import Stage
 from vidlada.training.trainer import train
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_twins.py"
 CLIPS = {"kind": "shapes", "seconds": [4, 4], "frames_per_batch": 8, "questions": 2}
 

@@ -17,13 +17,12 @@ from typing import Any, BinaryIO
 
 from pydantic import ValidationError
 
-from vidlada.api import VidLaDA
+from vidlada.api import VidLaDA, split_options
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.serve.limits import Limits
 from vidlada.serve.schema import ChatRequest
 from vidlada.serve.service import Service
 
-REQUEST_OPTIONS = ("frames", "fps", "force_sample", "time_instruction", "system")  # the rest are of decoding
 ECHOED = ("line", "id", "video", "question")
 UNBOUNDED = 2**40  # whoever runs a batch vouches for its files; only time and memory of decoding stay bounded
 
@@ -101,7 +100,8 @@ class Answerer:
     """
 
     def __init__(self, vidlada: VidLaDA, folder: Path, defaults: dict[str, Any], concurrency: int):
-        vidlada.settings(**{name: value for name, value in defaults.items() if name not in REQUEST_OPTIONS})
+        _, _, generation = split_options(dict(defaults))
+        vidlada.settings(**generation)
         limits = Limits(
             max_running=concurrency, max_tokens=UNBOUNDED, max_media=UNBOUNDED, max_frames=UNBOUNDED,
             max_duration=float(UNBOUNDED), max_pixels=UNBOUNDED, max_upload_mb=UNBOUNDED, decode_seconds=3600.0,
@@ -162,6 +162,10 @@ class Output:
     Args:
         file: open for reading and appending.
         path: its name.
+
+    Attributes:
+        written: lines in the file, those of earlier runs included.
+        failed: how many of them are errors.
     """
 
     def __init__(self, file: BinaryIO, path: Path):
@@ -180,8 +184,8 @@ class Output:
                 break
             line = next(questions, None)
             try:
-                found = json.loads(raw)
-                found = {name: found[name] for name in ECHOED}
+                answer = json.loads(raw)
+                found = {name: answer[name] for name in ECHOED}
             except (ValueError, KeyError, TypeError):
                 found = None
             if line is None or found != line.echo():
@@ -189,6 +193,7 @@ class Output:
                 raise InputError(f"{self.path}: {message}")
             end += len(raw)
             self.written += 1
+            self.failed += "error" in answer
         self.file.truncate(end)
         self.file.seek(end)
 

@@ -12,7 +12,7 @@ import torch
 
 from vidlada.bench.pretend import Counts, move, pretended_device, shape_only
 from vidlada.bench.sizes import SIZES, TEXT_TOKENS, random_model
-from vidlada.decoding.policies import policy_from
+from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.sampler import Denoiser, Request
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
@@ -126,7 +126,7 @@ def count_figures(
         progress: called with what is counted next.
     """
     for cache in caches:
-        policy_from(cache)
+        parse_policy(cache)
     found = []
     for cache in caches:
         progress(cache)
@@ -158,7 +158,8 @@ def count_table(figures: dict[str, Any]) -> str:
         pairs = [f"{work['kernels']:,}, {work['waits']}" for work in (joining, step, most, first)]
         lines.append(
             f"| {row['cache']} | {pairs[0]} | {pairs[1]} | {step['read_written'] / 1e9:.1f} "
-            f"| {step['flops'] / 1e12:.2f} | {pairs[2]} | {most['flops'] / 1e12:.1f} | {pairs[3]} | {first['flops'] / 1e12:.1f} |"
+            f"| {step['flops'] / 1e12:.2f} | {pairs[2]} | {most['flops'] / 1e12:.1f} "
+            f"| {pairs[3]} | {first['flops'] / 1e12:.1f} |"
         )
     waits = sorted({place for row in figures["rows"] for kind in ("joining", "first", "usual", "most")
                     for place in row[kind]["places"]})  # fmt: skip

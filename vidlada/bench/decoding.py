@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vidlada.bench.sizes import Subject, subject
-from vidlada.decoding.policies import policy_from
+from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.sampler import Denoiser, Request, State, denoise
 from vidlada.generation import GenerationSettings
 from vidlada.info import GIB
@@ -129,7 +129,7 @@ def decoding_figures(
         InputError: an unknown size or a policy that does not fit.
     """
     for cache in caches:
-        policy_from(cache)
+        parse_policy(cache)
     settings = GenerationSettings(gen_length=gen_length, block_length=block_length)
     progress("making the model")
     measured = subject(size, frames, device, dtype)

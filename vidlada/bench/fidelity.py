@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vidlada.api import VidLaDA
 from vidlada.bench.decoding import BASELINE, CACHES
-from vidlada.decoding.policies import policy_from
+from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.sampler import Denoiser, Request, RunningRequest
 from vidlada.errors import InputError
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
@@ -107,7 +107,7 @@ def fidelity_figures(
     Raises:
         InputError: a video, an option or a policy cannot be used, or there is no long answer.
     """
-    names = [name for name in dict.fromkeys(caches) if policy_from(name) is not None]
+    names = [name for name in dict.fromkeys(caches) if parse_policy(name) is not None]
     asked = [entry for entry in entries if entry["family"] in LONG_FAMILIES]
     if not asked:
         raise InputError(f"no question with a long answer ({', '.join(LONG_FAMILIES)}) among {len(entries)}")

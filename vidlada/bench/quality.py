@@ -6,7 +6,7 @@ from typing import Any
 
 from vidlada.api import EncodedVideo, VidLaDA
 from vidlada.bench.decoding import BASELINE, CACHES
-from vidlada.shapes.benchmark import Report, Score, evaluate
+from vidlada.shapes.benchmark import Asked, Report, Score, evaluate
 from vidlada.shapes.questions import LONG_FAMILIES
 
 
@@ -27,6 +27,8 @@ def quality_figures(
         progress: called with what is measured next.
         options: as of `VidLaDA.ask`.
 
+    Caches speed up decoding, so questions with choices are decoded too, without a look at the choices.
+
     Returns:
         For each cache the percentage of right short answers, the captions' score, each with its standard error, the
         percentage of answers that are full recompute's to the letter, and the work: positions computed in all layers,
@@ -45,10 +47,12 @@ def quality_figures(
         progress(name)
         work[name] = 0
 
-        def answers(video: Path | None, asked: Sequence[str], name: str = name) -> list[str]:
+        def answers(video: Path | None, asked: Sequence[Asked], name: str = name) -> list[str]:
             if video not in watched:
                 watched[video] = vidlada.encode_video(video)
-            found = vidlada.ask_many([(watched[video], question) for question in asked], **{**options, "cache": name})
+            found = vidlada.ask_many(
+                [(watched[video], question) for question, _ in asked], **{**options, "cache": name}
+            )
             work[name] += sum(sum(answer.statistics.layer_tokens) for answer in found)
             return [answer.text for answer in found]
 

@@ -6,24 +6,39 @@ from typing import Any
 
 import click
 
-from vidlada.cli.options import ModelSource, answer_options, given_options, model_option, one_line_errors, progress
+from vidlada.cli.options import (
+    GroupedCommand,
+    ModelSource,
+    answer_options,
+    given_options,
+    model_option,
+    one_line_errors,
+    progress,
+    setting_options,
+)
+from vidlada.generation import GenerationSettings
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("video", type=click.Path())
 @click.argument("question")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: answer, model, frames, statistics.")
 @click.option("--show", is_flag=True, help="Draw the answer denoising live.")
+@click.option("--choices", help="Answers to choose from, with commas between them: the likeliest is printed.")
 @answer_options
 @model_option
 @one_line_errors
-def ask(video: str, question: str, as_json: bool, show: bool, source: ModelSource, **options: Any) -> None:
+def ask(
+    video: str, question: str, as_json: bool, show: bool, choices: str | None, source: ModelSource, **options: Any
+) -> None:
     """Ask VIDEO a QUESTION and print the answer.
 
     VIDEO is a video file, a folder of images, or an image.
     """
     if as_json and show:
         raise click.UsageError("--json and --show exclude each other")
+    if show and choices:
+        raise click.UsageError("--choices and --show exclude each other: choosing decodes nothing")
     given = given_options(options)
     vidlada = source.load()
     with progress(f"watching {video}"):
@@ -32,7 +47,7 @@ def ask(video: str, question: str, as_json: bool, show: bool, source: ModelSourc
         show_drafts(conversation, question)
     else:
         with progress("denoising"):
-            conversation.ask(question)
+            conversation.ask(question, choices and [choice.strip() for choice in choices.split(",")])
     answer = conversation.last
     if as_json:
         click.echo(json.dumps(answer_object(vidlada.name, video, question, conversation), ensure_ascii=False))
@@ -43,8 +58,10 @@ def ask(video: str, question: str, as_json: bool, show: bool, source: ModelSourc
 def answer_object(model: str, video: str, question: str, conversation: Any) -> dict[str, Any]:
     """What `--json` prints."""
     answer = conversation.last
+    chosen = {} if answer.choices is None else {"choices": answer.choices}
     return {
         "answer": answer.text,
+        **chosen,
         "finish_reason": answer.finish_reason,
         "model": model,
         "video": video,
@@ -76,15 +93,10 @@ def show_drafts(conversation: Any, question: str) -> None:
         live.update(Text(f"{answer.text}\n").append(counts, style="dim"))
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("video", type=click.Path())
 @click.option("--show", is_flag=True, help="Draw the answers denoising live.")
-@click.option(
-    "--reuse",
-    is_flag=True,
-    help="Let later questions start from the frames' keys and values of the one "
-    "before; needs --cache, and approximates.",
-)
+@setting_options(GenerationSettings, "Decoding", only=("reuse",))
 @answer_options
 @model_option
 @one_line_errors

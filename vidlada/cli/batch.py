@@ -10,11 +10,18 @@ from typing import Any, BinaryIO
 
 import click
 
-from vidlada.cli.options import ModelSource, answer_options, given_options, model_option, one_line_errors
+from vidlada.cli.options import (
+    GroupedCommand,
+    ModelSource,
+    answer_options,
+    given_options,
+    model_option,
+    one_line_errors,
+)
 from vidlada.errors import InputError
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("questions", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="Answers; a run that was ended goes on where it stopped.")
 @click.option("--videos", type=click.Path(), help="Folder that paths start from; that of QUESTIONS by default.")
@@ -32,7 +39,7 @@ def batch(
 
     A line is an object with "question", "video" (a path, or none), and if it likes "id" and settings of its own, named
     as the options: {"id": 7, "video": "talk.mp4", "question": "Who speaks?", "gen_length": 64}. What cannot be answered
-    gives a line with "error", and exit code 1 in the end.
+    gives a line with "error". The exit code is 1 if the whole output has such a line, earlier runs' included.
     """
     try:
         from vidlada.batch.local import Answerer, answer_all, opened, read_lines
@@ -57,7 +64,10 @@ def batch(
         else:
             answerer = Answerer(source.load(), folder, given, concurrency)
             asyncio.run(answer_all(answerer, lines, 2 * concurrency, output.write))
-    click.echo(f"{output.written - done} lines answered, {output.failed} of them with errors; {done} before", err=True)
+    counts = (
+        f"{output.written - done} lines answered, {done} before; {output.failed} of all {output.written} are errors"
+    )
+    click.echo(counts, err=True)
     sys.exit(1 if output.failed else 0)
 
 

@@ -1,16 +1,19 @@
 """What commands share: errors in one line, progress on stderr, options."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from functools import wraps
 from typing import Any
 
 import click
 
-from vidlada.errors import VidLaDAError
+from vidlada.errors import InputError, VidLaDAError
+from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.noise import quiet_libraries
+from vidlada.settings import Setting, settings_of
+from vidlada.video import Sampling
 
 
 def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +54,7 @@ class ModelSource:
     """The model a command was asked to use.
 
     Attributes:
-        model: its name or folder.
+        model: its folder or name, of the hub with its revision.
         device, dtype, quantization, compiled: as `vidlada.load` takes them.
     """
 
@@ -62,12 +65,90 @@ class ModelSource:
     compiled: bool
 
     def load(self) -> Any:
-        """Load it behind our own spinner instead of transformers' progress bars."""
-        from vidlada.api import load
+        """Load it behind our own spinner instead of transformers' progress bars; a download shows the hub's."""
+        from vidlada.api import load, model_folder
 
+        folder = model_folder(self.model)
         without_progress_bars()
         with progress(f"loading {self.model}"):
-            return load(self.model, self.dtype, self.device, quantization=self.quantization, compiled=self.compiled)  # type: ignore[arg-type]
+            vidlada = load(folder, self.dtype, self.device, quantization=self.quantization, compiled=self.compiled)  # type: ignore[arg-type]
+        vidlada.name = self.model
+        return vidlada
+
+
+REVISION_HELP = "Branch, tag or commit of a model of the hub; also owner/name@revision."
+revision_option = click.option("--revision", help=REVISION_HELP)
+
+
+def named(model: str, revision: str | None) -> str:
+    """A model's name with its revision, as one name; a `UsageError` where it cannot have one."""
+    from vidlada.model.hub import with_revision
+
+    try:
+        return with_revision(model, revision)
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
+
+
+class GroupedOption(click.Option):
+    """An option that belongs to a group of the help page."""
+
+    def __init__(self, *args: Any, group: str = "Output", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose help page lists its options in groups, the ones a newcomer needs first."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Groups in the order of `GROUPS`, then what belongs to none."""
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups[getattr(parameter, "group", "Output")].append(record)
+        for name, records in groups.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+GROUPS = ("Common", "Output", "Model", "Video", "Prompt", "Decoding", "Limits")
+
+
+def setting_option(name: str, entry: Field[Any], listed: Setting, kind: type, group: str) -> Any:
+    """The option of a listed setting; without a value it is not given, so that the checkpoint's default counts."""
+    # defaults of decoding are the checkpoint's own
+    default = f"  [default: {entry.default}]" if group == "Video" and entry.default else ""
+    group = "Common" if listed.essential else group
+    flag = f"--{name.replace('_', '-')}"
+    if kind is bool:
+        return click.option(flag, name, is_flag=True, default=None, help=listed.help, cls=GroupedOption, group=group)
+    return click.option(
+        flag,
+        name,
+        type=click.Choice(listed.choices) if listed.choices else kind,
+        multiple=isinstance(entry.default, tuple),
+        help=listed.help + default,
+        metavar=listed.metavar,
+        cls=GroupedOption,
+        group=group,
+    )
+
+
+def setting_options(
+    cls: Any, group: str, skip: Container[str] = (), only: Container[str] | None = None
+) -> Callable[[Callable[..., Any]], Any]:
+    """One option for every listed setting of a dataclass, but for those in `skip`; or for those in `only`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name, (entry, listed, kind) in reversed(settings_of(cls).items()):
+            if name not in skip and (only is None or name in only):
+                command = setting_option(listed.alias or name, entry, listed, kind, group)(command)
+        return command
+
+    return decorate
 
 
 def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,56 +156,39 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def wrapped(
-        model: str, device: str | None, dtype: str, quantization: str | None, compiled: bool, **options: Any
-    ) -> Any:
-        return command(source=ModelSource(model, device, dtype, quantization, compiled), **options)
+        model: str, revision: str | None, device: str | None, dtype: str, quantization: str | None, compiled: bool,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        return command(source=ModelSource(named(model, revision), device, dtype, quantization, compiled), **options)
 
-    for option in (
-        click.option("--compile", "compiled", is_flag=True,
-                     help="Fuse what cached steps run (torch.compile); the first steps take seconds longer."),
-        click.option("--quantize", "quantization", type=click.Choice(["int8", "int8-dynamic"]),
-                     help="8-bit projections: weights only, or activations too."),
-        click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
-                     show_default=True, help="Type of the weights."),
-        click.option("--device", help="cpu, cuda, cuda:1 …; the first GPU by default, else the CPU."),
-        click.option("--model", default="tiny", show_default=True,
-                     help="The shipped model 'tiny', or a checkpoint folder."),
+    for group, names, settings in (
+        ("Model", ("--compile", "compiled"),
+         {"is_flag": True, "help": "Fuse what cached steps run (torch.compile); the first steps take seconds longer."}),
+        ("Model", ("--quantize", "quantization"),
+         {"type": click.Choice(["int8", "int8-dynamic"]), "help": "8-bit projections: weights, or activations too."}),
+        ("Model", ("--dtype",),
+         {"type": click.Choice(["auto", "float32", "bfloat16", "float16"]), "default": "auto", "show_default": True,
+          "help": "Type of the weights."}),
+        ("Common", ("--device",), {"help": "cpu, cuda, cuda:1 …; the first GPU by default, else the CPU."}),
+        ("Model", ("--revision",), {"help": REVISION_HELP}),
+        ("Common", ("--model",),
+         {"default": "tiny", "show_default": True,
+          "help": "The shipped model 'tiny', a checkpoint folder, or a name of the Hugging Face hub (owner/name)."}),
     ):  # fmt: skip
-        wrapped = option(wrapped)
+        wrapped = click.option(*names, cls=GroupedOption, group=group, **settings)(wrapped)
     return wrapped
 
 
 def pace_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say how frames are taken and answers are decoded, but for the cache."""
-    for option in (
-        click.option("--frames", type=click.IntRange(1), default=64, show_default=True, help="Most frames to take."),
-        click.option("--fps", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
-                     help="Candidate frames a second."),
-        click.option("--force-sample", is_flag=True, help="Always take --frames frames, evenly spaced."),
-        click.option("--time-instruction", is_flag=True, help="Tell the model when its frames were taken."),
-        click.option("--system", help="System message instead of the checkpoint's own."),
-        click.option("--gen-length", type=int, help="Answer slots, in tokens."),
-        click.option("--block-length", type=int, help="Slots decoded together; divides --gen-length."),
-        click.option("--steps", type=int, help="Denoising steps for the whole answer; one token a step by default."),
-        click.option("--threshold", type=float, help="Commit every token at least this confident, e.g. 0.9."),
-        click.option("--factor", type=float, help="Commit the largest n with (n+1)(1-confidence) below this."),
-        click.option("--temperature", type=float, help="0 is greedy."),
-        click.option("--cfg-scale", type=float, help="Classifier-free guidance; 0 is off."),
-        click.option("--remasking", type=click.Choice(["low_confidence", "random"]), help="How tokens are ranked."),
-        click.option("--stop", multiple=True, help="A string that ends the answer; may be repeated."),
-        click.option("--suffix", help="Fixed text after the answer, visible from the first step."),
-        click.option("--seed", type=int, help="Of every random choice."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
+    command = setting_options(GenerationSettings, "Decoding", skip=("cache", "reuse"))(command)
+    command = setting_options(PromptSettings, "Prompt")(command)
+    return setting_options(Sampling, "Video")(command)
 
 
 def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say how frames are taken and answers are decoded."""
-    text = (
-        "Reuse between steps: none, prefix, dual, frozen, interval, sparse or mars, with settings after a colon, e.g. "
-    )
-    return click.option("--cache", help=f"{text}mars:text=8,ratio=2.")(pace_options(command))
+    """The options that say how frames are taken and answers are decoded, but for `reuse`."""
+    return setting_options(GenerationSettings, "Decoding", only=("cache",))(pace_options(command))
 
 
 def given_options(options: dict[str, Any]) -> dict[str, Any]:

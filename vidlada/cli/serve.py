@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from vidlada.cli.options import ModelSource, model_option, one_line_errors
+from vidlada.cli.options import GroupedCommand, GroupedOption, ModelSource, model_option, one_line_errors
 from vidlada.errors import InputError
 from vidlada.serve.limits import Limits
 
@@ -23,25 +23,39 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
         name = f"--{entry.name.replace('_', '-')}"
         kind = type(entry.default)
         command = click.option(
-            name, type=kind, default=entry.default, show_default=True, help=entry.metadata["help"]
+            name, type=kind, default=entry.default, show_default=True, help=entry.metadata["help"],
+            cls=GroupedOption, group="Limits",
         )(command)  # fmt: skip
     return command
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--name", help="Name the model is served under; its folder's name by default.")
 @click.option("--api-key-file", type=click.Path(), help=f"One key a line; also ${KEYS_VARIABLE}, separated by commas.")
 @click.option("--allow-dir", type=click.Path(), help="Folder whose files requests may name as file:///….")
 @click.option("--allow-private-urls", is_flag=True, help="Also fetch videos from private and local addresses.")
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    help="Name the server may be called by, in Host; * for any. Without keys at a loopback address: localhost "
+    "by default, else any. May be repeated.",
+)
+@click.option(
+    "--cors",
+    "origins",
+    multiple=True,
+    help="Origin whose web pages may use the server, e.g. https://example.org; * for all. May be repeated.",
+)
 @click.option("--log-content", is_flag=True, help="Log questions and answers; by default only counts and times.")
 @model_option
 @limit_options
 @one_line_errors
 def serve(
     host: str, port: int, name: str | None, api_key_file: str | None, allow_dir: str | None, allow_private_urls: bool,
-    log_content: bool, source: ModelSource, **limits: Any,
+    allowed_hosts: tuple[str, ...], origins: tuple[str, ...], log_content: bool, source: ModelSource, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve a model: OpenAI's chat interface, and a page that shows answers denoise.
 
@@ -59,12 +73,14 @@ def serve(
         from vidlada.serve.app import ServerSettings, create_app
         from vidlada.serve.connection import drop_idle_readers, impatient_protocol
         from vidlada.serve.draining import DrainingServer
+        from vidlada.serve.http import site_rules
     except ImportError as error:
         raise InputError(f"the server needs more packages: pip install 'vidlada[serve]' ({error.name})") from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would log URLs
     vidlada = source.load()
-    settings = ServerSettings(name or Path(source.model).name, keys, allowed, allow_private_urls, log_content)
+    rules = site_rules(host, bool(keys), allowed_hosts, origins)
+    settings = ServerSettings(name or Path(source.model).name, keys, allowed, allow_private_urls, log_content, rules)
     app = create_app(vidlada, settings, checked)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="on",
@@ -94,9 +110,12 @@ def api_keys(file: str | None) -> list[str]:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket, before anything slow begins."""
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        family, kind, protocol = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][:3]
+        listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # asyncio sets this for connections whose protocol number is TCP's, and accepted ones may have 0. Without it the
+        # second packet of every answer waits for the client's acknowledgement of the first: 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.bind((host, port))
         listener.listen()  # whoever comes while the model is loaded waits
     except OSError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vidlada.errors import InputError
+from vidlada.files import write_text
 
 
 def read_audit(path: Path) -> list[dict[str, Any]]:
@@ -36,9 +37,7 @@ def write_entries(path: Path, records: list[dict[str, Any]]) -> None:
             answer = {"from": "gpt", "value": candidate["answer"]}
             entry = {"id": entry_id, "video": record["video"], "conversations": [prompt, answer]}
             lines.append(json.dumps({**entry, "seconds": record["seconds"], "wrong": candidate["wrong"]}))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def answered(record: dict[str, Any]) -> bool:

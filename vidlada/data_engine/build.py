@@ -6,7 +6,6 @@ models, each shown the frames, answer as the writer did. Every prompt, reply and
 which the output is made: an interrupted build continues where it was.
 """
 
-import fcntl
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from vidlada.data_engine.audit import answered, read_audit, write_entries
 from vidlada.data_engine.endpoints import Endpoint, RefusedError, Segment, complete
 from vidlada.data_engine.questions import Candidate, candidates_in, letter_in, with_choices
 from vidlada.errors import InputError, VidLaDAError
+from vidlada.files import lock
 from vidlada.training.data.mixture import VIDEO_SUFFIXES
 from vidlada.training.data.samples import STRICT
 from vidlada.training.settings import build, expanded, read_yaml
@@ -157,10 +157,7 @@ def audited(
     config: BuildConfig, videos: Sequence[Path], audit: TextIO, report: Callable[[str], Any]
 ) -> list[dict[str, Any]]:
     """All audit records: those of earlier runs, and those of what was left to do, which are added to the file."""
-    try:
-        fcntl.flock(audit, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(f"{config.audit}: another build is at work on it") from error
+    lock(audit, f"{config.audit}: another build is at work on it")
     records = read_audit(config.audit)
     settings = config.settings
     for record in records:

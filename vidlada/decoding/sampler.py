@@ -22,7 +22,7 @@ from vidlada.decoding.attention import upload
 from vidlada.decoding.cache import RequestCache, VisualCache
 from vidlada.decoding.commit import above_threshold, by_factor, most_confident, spread
 from vidlada.decoding.kv_cache import concatenated, refresh
-from vidlada.decoding.policies import policy_from
+from vidlada.decoding.policies import parse_policy
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
@@ -155,7 +155,7 @@ class RunningRequest:
 
     def make_caches(self, model: VidLaDAForMaskedDiffusion) -> list[RequestCache]:
         """One cache, or a second one for the guided pass; none without a policy."""
-        policy = policy_from(self.settings.cache)
+        policy = parse_policy(self.settings.cache)
         if policy is None:
             return []
         prompt, config = self.request.prompt, model.language_model.config
@@ -321,6 +321,10 @@ class Denoiser:
             return row.number, row.snapshot(slice(0, 0), row.ids[:0], row.ids[:0].float())
         self.rows.append(row)
         return row.number, None
+
+    def remove(self, number: int) -> None:
+        """Drop a request, whether or not it is complete."""
+        self.rows = [row for row in self.rows if row.number != number]
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, State]]:

@@ -69,9 +69,11 @@ def stable_text(
 def overlap(sequence: Sequence, ends: Sequence[Sequence]) -> int:
     """Length of the longest end of `sequence` that one of `ends` begins with, without being all of it."""
     longest = 0
+    sequence = sequence if isinstance(sequence, str) else list(sequence)
     for end in ends:
+        end = end if isinstance(end, str) else list(end)  # slices of texts compare fast: stop strings may be long
         for length in range(min(len(end) - 1, len(sequence)), longest, -1):
-            if list(sequence[len(sequence) - length :]) == list(end[:length]):
+            if sequence[len(sequence) - length :] == end[:length]:
                 longest = length
                 break
     return longest

@@ -2,7 +2,8 @@
 
 What is special about it:
 - in every turn the thread does at most one piece of preparation (a few frames through the vision tower, or one request
-  joining) and one step of all running answers, so new requests never stop the running ones for long;
+  joining) and one step of some running answers, so new requests never stop the running ones for long;
+- the scheduler chooses: short answers do not wait for long ones, and long ones get their share;
 - an answer is the same as alone: requests share steps, not settings, blocks or random numbers;
 - vision features are kept, bounded, under a key made from the video's content; so are the frames' keys and values
   where a request's settings say `reuse`;
@@ -16,7 +17,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Hashable, Iterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +29,7 @@ from vidlada.decoding.sampler import Denoiser, Request, State
 from vidlada.decoding.streaming import StableText, stable_text
 from vidlada.engine.feature_store import LRUCache
 from vidlada.engine.limits import EngineLimits
+from vidlada.engine.scheduler import Scheduler, Task
 from vidlada.errors import VidLaDAError
 from vidlada.generation import GenerationSettings
 from vidlada.machine import MEBI
@@ -122,6 +124,14 @@ class RequestHandle:
 
     def __init__(self, job: EngineRequest, loop: asyncio.AbstractEventLoop):
         self.job, self.loop = job, loop
+        settings = job.settings
+        self.task = Task(
+            tokens=job.tokens,
+            slots=settings.gen_length,
+            pace=settings.block_length / min(settings.steps_per_block, settings.block_length),
+            passes=2 if settings.cfg_scale > 0 else 1,
+            frames=sum(len(shown.frames.times) for shown in job.videos),
+        )
         self.cancelled = False
         self.seconds: dict[str, float] = {}
         self.submitted = time.perf_counter()
@@ -155,6 +165,7 @@ class RequestHandle:
                     yield update
                     if update.stable.finish_reason is not None:
                         return
+                    await asyncio.sleep(0)  # a reader that never waits must not keep the loop from others
         finally:
             self.cancel()
 
@@ -176,7 +187,7 @@ class Engine:
 
     Args:
         vidlada: the model; only this thread may run it from now on.
-        limits: `max_running`, `max_running_tokens`, `feature_store_mb` and `visual_store_mb` count here.
+        limits: of what runs together, and of what is kept.
     """
 
     def __init__(self, vidlada: VidLaDA, limits: EngineLimits):
@@ -187,7 +198,9 @@ class Engine:
         self.totals = Totals()
         self.waiting: deque[RequestHandle] = deque()
         self.running: dict[int, RequestHandle] = {}
-        self.joining: tuple[RequestHandle, Iterator[None]] | None = None
+        self.joining: dict[RequestHandle, Iterator[None]] = {}  # being prepared, in order of their places
+        self.parts: dict[Hashable, list[Tensor]] = {}  # features of videos being encoded, shared by who waits for them
+        self.scheduler = Scheduler(limits)
         self.closing = False
         self.condition = threading.Condition()
         vidlada.processor.text_ids("")  # sets the tokenizer's mode, which must not change while threads share it
@@ -218,7 +231,7 @@ class Engine:
     @property
     def queued(self) -> int:
         """Requests that wait or are being prepared."""
-        return len(self.waiting) + (self.joining is not None)
+        return len(self.waiting) + len(self.joining)
 
     @property
     def alive(self) -> bool:
@@ -238,15 +251,13 @@ class Engine:
             self._prepare()
             if self.denoiser.rows:
                 self._step()
-        self._fail(EngineClosedError(), everything=True)
+        self._fail_all(EngineClosedError())
 
     def _drop_cancelled(self) -> None:
-        gone = [handle for handle in self.running.values() if handle.cancelled]
+        gone = [handle for handle in [*self.running.values(), *self.joining] if handle.cancelled]
         self.running = {number: handle for number, handle in self.running.items() if not handle.cancelled}
         self.denoiser.rows = [row for row in self.denoiser.rows if row.number in self.running]
-        if self.joining and self.joining[0].cancelled:
-            gone.append(self.joining[0])
-            self.joining = None
+        self.joining = {handle: pieces for handle, pieces in self.joining.items() if not handle.cancelled}
         with self.condition:
             gone += [handle for handle in self.waiting if handle.cancelled]
             self.waiting = deque(handle for handle in self.waiting if not handle.cancelled)
@@ -254,32 +265,39 @@ class Engine:
         for handle in gone:
             handle.put(VidLaDAError("the request was cancelled"))
 
-    def _prepare(self) -> None:
-        """One piece of preparation of the next request in line, if there is room for it."""
-        if self.joining is None:
+    def _admit(self) -> None:
+        """Give places to requests that wait, as long as there are some."""
+        while True:
             with self.condition:
-                if not self.waiting or not self._fits(self.waiting[0]):
+                waiting = {handle.task: handle for handle in self.waiting}
+                taken = [handle.task for handle in [*self.running.values(), *self.joining]]
+                task = self.scheduler.admit(list(waiting), taken)
+                if task is None:
                     return
-                handle = self.waiting.popleft()
+                handle = waiting[task]
+                self.waiting.remove(handle)
             handle.seconds["queue"] = time.perf_counter() - handle.submitted
-            self.joining = handle, self._join(handle)
-        handle, pieces = self.joining
+            self.joining[handle] = self._join(handle)
+
+    def _prepare(self) -> None:
+        """One piece of preparation of one request that has a place."""
+        self._admit()
+        if not self.joining:
+            self.parts.clear()  # of videos that nobody waits for any more
+            return
+        tasks = {handle.task: handle for handle in self.joining}
+        handle = tasks[self.scheduler.prepare(list(tasks))]
         started = time.perf_counter()
         try:
-            done = next(pieces, "done") == "done"
+            done = next(self.joining[handle], "done") == "done"
         except Exception as error:
-            self.joining = None
+            del self.joining[handle]
             self.totals.failed += 1
             handle.put(self._explained(error))
             return
         handle.seconds["vision"] = handle.seconds.get("vision", 0.0) + time.perf_counter() - started
         if done:
-            self.joining = None
-
-    def _fits(self, handle: RequestHandle) -> bool:
-        tokens = sum(running.job.tokens for running in self.running.values())
-        room = len(self.running) < self.limits.max_running
-        return not self.running or (room and tokens + handle.job.tokens <= self.limits.max_running_tokens)
+            del self.joining[handle]
 
     @torch.inference_mode()
     def _encode(self, frames: Frames, first: int) -> Tensor:
@@ -291,17 +309,21 @@ class Engine:
 
     def _join(self, handle: RequestHandle) -> Iterator[None]:
         """Encode the videos that are not known yet, piece by piece, then let the request join."""
-        model, visual = self.vidlada.model, []
+        model, visual, left = self.vidlada.model, [], handle.task.frames
         for shown in handle.job.videos:
+            images = shown.frames.images
+            left -= len(images)
             features = self.features.get(shown.key)
             if features is None:
-                parts = []
-                for first in range(0, len(shown.frames.images), FRAMES_PER_TURN):
+                parts = self.parts.setdefault(shown.key, [])
+                while (first := FRAMES_PER_TURN * len(parts)) < len(images):
+                    handle.task.frames = left + len(images) - first
                     parts.append(self._encode(shown.frames, first))
                     yield
                 with torch.inference_mode():
                     features = model.vision.with_newlines(torch.cat(parts))
                 self.features.put(shown.key, features, features.nbytes)
+                self.parts.pop(shown.key, None)
             visual.append(features)
         width = model.language_model.config.hidden_size
         tokens = torch.cat(visual) if visual else torch.empty(0, width, device=model.device)
@@ -314,23 +336,33 @@ class Engine:
             self._deliver(number, state)
 
     def _step(self) -> None:
+        """One step of the requests whose turn it is."""
         started = time.perf_counter()
-        before = {row.number: row.statistics for row in self.denoiser.rows}
+        chosen = set(self.scheduler.turn(self.running[row.number].task for row in self.denoiser.rows))
+        others = [row for row in self.denoiser.rows if self.running[row.number].task not in chosen]
+        rows = [row for row in self.denoiser.rows if self.running[row.number].task in chosen]
+        before = {row.number: row.statistics for row in rows}
+        self.denoiser.rows = rows
         try:
             states = self.denoiser.step()
         except Exception as error:
-            self._fail(self._explained(error), everything=False)
+            self.denoiser.rows = others
+            self._fail(self._explained(error), [self.running.pop(number) for number in before])
             return
-        totals = self.totals
+        self.denoiser.rows += others
+        totals, computed = self.totals, 0.0
         totals.turns_with_steps += 1
         totals.stepping_seconds += time.perf_counter() - started
         for number, state in states:
-            earlier = before[number]
+            statistics, earlier = state.statistics, before[number]
             totals.steps += 1
-            totals.tokens += state.statistics.tokens - earlier.tokens
-            for segment, count in state.statistics.refreshes.items():
+            totals.tokens += statistics.tokens - earlier.tokens
+            for segment, count in statistics.refreshes.items():
                 totals.refreshes[segment] += count - earlier.refreshes.get(segment, 0)
+            mean = sum(statistics.layer_tokens) / max(1, len(statistics.layer_tokens))
+            computed += self.running[number].task.update(statistics.steps, statistics.tokens, mean)
             self._deliver(number, state)
+        self.scheduler.charge(computed)
 
     def _deliver(self, number: int, state: State) -> None:
         """Send a state on; free the place of an answer that is complete."""
@@ -344,25 +376,27 @@ class Engine:
             state, self.vidlada.processor.decode, request.stop_sequences, settings.stop, handle.job.max_tokens
         )
         if stable.finish_reason is not None:
-            self.denoiser.rows = [row for row in self.denoiser.rows if row.number != number]
+            self.denoiser.remove(number)
             del self.running[number]
             handle.request = None
             self.totals.finished += 1
         handle.put(Update(state, stable, dict(handle.seconds)))
 
-    def _fail(self, error: VidLaDAError, everything: bool) -> None:
-        """Tell the running requests, or all of them, that there will be no answer."""
-        failed = list(self.running.values())
-        self.running.clear()
-        self.denoiser.rows = []
-        if everything:
-            with self.condition:
-                failed += [*self.waiting, *([self.joining[0]] if self.joining else [])]
-                self.waiting.clear()
-                self.joining = None
-        self.totals.failed += len(failed)
-        for handle in failed:
+    def _fail(self, error: VidLaDAError, handles: Iterable[RequestHandle]) -> None:
+        """Tell requests that there will be no answer."""
+        for handle in handles:
+            self.totals.failed += 1
             handle.put(error)
+
+    def _fail_all(self, error: VidLaDAError) -> None:
+        """Tell every request that there will be no answer."""
+        with self.condition:
+            handles = [*self.running.values(), *self.joining, *self.waiting]
+            self.running.clear()
+            self.joining.clear()
+            self.waiting.clear()
+            self.denoiser.rows = []
+        self._fail(error, handles)
 
     @staticmethod
     def _explained(error: Exception) -> VidLaDAError:

@@ -19,6 +19,7 @@ class EngineLimits:
 
     max_running: int = limit(16, "Requests decoded together.")
     max_running_tokens: int = limit(262144, "Tokens, prompts included, decoded together.")
+    max_step_tokens: int = limit(512, "Tokens that answers of different cost may compute in a step together.")
     feature_store_mb: int = limit(512, "MiB of vision features kept for further questions.")
     visual_store_mb: int = limit(1024, "MiB of the frames' keys and values kept for questions that say `reuse`.")
 

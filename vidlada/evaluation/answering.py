@@ -4,7 +4,6 @@ import time
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,7 +111,7 @@ class Answerer:
     def decode(self, media: Media) -> Frames | np.ndarray | None:
         """Frames of a video, at the model's size."""
         if isinstance(media, str):
-            return sample_frames(Path(media), self.sampling, size=self.vidlada.processor.image_size)
+            return sample_frames(media, self.sampling, size=self.vidlada.processor.image_size)
         return media
 
     def encode(self, frames: "Future[Any]") -> EncodedVideo | str:

@@ -4,22 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from vidlada.decoding.policies import policy_from
+from vidlada.decoding.policies import parse_policy
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.model.quantization import Quantization
+from vidlada.settings import settings_of
 from vidlada.video import Sampling
 
 ThinkMode = Literal["no_think", "think"]
 DECODING = ("cache", "threshold", "factor", "reuse")  # generation settings that model arguments may give for all tasks
 PACES = ("steps", "gen_steps", "threshold", "factor")  # how many tokens a step commits; one replaces another
 RENAMED = {"torch_dtype": "dtype", "peft": "adapter"}
-GENERATION_NAMES = {
-    "gen_length": "gen_length", "block_length": "block_length", "steps": "steps", "gen_steps": "steps",
-    "temperature": "temperature", "cfg_scale": "cfg_scale", "cfg": "cfg_scale", "remasking": "remasking",
-    "threshold": "threshold", "factor": "factor", "suffix": "suffix", "seed": "seed", "cache": "cache",
-    "reuse": "reuse",
-}  # fmt: skip
+GENERATION_NAMES = {name: name for name in settings_of(GenerationSettings) if name != "stop"} | {
+    "gen_steps": "steps", "cfg": "cfg_scale",
+}  # as the published evaluation calls them  # fmt: skip
 # Of autoregressive decoding, with the values that mean "off"; tasks give these.
 WITHOUT_COUNTERPART: dict[str, tuple[Any, ...]] = {
     "top_p": (None, 1), "top_k": (None, 0), "num_beams": (None, 1), "num_return_sequences": (None, 1), "n": (None, 1),
@@ -88,7 +86,7 @@ class ModelArguments:
             raise InputError(f"conv_template {self.conv_template!r} is unknown; the checkpoint's own template is used")
         check_think_mode(self.think_mode)
         self.sampling  # noqa: B018 - validates
-        policy_from(GenerationSettings().updated(**self.decoding).cache)
+        parse_policy(GenerationSettings().updated(**self.decoding).cache)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelArguments":
@@ -184,7 +182,7 @@ def generation_settings(
         if isinstance(changes.get(name), int):
             changes[name] = float(changes[name])
     if "cache" in changes:
-        policy_from(changes["cache"])  # an unknown policy stops the run, not every sample
+        parse_policy(changes["cache"])  # an unknown policy stops the run, not every sample
     settings = defaults.updated(**{name: value for name, value in changes.items() if name != "stop"})
     for name, value in (decoding or {}).items():
         if name not in changes and getattr(settings, name) is None:

@@ -11,6 +11,7 @@ import yaml
 
 from vidlada.errors import InputError
 from vidlada.evaluation.benchmarks import Benchmark, Document, Task
+from vidlada.markdown import table
 
 SHOWN_MISSING = 3  # videos named in a check
 QUESTION_KINDS = ("parquet", "jsonl", "json")
@@ -181,13 +182,13 @@ def check_object(root: Path, found: dict[str, list[TaskData]]) -> dict[str, Any]
 
 def check_table(root: Path, benchmarks: Sequence[Benchmark], found: dict[str, list[TaskData]]) -> str:
     """Markdown: what is there, what is missing, and how to get it."""
-    lines = [f"Data below {root}:", "", "| task | questions | published | videos | missing |", "|---|---|---|---|---|"]
+    rows: list[tuple[object, ...]] = []
     todo: list[str] = []
     for benchmark in benchmarks:
         for data in found[benchmark.name]:
             expected = data.task.expected or "–"
-            counts = f"{data.questions} | {expected} | {data.videos} | {len(data.missing)}"
-            lines.append(f"| {data.task.name} | {counts if data.problem is None else f'– | {expected} | – | –'} |")
+            counts = (data.questions, expected, data.videos, len(data.missing))
+            rows.append((data.task.name, *(counts if data.problem is None else ("–", expected, "–", "–"))))
             if data.problem:
                 todo.append(f"{data.task.name}: {data.problem}")
             elif data.missing:
@@ -196,4 +197,5 @@ def check_table(root: Path, benchmarks: Sequence[Benchmark], found: dict[str, li
                 todo.append(f"{data.task.name}: missing {named}{f' and {more} more' if more > 0 else ''}")
         if not all(data.complete for data in found[benchmark.name]):
             todo.append(f"  {how_to_get(root, benchmark)}")
-    return "\n".join([*lines, "", *(todo or ["Everything is there."])])
+    lines = table(("task", "questions", "published", "videos", "missing"), rows)
+    return "\n".join([f"Data below {root}:", "", *lines, "", *(todo or ["Everything is there."])])

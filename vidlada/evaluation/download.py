@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, cast
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation.benchmarks import Benchmark
 from vidlada.evaluation.data import QUESTION_KINDS, check_task
+from vidlada.files import atomic_path
 
 QUESTIONS = ("README.md", *(f"*.{kind}" for kind in QUESTION_KINDS))
 ARCHIVES = ("*.zip", "*.tar*")
@@ -95,10 +96,8 @@ def unpack(parts: Sequence[Path], folder: Path) -> None:
             if target.exists():
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(target.name + ".partial")
-            with partial.open("wb") as file:
+            with atomic_path(target) as partial, partial.open("wb") as file:
                 shutil.copyfileobj(content, file)
-            partial.replace(target)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
         raise InputError(f"{parts[0]} cannot be unpacked: {error}; delete it and fetch it again") from error
 

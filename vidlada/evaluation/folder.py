@@ -1,14 +1,13 @@
 """What a run folder holds: settings, lmms-eval's results and samples, and our own record of every sample."""
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from vidlada.errors import InputError
+from vidlada.files import lock, open_folder
 
 RUN_FILE, LOG_FILE = "run.json", "lmms-eval.log"
 SUBMISSION_FILE, VERDICT_FILE = "egoschema_submission.json", "egoschema_verdict.json"
@@ -17,31 +16,26 @@ RECORD_FOLDER = "VIDLADA_EVAL_RECORD"
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[int]:
-    """A run folder for one command at a time: the lock's file descriptor; processes that inherit it hold it too.
+def lock_run(folder: Path) -> Iterator[int]:
+    """Lock a run folder: yields the lock's file descriptor; processes that inherit it share the lock.
 
     Raises:
         InputError: another command is at work in it.
     """
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for path in folder.glob("record-*.jsonl"):
-                with path.open() as record:
-                    fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{folder}: another run is going on in it") from error
-        yield lock
-    finally:
-        os.close(lock)
+    busy = f"{folder}: another run is going on in it"
+    with open_folder(folder) as descriptor:
+        lock(descriptor, busy)
+        for path in folder.glob("record-*.jsonl"):
+            with path.open() as record:
+                lock(record, busy)
+        yield descriptor
 
 
 def open_record(folder: Path, rank: int) -> TextIO:
     """A process's file, to be added to. While it is open the folder is in use: what torchrun started goes on without
     its command, and without the lock, when that is killed."""
     record = (folder / f"record-{rank}.jsonl").open("a", encoding="utf-8")
-    fcntl.flock(record, fcntl.LOCK_SH)
+    lock(record, f"{folder}: another run is going on in it", shared=True)
     return record
 
 

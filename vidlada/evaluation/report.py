@@ -8,6 +8,7 @@ from typing import Any
 
 from vidlada.errors import InputError
 from vidlada.evaluation.results import BenchmarkResult, Run, Sample, Score, mean_score, score_of
+from vidlada.markdown import table
 
 FAILURES_SHOWN = 20
 REPORT_FILES = ("report.md", "report.json", "report.png")
@@ -96,24 +97,21 @@ def report_text(run: Run) -> str:
     """The report in Markdown."""
     settings = run.about["settings"]
     lines = [f"# {settings['model']}", ""]
-    lines += [
-        "| benchmark | samples | score | standard error | paper | difference | failed |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    notes = []
+    rows, notes = [], []
     for result in run.results.values():
         score, paper = result.score, result.benchmark.paper
         mark, gain = " *" if is_partial(run, result) else "", signed(difference(run, result))
-        lines.append(
-            f"| {result.benchmark.title}{mark} | {len(result.samples)} | {number(score.percent)} "
-            f"| {number(score.standard_error)} | {number(paper)} | {gain} | {len(result.failed)} |"
-        )
+        rows.append(
+            (result.benchmark.title + mark, len(result.samples), number(score.percent), number(score.standard_error),
+             number(paper), gain, len(result.failed))
+        )  # fmt: skip
         if result.absent:
             notes.append(f"{result.benchmark.title} lacks {', '.join(result.absent)}: the mean is over the others.")
     if any(is_partial(run, result) for result in run.results.values()):
         notes.insert(0, "\\* not the whole benchmark; not comparable with the paper.")
     if settings["limit"] is not None:
         notes.append(f"Only the first {settings['limit']} samples of each task were asked.")
+    lines += table(("benchmark", "samples", "score", "standard error", "paper", "difference", "failed"), rows)
     lines += [
         "",
         "Scores are percent, 0 to 100. Standard errors take the questions about one video as dependent. Failed samples "
@@ -129,21 +127,15 @@ def report_text(run: Run) -> str:
 
 def detail_lines(result: BenchmarkResult) -> list[str]:
     """Scores of tasks and question types, absent ones named, beside what lmms-eval printed."""
-    lines = [
-        f"## {result.benchmark.title}",
-        "",
-        "| part | samples | score | standard error | lmms-eval |",
-        "|---|---|---|---|---|",
+    rows: list[tuple[object, ...]] = [
+        (name, score.number, number(score.percent), number(score.standard_error), printed)
+        for parts, printed_of in ((result.tasks, result.lmms_eval), (result.kinds, None))
+        for name, score in parts.items()
+        for printed in ["" if printed_of is None else number(printed_of.get(name))]
     ]
-    for name, score in result.tasks.items():
-        lines.append(f"| {name} | {_cells(score)} | {number(result.lmms_eval.get(name))} |")
-    lines += [f"| {name} | {_cells(score)} | |" for name, score in result.kinds.items()]
-    lines += [f"| {name} | absent | – | – | |" for name in result.absent]
-    return lines
-
-
-def _cells(score: Score) -> str:
-    return f"{score.number} | {number(score.percent)} | {number(score.standard_error)}"
+    rows += [(name, "absent", "–", "–", "") for name in result.absent]
+    head = ("part", "samples", "score", "standard error", "lmms-eval")
+    return [f"## {result.benchmark.title}", "", *table(head, rows)]
 
 
 def failure_lines(run: Run) -> list[str]:
@@ -160,13 +152,12 @@ def failure_lines(run: Run) -> list[str]:
 
 def cost_lines(names: Sequence[str], costs: Sequence[dict[str, Any]]) -> list[str]:
     """What runs took."""
-    lines = ["| run | samples timed | seconds a sample | tokens a second | forward passes |", "|---|---|---|---|---|"]
-    for name, took in zip(names, costs, strict=True):
-        lines.append(
-            f"| {name} | {took['samples']} | {number(took['seconds_per_sample'], 3)} "
-            f"| {number(took['tokens_per_second'])} | {took['forward_passes']} |"
-        )
-    return lines
+    rows = [
+        (name, took["samples"], number(took["seconds_per_sample"], 3), number(took["tokens_per_second"]),
+         took["forward_passes"])
+        for name, took in zip(names, costs, strict=True)
+    ]  # fmt: skip
+    return table(("run", "samples timed", "seconds a sample", "tokens a second", "forward passes"), rows)
 
 
 def settings_lines(run: Run) -> list[str]:
@@ -314,20 +305,19 @@ def compare_text(compared: dict[str, Any]) -> str:
     """A comparison in Markdown."""
     names = labels(compared["runs"])
     name_of = dict(zip(compared["runs"], names, strict=True))
-    lines = [f"| benchmark | samples | {names[0]} | run | score | difference | standard error "
-             "| better / worse | p |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in compared["compared"]:
-        lines.append(
-            f"| {row['title']} | {row['number']} | {number(row['baseline_percent'])} | {name_of[row['run']]} "
-            f"| {number(row['percent'])} | {signed(row['difference'])} | {number(row['standard_error'])} "
-            f"| {row['better']} / {row['worse']} | {row['p']:.3g} |"
-        )
+    rows = [
+        (row["title"], row["number"], number(row["baseline_percent"]), name_of[row["run"]], number(row["percent"]),
+         signed(row["difference"]), number(row["standard_error"]), f"{row['better']} / {row['worse']}",
+         f"{row['p']:.3g}")
+        for row in compared["compared"]
+    ]  # fmt: skip
+    head = ("benchmark", "samples", names[0], "run", "score", "difference", "standard error", "better / worse", "p")
+    lines = table(head, rows)
     lines += ["", "Over the samples both runs have, every one counting alike. p: exact McNemar test, two-sided, which "
               "takes samples as independent; the standard error does not."]  # fmt: skip
     lines += ["", *cost_lines(names, compared["cost"]), ""]
     if compared["differing"]:
-        lines += [f"| differing | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(values)} |" for name, values in compared["differing"].items()]
+        lines += table(("differing", *names), [(name, *values) for name, values in compared["differing"].items()])
     return "\n".join(lines) + "\n"
 
 

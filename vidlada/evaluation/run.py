@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,9 +28,10 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation.arguments import PACES, ModelArguments, generation_settings
 from vidlada.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL_VERSION, UNSENT, Benchmark
 from vidlada.evaluation.data import question_files, repository_folder
-from vidlada.evaluation.folder import LOG_FILE, RECORD_FOLDER, RUN_FILE, held, read_run_file, results_files
+from vidlada.evaluation.folder import LOG_FILE, RECORD_FOLDER, RUN_FILE, lock_run, read_run_file, results_files
 from vidlada.evaluation.presets import PresetName, generation_arguments, model_arguments
 from vidlada.evaluation.submission import write_submission
+from vidlada.files import write_text
 from vidlada.generation import GenerationSettings
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -63,7 +65,7 @@ class RunSettings:
             if "," in place or "=" in place:
                 raise InputError(f"{place}: lmms-eval cannot be given a path with a comma or equals sign in it")
 
-    @property
+    @cached_property  # the hub is asked once
     def location(self) -> str:
         """Of the model, from any working directory."""
         return SHIPPED if self.model == SHIPPED else str(model_folder(self.model).absolute())
@@ -239,9 +241,7 @@ def start_run(output: Path, settings: RunSettings, benchmarks: Sequence[Benchmar
     if path.exists():
         arguments = {**before["arguments"], **arguments}
     text = {"settings": settings.to_dict(), "tasks": tasks, "arguments": arguments, "versions": versions()}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(text, indent=1), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(text, indent=1))
 
 
 def run(benchmarks: Sequence[Benchmark], settings: RunSettings, output: Path, root: Path, processes: int = 1) -> None:
@@ -262,7 +262,7 @@ def run(benchmarks: Sequence[Benchmark], settings: RunSettings, output: Path, ro
     output = output.absolute()
     planned = launches(benchmarks, settings)
     start_run(output, settings, benchmarks)
-    with held(output) as lock, lmms_home(root, benchmarks) as home:
+    with lock_run(output) as lock, lmms_home(root, benchmarks) as home:
         questions = link_questions(output, root, benchmarks)
         for launch in planned:
             keep_interrupted(output / "cache")

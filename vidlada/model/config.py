@@ -40,8 +40,13 @@ class VidLaDATextConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         check_division(self, "hidden_size", "num_attention_heads")
         check_division(self, "num_attention_heads", "num_key_value_heads")
+        if self.head_dim % 2:
+            raise InputError(f"heads of width {self.head_dim}: rotary positions need an even width")
 
     @property
     def head_dim(self) -> int:
@@ -68,6 +73,7 @@ class VidLaDAConfig(PreTrainedConfig):
         system_message: the system turn the model was trained with.
         multi_turn: the model was trained on conversations; if not, every question is asked by itself.
         text_only: there is no visual half (LLaDA, the text-only ancestor).
+        source: of a model converted from another layout: that `layout`, and the `config` its config.json held.
     """
 
     model_type: ClassVar[str] = "vidlada"
@@ -109,6 +115,7 @@ class VidLaDAConfig(PreTrainedConfig):
     generation: dict[str, Any] | None = None
     multi_turn: bool = True
     text_only: bool = False
+    source: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -116,9 +123,21 @@ class VidLaDAConfig(PreTrainedConfig):
         GenerationSettings.from_dict(self.generation or {})
 
     @property
+    def text(self) -> VidLaDATextConfig:
+        """The language model's configuration."""
+        assert isinstance(self.text_config, VidLaDATextConfig)
+        return self.text_config
+
+    @property
+    def vision(self) -> SiglipVisionConfig:
+        """The vision tower's configuration, as kept."""
+        assert isinstance(self.vision_config, SiglipVisionConfig)
+        return self.vision_config
+
+    @property
     def patches_per_side(self) -> int:
         """Patches along one side of a frame (27 in the published model)."""
-        return int(self.vision_config.image_size) // int(self.vision_config.patch_size)  # type: ignore[union-attr]
+        return int(self.vision.image_size) // int(self.vision.patch_size)
 
     @property
     def pooled_per_side(self) -> int:

@@ -41,8 +41,7 @@ class Vision(nn.Module):
     def __init__(self, config: VidLaDAConfig):
         super().__init__()
         self.config = config
-        vision_width = config.vision_config.hidden_size  # type: ignore[union-attr]
-        width = config.text_config.hidden_size  # type: ignore[union-attr]
+        vision_width, width = config.vision.hidden_size, config.text.hidden_size
         self.tower = SiglipVisionModel(config.vision_config)
         self.projector = nn.Sequential(nn.Linear(vision_width, width), nn.GELU(), nn.Linear(width, width))
         self.newline = nn.Parameter(torch.zeros(width))

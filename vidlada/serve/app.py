@@ -11,34 +11,35 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from vidlada import __version__
 from vidlada.api import VidLaDA
 from vidlada.errors import VidLaDAError
 from vidlada.machine import MEBI
+from vidlada.serve.body import Arrivals, LimitedReceive, parsed
 from vidlada.serve.completions import Completion
 from vidlada.serve.conversation import MediaReference, turn_of
-from vidlada.serve.errors import RequestError
+from vidlada.serve.errors import RequestError, disk_errors
 from vidlada.serve.files import Upload, too_large
 from vidlada.serve.http import (
     EventStream,
     Outermost,
+    SiteRules,
+    answer_head,
     as_request_error,
     error_body,
     error_response,
-    limited_receive,
-    not_sent,
-    parse,
-    read_body,
     unless_gone,
 )  # fmt: skip
 from vidlada.serve.limits import Limits
@@ -46,6 +47,7 @@ from vidlada.serve.metrics import Metrics
 from vidlada.serve.schema import ChatRequest
 from vidlada.serve.service import Service
 from vidlada.serve.temporary import temporary_folder
+from vidlada.serve.threads import FILES, PICTURES, in_thread
 from vidlada.video import Frames
 
 PAGE = Path(__file__).parent / "page"
@@ -63,6 +65,7 @@ class ServerSettings:
         allowed: folder that local paths (`file:///…`) must lie in; None refuses them.
         private_urls: also fetch from addresses that are not public.
         log_content: log questions and answers too.
+        site_rules: which web pages may use it.
     """
 
     name: str
@@ -70,6 +73,7 @@ class ServerSettings:
     allowed: Path | None = None
     private_urls: bool = False
     log_content: bool = False
+    site_rules: SiteRules = SiteRules()
 
 
 class Server:
@@ -78,6 +82,7 @@ class Server:
     def __init__(self, vidlada: VidLaDA, settings: ServerSettings, service: Service):
         self.vidlada, self.settings, self.service = vidlada, settings, service
         self.limits = service.limits
+        self.arrivals = Arrivals(service.limits)
         self.metrics = Metrics(service)
 
     def owner(self, request: Request) -> str:
@@ -95,11 +100,12 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
         owner, started = self.owner(request), time.perf_counter()
-        deadline = asyncio.get_running_loop().time() + self.limits.request_seconds
         async with AsyncExitStack() as stack:
+            self.service.refuse_if_full()
+            body = await stack.enter_async_context(self.arrivals.json_body(request))
+            deadline = asyncio.get_running_loop().time() + self.limits.request_seconds
             stack.enter_context(self.service.admit())
-            body = await read_body(request, self.limits.max_body_mb, self.limits.body_seconds)
-            order = parse(body)
+            order = await parsed(body, ChatRequest, self.vidlada.processor.max_length)
             del body
             if order.model != self.settings.name:
                 message = f"the model {order.model[:80]!r} is not served here; use {self.settings.name!r}"
@@ -192,26 +198,27 @@ class Server:
     async def upload(self, request: Request) -> Response:
         """`POST /v1/files`, multipart with `file` and `purpose`."""
         owner, files = self.owner(request), self.service.files
-        most = self.limits.max_upload_mb * MEBI + MULTIPART_BYTES
-        with files.arrival() as count:
-            limited = Request(request.scope, limited_receive(request, most, self.limits.max_upload_mb, count))
-            try:
-                async with asyncio.timeout(self.limits.request_seconds):
-                    form = await limited.form(max_files=1, max_fields=20)
-            except TimeoutError:
-                raise not_sent(self.limits.request_seconds) from None
-            try:
+        mebibytes = self.limits.max_upload_mb
+
+        async def take(limited: Request, receive: LimitedReceive) -> Upload:
+            async with limited.form(max_files=1, max_fields=20) as form:
+                if not ended(request.headers.get("content-type", ""), receive.tail):
+                    raise RequestError(400, "the upload was cut off: its last boundary is missing", "cut_off")
                 file = form.get("file")
                 if not isinstance(file, UploadFile):
                     message = "send multipart/form-data with the file in the field 'file'"
                     raise RequestError(422, message, "missing_file", "file")
-                if (file.size or 0) > self.limits.max_upload_mb * MEBI:
-                    raise too_large(self.limits.max_upload_mb)
+                if not file.size:
+                    raise RequestError(422, "the file is empty", "empty_file", "file")
+                if file.size > mebibytes * MEBI:
+                    raise too_large(mebibytes)
                 purpose = str(form.get("purpose") or "user_data")[:64]
                 name = (file.filename or "video")[:255]
-                upload = await asyncio.to_thread(files.write, file.file, name, purpose, owner)
-            finally:
-                await form.close()
+                return await in_thread(FILES, files.write, file.file, name, purpose, owner)
+
+        with files.arrival() as count, disk_errors():
+            most = mebibytes * MEBI + MULTIPART_BYTES
+            upload = await self.arrivals.receive(request, most, mebibytes, take, count)
         files.add(upload)
         return JSONResponse(self.file_object(upload))
 
@@ -229,15 +236,30 @@ class Server:
         }
 
     async def frames(
-        self, request: Request, file_id: str, frames: int | None, fps: float, force_sample: bool
+        self, request: Request, file_id: str, frames: int | None, fps: float | None, force_sample: bool
     ) -> Response:
         """`GET /v1/files/{id}/frames`: what the model sees of an upload."""
         owner = self.owner(request)
         sampling = self.service.sampling(frames, fps, force_sample)
-        with self.service.admit():
+
+        async def preview() -> dict[str, Any]:
             reference = MediaReference(file_id, is_image=False)
-            shown = await self.service.show(reference, sampling, owner, {"fetch": 0.0, "video": 0.0})
-            return JSONResponse(await asyncio.to_thread(strip, shown.frames))
+            async with self.service.previews:
+                shown = await self.service.show(reference, sampling, owner, {"fetch": 0.0, "video": 0.0})
+            return await in_thread(PICTURES, strip, shown.frames)
+
+        with self.service.admit():
+            try:
+                async with asyncio.timeout(self.limits.request_seconds):
+                    return JSONResponse(await unless_gone(request, preview()))
+            except TimeoutError:
+                raise self.too_slow() from None
+
+
+def ended(content_type: str, tail: bytes) -> bool:
+    """Whether a multipart body's last bytes have the boundary that closes it; what is not multipart has none."""
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    return boundary is None or b"--" + boundary + b"--" in tail
 
 
 def strip(frames: Frames) -> dict[str, Any]:
@@ -271,7 +293,9 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
             finally:
                 await service.close()
 
-    app = FastAPI(title="vidlada", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="vidlada", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
+    )
 
     def server() -> Server:
         found: Server = app.state.server
@@ -282,7 +306,9 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return error_response(RequestError(error.status_code, str(error.detail), "http_error"))
+        response = error_response(RequestError(error.status_code, str(error.detail), "http_error"))
+        response.headers.update(error.headers or {})
+        return response
 
     async def on_bad_parameter(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -293,7 +319,12 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
     app.add_exception_handler(VidLaDAError, on_vidlada_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_bad_parameter)
-    app.add_middleware(Outermost)
+    if settings.site_rules.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.site_rules.origins, allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+        )  # fmt: skip
+    app.add_middleware(Outermost, rules=settings.site_rules)
 
     @app.get("/health")
     async def health() -> Response:
@@ -304,6 +335,11 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
     async def metrics(request: Request) -> Response:
         server().owner(request)
         return PlainTextResponse(server().metrics.text())
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi(request: Request) -> Response:
+        server().owner(request)
+        return JSONResponse(app.openapi())
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -326,9 +362,18 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
         return await server().upload(request)
 
     @app.get("/v1/files")
-    async def files(request: Request) -> Response:
-        uploads = server().service.files.of(server().owner(request))
-        return JSONResponse({"object": "list", "data": [server().file_object(each) for each in uploads]})
+    async def files(
+        request: Request,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+        order: Literal["asc", "desc"] = "desc",
+        purpose: str | None = None,
+    ) -> Response:
+        owner = server().owner(request)
+        uploads, has_more = server().service.files.page(owner, after, limit, order == "desc", purpose)
+        ids = [upload.id for upload in uploads]
+        page = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None, "has_more": has_more}
+        return JSONResponse({"object": "list", "data": [server().file_object(each) for each in uploads], **page})
 
     @app.get("/v1/files/{file_id}")
     async def file(request: Request, file_id: str) -> Response:
@@ -341,7 +386,7 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
 
     @app.get("/v1/files/{file_id}/frames")
     async def frames(
-        request: Request, file_id: str, frames: int | None = None, fps: float = 1.0, force_sample: bool = False
+        request: Request, file_id: str, frames: int | None = None, fps: float | None = None, force_sample: bool = False
     ) -> Response:
         return await server().frames(request, file_id, frames, fps, force_sample)
 
@@ -350,5 +395,6 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
         server().service.files.delete(file_id, server().owner(request))
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
+    answer_head(app)
     app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
     return app

@@ -7,11 +7,9 @@ from vidlada.generation import GenerationSettings
 from vidlada.processor import Message
 from vidlada.serve.errors import RequestError
 from vidlada.serve.schema import ChatMessage, ChatRequest, FilePart, ImagePart, TextPart, VideoPart
+from vidlada.settings import settings_of
 
-SETTINGS = (
-    "block_length", "steps", "threshold", "factor", "cfg_scale", "remasking", "cache", "reuse", "suffix",
-    "temperature", "seed",
-)  # fmt: skip
+SETTINGS = settings_of(GenerationSettings).keys() - {"gen_length", "stop"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,9 @@ def turn_of(message: ChatMessage) -> tuple[str, str, list[MediaReference]]:
     return role, "\n".join(filter(None, texts)), media
 
 
-def settings_of(request: ChatRequest, base: GenerationSettings, most: int) -> tuple[GenerationSettings, int | None]:
+def generation_settings(
+    request: ChatRequest, base: GenerationSettings, most: int
+) -> tuple[GenerationSettings, int | None]:
     """How to decode, and the most tokens of the answer.
 
     `max_tokens` is an upper bound: the answer gets the slots of the next whole block, and is cut off behind it.

@@ -1,6 +1,12 @@
 """What a request can fail with, and the HTTP status that says so."""
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from vidlada.errors import VidLaDAError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RequestError(VidLaDAError):
@@ -21,3 +27,15 @@ class RequestError(VidLaDAError):
 def shutting_down() -> RequestError:
     """The server is closing, and the request with it."""
     return RequestError(503, "the server is shutting down", "shutting_down")
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn what goes wrong with the server's temporary files into a refusal: 507 if the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise RequestError(507, "the server's disk is full; try later", "disk_full") from error
+        message = f"the server cannot write its temporary files: {error.strerror}"
+        raise RequestError(500, message, "disk_failed") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vidlada.machine import MEBI
-from vidlada.serve.errors import RequestError
+from vidlada.serve.errors import RequestError, disk_errors
 from vidlada.serve.limits import Limits
 
 SIGNATURES = {  # how files begin that are read as images; everything else is a video to FFmpeg
@@ -108,13 +108,14 @@ class FileStore:
         source.seek(0)
         path = self.folder / f"{uuid.uuid4().hex}{suffix_of(head)}"
         try:
-            with path.open("xb") as target:
-                shutil.copyfileobj(source, target, 2**20)
-            with path.open("rb") as written:
-                digest = hashlib.file_digest(written, "sha256").hexdigest()
-        except OSError as error:  # the disk is full, perhaps
+            with disk_errors():
+                with path.open("xb") as target:
+                    shutil.copyfileobj(source, target, 2**20)
+                with path.open("rb") as written:
+                    digest = hashlib.file_digest(written, "sha256").hexdigest()
+        except RequestError:
             path.unlink(missing_ok=True)
-            raise no_room() from error
+            raise
         identity = f"file-{uuid.uuid4().hex}"
         return Upload(identity, name, path, digest, path.stat().st_size, purpose, time.time(), owner)
 
@@ -136,9 +137,29 @@ class FileStore:
         return upload
 
     def of(self, owner: str) -> list[Upload]:
-        """All uploads of an owner."""
+        """All uploads of an owner, the oldest first."""
         self.expire()
         return [upload for upload in self.uploads.values() if upload.owner == owner]
+
+    def page(
+        self, owner: str, after: str | None, limit: int, newest_first: bool, purpose: str | None
+    ) -> tuple[list[Upload], bool]:
+        """Some uploads of an owner, and whether there are more.
+
+        Args:
+            owner: whose.
+            after: id of the last upload of the page before; 404 if it is gone.
+            limit: most uploads.
+            newest_first: the order.
+            purpose: only uploads for it.
+        """
+        listed = self.of(owner)
+        if newest_first:
+            listed.reverse()
+        if after is not None:
+            listed = listed[listed.index(self.get(after, owner)) + 1 :]
+        listed = [upload for upload in listed if purpose in (None, upload.purpose)]
+        return listed[:limit], len(listed) > limit
 
     def delete(self, identity: str, owner: str) -> None:
         """Remove an owner's upload; 404 if there is none."""

@@ -1,26 +1,26 @@
-"""Between HTTP and the server: bodies with limits, clients that hang up, streams, errors as OpenAI has them."""
+"""Between HTTP and the server: foreign pages, clients that hang up, streams, errors as OpenAI has them."""
 
 import asyncio
-import json
+import ipaddress
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import ValidationError
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vidlada.engine.engine import EngineClosedError
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.machine import MEBI
 from vidlada.serve.errors import RequestError, shutting_down
-from vidlada.serve.schema import ChatRequest
 
 RETRY_SECONDS = 1
-LINGER_SECONDS, LINGER_BYTES = 5, 2**26
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 CLIENT_CLOSED = 499  # as nginx counts them; nobody reads it
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          429: "rate_limit_error"}  # fmt: skip
@@ -81,78 +81,68 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-def limited_receive(
-    request: Request, most: int, mebibytes: int, count: Callable[[int], None] = lambda size: None
-) -> Receive:
-    """The request's `receive`, which refuses more than `most` bytes of body.
+@dataclass(frozen=True)
+class SiteRules:
+    """Which web pages may use a server that has no keys. What browsers send without a page's consent tells.
 
     Args:
-        request: whose body is read.
-        most: bytes.
-        mebibytes: the limit as its owner knows it.
-        count: told of the bytes of every piece; may refuse it with a `RequestError`.
+        hosts: names by which the server may be called, in `Host`; None for any.
+        origins: pages of other sites that may use it; `*` for all.
+        same_origin: refuse pages that are neither the server's own nor among `origins`.
     """
-    announced = request.headers.get("content-length", "0")
-    too_much = announced.isdigit() and int(announced) > most
-    seen = 0
 
-    async def receive() -> Message:
-        nonlocal seen
-        message: Message = {} if too_much else await request.receive()
-        size = len(message.get("body", b""))
-        seen += size
-        try:
-            if too_much or seen > most:
-                raise RequestError(413, f"the request is larger than the {mebibytes} MiB allowed", "request_too_large")
-            count(size)
-        except RequestError:
-            await discard(request)
-            raise
-        return message
+    hosts: frozenset[str] | None = None
+    origins: tuple[str, ...] = ()
+    same_origin: bool = False
 
-    return receive
+    def check(self, headers: Headers) -> None:
+        """Refuse a request with a foreign `Host` (a name that was made to lead here) or `Origin`."""
+        host, origin = headers.get("host", "").lower(), headers.get("origin")
+        if self.hosts is not None and name_of(host) not in self.hosts:
+            text = f"this server is not called {name_of(host)[:80]!r}; --allowed-host adds a name"
+            raise RequestError(403, text, "forbidden_host")
+        if self.same_origin and origin is not None and not {"*", origin} & set(self.origins):
+            scheme, _, authority = origin.lower().partition("://")
+            port = {"http": ":80", "https": ":443"}.get(scheme, "")
+            if authority.removesuffix(port) != host.removesuffix(port):
+                text = f"pages of {origin[:80]!r} may not use this server; --cors allows them"
+                raise RequestError(403, text, "forbidden_origin")
 
 
-async def discard(request: Request) -> None:
-    """Take in some more of a refused body: a client that is still sending would not see the refusal."""
-    seen = 0
-    with suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_SECONDS):
-            while seen < LINGER_BYTES:
-                message = await request.receive()
-                seen += len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
+def name_of(host: str) -> str:
+    """The name in a `Host` header, without the port."""
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdecimal() and not name.endswith(":") else host
 
 
-async def read_body(request: Request, mebibytes: int, seconds: float) -> bytes:
-    """A request's body; 413 if it is too large, 408 if it comes too slowly."""
-    limited = Request(request.scope, limited_receive(request, mebibytes * MEBI, mebibytes))
+def site_rules(bind: str, keys: bool, allowed_hosts: Sequence[str], origins: Sequence[str]) -> SiteRules:
+    """The rules for a server.
+
+    Args:
+        bind: address it listens at.
+        keys: it asks for keys, which no page can guess.
+        allowed_hosts: names besides its own.
+        origins: pages of other sites that may use it.
+    """
+    local = bind == "localhost" or is_loopback(bind)
+    own = [*LOCAL_NAMES, f"[{bind}]" if ":" in bind else bind] if local and not keys else []
+    hosts = frozenset(name.lower() for name in [*own, *allowed_hosts])
+    return SiteRules(hosts if hosts and "*" not in hosts else None, tuple(origins), not keys)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is one of this machine alone."""
     try:
-        async with asyncio.timeout(seconds):
-            return await limited.body()
-    except TimeoutError:
-        raise not_sent(seconds) from None
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
-def not_sent(seconds: float) -> RequestError:
-    """The refusal of a client that takes too long."""
-    return RequestError(408, f"the request was not sent within {seconds:g} s", "request_timeout")
-
-
-def parse(body: bytes) -> ChatRequest:
-    """A chat request from JSON."""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the request is not valid JSON: {error}", "invalid_json") from error
-    try:
-        return ChatRequest.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = "it is not known here" if first["type"] == "extra_forbidden" else first["msg"]
-        raise RequestError(422, f"{where[:200]}: {reason}", "invalid_request", where[:200] or None) from error
+def answer_head(app: FastAPI) -> None:
+    """Answer `HEAD` wherever the routes so far answer `GET`; the server sends no body then."""
+    for route in list(app.routes):
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
+            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 # --- errors ---
@@ -186,10 +176,10 @@ def error_response(error: RequestError) -> Response:
 
 
 class Outermost:
-    """Turns every error into OpenAI's object, counts responses, adds headers."""
+    """Refuses foreign pages, turns every error into OpenAI's object, counts responses, adds headers."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, rules: SiteRules):
+        self.app, self.rules = app, rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -206,6 +196,7 @@ class Outermost:
             await send(message)
 
         try:
+            self.rules.check(Headers(scope=scope))
             await self.app(scope, receive, counted)
         except ClientDisconnect:
             status = status or CLIENT_CLOSED

@@ -17,9 +17,14 @@ class Limits(EngineLimits):
     max_pixels: int = limit(4096 * 4096, "Width times height of a video or an image.")
     max_upload_mb: int = limit(512, "MiB of an upload or a fetched video.")
     max_body_mb: int = limit(64, "MiB of a JSON request, data URIs included.")
+    max_arriving: int = limit(256, "Bodies being received; the one that takes longest makes way for one more.")
+    max_bodies_mb: int = limit(1024, "MiB of all JSON requests being received or answered.")
+    max_fetches: int = limit(32, "URLs being fetched; more are refused with 503.")
     max_stored_mb: int = limit(4096, "MiB of all uploads and fetched files together.")
     upload_seconds: float = limit(3600.0, "How long an upload is kept.")
-    body_seconds: float = limit(60.0, "A client may take to send a request's head, and its body.")
+    body_seconds: float = limit(
+        60.0, "A client may take to send a request's head, and its body (longer for a large one)."
+    )
     reader_seconds: float = limit(30.0, "A client may take nothing of its answer.")
     fetch_seconds: float = limit(30.0, "Fetching a URL may take.")
     decode_seconds: float = limit(60.0, "Decoding a video may take.")

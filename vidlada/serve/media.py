@@ -4,27 +4,28 @@ import asyncio
 import base64
 import binascii
 import hashlib
-import ipaddress
 import os
-import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO
 from urllib.parse import unquote, urljoin, urlsplit
 
 import httpx2
 
 from vidlada.machine import MEBI
-from vidlada.serve.errors import RequestError
+from vidlada.serve.addresses import is_public
+from vidlada.serve.errors import RequestError, disk_errors
 from vidlada.serve.files import FileStore, suffix_of, too_large
 from vidlada.serve.limits import Limits
+from vidlada.serve.threads import FILES, in_thread, look_up
 
 MOST_REDIRECTS = 5
 CHUNK = 2**18
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+MOST_HEAD = 1000  # characters of a data URI before its content
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,6 @@ class Medium:
 
     path: Path
     key: str
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address, or any address packed inside it, lies on the public internet."""
-    ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        packed = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in NAT64:
-            packed.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if not all(is_public(str(inner)) for inner in packed if inner is not None):
-            return False
-        if ip.ipv4_mapped is not None:
-            return True
-    return ip.is_global and not ip.is_multicast
 
 
 class MediaSource:
@@ -70,6 +57,7 @@ class MediaSource:
     ):
         self.folder, self.limits, self.files, self.private_urls = folder, limits, files, private_urls
         self.allowed = allowed.resolve() if allowed is not None else None
+        self.fetching = 0
 
     @asynccontextmanager
     async def open(self, reference: str, owner: str) -> AsyncIterator[Medium]:
@@ -85,21 +73,17 @@ class MediaSource:
         """
         scheme = reference.partition(":")[0].lower() if ":" in reference else ""
         if scheme == "file":
-            yield self._local(reference)
+            yield await in_thread(FILES, self._local, reference)
         elif scheme in ("data", "http", "https"):
-            descriptor, name = tempfile.mkstemp(dir=self.folder)
+            with disk_errors():
+                descriptor, name = tempfile.mkstemp(dir=self.folder)
             path = Path(name)
             try:
                 with self.files.arrival() as count:
-                    with os.fdopen(descriptor, "wb") as file:
+                    with disk_errors(), os.fdopen(descriptor, "wb", buffering=0) as file:
                         if scheme == "data":
-                            content = await asyncio.to_thread(
-                                decode_data_uri, reference, self.limits.max_upload_mb * MEBI
-                            )
-                            count(len(content))
-                            await asyncio.to_thread(file.write, content)
-                            digest, head = hashlib.sha256(content).hexdigest(), content[:32]
-                            del content
+                            count(decoded_size(reference, self.limits.max_upload_mb * MEBI))
+                            digest, head = await in_thread(FILES, write_data_uri, reference, file)
                         else:
                             digest, head = await self._fetch(reference, file, count)
                     path = path.rename(path.with_name(path.name + suffix_of(head)))
@@ -120,22 +104,30 @@ class MediaSource:
         """A file under the allowed folder; symbolic links are followed before it is judged."""
         if self.allowed is None:
             raise RequestError(403, "local files are not served here (--allow-dir)", "forbidden_path")
-        parts = urlsplit(reference)
         try:
+            parts = urlsplit(reference)
             path = Path(os.path.realpath(unquote(parts.path)))
-        except ValueError as error:
-            raise RequestError(422, "the path is malformed", "malformed_path") from error
-        if parts.netloc not in ("", "localhost") or not path.is_relative_to(self.allowed):
-            raise RequestError(403, "the path lies outside the allowed folder", "forbidden_path")
-        if not path.is_file():
+            if parts.netloc not in ("", "localhost") or not path.is_relative_to(self.allowed):
+                raise RequestError(403, "the path lies outside the allowed folder", "forbidden_path")
+            facts = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            facts = None
+        except PermissionError as error:
+            raise RequestError(403, "the server may not read that path", "forbidden_path") from error
+        except (OSError, ValueError) as error:  # names over 255 bytes, paths over 4096, null bytes, half an address
+            reason = getattr(error, "strerror", None) or str(error)
+            raise RequestError(422, f"the path is malformed: {reason}", "malformed_path") from error
+        if facts is None or not S_ISREG(facts.st_mode):
             raise RequestError(404, "there is no such file in the allowed folder", "no_such_file")
-        facts = path.stat()
         if facts.st_size > self.limits.max_upload_mb * MEBI:
             raise too_large(self.limits.max_upload_mb)
         return Medium(path, f"{facts.st_dev}:{facts.st_ino}:{facts.st_size}:{facts.st_mtime_ns}")
 
     async def _fetch(self, url: str, file: BinaryIO, count: Callable[[int], None]) -> tuple[str, bytes]:
         """Download into a file, counting its bytes; digest and first bytes."""
+        if self.fetching >= self.limits.max_fetches:
+            raise RequestError(503, f"{self.fetching} URLs are being fetched; try later", "busy")
+        self.fetching += 1
         try:
             async with asyncio.timeout(self.limits.fetch_seconds):
                 return await self._download(url, file, count)
@@ -145,6 +137,8 @@ class MediaSource:
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
             reason = str(error) or type(error).__name__
             raise RequestError(422, f"the URL cannot be fetched: {reason}", "unfetchable_url") from error
+        finally:
+            self.fetching -= 1
 
     async def _download(self, url: str, file: BinaryIO, count: Callable[[int], None]) -> tuple[str, bytes]:
         most = self.limits.max_upload_mb * MEBI
@@ -169,9 +163,8 @@ class MediaSource:
                         if size > most:
                             raise too_large(self.limits.max_upload_mb)
                         count(len(chunk))
-                        digest.update(chunk)
                         head = head or chunk[:32]
-                        file.write(chunk)
+                        await in_thread(FILES, write_all, file, chunk, digest)
                     return digest.hexdigest(), head
                 finally:
                     await response.aclose()
@@ -186,8 +179,7 @@ class MediaSource:
             raise RequestError(422, "the URL is malformed", "malformed_url") from error
         if parts.scheme.lower() not in ("http", "https") or not host or parts.username is not None:
             raise RequestError(422, "only plain http and https URLs are fetched, without credentials", "malformed_url")
-        found = await asyncio.get_running_loop().getaddrinfo(host, port or parts.scheme, type=socket.SOCK_STREAM)
-        addresses = sorted((str(entry[4][0]).partition("%")[0] for entry in found), key=lambda text: ":" in text)
+        addresses = await look_up(host, port or parts.scheme)
         if not self.private_urls and not all(is_public(address) for address in addresses):
             raise RequestError(403, "the URL points to an address that is not public", "forbidden_url")
         asked = httpx2.URL(url)
@@ -196,14 +188,32 @@ class MediaSource:
         return client.build_request("GET", target, headers=headers, extensions={"sni_hostname": name})
 
 
-def decode_data_uri(uri: str, most: int) -> bytes:
-    """The content of `data:[type];base64,…`."""
-    head, comma, content = uri.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise RequestError(422, "a data URI must have the form data:video/mp4;base64,…", "malformed_data_uri")
-    if len(content) * 3 // 4 > most:
+def decoded_size(uri: str, most: int) -> int:
+    """Bytes that a data URI decodes to, padding included; 413 if there are more than `most`."""
+    size = (len(uri) - uri.find(",", 0, MOST_HEAD) - 1) * 3 // 4
+    if size > most:
         raise too_large(most // MEBI)
+    return size
+
+
+def write_data_uri(uri: str, file: BinaryIO) -> tuple[str, bytes]:
+    """Write the content of `data:[type];base64,…` to a file; digest and first bytes."""
+    comma = uri.find(",", 0, MOST_HEAD)
+    if comma < 0 or not uri[:comma].endswith(";base64"):
+        raise RequestError(422, "a data URI must have the form data:video/mp4;base64,…", "malformed_data_uri")
     try:
-        return base64.b64decode(content, validate=True)
+        content = base64.b64decode(uri[comma + 1 :], validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(422, f"the data URI is not valid base64: {error}", "malformed_data_uri") from error
+    digest = hashlib.sha256()
+    write_all(file, content, digest)
+    return digest.hexdigest(), content[:32]
+
+
+def write_all(file: BinaryIO, content: bytes, digest: "hashlib._Hash") -> None:
+    """Write to an unbuffered file; a full disk takes a part first."""
+    digest.update(content)
+    view = memoryview(content)
+    with disk_errors():
+        while view:
+            view = view[file.write(view) :]

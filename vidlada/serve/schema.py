@@ -1,8 +1,13 @@
 """What `/v1/chat/completions` accepts. Unknown fields are refused: a setting that is silently ignored misleads."""
 
+from collections.abc import Container
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from vidlada.generation import GenerationSettings, PromptSettings
+from vidlada.settings import settings_of
+from vidlada.video import Sampling
 
 Text = Annotated[str, Field(max_length=1_000_000)]
 StopString = Annotated[str, Field(max_length=1000)]  # every step looks for every one of them
@@ -73,14 +78,36 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
-class ChatRequest(Strict):
+def setting_fields(cls: Any, skip: Container[str] = ()) -> dict[str, Any]:
+    """Fields of a pydantic model for the listed settings of a dataclass; None leaves a setting at its default."""
+    found: dict[str, Any] = {}
+    for name, (_, listed, kind) in settings_of(cls).items():
+        if name not in skip:
+            annotation: Any = Literal[listed.choices] if listed.choices else kind
+            bounds = {} if kind is bool or listed.choices else {
+                "ge": listed.minimum, "gt": listed.above, "le": listed.maximum, "max_length": listed.max_length,
+            }  # fmt: skip
+            given: dict[str, Any] = {key: bound for key, bound in bounds.items() if bound is not None}
+            found[listed.alias or name] = (annotation | None, Field(None, description=listed.help, **given))
+    return found
+
+
+Settings: Any = create_model(
+    "Settings",
+    __base__=Strict,
+    **setting_fields(GenerationSettings, skip=("stop",)),
+    **setting_fields(PromptSettings, skip=("system",)),
+    **setting_fields(Sampling),
+)
+
+
+class ChatRequest(Settings):
     """OpenAI's request with the settings of denoising.
 
     Args:
         diffusing: also tell the draft: in a stream after every step.
-        gen_length: answer slots; by default what `max_tokens` needs, else the checkpoint's own number.
-        block_length, steps, threshold, factor, cfg_scale, remasking, cache, reuse, suffix: as `GenerationSettings`.
-        frames, fps, force_sample, time_instruction: as `vidlada ask` has them; by default no more frames than allowed.
+        gen_length and all other settings of `Sampling`, `PromptSettings` and `GenerationSettings`: as listed there. By
+            default there are as many slots as `max_tokens` needs, and no more frames than allowed.
         user, metadata, store, service_tier, prompt_cache_key, safety_identifier: accepted, without effect.
         top_p and others: accepted with the value that has no effect.
     """
@@ -91,25 +118,9 @@ class ChatRequest(Strict):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
 
     diffusing: bool = False
-    gen_length: int | None = Field(None, ge=1)
-    block_length: int | None = Field(None, ge=1)
-    steps: int | None = Field(None, ge=1)
-    threshold: float | None = None
-    factor: float | None = None
-    cfg_scale: float | None = None
-    remasking: Literal["low_confidence", "random"] | None = None
-    cache: str | None = Field(None, max_length=200)
-    reuse: bool | None = None
-    suffix: str | None = Field(None, max_length=10_000)
-    frames: int | None = Field(None, ge=1)
-    fps: float = Field(1.0, gt=0)
-    force_sample: bool = False
-    time_instruction: bool = False
 
     user: str | None = None
     metadata: dict[str, Any] | None = None

@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vidlada.api import VidLaDA
-from vidlada.decoding.policies import policy_from
+from vidlada.decoding.policies import parse_policy
 from vidlada.engine.engine import Engine, EngineRequest, MediaInput, RequestHandle
 from vidlada.engine.feature_store import LRUCache
 from vidlada.machine import MEBI
 from vidlada.processor import time_instruction
-from vidlada.serve.conversation import MediaReference, conversation_of, settings_of
+from vidlada.serve.conversation import MediaReference, conversation_of, generation_settings
 from vidlada.serve.decoder import Decoders
 from vidlada.serve.errors import RequestError
 from vidlada.serve.files import FileStore
 from vidlada.serve.limits import Limits
 from vidlada.serve.media import MediaSource
 from vidlada.serve.schema import ChatRequest
+from vidlada.serve.threads import LONG_TEXT, TEXT, in_thread
 from vidlada.video import Frames, Sampling
+
+LONG_TEXT_CHARACTERS = 2**13
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Service:
         self.frames: LRUCache[Frames] = LRUCache(limits.frame_store_mb * MEBI)
         self.decoding: dict[object, asyncio.Task[Frames]] = {}
         self.admitted = 0
+        self.previews = asyncio.Semaphore(max(1, limits.decode_workers - 1))  # questions wait for one of them at most
 
     async def close(self) -> None:
         """End the worker processes and the engine."""
@@ -76,14 +80,18 @@ class Service:
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """A place for one request, from its first byte to its last; 429 if there is none."""
-        if self.admitted >= self.limits.max_admitted:
-            raise RequestError(429, f"{self.admitted} requests are being answered or waiting; try later", "queue_full")
+        """A place for one request, from the end of its body to the end of its answer; 429 if there is none."""
+        self.refuse_if_full()
         self.admitted += 1
         try:
             yield
         finally:
             self.admitted -= 1
+
+    def refuse_if_full(self) -> None:
+        """429 if there is no place."""
+        if self.admitted >= self.limits.max_admitted:
+            raise RequestError(429, f"{self.admitted} requests are being answered or waiting; try later", "queue_full")
 
     async def submit(self, request: ChatRequest, owner: str = "") -> Submitted:
         """Prepare a request and queue it.
@@ -92,8 +100,8 @@ class Service:
             RequestError, InputError: it cannot be answered, and why.
         """
         base = self.vidlada.settings()
-        settings, max_tokens = settings_of(request, base, self.limits.max_tokens)
-        policy_from(settings.cache)
+        settings, max_tokens = generation_settings(request, base, self.limits.max_tokens)
+        parse_policy(settings.cache)
         messages, references = conversation_of(request.messages, self.vidlada.model.config.multi_turn)
         if len(references) > self.limits.max_media:
             message = f"{len(references)} videos and images are more than the {self.limits.max_media} allowed"
@@ -112,7 +120,8 @@ class Service:
             text = shown["content"][-1]
             text["text"] = f"{time_instruction(frames.times, frames.info.duration)}\n{text['text']}"
         counts = [len(video.frames.times) for video in videos]
-        encoded = await asyncio.to_thread(self.vidlada.processor.encode, messages, counts)
+        is_long = sum(len(str(message["content"])) for message in messages) > LONG_TEXT_CHARACTERS
+        encoded = await in_thread(LONG_TEXT if is_long else TEXT, self.vidlada.processor.encode, messages, counts)
         job = EngineRequest(encoded, videos, settings, max_tokens)
         most = self.vidlada.processor.max_length
         if job.tokens > most:
@@ -120,14 +129,14 @@ class Service:
             raise RequestError(422, f"{message}; use fewer frames or a smaller max_tokens", "context_length_exceeded")
         return Submitted(self.engine.submit(job), seconds)
 
-    def sampling(self, frames: int | None, fps: float, force_sample: bool) -> Sampling:
-        """How to sample, within the limits."""
+    def sampling(self, frames: int | None, fps: float | None, force_sample: bool | None) -> Sampling:
+        """How to sample, within the limits; None stands for a default."""
         most = self.limits.max_frames
         if frames is None:
             frames = min(Sampling().max_frames, most)
         if frames > most:
             raise RequestError(422, f"{frames} frames are more than the {most} allowed", "too_many_frames", "frames")
-        return Sampling(fps=fps, max_frames=frames, force_sample=force_sample)
+        return Sampling(Sampling().fps if fps is None else fps, frames, bool(force_sample))
 
     async def show(
         self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from vidlada.errors import InputError
+from vidlada.files import write_text
 from vidlada.shapes.questions import BENCHMARK_FAMILIES, LONG_FAMILIES, Question, questions_for
 from vidlada.shapes.render import write_mp4
 from vidlada.shapes.world import SPLITS, Clip, clip_for
@@ -101,7 +102,5 @@ def _write_json(path: Path, entries: list[dict[str, Any]]) -> Path:
     text = json.dumps(entries, indent=1)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise InputError(f"{path} exists with other questions; choose another folder, or move the file away")
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, text)
     return path

@@ -17,6 +17,9 @@ ModelPart = Literal["tower", "projector", "language_model"]
 LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a layer
 
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
 @dataclass(frozen=True, config=STRICT)
 class CollateSettings:
     """How samples become tensors.
@@ -32,7 +35,12 @@ class CollateSettings:
         end_slots: at most this many further slots follow, always hidden and never a target; their number is drawn
             log-uniformly. At inference every answer has `gen_length` slots: a model that never saw more slots than
             an answer needs reads the answer's length, and so its kind, from their number.
+        end_slots_share: share of answers that such slots follow.
         force_up_to: samples whose answers have at most this many tokens (ends of turn included) hide every target.
+        weigh_every: an answer counts as one sample for every so many of its targets, at least one: a caption teaches
+            as much as so many short answers. 0: each answer counts once.
+        pad_to_multiple_of: rows get a multiple of so many tokens. Kernels are made for every shape they meet, which on
+            a CPU costs a tenth of a step whose shape is new.
     """
 
     control_targets: bool = False
@@ -40,7 +48,10 @@ class CollateSettings:
     pad_targets: bool = False
     end_targets: NonNegativeInt = 0
     end_slots: NonNegativeInt = 0
+    end_slots_share: Share = 1.0
     force_up_to: NonNegativeInt = 0
+    weigh_every: NonNegativeInt = 0
+    pad_to_multiple_of: PositiveInt = 1
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -145,6 +156,8 @@ class TrainingConfig:
         model: of a model trained from nothing, as `vidlada.training.description` says; or
         init_from: a model folder to start from. A folder of a Llama-family language model loses its causal mask and
             gains the mask and control tokens; `model` then describes the vision half, or says `text_only: true`.
+        new_layers: numbers of layers of `init_from`'s language model, counted from 0, each to be followed by a copy of
+            itself that adds nothing yet: a deeper model that starts where the other stood.
         vision_tower: name or folder of the tower that a published `init_from` must have been made with; only its last
             part counts. None: whichever it is.
         seed: of initial weights, data order and masking.
@@ -177,6 +190,7 @@ class TrainingConfig:
     stages: tuple[Stage, ...]
     model: Annotated[dict[str, Any], AfterValidator(described)] | None = None
     init_from: str | None = None
+    new_layers: tuple[NonNegativeInt, ...] = ()
     vision_tower: str | None = None
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
@@ -207,6 +221,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.model is None and self.init_from is None:
             raise InputError("give either model (a new one) or init_from (a folder)")
+        if self.new_layers and (self.init_from is None or self.lora is not None):
+            raise InputError("new_layers deepens the model of init_from, without lora")
         if not self.stages:
             raise InputError("stages is empty; a run needs at least one")
         sharded = self.parallel in ("fsdp", "zero2", "zero3")
@@ -267,16 +283,26 @@ class TrainingConfig:
         return rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
 
-def load_config(path: Path, output: str | None = None) -> TrainingConfig:
+def config_path(name: str | Path) -> Path:
+    """A run description by its path, or by the name of one in the package: `tiny` is `configs/tiny.yaml` there."""
+    packaged = CONFIGS / f"{name}.yaml"
+    return packaged if not Path(name).exists() and packaged.is_file() else Path(name)
+
+
+def load_config(path: str | Path, output: str | None = None) -> TrainingConfig:
     """Read a YAML run description.
 
     Args:
-        path: the file.
+        path: the file, or the name of one in the package.
         output: overrides the file's own `output`.
 
     Raises:
         InputError: the file is missing or malformed, or an entry is unknown or invalid.
     """
+    path = config_path(path)
+    if not path.exists() and path.suffix == "":
+        names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise InputError(f"{path}: no such file, and not one of the package's own: {names}")
     values = expanded(read_yaml(path), str(path))
     if output is not None:
         values["output"] = output

@@ -52,7 +52,7 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 
 @contextmanager
-def held(output: Path) -> Iterator[None]:
+def lock_output(output: Path) -> Iterator[None]:
     """An output folder for one run at a time: what torchrun started goes on writing when torchrun itself is killed.
 
     The lock is of this process alone; unlike flock's it is not kept by a loader's processes, which outlive it a little.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vidlada.errors import InputError
+from vidlada.markdown import table
 from vidlada.training.config import CollateSettings, TrainingConfig
 from vidlada.training.data.llava import LlavaSource
 from vidlada.training.data.samples import Source
@@ -143,18 +144,13 @@ def resolved(config: TrainingConfig, sources: list[Source]) -> TrainingConfig:
 
 def schedule(config: TrainingConfig) -> str:
     """The stages of a resolved run as a table: what a dry run prints."""
-    lines = [
-        "| stage | steps | learning rate | at its end | tower | projector | frozen |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    start = 0
+    rows, start = [], 0
     for stage in config.stages:
         first, last = (config.learning_rate(step) for step in (start, start + stage.length - 1))
         rates = [f"{stage.learning_rate * stage.rate_ratio(part):.1e}" for part in ("tower", "projector")]
-        lines.append(
-            f"| {stage.name} | {stage.length} | {stage.learning_rate:.1e} from {first:.1e} | {last:.1e} | "
-            f"{' | '.join(rates)} | {', '.join(stage.frozen) or 'nothing'} |"
-        )
+        rate = f"{stage.learning_rate:.1e} from {first:.1e}"
+        rows.append((stage.name, stage.length, rate, f"{last:.1e}", *rates, ", ".join(stage.frozen) or "nothing"))
         start += stage.length
+    lines = table(("stage", "steps", "learning rate", "at its end", "tower", "projector", "frozen"), rows)
     lines.append(f"\n{config.total_steps} steps, the first {config.warmup_steps} of them warm-up")
     return "\n".join(lines)

@@ -19,12 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from vidlada.checkpoint.load import save_model
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.machine import peak_memory, return_free_memory
+from vidlada.machine import keep_freed_memory, peak_memory, return_free_memory
 from vidlada.training.checkpoints import READ_ERRORS, WRITE_ERRORS, NotSaved, save_checkpoint
 from vidlada.training.config import CollateSettings, TrainingConfig
 from vidlada.training.data.collate import Collator, PartSampler, StepDataset, to_device
 from vidlada.training.data.samples import Source
-from vidlada.training.data.workers import STOP_SIGNALS, prepared_batches
+from vidlada.training.data.workers import STOP_SIGNALS, prefetch_batches
 from vidlada.training.flops import FlopCount, peak_of
 from vidlada.training.models import add_lora, initial_config, initial_model
 from vidlada.training.objective import (
@@ -42,7 +42,7 @@ from vidlada.training.output import (
     STATE_FILE,
     check_output,
     clear_output,
-    held,
+    lock_output,
     newest_checkpoint,
     put_in_place,
     remove_partial,
@@ -59,6 +59,7 @@ from vidlada.training.stages import EVALUATION, PreparedRun, prepare_run, stage_
 
 # Settings that do not change what is learned
 BESIDE_THE_CURVE = ("output", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "tracker", "layouts")
+TRIM_EVERY = 100  # steps
 FEWEST_SEEN = 200  # samples before a share of broken ones means anything
 
 
@@ -120,10 +121,10 @@ def train(
         VidLaDAError: the loss is not finite, too many samples are broken, or nothing can be saved.
         Interrupted: SIGTERM or SIGINT; a checkpoint was saved first.
     """
-    return train_prepared(prepare_run(config), resume, report, overwrite)
+    return run_training(prepare_run(config), resume, report, overwrite)
 
 
-def train_prepared(
+def run_training(
     prepared_run: PreparedRun, resume: bool = False, report: Callable[[str], Any] = print, overwrite: bool = False
 ) -> Path:
     """`train`, for a run whose data were read before."""
@@ -135,7 +136,7 @@ def train_prepared(
     on_main(accelerator, lambda: check_output(output, resume, overwrite))
     run = Run(prepared_run, accelerator, say)
     with ExitStack() as stack:
-        on_main(accelerator, lambda: stack.enter_context(held(output)))
+        on_main(accelerator, lambda: stack.enter_context(lock_output(output)))
         if not resume:  # only now, when all else is known to be right
             on_main(accelerator, lambda: clear_output(output))
         if config.tracker != "none":
@@ -179,11 +180,16 @@ class Run:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.compile:
             for layer in model.language_model.layers:
-                layer.compile()
+                layer.compile_parts()  # type: ignore[operator]
+            if not model.config.text_only:
+                for layer in model.vision.tower.encoder.layers:
+                    layer.compile(dynamic=True)
         if config.lora is not None:
             assert config.init_from is not None
             model = add_lora(model, config.lora, config.init_from, config.seed)
         optimizers = make_optimizers(model, config)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.flops = FlopCount(model, self.model_config)
         self.model, *prepared = accelerator.prepare(model, *optimizers.optimizers)
         self.optimizers = Optimizers(prepared, optimizers.parts)
@@ -283,7 +289,7 @@ class Run:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def prepare_run(
+    def stage_batches(
         self, source: Source, collate: CollateSettings, number: int, steps: range
     ) -> Generator[dict[str, Any]]:
         """Batches of this process's parts of some steps.
@@ -299,7 +305,7 @@ class Run:
         collator = Collator(self.processor, collate, self.processor.image_size if in_step else None)
         dataset = StepDataset(source, collator, stage_seed(config, number))
         parts = PartSampler(steps, source, config.per_device_batch, processes, process)
-        return prepared_batches(dataset, parts, config.workers)
+        return prefetch_batches(dataset, parts, config.workers)
 
     def batches(self, first: int) -> Generator[tuple[int, int, Iterator[dict[str, Any]]]]:
         """Step numbers, passes of this process and their batches, from `first` to the end of the run."""
@@ -307,7 +313,7 @@ class Run:
         for number, (stage, source) in enumerate(zip(self.config.stages, self.sources, strict=True)):
             steps = range(max(0, first - start), stage.length)
             if len(steps):
-                with closing(self.prepare_run(source, stage.collate, number, steps)) as batches:
+                with closing(self.stage_batches(source, stage.collate, number, steps)) as batches:
                     for within in steps:
                         head = next(batches)
                         passes = head["parts"] // self.accelerator.num_processes
@@ -383,7 +389,7 @@ class Run:
             if not math.isfinite(norm):
                 raise VidLaDAError(f"the gradient of step {step} is {norm}; it ended before it changed any weight")
         self.optimizers.step()
-        if accelerator.device.type == "cpu":
+        if accelerator.device.type == "cpu" and (step + 1) % TRIM_EVERY == 0:
             return_free_memory()
         return figures
 
@@ -414,13 +420,16 @@ class Run:
         maskings = [draw_masking(targets, sample_index, times, generator, batch["force"])]
         if config.complementary:
             maskings.append(complement(maskings[0], targets, sample_index))
+        weight = batch["sample_weight"].to(device) if "sample_weight" in batch else None
         losses = []
         for masking in maskings:
             hidden = batch["input_ids"].masked_fill(masking.masked, self.model_config.mask_token_id)
             logits = self.predict(batch, hidden, masking.masked)
             placed = replace(masking, masked=masking.masked.to(device))
             losses.append(
-                diffusion_loss(logits, labels.to(device), sample_index.to(device), placed, batch["total_samples"])
+                diffusion_loss(
+                    logits, labels.to(device), sample_index.to(device), placed, batch["total_samples"], weight
+                )
             )
         return torch.stack(losses).mean() * batch["weight"] if len(losses) > 1 else losses[0] * batch["weight"]
 
@@ -462,7 +471,7 @@ class Run:
         self.model.eval()
         loss = 0.0
         steps = range(config.evaluation.steps)
-        with closing(self.prepare_run(self.held_out, config.evaluation.collate, EVALUATION, steps)) as batches:
+        with closing(self.stage_batches(self.held_out, config.evaluation.collate, EVALUATION, steps)) as batches:
             for batch in batches:
                 loss += float(self.loss(batch, batch["step"], stream=EVALUATION))
                 self.note_skipped(done, batch["skipped"])

@@ -17,7 +17,7 @@ from vidlada.training.data.mixture import read_llava
 from vidlada.training.data.samples import Sample
 from vidlada.training.data.shapes import ShapesSource
 from vidlada.training.models import new_model
-from vidlada.training.objective import IGNORED, separate_samples_mask
+from vidlada.training.objective import IGNORED
 from vidlada.video import Sampling
 
 ARGUMENTS = {
@@ -50,10 +50,16 @@ def logits(made, batch, **changes):
     return model(input_ids=hidden, **{**{name: batch.get(name) for name in names}, **changes}).logits
 
 
+def separate_samples_mask(owner):
+    """All pairs of a row: every sample sees the shared part (owner -1) and itself, nobody sees padding (-2)."""
+    seen = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
+    return (seen & (owner != -2)[:, None, :])[:, None]
+
+
 def alone(made, sample, exchange):
     """What a packed exchange must reproduce: its own row, in which the shared part does not see the question."""
     batch = collate(made, [Sample(sample.videos, [exchange], separate=True)])
-    mask = separate_samples_mask(batch["sample_index"], batch["sample_index"] != -2)
+    mask = separate_samples_mask(batch["sample_index"])
     return logits(made, batch, attention_mask=mask)[batch["labels"] != IGNORED]
 
 
@@ -113,13 +119,20 @@ def test_control_targets_add_the_control_tokens_everywhere(made):
 
 
 def test_control_targets_of_packed_samples(made):
-    collate(made, [Sample([video(2)], [SHORT, LONG], separate=True)], control_targets=True)
+    samples = [Sample([video(2)], [SHORT, LONG], separate=True)]
+    plain, quirk = (collate(made, samples, control_targets=on) for on in (False, True))
+    in_plain, in_quirk = plain["labels"] != IGNORED, quirk["labels"] != IGNORED
+    assert bool(in_quirk[in_plain].all()) and in_quirk.sum() > in_plain.sum() > 0
+    assert torch.equal(quirk["labels"][in_quirk], quirk["input_ids"][in_quirk])
 
 
 def test_packed_samples_without_exchanges(made):
     """Sixty pictures of which some do not support a question about a colour."""
-    samples = batch(ShapesSource(frames_per_batch=60, pictures=True, families=("colour",)), 0)
-    collate(made, samples)
+    samples = batch(ShapesSource(frames_per_batch=60, pictures=True, families=("colour",), questions=1), 0)
+    asked = sum(len(sample.exchanges) for sample in samples)
+    assert 0 < asked < 60
+    labels = collate(made, samples)["labels"]
+    assert int((labels == made[1].token_id(END_OF_TURN)).sum()) == asked
 
 
 def test_end_targets_and_slots_follow_the_answer(made):

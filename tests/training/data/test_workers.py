@@ -13,7 +13,7 @@ from serve.running import wait_for
 
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.data.collate import Part
-from vidlada.training.data.workers import AHEAD, prepared_batches
+from vidlada.training.data.workers import AHEAD, prefetch_batches
 
 PARTS = [Part(step) for step in range(30)]
 
@@ -44,16 +44,16 @@ def divide():
 
 
 def test_batches_come_in_order_from_all_workers(tmp_path):
-    batches = list(prepared_batches(Steps(tmp_path), PARTS, 3))
+    batches = list(prefetch_batches(Steps(tmp_path), PARTS, 3))
     assert [batch["step"] for batch in batches] == list(range(30))
     assert all((batch["values"] == batch["step"]).all() for batch in batches)
     assert len({batch["process"] for batch in batches}) == 3
-    assert list(prepared_batches(Steps(tmp_path), [], 2)) == []
+    assert list(prefetch_batches(Steps(tmp_path), [], 2)) == []
     assert not multiprocessing.active_children()
 
 
 def test_workers_are_not_far_ahead(tmp_path):
-    with closing(prepared_batches(Steps(tmp_path), PARTS, 2)) as batches:
+    with closing(prefetch_batches(Steps(tmp_path), PARTS, 2)) as batches:
         next(batches)
         wait_for(lambda: len(list(tmp_path.iterdir())) == 2 * AHEAD + 1, 20)
         time.sleep(0.2)
@@ -63,7 +63,7 @@ def test_workers_are_not_far_ahead(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_is_told_and_none_is_left(tmp_path, workers):
-    batches = prepared_batches(Steps(tmp_path, 13, kill_itself), PARTS, workers)
+    batches = prefetch_batches(Steps(tmp_path, 13, kill_itself), PARTS, workers)
     with pytest.raises(VidLaDAError, match=r"killed \(SIGKILL\).*--resume"):
         list(batches)
     assert not multiprocessing.active_children()
@@ -71,10 +71,10 @@ def test_a_killed_worker_is_told_and_none_is_left(tmp_path, workers):
 
 def test_a_worker_killed_while_others_start_is_told(tmp_path):
     """Evaluation starts workers of its own while those of training live."""
-    with closing(prepared_batches(Steps(tmp_path), PARTS, 2)) as batches:
+    with closing(prefetch_batches(Steps(tmp_path), PARTS, 2)) as batches:
         next(batches)
         multiprocessing.active_children()[0].kill()
-        assert len(list(prepared_batches(Steps(tmp_path), PARTS, 2))) == 30
+        assert len(list(prefetch_batches(Steps(tmp_path), PARTS, 2))) == 30
         with pytest.raises(VidLaDAError, match="SIGKILL"):
             list(batches)
     assert not multiprocessing.active_children()
@@ -83,19 +83,19 @@ def test_a_worker_killed_while_others_start_is_told(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_the_data_stays_what_it_is(tmp_path, workers):
     with pytest.raises(InputError) as caught:
-        list(prepared_batches(Steps(tmp_path, 3, refuse), PARTS, workers))
+        list(prefetch_batches(Steps(tmp_path, 3, refuse), PARTS, workers))
     assert str(caught.value) == "this clip cannot be used"
 
 
 def test_an_error_of_ours_brings_its_traceback(tmp_path):
     with pytest.raises(RuntimeError, match="in divide"):
-        list(prepared_batches(Steps(tmp_path, 3, divide), PARTS, 1))
+        list(prefetch_batches(Steps(tmp_path, 3, divide), PARTS, 1))
     assert not multiprocessing.active_children()
 
 
 def test_no_worker_outlives_a_killed_run(tmp_path):
     def run():
-        batches = prepared_batches(Steps(tmp_path), PARTS, 2)
+        batches = prefetch_batches(Steps(tmp_path), PARTS, 2)
         made = [next(batches) for _ in range(2)]
         (tmp_path / "workers").write_text(" ".join(str(batch["process"]) for batch in made))
         kill_itself()

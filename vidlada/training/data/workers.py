@@ -23,7 +23,7 @@ AHEAD = 4  # batches a worker holds or makes
 PATIENCE = 5.0  # seconds for a worker to finish its batch when no more are needed
 
 
-def prepared_batches(dataset: StepDataset, parts: Iterable[Part], workers: int) -> Generator[dict[str, Any]]:
+def prefetch_batches(dataset: StepDataset, parts: Iterable[Part], workers: int) -> Generator[dict[str, Any]]:
     """The batches of some parts, in order; when this is closed, no worker is left.
 
     Args:

@@ -1,0 +1,145 @@
+"""Which requests run, and which of them take the next step.
+
+Short answers do not wait for long ones, and long ones do not starve:
+- half of the model's work goes to the answers with the least work left, the other half to those whose last step is the
+  longest ago;
+- half of the places that become free go to the request with the least work, the other half to the one that has waited
+  longest, and a quarter more places than `max_running` are for requests much shorter than what runs.
+
+Work is counted in tokens computed, not in seconds, so that the order can be foretold.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from vidlada.engine.limits import EngineLimits
+
+PEERS = 1.25  # rows whose steps cost the same to within this factor are stepped together
+EXTRA = 4  # one place, and one token, more for every so many, for requests with at most this part of the longest's work
+
+
+@dataclass(eq=False)
+class Task:
+    """What the scheduler knows about a request.
+
+    Attributes:
+        tokens: positions it takes, prompt and answer slots.
+        slots: of its answer.
+        pace: slots that a step is planned to decide.
+        passes: through the model in a step.
+        frames: still to be encoded before it can join.
+        steps: done.
+        decided: slots decided in them.
+        computed: tokens computed in them.
+        last_turn: number of the turn it last took a step in.
+        work: tokens it was expected to compute when it came.
+    """
+
+    tokens: int
+    slots: int
+    pace: float = 1.0
+    passes: int = 1
+    frames: int = 0
+    steps: int = 0
+    decided: int = 0
+    computed: float = 0.0
+    last_turn: int = 0
+    work: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.work = self.remaining
+
+    @property
+    def step_tokens(self) -> float:
+        """Tokens a step computes: as so far, or the whole sequence before the first."""
+        return self.computed / self.steps if self.steps else float(self.tokens * self.passes)
+
+    @property
+    def remaining(self) -> float:
+        """Tokens it is expected to compute yet."""
+        pace = max(1.0, self.decided / self.steps) if self.steps else self.pace
+        return (self.slots - self.decided) / pace * self.step_tokens
+
+    def update(self, steps: int, decided: int, computed: float) -> float:
+        """Take note of what was done so far; gives the tokens computed since the last note."""
+        new = computed - self.computed
+        self.steps, self.decided, self.computed = steps, decided, computed
+        return new
+
+
+class Scheduler:
+    """The order of requests.
+
+    Args:
+        limits: `max_running`, `max_running_tokens` and `max_step_tokens` count here.
+    """
+
+    def __init__(self, limits: EngineLimits):
+        self.limits = limits
+        self.turns = self.admissions = self.preparations = 0
+        self.lead = 0.0  # tokens by which the shortest have had more than the oldest
+        self.by_age = False  # how this turn's were chosen
+
+    def admit(self, waiting: Sequence[Task], running: Sequence[Task]) -> Task | None:
+        """The request that gets a place now, if there is one for it.
+
+        Args:
+            waiting: in order of arrival.
+            running: with those being prepared.
+        """
+        if not waiting:
+            return None
+        shortest = min(waiting, key=lambda task: task.work)
+        first = waiting[0] if self.admissions % 2 else shortest
+        if self.fits(first, running):
+            self.admissions += 1
+            return first
+        if self.fits(shortest, running, EXTRA) and EXTRA * shortest.work <= max(task.work for task in running):
+            return shortest
+        return None
+
+    def fits(self, task: Task, running: Sequence[Task], extra: int = 0) -> bool:
+        """Whether there is room for a request; a lone one always fits.
+
+        Args:
+            task: the request.
+            running: with those being prepared.
+            extra: one place and one token more for every so many; 0 for none.
+        """
+        places, tokens = self.limits.max_running, self.limits.max_running_tokens
+        if extra:
+            places, tokens = places + places // extra, tokens + tokens // extra
+        taken = sum(other.tokens for other in running)
+        return not running or (len(running) < places and taken + task.tokens <= tokens)
+
+    def prepare(self, tasks: Sequence[Task]) -> Task:
+        """The request to prepare next: in turns the one with the fewest frames left and the first that came."""
+        self.preparations += 1
+        return min(tasks, key=lambda task: task.frames) if self.preparations % 2 else tasks[0]
+
+    def turn(self, running: Iterable[Task]) -> list[Task]:
+        """The requests that take the next step.
+
+        With the one whose turn it is go those whose steps cost the same, and others as long as the batch, padded to
+        its longest, stays within `max_step_tokens`.
+        """
+        self.turns += 1
+        self.by_age = self.lead > 0
+        by_work = sorted(running, key=lambda task: task.remaining)
+        first = min(by_work, key=lambda task: task.last_turn) if self.by_age else by_work[0]
+        chosen, longest = [first], first.step_tokens
+        for task in by_work:
+            if task is first:
+                continue
+            wider = max(longest, task.step_tokens)
+            peers = first.step_tokens / PEERS <= task.step_tokens <= first.step_tokens * PEERS
+            if peers or (len(chosen) + 1) * wider <= self.limits.max_step_tokens:
+                chosen.append(task)
+                longest = wider
+        for task in chosen:
+            task.last_turn = self.turns
+        return chosen
+
+    def charge(self, computed: float) -> None:
+        """Take note of the tokens the turn computed."""
+        self.lead += -computed if self.by_age else computed

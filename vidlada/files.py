@@ -1,0 +1,78 @@
+"""Files: written whole or not at all, locked, read as JSON."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from vidlada.errors import InputError
+
+PARTIAL = ".partial"  # ends the names of files and folders that are being written
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it replaces `path` in the end, or is removed where an error ends the block."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def lock(file: IO[Any] | int, busy: str, shared: bool = False) -> None:
+    """Lock an open file, or the descriptor of a folder, until it is closed; processes that inherit it share the lock.
+
+    Args:
+        file: to lock.
+        busy: message of the error.
+        shared: allow other shared locks.
+
+    Raises:
+        InputError: somebody else has locked it.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(busy) from error
+
+
+@contextmanager
+def open_folder(folder: Path) -> Iterator[int]:
+    """A descriptor of a folder, to lock it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path, what: str = "JSON") -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: of the file.
+        what: it should be, for the error.
+
+    Raises:
+        InputError: it is missing, or no JSON in UTF-8.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not {what} ({error})") from error

@@ -1,0 +1,146 @@
+"""Settings listed once: the default, help text and bounds of each stand with its field, for Python, the command line
+and the server."""
+
+from collections.abc import Container
+from dataclasses import Field, dataclass, field, fields
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from vidlada.errors import InputError
+
+INT64 = 2**63
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known about a field besides its type and default.
+
+    Attributes:
+        help: one sentence, as the command line prints it.
+        minimum, maximum: bounds of a number, inclusive; NaN and infinity are never allowed.
+        above: exclusive lower bound.
+        choices: the texts allowed.
+        max_length: most characters of a text, or of each text.
+        max_items: most entries of a list.
+        essential: among the options a newcomer needs first.
+        metavar: what the command line calls the value.
+        alias: name outside the dataclass, if it is another.
+    """
+
+    help: str
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    choices: tuple[str, ...] = ()
+    max_length: int | None = None
+    max_items: int | None = None
+    essential: bool = False
+    metavar: str | None = None
+    alias: str | None = None
+
+
+def setting(default: Any, help: str, **rest: Any) -> Any:
+    """A dataclass field with a `Setting`; `rest` are the attributes of it."""
+    return field(default=default, metadata={"setting": Setting(help, **rest)})
+
+
+def settings_of(cls: Any) -> dict[str, tuple[Field[Any], Setting, type]]:
+    """The listed settings of a dataclass: field, `Setting` and type (of the entries, for a list; never `None`)."""
+    hints = get_type_hints(cls)
+    found = {}
+    for entry in fields(cls):
+        if "setting" in entry.metadata:
+            found[entry.name] = (entry, entry.metadata["setting"], value_type(hints[entry.name]))
+    return found
+
+
+def value_type(hint: Any) -> type:
+    """int, float, bool or str from a type hint such as `int | None` or `tuple[str, ...]`."""
+    if get_origin(hint) in (Union, UnionType):
+        return value_type(next(kind for kind in get_args(hint) if kind is not NoneType))
+    if get_origin(hint) is tuple:
+        return value_type(get_args(hint)[0])
+    return hint if hint in (int, float, bool) else str
+
+
+def check_settings(instance: Any, skip: Container[str] = ()) -> None:
+    """Check every listed setting of a dataclass against its type and bounds, but for those in `skip`.
+
+    Raises:
+        InputError: a value is of another type or out of bounds; the message names the setting and the value.
+    """
+    for name, (entry, bounds, kind) in settings_of(type(instance)).items():
+        value = getattr(instance, name)
+        name = bounds.alias or name
+        if name in skip or value is None and entry.default is None:
+            continue
+        if isinstance(entry.default, tuple):
+            check_list(name, value, bounds)
+        elif kind is str:
+            check_text(name, value, bounds)
+        elif kind is bool:
+            if not isinstance(value, bool):
+                raise InputError(f"{name} must be true or false, not {shown(value)}")
+        else:
+            check_number(name, value, kind, bounds)
+
+
+def check_number(name: str, value: Any, kind: type, bounds: Setting) -> None:
+    """Refuse what is not a finite number within its bounds."""
+    whole = kind is int
+    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if fits and bounds.minimum is not None:
+        fits = value >= bounds.minimum
+    if fits and bounds.above is not None:
+        fits = value > bounds.above
+    if fits:
+        fits = value <= (INT64 if bounds.maximum is None else bounds.maximum) and value == value
+    if not fits:
+        raise InputError(
+            f"{name} must be {'a whole number' if whole else 'a number'}{limits(bounds)}, not {shown(value)}"
+        )
+
+
+def limits(bounds: Setting) -> str:
+    """The bounds of a number in words."""
+    lower = "" if bounds.minimum is None else f" of at least {bounds.minimum:g}"
+    lower = lower if bounds.above is None else f" above {bounds.above:g}"
+    upper = "" if bounds.maximum is None else f" of at most {bounds.maximum:,}"
+    return f"{lower} and{upper.removeprefix(' of')}" if lower and upper else lower + upper
+
+
+def check_text(name: str, value: Any, bounds: Setting) -> None:
+    """Refuse what is not a text, has half characters, is too long, or is none of the choices."""
+    if not isinstance(value, str):
+        raise InputError(f"{name} must be a text, not {shown(value)}")
+    if bounds.choices and value not in bounds.choices:
+        raise InputError(f"{name} must be {' or '.join(bounds.choices)}, not {shown(value)}")
+    if bounds.max_length is not None and len(value) > bounds.max_length:
+        raise InputError(f"{name} may have at most {bounds.max_length:,} characters, not {len(value):,}")
+    check_unicode(name, value)
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Refuse halves of characters (lone surrogates), which no tokenizer or file can take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} has half a character at position {error.start} ({text[error.start]!a}); remove it"
+        ) from error
+
+
+def check_list(name: str, values: Any, bounds: Setting) -> None:
+    """Refuse what is not a list of such texts."""
+    if not isinstance(values, list | tuple):
+        raise InputError(f"{name} must be a text or a list of texts, not {shown(values)}")
+    if bounds.max_items is not None and len(values) > bounds.max_items:
+        raise InputError(f"{name} may have at most {bounds.max_items} entries, not {len(values)}")
+    for value in values:
+        check_text(name, value, bounds)
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: short, whatever it is."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
