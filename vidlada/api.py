@@ -152,7 +152,7 @@ class VidLaDA:
         decoded = time.perf_counter()
         self._check_memory(len(images), self.settings())
         with torch.inference_mode():
-            pixels = self.processor.pixel_values(images).to(self.model.device, self.model.dtype)
+            pixels = self.processor.pixel_values(images, self.model.device, self.model.dtype)
             (visual_tokens,) = self.model.encode_videos(pixels, [len(pixels)])
         seconds = {"video": decoded - started, "vision": time.perf_counter() - decoded}
         return EncodedVideo(visual_tokens, tuple(times), info, seconds)
@@ -371,10 +371,15 @@ class Conversation:
 
         Models trained on conversations (`config.multi_turn`) see the earlier questions and answers.
         """
+        for state in self._states(question):
+            yield self.draft(state)
+
+    def _states(self, question: str) -> Iterator[State]:
+        """The states of the next answer, which is kept once it is complete."""
         for _, state, stable in self.vidlada.decode([self.request(question)]):
             if stable.finish_reason is not None:
                 self.last, self.visual = self.answer(state, stable), state.visual
-            yield self.draft(state)
+            yield state
         self._remember(question)
 
     def ask(self, question: str, choices: Sequence[str] | None = None) -> Answer:
@@ -383,7 +388,7 @@ class Conversation:
             self.last = self.choose(question, choices)
             self._remember(question)
             return self.last
-        for _ in self.stream(question):
+        for _ in self._states(question):  # drafts cost time, and nobody sees them
             pass
         return self.last
 
@@ -453,6 +458,7 @@ def load(
     device_map: Any = None,
     quantization: Quantization | None = None,
     compiled: bool = False,
+    graphs: bool | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
 ) -> VidLaDA:
@@ -466,6 +472,8 @@ def load(
         device_map: as in transformers, to spread a model over devices.
         quantization: of the language model's projections; see `vidlada.model.quantization`.
         compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
+        graphs: replay repeated cached passes as CUDA graphs; by default on a GPU. Elsewhere they run over the same
+            fixed buffers without one, which is of use only in tests.
         adapter: folder or name of a LoRA adapter for this model, to be merged into it. (An adapter may also be loaded
             by its own name; its base is then the one it names.)
         revision: of a name of the hub: a branch, tag or commit.
@@ -490,6 +498,7 @@ def load(
         model = load_with_adapter(model_folder(adapter, what="adapter"), dtype, folder, **places)
     model.eval()
     model.language_model.pack()
+    model.language_model.static = graphs
     if quantization is not None:
         quantize(model.language_model, quantization)
     if compiled:

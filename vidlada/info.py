@@ -15,6 +15,7 @@ from vidlada.errors import InputError
 from vidlada.generation import CachePolicy
 from vidlada.machine import processor
 from vidlada.model.config import VidLaDAConfig
+from vidlada.model.vision import FRAMES_PER_PASS
 
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 PROMPT_TOKENS = 128  # room for a question, its header and the system message, in estimates
@@ -75,7 +76,7 @@ def memory_need(
     width, mlp = text.hidden_size, text.intermediate_size
     tokens = config.visual_tokens(frames) + PROMPT_TOKENS + gen_length
     layer = max(4 * width, 3 * mlp) * value_bytes + 2 * width * value_bytes + 4 * width
-    patches = frames * config.patches_per_side**2
+    patches = min(frames, FRAMES_PER_PASS) * config.patches_per_side**2
     tower_width, tower_mlp = vision.hidden_size, vision.intermediate_size
     tower = max(4 * tower_width, 2 * tower_mlp, 2 * width) * value_bytes + 2 * tower_width * value_bytes
     logits = gen_length * text.vocab_size * (4 + 8)
@@ -90,7 +91,9 @@ def memory_need(
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had on a device; None where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # what PyTorch's allocator keeps of freed tensors can be had again
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     listing = Path("/proc/meminfo")
     if device.type != "cpu" or not listing.exists():
         return None

@@ -87,26 +87,28 @@ def place(what: str) -> Place:
 class DeviceTensor(torch.Tensor):
     """A tensor that claims to be on the pretended device."""
 
-    inner: Tensor
+    contents: Tensor
     counts: Counts
 
     @staticmethod
-    def __new__(cls, inner: Tensor, counts: Counts) -> "DeviceTensor":
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+    def __new__(cls, contents: Tensor, counts: Counts) -> "DeviceTensor":
+        return torch.Tensor._make_wrapper_subclass(
+            cls, contents.size(), strides=contents.stride(), storage_offset=contents.storage_offset(), dtype=contents.dtype,
             device=DEVICE, requires_grad=False,
         )  # fmt: skip
 
-    def __init__(self, inner: Tensor, counts: Counts):
-        self.inner, self.counts = inner, counts
+    def __init__(self, contents: Tensor, counts: Counts):
+        self.contents, self.counts = contents, counts
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"DeviceTensor({self.inner})"
+        return f"DeviceTensor({self.contents})"
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         counts = next(leaf.counts for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, DeviceTensor))
         with torch._C.DisableTorchFunction():  # what happens in here is the CPU's
             return run(func, args, kwargs or {}, counts)
@@ -114,7 +116,7 @@ class DeviceTensor(torch.Tensor):
 
 def unwrapped(value: Any) -> Any:
     """The tensor inside."""
-    return value.inner if isinstance(value, DeviceTensor) else value
+    return value.contents if isinstance(value, DeviceTensor) else value
 
 
 def shape_only(*shape: int, dtype: torch.dtype, counts: Counts) -> DeviceTensor:
@@ -125,7 +127,7 @@ def shape_only(*shape: int, dtype: torch.dtype, counts: Counts) -> DeviceTensor:
 
 def as_shape(value: Any) -> Any:
     """A meta tensor of the same shape, for a tensor of the device."""
-    return value.inner.to("meta") if isinstance(value, DeviceTensor) else value
+    return value.contents.to("meta") if isinstance(value, DeviceTensor) else value
 
 
 def on_device(device: Any) -> bool:
@@ -148,19 +150,19 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], counts: Counts) -> Any:
     inner_kwargs = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
     if name == "_to_copy" and not result_there:
         counts.waits[place("copy to the host")] += 1
-        return on_host(args[0].inner).to(kwargs.get("dtype") or args[0].dtype)
+        return on_host(args[0].contents).to(kwargs.get("dtype") or args[0].dtype)
     if name == "copy_" and len({isinstance(tensor, DeviceTensor) for tensor in args[:2]}) == 2:
         return _copy_between(args[0], args[1], bool(kwargs.get("non_blocking", len(args) > 2 and args[2])), counts)
     _check_devices(name, func, args, tensors, counts)
     if name in WAITS:
         counts.waits[place(name)] += 1
-        if name == "_local_scalar_dense" and args[0].inner.device.type == "meta":
+        if name == "_local_scalar_dense" and args[0].contents.device.type == "meta":
             return 0
     kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dim()}
     if len(kinds) > 1 and name not in ("copy_", "_to_copy"):
         counts.promotions[place(f"{name} of {', '.join(sorted(map(str, kinds)))}")] += 1
     # a meta tensor among them: only shapes count
-    shapes = any(isinstance(tensor, DeviceTensor) and tensor.inner.device.type == "meta" for tensor in tensors)
+    shapes = any(isinstance(tensor, DeviceTensor) and tensor.contents.device.type == "meta" for tensor in tensors)
     inside = as_shape if shapes else unwrapped
     inner_args, inner_kwargs = tree_map(inside, args), tree_map(inside, inner_kwargs)
     result = func(*inner_args, **inner_kwargs)
@@ -185,8 +187,8 @@ def _copy_between(target: Tensor, source: Tensor, non_blocking: bool, counts: Co
     up = isinstance(target, DeviceTensor)
     (counts.uploads if up and non_blocking else counts.waits)[place("copy_ to the device" if up else "copy_")] += 1
     if up:
-        if target.inner.device.type != "meta":
-            target.inner.copy_(source)
+        if target.contents.device.type != "meta":
+            target.contents.copy_(source)
         return target
     return target.copy_(on_host(unwrapped(source)))
 
@@ -268,7 +270,7 @@ def _to(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return copy if dtype in (None, source.dtype) else func(copy, dtype)
     if there:
         counts.waits[place("copy to the host")] += 1
-        moved = on_host(source.inner)
+        moved = on_host(source.contents)
         return moved if dtype is None else moved.to(dtype)
     (counts.uploads if kwargs.get("non_blocking") else counts.waits)[place("copy to the device")] += 1
     moved = DeviceTensor(source.clone(), counts)
@@ -286,7 +288,7 @@ def _to_host(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> An
     if not isinstance(args[0], DeviceTensor):
         return func(*args, **kwargs)
     counts.waits[place(func.__name__)] += 1
-    values = on_host(args[0].inner)
+    values = on_host(args[0].contents)
     return values if func is Tensor.cpu else func(values)
 
 
@@ -305,7 +307,7 @@ def _fused(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise MixedDevicesError(f"{func.__name__}: tensors on both sides, at {place('')[1]}")
     if len({tensor.dtype for tensor in tensors if tensor.is_floating_point()}) > 1:
         counts.promotions[place(func.__name__)] += 1
-    inside = as_shape if any(tensor.inner.device.type == "meta" for tensor in tensors) else unwrapped
+    inside = as_shape if any(tensor.contents.device.type == "meta" for tensor in tensors) else unwrapped
     result = func(*tree_map(inside, args), **tree_map(inside, kwargs))
     what = func.__name__
     if func is F.scaled_dot_product_attention:
@@ -350,11 +352,11 @@ def pretended_device() -> Iterator[Counts]:
     def no_autocast(kind: str | None = None) -> bool:
         return kind != DEVICE.type and (autocast() if kind is None else autocast(kind))
 
-    def enter(self: torch.inference_mode) -> None:  # wrappers cannot be views of inference tensors
+    def enter(self: Any) -> None:  # wrappers cannot be views of inference tensors
         self._no_grad = torch.no_grad()
         self._no_grad.__enter__()
 
-    def leave(self: torch.inference_mode, *error: Any) -> None:
+    def leave(self: Any, *error: Any) -> None:
         self._no_grad.__exit__(*error)
 
     with (

@@ -11,6 +11,7 @@ What is special about it:
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,10 @@ class KVCache:
         keys, values: views of them, (key/value heads, tokens, head_dim) for each layer.
         hidden: entry layer → (tokens, width) states entering it; the number of layers → states leaving the top.
         computed: positions computed so far in each layer.
+        serial: no two of a process have the same.
     """
+
+    serials = count()
 
     def __init__(
         self,
@@ -66,17 +70,18 @@ class KVCache:
         devices: Sequence[torch.device] | None = None,
     ):
         self.tokens, width = embeddings.shape
-        count, heads = config.num_hidden_layers, config.num_key_value_heads
-        self.devices = list(devices or [embeddings.device] * count)
+        self.serial = next(self.serials)
+        top, heads = config.num_hidden_layers, config.num_key_value_heads
+        self.devices = list(devices or [embeddings.device] * top)
         shape = (2 * heads, self.tokens, config.head_dim)
         self.layers = [embeddings.new_empty(shape, device=device) for device in self.devices]
         self.keys = [states[:heads] for states in self.layers]
         self.values = [states[heads:] for states in self.layers]
         self.hidden = {0: embeddings.to(self.devices[0], copy=True)}
-        for layer in sorted({*entries, count} - {0}):
-            device = self.devices[min(layer, count - 1)]
+        for layer in sorted({*entries, top} - {0}):
+            device = self.devices[min(layer, top - 1)]
             self.hidden[layer] = embeddings.new_empty(self.tokens, width, device=device)
-        self.computed = [0] * count
+        self.computed = [0] * top
 
     def nbytes(self) -> int:
         """Memory it takes."""

@@ -12,6 +12,7 @@ What is special about it:
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from torch import Tensor
 from vidlada.decoding.attention import upload
 from vidlada.decoding.cache import RequestCache, VisualCache
 from vidlada.decoding.commit import above_threshold, by_factor, most_confident, spread
+from vidlada.decoding.counter_noise import uniform
 from vidlada.decoding.kv_cache import concatenated, refresh
 from vidlada.decoding.policies import parse_policy
+from vidlada.decoding.static_step import StaticStep
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
@@ -145,6 +148,8 @@ class RunningRequest:
                 f"prompt, answer slots and suffix take {length} tokens, more than the model's {config.max_length}; "
                 f"use fewer frames or a smaller gen_length"
             )
+        self.counter = settings.noise == "counter" or (settings.noise == "auto" and device.type != "cpu")
+        self.draws = 0  # of the counter-based generator
         self.generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same numbers on every device
         self.caches = self.make_caches(model)
         self.block, self.plan = -1, [0]
@@ -236,7 +241,7 @@ class RunningRequest:
         masked = self.masked[slots]
         ranking = probability
         if settings.remasking == "random":
-            ranking = torch.rand(1, len(proposed), generator=self.generator)[0].double()
+            ranking = self.uniform(1, len(proposed), torch.float32, torch.device("cpu"))[0].double()
         open_slots = self.open_slots()[slots]
         if settings.threshold is not None:
             chosen = above_threshold(ranking, open_slots, settings.threshold)
@@ -262,9 +267,17 @@ class RunningRequest:
         """Add Gumbel noise in float64: exp(logits) / (-log u)^temperature; greedy at temperature 0."""
         if self.settings.temperature == 0:
             return logits
-        noise = torch.rand(1, *logits.shape, dtype=torch.float64, generator=self.generator)[0]
-        noise = noise.to(logits.device, non_blocking=True)
+        block, vocabulary = logits.shape
+        noise = self.uniform(block, vocabulary, torch.float64, logits.device)
         return logits.double().exp() / (-noise.log()) ** self.settings.temperature
+
+    def uniform(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The next uniform numbers of this answer, by the generator that its settings ask for."""
+        if not self.counter:
+            drawn = torch.rand(1, rows, columns, dtype=dtype, generator=self.generator)[0]
+            return drawn.to(device, non_blocking=True)
+        self.draws += 1
+        return uniform(self.settings.seed, self.draws, rows, columns, device).to(dtype)
 
     def find_stop(self) -> int | None:
         """First slot at which a stop sequence stands in full.
@@ -300,11 +313,16 @@ class Denoiser:
 
     Args:
         model: in evaluation mode.
+        static: run repeated passes over fixed buffers, on a GPU as captured graphs (`vidlada.decoding.static_step`); by
+            default on a GPU, unless `vidlada.load` was told otherwise.
     """
 
-    def __init__(self, model: VidLaDAForMaskedDiffusion):
+    def __init__(self, model: VidLaDAForMaskedDiffusion, static: bool | None = None):
         self.model = model
         device = model.lm_head.weight.device
+        static = model.language_model.static if static is None else static
+        use_static = device.type == "cuda" if static is None else static
+        self.refresh = StaticStep(model.language_model) if use_static else partial(refresh, model.language_model)
         self.suppressed = upload({"": np.array(model.config.suppressed_token_ids, dtype=np.int64)}, device)[""]
         self.rows: list[RunningRequest] = []
         self.count = 0
@@ -399,7 +417,7 @@ class Denoiser:
             cache.next_pass(row.upload_ids(), row.slots, embed, row.suffix)
             for cache, row in zip(caches, rows, strict=True)
         ]
-        refresh(self.model.language_model, passes)
+        self.refresh(passes)
         return concatenated([cache.block_states(row.slots) for cache, row in zip(caches, rows, strict=True)])
 
     def plain_states(self, rows: Sequence[RunningRequest], guided: bool) -> Tensor:

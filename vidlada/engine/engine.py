@@ -303,9 +303,10 @@ class Engine:
     def _encode(self, frames: Frames, first: int) -> Tensor:
         """Pooled features of a few frames: (frames, cells, width)."""
         model = self.vidlada.model
-        pixels = self.vidlada.processor.pixel_values(frames.images[first : first + FRAMES_PER_TURN])
+        images = frames.images[first : first + FRAMES_PER_TURN]
+        pixels = self.vidlada.processor.pixel_values(images, model.device, model.dtype)
         self.totals.frames_encoded += len(pixels)
-        return model.vision(pixels.to(model.device, model.dtype))
+        return model.vision(pixels)
 
     def _join(self, handle: RequestHandle) -> Iterator[None]:
         """Encode the videos that are not known yet, piece by piece, then let the request join."""

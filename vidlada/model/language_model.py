@@ -135,7 +135,7 @@ def add_product(residual: Tensor, linear: nn.Module, states: Tensor) -> Tensor:
     plain = type(linear) is nn.Linear and not hasattr(linear.weight, "__tensor_flatten__") and residual.ndim == 2
     if not plain or torch.is_grad_enabled() or torch.is_autocast_enabled(residual.device.type):
         return residual + linear(states)
-    return torch.addmm(residual, states, linear.weight.t())
+    return torch.addmm(residual, states, cast(Tensor, linear.weight).t())
 
 
 def pack(module: nn.Module, packed: str, names: Sequence[str]) -> None:
@@ -328,6 +328,7 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.enter, self.leave = Layer.enter_rows, Layer.leave  # what a cached pass runs of every layer
+        self.static: bool | None = None  # whether decoding replays repeated passes; None: on a GPU
         self.tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def pack(self) -> None:

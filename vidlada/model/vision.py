@@ -7,6 +7,8 @@ from transformers import SiglipVisionModel
 
 from vidlada.model.config import VidLaDAConfig
 
+FRAMES_PER_PASS = 16  # through the tower at once, where no gradients are needed: bounds the memory of long videos
+
 
 def pool(features: Tensor, side: int, stride: int, mode: str) -> Tensor:
     """Pool each frame's grid.
@@ -67,6 +69,8 @@ class Vision(nn.Module):
         Returns:
             (frames, pooled_per_side ** 2, language width).
         """
+        if not torch.is_grad_enabled() and len(pixel_values) > FRAMES_PER_PASS:
+            return torch.cat([self(part) for part in pixel_values.split(FRAMES_PER_PASS)])
         projected = self.projector(self.features(pixel_values))
         config = self.config
         return pool(projected, config.pooled_per_side, config.spatial_pool_stride, config.spatial_pool_mode)

@@ -51,15 +51,20 @@ class SparsePattern(AttentionPattern):
 
     def __init__(self, keep: float):
         super().__init__()
-        self.keep, self.select = keep, False
+        self.keep, self.select, self.selections = keep, False, 0
         self.block: Tensor
         self.kept: dict[int, Tensor] = {}
 
     def begin_pass(self, plan: Plan, block: Tensor) -> None:
         """A pass over everything starts a new selection."""
         self.block, self.select = block, plan.select
+        self.selections += plan.select
         if "text" in plan.start:
             self.kept.clear()
+
+    def static_key(self) -> tuple[int] | None:
+        """Passes after a selection look at its keys."""
+        return (self.selections,) if self.kept and not self.select else None
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
         """See `AttentionPattern`."""
