@@ -16,13 +16,14 @@ def data() -> None:
 
 @data.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--most", type=click.IntRange(0), default=10, show_default=True, help="Lines of each kind of problem.")
+@click.option("--most", type=click.IntRange(0), help="Lines of each kind of problem; by default all.")
 @click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="Threads that open files.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every finding.")
 @one_line_errors
-def check(config: Path, most: int, workers: int, as_json: bool) -> None:
-    """Check the data of the run that CONFIG (YAML) describes: missing and unreadable files, samples that are too long
-    or without labels, duplicate ids; and show how long samples are. The exit code is 1 if anything was found.
+def check(config: Path, most: int | None, workers: int, as_json: bool) -> None:
+    """Check the data of the run that CONFIG (YAML) describes: entries without a meaning, missing and unreadable files,
+    samples that are too long or without labels, duplicate ids; and show how long samples are. The exit code is 1 if
+    anything was found.
     """
     from vidlada.training.config import load_config
     from vidlada.training.data.llava import LlavaSource

@@ -25,7 +25,8 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             with quiet_libraries():
                 return command(*args, **kwargs)
         except VidLaDAError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            message = " ".join(str(error).split()).encode(errors="backslashreplace").decode()  # of names in no encoding
+            click.echo(f"error: {message}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)

@@ -30,5 +30,5 @@ def test_packed_joined_and_taken_as_lists_are(parts, data):
             sum(media.suffix != ".mp4" for media in entry.media) for entry in same
         ]
         assert entries.places["characters"].tolist() == [
-            len("".join((*entry.questions, *entry.answers, entry.process))) for entry in same
+            len("".join((*entry.questions, *entry.answers, entry.process, entry.system or ""))) for entry in same
         ]

@@ -119,6 +119,11 @@ def test_wrong_mixtures_are_named(tmp_path, text, match):
         LlavaSource(mixture=path)
 
 
+def test_a_data_file_is_a_mixture_of_itself(tmp_path):
+    write_json(tmp_path / "a.json", [entry("a", "What?"), entry("b", "What?")])
+    assert sorted(answers(LlavaSource(mixture=tmp_path / "a.json", batch_size=2), 1)) == ["a", "b"]
+
+
 def test_one_origin_of_data(tmp_path):
     with pytest.raises(InputError, match="one of json_path, mixture"):
         LlavaSource()
@@ -290,7 +295,7 @@ def test_broken_samples_are_replaced_and_told(broken):
     assert whole["weight"] == 1 and whole["total_samples"] == int(whole["sample_index"].max()) + 1 == 6
     told = " ".join(whole["skipped"])
     assert "gone.mp4" in told and "bad.mp4" in told and "more than the model's" in told
-    assert "d.json: entry 5: every answer is empty" in told
+    assert "d.json: entry 5, line 1: every answer is empty" in told
     assert dataset[Part(0)]["skipped"] == whole["skipped"]
     parts = [dataset[Part(0, number, 3)] for number in range(3)]
     assert [part["first_sample"] for part in parts] == [0, 2, 4]
@@ -302,7 +307,7 @@ def test_what_is_too_long_is_skipped_by_its_name(tmp_path):
     path = write_json(tmp_path / "d.json", [entry("long", "What " * 600)])
     stuck = StepDataset(LlavaSource(path, batch_size=2), Collator(processor, CollateSettings()), 0)[Part(0)]
     assert stuck["weight"] == 0 and stuck["total_samples"] == int(stuck["sample_index"].max()) + 1 == 2
-    assert "d.json: entry 0: the conversation has" in stuck["skipped"][0]
+    assert "d.json: entry 0, line 1: the conversation has" in stuck["skipped"][0]
 
 
 def test_nothing_usable_keeps_the_process_in_step(tmp_path):

@@ -50,24 +50,25 @@ class DataReport:
 
     def note(self, kind: str, line: str) -> None:
         """Add a problem."""
-        self.problems.setdefault(kind, []).append(line)
+        printable = line.encode(errors="backslashreplace").decode()  # names may hold bytes that are not UTF-8
+        self.problems.setdefault(kind, []).append(printable)
 
     @property
     def ok(self) -> bool:
         """Whether nothing was found."""
         return not self.problems
 
-    def text(self, most: int) -> str:
+    def text(self, most: int | None = None) -> str:
         """For people.
 
         Args:
-            most: lines shown of each kind of problem.
+            most: lines shown of each kind of problem; None for all.
         """
         lines = [f"{self.stage}: {self.entries} entries"]
         for kind, found in self.problems.items():
             lines.append(f"  {kind}: {len(found)}")
             lines += [f"    {line}" for line in found[:most]]
-            lines += [f"    … and {len(found) - most} more"] if len(found) > most else []
+            lines += [f"    … and {len(found) - most} more"] if most is not None and len(found) > most else []
         return "\n".join([*lines, *histogram(self.lengths)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def check_source(
     entries = source.entries
     report = DataReport(name, len(entries))
     # what a strategy repeats on purpose is one entry; two entries of one id are two
-    counts = Counter(entry.id for entry in {entry.origin: entry for entry in entries}.values())
+    counts = Counter(entry.id for entry in {entry.origin: entry for entry in entries if not entry.problem}.values())
     for entry_id, count in counts.items():
         if count > 1:
             report.note("duplicate ids", f"{entry_id}: {count} times")
@@ -116,6 +117,9 @@ def check_entry(
 ) -> None:
     """Add what is wrong with one entry to the report, or its length."""
     entry, videos = source.entries[number], []
+    if entry.problem:
+        report.note("malformed entries", f"{entry.origin}: {entry.problem}")
+        return
     for media in entry.media:
         found = known[media]
         if isinstance(found, Problem):
@@ -134,7 +138,7 @@ def check_entry(
         tiling.shape_of(info.height, info.width, alone) if image and not tiling.as_frames else len(times)
         for image, (times, info) in zip(images, videos, strict=True)
     ]
-    messages = messages_of(shapes, source.told(source.item(number), videos))
+    messages = messages_of(shapes, source.told(source.item(number), videos), entry.system)
     try:
         encoded = processor.encode(messages, shapes, add_generation_prompt=False)
     except InputError as error:

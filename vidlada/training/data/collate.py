@@ -116,7 +116,7 @@ class Collator:
         """Raise `InputError` if a sample has nothing to learn, or more tokens than the model or the stage takes."""
         if not any(answer.strip() for _, answer in sample.exchanges):
             raise InputError("every answer is empty")
-        messages = messages_of(sample.shapes, sample.exchanges)
+        messages = messages_of(sample.shapes, sample.exchanges, sample.system)
         encoded = self.processor.encode(messages, sample.shapes, add_generation_prompt=False)
         length, most = len(encoded.input_ids), self.settings.max_length
         if most is not None and length > most:
@@ -167,7 +167,7 @@ class Collator:
     def _exchange(
         self, sample: Sample, exchanges: Sequence[tuple[str, str]], sample_number: int, generator: np.random.Generator
     ) -> Row:
-        messages = messages_of(sample.shapes, exchanges)
+        messages = messages_of(sample.shapes, exchanges, sample.system)
         encoded = self.processor.encode(messages, sample.shapes, add_generation_prompt=False)
         targets = [
             answer or (control and self.settings.control_targets)
@@ -196,17 +196,20 @@ def sizes_of(rows: Sequence[Sequence[Row]]) -> tuple[int, ...]:
     return tuple(max(column) for column in zip_longest(*lengths, fillvalue=0))
 
 
-def messages_of(shapes: Sequence[MediaShape], exchanges: Sequence[tuple[str, str]]) -> list[Message]:
+def messages_of(
+    shapes: Sequence[MediaShape], exchanges: Sequence[tuple[str, str]], system: str | None = None
+) -> list[Message]:
     """A conversation for the processor; see `Sample` for where videos and images stand.
 
     Args:
         shapes: of the videos and images.
         exchanges: pairs of question and answer.
+        system: message that comes first; None for the model's own.
     """
     media = [{"type": "image" if isinstance(shape, ImageShape) else "video"} for shape in shapes]
     marks = [question.count(VIDEO_PLACE) for question, _ in exchanges]
     marked = sum(marks) == len(media)
-    messages: list[Message] = []
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     for number, (question, answer) in enumerate(exchanges):
         if media and not marked:
             question = question.replace(VIDEO_PLACE, "")

@@ -76,7 +76,9 @@ class Entry:
         media: a video, or images in order.
         questions, answers: of its turns; `<image>` marks are kept.
         process: reasoning that leads to the last answer.
-        origin: file and number, for messages.
+        system: message of the conversation; None for the model's own.
+        problem: why the entry cannot be used; empty if it can.
+        origin: file, number and line, for messages.
     """
 
     id: str
@@ -84,6 +86,8 @@ class Entry:
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     process: str = ""
+    system: str | None = None
+    problem: str = ""
     origin: str = field(default="", compare=False)
 
 
@@ -112,7 +116,7 @@ class Entries(Sequence[Entry]):
         for entry in entries:
             start = len(content)
             content += pickle.dumps(_plain(entry))
-            characters = sum(map(len, (*entry.questions, *entry.answers, entry.process)))
+            characters = sum(map(len, (*entry.questions, *entry.answers, entry.process, entry.system or "")))
             images = sum(map(is_image, entry.media))
             places.append((start, len(content), characters, len(entry.media) - images, images))
         return cls(bytes(content), np.array(places, PLACE))
@@ -154,7 +158,8 @@ def _plain(entry: Entry) -> tuple[Any, ...]:
         (str(one.tar), one.name, one.offset, one.size) if isinstance(one, TarMember) else str(one)
         for one in entry.media
     ]
-    return entry.id, media, entry.questions, entry.answers, entry.process, entry.origin
+    texts = entry.questions, entry.answers, entry.process, entry.system
+    return entry.id, media, *texts, entry.problem, entry.origin
 
 
 def _media(plain: str | tuple[str, str, int, int]) -> Media:

@@ -93,7 +93,10 @@ class LlavaSource:
         """Decode the videos and images of one entry."""
         arrays: list[np.ndarray] = []
         videos: list[tuple[Sequence[float], VideoInfo]] = []
-        for media in self.entries[item.media].media:
+        entry = self.entries[item.media]
+        if entry.problem:
+            raise BrokenMedia(entry.problem)
+        for media in entry.media:
             try:
                 with as_path(media) as path:
                     if is_image(media) and len(image_info(path).pages) == 1:
@@ -104,7 +107,7 @@ class LlavaSource:
                         arrays.append(frames.images)
             except (InputError, OSError) as error:
                 raise BrokenMedia(problem_with(media, error)) from error
-        return Sample(arrays, self.told(item, videos))
+        return Sample(arrays, self.told(item, videos), system=entry.system)
 
     def told(self, item: Item, videos: Sequence[tuple[Sequence[float], VideoInfo]]) -> list[tuple[str, str]]:
         """The exchanges of an item, with the times of its frames if the model is to know them.

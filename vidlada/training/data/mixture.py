@@ -3,20 +3,21 @@
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
-from vidlada.training.data.entries import Entries, Entry, Media, TarMember, is_image
+from vidlada.training.data.conversations import Value, entry_of, read_values
+from vidlada.training.data.entries import Entries, Entry, TarMember, is_image
 from vidlada.training.data.samples import STRICT
 from vidlada.training.settings import build, read_yaml
 from vidlada.video import natural_order
 
 STRATEGY = re.compile(r"(all|(first|end|random):(\d+(?:\.\d+)?)(%?))(?:,(\d+))?")
+DATA_SUFFIXES = {".json", ".jsonl", ".ndjson", ".tar"}
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ogv", ".gif"}
 )
@@ -73,11 +74,13 @@ def sampled(total: int, strategy: str, generator: np.random.Generator) -> list[i
 
 
 def read_mixture(path: Path) -> list[Dataset]:
-    """Datasets of a mixture YAML; relative paths start at its folder.
+    """Datasets of a mixture YAML, whose relative paths start at its folder; a data file stands for itself.
 
     Raises:
         InputError: the file cannot be read, or an entry is unknown, missing or invalid.
     """
+    if {suffix.lower() for suffix in Path(path).suffixes} & DATA_SUFFIXES:
+        return [Dataset(path)]
     values = read_yaml(path)
     listed = values.get("datasets")
     if not isinstance(listed, list) or not listed or set(values) != {"datasets"}:
@@ -103,13 +106,15 @@ def read_dataset(dataset: Dataset, video_folder: Path | None, generator: np.rand
         generator: of a random strategy.
 
     Raises:
-        InputError: a file or folder is missing, or a file malformed; it names the entry.
+        InputError: a file or folder is missing, or a file damaged or without any usable entry.
     """
     folder = dataset.video_folder or video_folder
     if folder is not None and not folder.is_dir():
         raise InputError(f"video_folder: {folder} is not a folder")
     files = files_of(dataset.json_path)
-    entries = Entries.join([read_tar(path) if path.suffix == ".tar" else read_llava(path, folder) for path in files])
+    entries = Entries.join(
+        [read_tar(path) if path.suffix.lower() == ".tar" else read_llava(path, folder) for path in files]
+    )
     return entries.take(sampled(len(entries), dataset.sampling_strategy, generator))
 
 
@@ -124,64 +129,28 @@ def files_of(pattern: Path) -> list[Path]:
 
 
 def read_llava(path: Path, video_folder: Path | None = None) -> Entries:
-    """Entries of a LLaVA json or jsonl file; `InputError` names the file, and the entry that is malformed."""
+    """Entries of a LLaVA json or jsonl file; `InputError` names the file, and the first problem if all are broken."""
     folder = video_folder or Path(path).parent
-    return Entries.pack(
-        entry_of(value, folder, f"{path}: entry {number}") for number, value in enumerate(read_values(path))
-    )
+    return pack_usable(path, (entry_of(value, folder, str(path)) for value in read_values(path)))
 
 
-def read_values(path: Path) -> list[Any]:
-    """The list in a json or jsonl file; `InputError` if there is none."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if Path(path).suffix == ".jsonl":
-            values = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            values = json.loads(text)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid json: {error}") from error
-    if not isinstance(values, list) or not values:
+def pack_usable(path: Path, entries: Iterable[Entry]) -> Entries:
+    """Entries of a file, broken ones among them; `InputError` if none can be used."""
+    total, usable, first = 0, 0, ""
+
+    def counted() -> Iterator[Entry]:
+        nonlocal total, usable, first
+        for entry in entries:
+            total, usable = total + 1, usable + (not entry.problem)
+            first = first or entry.problem and f"{entry.origin}: {entry.problem}"
+            yield entry
+
+    packed = Entries.pack(counted())
+    if not total:
         raise InputError(f"{path}: expected a list of at least one entry")
-    return values
-
-
-def entry_of(value: Any, folder: Path, origin: str, attached: Sequence[TarMember] = ()) -> Entry:
-    """A validated entry.
-
-    Args:
-        value: `{"id", "video" or "image", "conversations": [{"from", "value"}, …], "process"}`.
-        folder: where relative paths start.
-        origin: file and number, for messages.
-        attached: media that came with it in a tar, in the order of their names; if the entry names all of them, its
-            order counts.
-
-    Raises:
-        InputError: something about it is malformed.
-    """
-    if not isinstance(value, dict):
-        raise InputError(f"{origin}: expected a mapping, got {value!r}")
-    named = [value[name] for name in ("video", "image") if value.get(name)]  # "video": "" is none
-    paths = [path for entry in named for path in (entry if isinstance(entry, list) else [entry])]
-    if not all(isinstance(path, str) for path in paths):
-        raise InputError(f"{origin}: video must be a path, and image a path or a list of paths; got {named}")
-    turns = value.get("conversations")
-    turns = [turn if isinstance(turn, dict) else {} for turn in turns] if isinstance(turns, list) else []
-    speakers = [turn.get("from") for turn in turns]
-    if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
-        raise InputError(f"{origin}: conversations must alternate human and gpt, got {speakers}")
-    said = [turn.get("value") for turn in turns]
-    process = value.get("process") or ""
-    if not all(isinstance(text, str) for text in [*said, process]):
-        raise InputError(f"{origin}: every turn of its conversation needs a text as its value, and process is a text")
-    media: tuple[Media, ...] = tuple(attached) or tuple(folder / path for path in paths)
-    by_name = {PurePosixPath(member.name).name: member for member in attached}
-    if sorted(by_name) == sorted(PurePosixPath(path).name for path in paths):
-        media = tuple(by_name[PurePosixPath(path).name] for path in paths)
-    entry_id = origin if value.get("id") is None else str(value["id"])
-    return Entry(entry_id, media, tuple(said[::2]), tuple(said[1::2]), process, origin)
+    if not usable:
+        raise InputError(f"{first} (none of the file's {total} entries can be used)")
+    return packed
 
 
 def read_tar(path: Path) -> Entries:
@@ -189,10 +158,10 @@ def read_tar(path: Path) -> Entries:
     or videos.
 
     Raises:
-        InputError: the tar is missing or damaged, or an entry is malformed.
+        InputError: the tar is missing or damaged, or none of its entries can be used.
     """
     try:
-        return Entries.pack(_tar_entries(path))
+        return pack_usable(path, _tar_entries(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (tarfile.TarError, UnicodeDecodeError) as error:
@@ -208,13 +177,16 @@ def _tar_entries(path: Path) -> Iterator[Entry]:
                 key = f"{folder}/{name.split('.')[0]}"
                 groups.setdefault(key, []).append(TarMember(path, member.name, member.offset_data, member.size))
     for key, members in groups.items():
-        described = [member for member in members if member.name.endswith(".json")]
+        described = [member for member in members if member.suffix.lower() == ".json"]
         if len(described) != 1:
-            raise InputError(f"{path}: {key} needs one json file, and has {len(described)}")
+            problem = f"{key.strip('/')} needs one json file, and has {len(described)}"
+            yield entry_of(Value("", None, problem), path.parent, f"{path}:{key.strip('/')}")
+            continue
         try:
-            value = json.loads(described[0].read())
-        except ValueError as error:
-            raise InputError(f"{described[0]}: not valid json: {error}") from error
+            content = described[0].read().decode("utf-8-sig", "surrogateescape")
+            value = Value("", json.loads(content))
+        except (ValueError, RecursionError) as error:
+            value = Value("", None, f"not valid json: {error}")
         media = [member for member in members if is_image(member) or member.suffix.lower() in VIDEO_SUFFIXES]
         media.sort(key=lambda member: natural_order(member.name))
         yield entry_of(value, path.parent, str(described[0]), media)

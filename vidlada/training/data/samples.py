@@ -15,7 +15,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class BrokenMedia(InputError):  # noqa: N818 - a kind of input, named for what it is
-    """A video or image of one sample is missing or unreadable; the run can go on without it."""
+    """One sample has no meaning, or a file of it is missing or unreadable; the run can go on without it."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Sample:
         separate: each exchange is a sample of its own that shares the videos with the others, instead of one
             conversation of several turns. Rendering and the vision tower are then paid once for all.
         shapes: of the videos and images, once images are cut into tiles (`Collator.cut`).
+        system: message of the conversation; None for the model's own.
     """
 
     videos: Sequence[np.ndarray]
     exchanges: Sequence[tuple[str, str]]
     separate: bool = False
     shapes: Sequence[MediaShape] = ()
+    system: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,174 @@
+"""Data files as they are met: each form has one meaning, and what has none is one broken sample."""
+
+import gzip
+import json
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from trainings import MODEL, batch
+
+from vidlada.cli import main
+from vidlada.errors import InputError
+from vidlada.training.config import CollateSettings
+from vidlada.training.data.check import check_source
+from vidlada.training.data.collate import Collator, Part, StepDataset, messages_of
+from vidlada.training.data.conversations import Value, entry_of
+from vidlada.training.data.llava import LlavaSource
+from vidlada.training.data.mixture import read_llava
+from vidlada.training.models import new_model
+
+ASKED = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A ball."}]
+GOOD = {"id": "good", "conversations": ASKED}
+HALF = "\ud83d"  # of an emoji
+
+
+def said(speaker, text):
+    return {"from": speaker, "value": text}
+
+
+FORMS = {
+    "human and gpt": {"conversations": ASKED},
+    "user and assistant": {"conversations": [said("user", "What?"), said("assistant", "A ball.")]},
+    "role and content": {
+        "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A ball."}]
+    },
+    "a leading answer": {"conversations": [said("gpt", "Hello!"), *ASKED]},
+    "a trailing question": {"conversations": [*ASKED, said("human", "And then?")]},
+    "an empty video": {"video": "", "conversations": ASKED},
+    "no image": {"image": None, "conversations": ASKED},
+}
+
+
+@pytest.mark.parametrize("value", FORMS.values(), ids=FORMS.keys())
+def test_every_form_has_one_meaning(tmp_path, value):
+    entry = entry_of(Value("entry 0", value), tmp_path, "d.json")
+    assert (entry.problem, entry.questions, entry.answers, entry.media) == ("", ("What?",), ("A ball.",), ())
+
+
+def test_a_system_turn_is_the_system_message(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([{"conversations": [said("system", "Be brief."), *ASKED]}]))
+    (sample,) = batch(LlavaSource(path, batch_size=1), 0)
+    messages = messages_of((), sample.exchanges, sample.system)
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    _, processor = new_model(MODEL, 0)
+    texts = []
+    for system in (sample.system, None):
+        encoded = processor.encode(messages_of((), sample.exchanges, system), (), add_generation_prompt=False)
+        texts.append(len(encoded.input_ids))
+    step = StepDataset(LlavaSource(path, batch_size=1), Collator(processor, CollateSettings()), 0)[Part(0)]
+    assert step["input_ids"].shape[1] == texts[0] > texts[1]
+
+
+def test_video_marks_are_image_marks(tmp_path):
+    value = {"video": "a.mp4", "conversations": [said("human", "<video>\nWhat?"), ASKED[1]]}
+    assert entry_of(Value("", value), tmp_path, "d").questions == ("<image>\nWhat?",)
+
+
+LINES = "".join(json.dumps({**GOOD, "id": str(number)}) + "\n" for number in range(3))
+LIST = json.dumps([json.loads(line) for line in LINES.splitlines()], indent=1)
+FILES = {
+    "d.json": LIST.encode(),
+    "d.jsonl": LINES.encode(),
+    "lines.json": LINES.encode(),
+    "list.jsonl": LIST.encode(),
+    "D.JSONL": LINES.encode(),
+    "mark.json": LIST.encode("utf-8-sig"),
+    "mark.jsonl": LINES.encode("utf-8-sig"),
+    "d.json.gz": gzip.compress(LIST.encode()),
+    "d.jsonl.gz": gzip.compress(LINES.encode()),
+    "windows.json": LIST.replace("\n", "\r\n").encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_is_read_by_its_content(tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name])
+    assert [entry.id for entry in read_llava(tmp_path / name)] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"", b"[{}, {}", b"[{}] x", b"text", gzip.compress(b"[]")[:-9], b"[" * 9999]
+)
+def test_files_without_entries_are_refused(tmp_path, content):
+    (tmp_path / "d.json").write_bytes(content)
+    with pytest.raises(InputError, match="d.json"):
+        read_llava(tmp_path / "d.json")
+
+
+BROKEN = [
+    b"{",
+    b"[]",
+    b"3",
+    b"null",
+    b'{"conversations": "text"}',
+    b'{"conversations": [null]}',
+    b'{"conversations": [{"from": "user", "value": "q"}, {"from": "user", "value": "q"}]}',
+    b'{"conversations": [{"from": "nobody", "value": "q"}, {"from": "gpt", "value": "a"}]}',
+    b'{"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "a"}]}',
+    b'{"conversations": [{"from": "human", "value": "q"}]}',
+    b'{"conversations": [{"from": "human", "value": "q\\ud83d"}, {"from": "gpt", "value": "a"}]}',
+    b'{"conversations": [{"from": "human", "value": "q\xff"}, {"from": "gpt", "value": "a"}]}',
+    b'{"video": "a\\u0000.mp4", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}',
+    b'{"video": {}, "image": [""], "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}',
+    b"[" * 9999,
+]
+
+
+def test_what_has_no_meaning_is_one_broken_sample(tmp_path):
+    good = json.dumps(GOOD).encode()
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"\n".join([good, *BROKEN, good]))
+    _, processor = new_model(MODEL, 0)
+    source = LlavaSource(path, batch_size=len(BROKEN) + 2)
+    report = check_source("a", source, processor)
+    found = report.problems["malformed entries"]
+    assert [line.split(":")[1].strip() for line in found] == [
+        f"entry {number}, line {number + 1}" for number in range(1, len(BROKEN) + 1)
+    ]
+    report.text().encode()  # can be printed
+    step = StepDataset(source, Collator(processor, CollateSettings()), 0)[Part(0)]
+    assert step["weight"] == 1
+    assert {line.split(": ")[1] for line in step["skipped"]} >= {line.split(": ")[1] for line in found}
+
+
+def test_data_check_prints_all_of_them(tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([GOOD, *[{"conversations": [HALF]}] * 30], indent=1))
+    stage = {"name": "only", "learning_rate": 1e-3, "epochs": 1}
+    stage["data"] = {"kind": "llava", "json_path": str(tmp_path / "d.json")}
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({"output": str(tmp_path / "run"), "model": MODEL, "stages": [stage]})
+    )
+    result = CliRunner().invoke(main, ["data", "check", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 1, result.output
+    assert "malformed entries: 30" in result.output and "entry 30, line" in result.output
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.just(HALF)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["id", "video", "image", "conversations", "messages", "from", "role", "value", "process"]),
+            inner,
+            max_size=4,
+        ),
+    ),
+    max_leaves=9,
+)
+
+
+@given(JSON, st.sampled_from(["question", "answer", "process", "video", "id", "system"]), st.text(max_size=3))
+def test_no_value_ends_the_reading(tmp_path_factory, value, place, text):
+    """Whatever JSON says; and half a character anywhere breaks its entry alone."""
+    folder = tmp_path_factory.getbasetemp()
+    entry_of(Value("entry 0", value), folder, "d.json")
+    half = text + HALF
+    turns = [said("human", half if place == "question" else "q"), said("gpt", half if place == "answer" else "a")]
+    if place == "system":
+        turns = [said("system", half), *turns]
+    whole = {"conversations": turns} | ({place: half} if place in ("process", "video", "id") else {})
+    assert "half a character" in entry_of(Value("entry 0", json.loads(json.dumps(whole))), folder, "d.json").problem
