@@ -102,7 +102,10 @@ def test_fractions_and_percents_on_one_scale(tmp_path):
         for task, score in result.tasks.items():
             assert result.lmms_eval[task] == pytest.approx(score.percent)
     text = report_text(run)
-    assert "| LVBench * | 4 | 75.0 | 25.0 | 44.7 | – | 0 |" in text
+    assert "| LVBench * | 4 | 75.0 | 25.0 | 44.7 | – | 0 | 0 |" in text
+    assert {name: result.without_letter for name, result in run.results.items()} == {
+        "lvbench": 0, "video_mmmu": 0, "egoschema_subset": 0, "mvbench": 2,
+    }  # fmt: skip
     assert "Video-MMMU lacks video_mmmu_comprehension, video_mmmu_perception" in text
 
 

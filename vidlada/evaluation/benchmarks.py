@@ -47,6 +47,7 @@ class Benchmark:
         paper: VidLaDA-8B at 64 frames (arXiv 2601.17868), where the figure is known.
         unpacked: revision of the repository that holds the videos as files instead of archives.
         beside: further folder below that of the videos, without which lmms-eval would ask something else.
+        letters: of its choices; empty where nothing is chosen.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Benchmark:
     paper: float | None = None
     unpacked: str | None = None
     beside: str | None = None
+    letters: str = "ABCDE"
 
 
 DISCIPLINES = {
@@ -189,7 +191,7 @@ BENCHMARKS = {
             "video_mmmu", "Video-MMMU", "lmms-eval/VideoMMMU", "test", "video_mmmu",
             tuple(Task(f"video_mmmu_{track.lower()}", track, 300) for track in VIDEO_MMMU_TRACKS),
             lambda document, task: [f"{discipline(document['id'])}/{document['id']}.mp4"],
-            "mmmu_acc", video_mmmu_right, mean="tasks", paper=46.6,
+            "mmmu_acc", video_mmmu_right, mean="tasks", paper=46.6, letters="ABCDEFGHIJ",
         ),
         Benchmark(
             "longvideobench_val_v", "LongVideoBench, val", "longvideobench/LongVideoBench", "validation",
@@ -207,7 +209,7 @@ BENCHMARKS = {
         Benchmark(
             "shapes", "Shapes", "vidlada/shapes", "test", "vidlada/shapes", (Task("shapes"),),
             lambda document, task: [document["video"]], "shapes_score", lambda judged: float(judged["points"]),
-            field("family"),
+            field("family"), letters="",
         ),
     )
 }  # fmt: skip

@@ -72,6 +72,7 @@ def benchmark_object(run: Run, result: BenchmarkResult) -> dict[str, Any]:
         "failed": [
             {"task": s.task, "doc_id": s.doc_id, "video": s.video, "error": s.error} for s in result.failed
         ],
+        "without_letter": result.without_letter,
         "absent": list(result.absent),
         "lmms_eval": result.lmms_eval,
         "tasks": {task: score_object(each) for task, each in result.tasks.items()},
@@ -103,7 +104,7 @@ def report_text(run: Run) -> str:
         mark, gain = " *" if is_partial(run, result) else "", signed(difference(run, result))
         rows.append(
             (result.benchmark.title + mark, len(result.samples), number(score.percent), number(score.standard_error),
-             number(paper), gain, len(result.failed))
+             number(paper), gain, len(result.failed), number(result.without_letter, 0))
         )  # fmt: skip
         if result.absent:
             notes.append(f"{result.benchmark.title} lacks {', '.join(result.absent)}: the mean is over the others.")
@@ -111,11 +112,14 @@ def report_text(run: Run) -> str:
         notes.insert(0, "\\* not the whole benchmark; not comparable with the paper.")
     if settings["limit"] is not None:
         notes.append(f"Only the first {settings['limit']} samples of each task were asked.")
-    lines += table(("benchmark", "samples", "score", "standard error", "paper", "difference", "failed"), rows)
+    lines += table(
+        ("benchmark", "samples", "score", "standard error", "paper", "difference", "failed", "no letter"), rows
+    )
     lines += [
         "",
         "Scores are percent, 0 to 100. Standard errors take the questions about one video as dependent. Failed samples "
-        "count as wrong. Paper: VidLaDA-8B at 64 frames, arXiv 2601.17868; a dash where its figure is not known here.",
+        "count as wrong. Paper: VidLaDA-8B at 64 frames, arXiv 2601.17868; a dash where its figure is not known here. "
+        "No letter: answers that choose none, by one reader for all benchmarks; a task may have drawn one at random.",
         *notes,
     ]
     for result in run.results.values():

@@ -10,6 +10,7 @@ from typing import Any
 from vidlada.errors import InputError
 from vidlada.evaluation.benchmarks import BENCHMARKS, UNSENT, Benchmark
 from vidlada.evaluation.folder import read_record, read_run_file, results_files, samples_file
+from vidlada.evaluation.letters import read_letter
 from vidlada.evaluation.submission import verdict_of
 
 
@@ -28,6 +29,8 @@ class Sample:
         error: why it failed.
         seconds, tokens, forward_passes: what the answer cost; None if it came from the response cache of lmms-eval
             without a record.
+        letter: that the answer chooses; None where it holds none.
+        chooses: whether it should.
     """
 
     task: str
@@ -41,6 +44,8 @@ class Sample:
     tokens: int | None = None
     forward_passes: int | None = None
     question: str | None = None
+    letter: str | None = None
+    chooses: bool = False
 
     @property
     def key(self) -> tuple[str, int, str | None]:
@@ -136,6 +141,12 @@ class BenchmarkResult:
         return score_of(self.samples)
 
     @property
+    def without_letter(self) -> int | None:
+        """Answers that should have chosen a letter and hold none; None where nothing is chosen."""
+        choices = [sample for sample in self.samples if sample.chooses]
+        return sum(sample.letter is None and sample.error is None for sample in choices) if choices else None
+
+    @property
     def failed(self) -> list[Sample]:
         """Samples that could not be asked."""
         return [sample for sample in self.samples if sample.error is not None]
@@ -229,11 +240,16 @@ def sample_of(
     points = None if judged is None or benchmark.name == UNSENT else benchmark.right(judged)
     if noted.get("error") is not None and points is not None:
         points = 0.0
-    answer = logged["filtered_resps"]
+    answers = logged["filtered_resps"]
+    answer = str(answers[0] if isinstance(answers, list) and len(answers) == 1 else answers)
+    is_open = isinstance(judged, dict) and judged.get("question_type") == "open"
+    chooses = bool(benchmark.letters) and not is_open
     return Sample(
         task=task,
         doc_id=logged["doc_id"],
-        answer=str(answer[0] if isinstance(answer, list) and len(answer) == 1 else answer),
+        answer=answer,
+        letter=read_letter(answer, benchmark.letters) if chooses else None,
+        chooses=chooses,
         points=points,
         kind=None if judged is None else benchmark.kind(judged),
         question=logged.get("doc_hash"),

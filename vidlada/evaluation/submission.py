@@ -14,6 +14,7 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation.benchmarks import BENCHMARKS, UNSENT
 from vidlada.evaluation.data import documents, repository_folder
 from vidlada.evaluation.folder import SUBMISSION_FILE, VERDICT_FILE, results_files, samples_file
+from vidlada.evaluation.letters import read_letter
 
 SERVER = "https://validation-server.onrender.com/api/upload/"  # of the benchmark's authors; the one lmms-eval asks
 SERVER_VARIABLE = "VIDLADA_EGOSCHEMA_SERVER"  # another one
@@ -38,9 +39,9 @@ def write_submission(output: Path, root: Path) -> None:
 
 
 def letter_place(answer: str, letters: str = "ABCDE") -> int:
-    """Place of the first letter that stands by itself, or -1."""
-    words = answer.replace("(", " ").replace(")", " ").replace(".", " ").replace(":", " ").split()
-    return next((letters.index(word) for word in words if len(word) == 1 and word in letters), -1)
+    """Place of the letter that an answer chooses, or -1."""
+    letter = read_letter(answer, letters)
+    return -1 if letter is None else letters.index(letter)
 
 
 def submit(output: Path, wait: float = WAIT) -> dict[str, Any]:

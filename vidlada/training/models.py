@@ -22,6 +22,8 @@ from vidlada.training.origin import is_llama, origin
 from vidlada.training.tokenizer import role_tokens, word_tokenizer
 from vidlada.training.vocabulary import add_think_tokens, add_think_tokens_to
 
+FROZEN_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the precision of a run
+
 
 def initial_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
     """The model a run starts from, and its processor.
@@ -50,10 +52,11 @@ def _first_model(config: TrainingConfig, weights: bool) -> tuple[VidLaDAForMaske
         return adapt_llama(folder, config.new_model, config.seed)
     from vidlada.checkpoint.load import describe, load_model, load_tokenizer
 
-    # frozen weights under adapters keep their stored type, where autocast bridges it; what is trained is float32
-    stored = config.lora is not None and config.precision != "no"
-    if weights or stored:  # weights in their stored type are mapped from the file: processes share that memory
-        model = load_model(folder, dtype="auto" if stored else torch.float32)
+    # frozen weights under adapters are of the run's type, where autocast bridges it; what is trained is float32. Stored
+    # in that type they are mapped from the file: processes share that memory
+    frozen = FROZEN_TYPES.get(config.precision) if config.lora is not None else None
+    if weights or frozen is not None:
+        model = load_model(folder, dtype=frozen or torch.float32)
     else:
         model = empty_model(describe(folder).config)
     insert_layers(model, config.new_layers)
