@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+MAPPED = Path("/proc/self/statm")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 MEBI, GIBI = 2**20, 2**30
 RESET_PEAK = "5"  # proc(5): resets the peak resident set size
@@ -56,6 +57,11 @@ def peak_memory(device: str) -> int:
         return int(line.split()[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def resident_memory() -> int:
+    """Bytes of memory this process has now; 0 where the system does not say."""
+    return int(MAPPED.read_text().split()[1]) * resource.getpagesize() if MAPPED.exists() else 0
 
 
 def keep_freed_memory() -> None:

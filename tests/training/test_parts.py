@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from trainings import MODEL, PICTURES, assert_same, quietly, run, weights
 
@@ -19,7 +21,7 @@ from vidlada.checkpoint.load import describe, save_model
 from vidlada.cli import main
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.config import CollateSettings, Evaluation, Lora, Stage
-from vidlada.training.models import new_model
+from vidlada.training.models import initial_model, new_model
 from vidlada.training.objective import (
     IGNORED,
     Masking,
@@ -130,6 +132,25 @@ def test_lora_trains_adapters_that_load_merge_and_improve(base, tmp_path):
     assert_same(train(settings, resume=True, report=quietly), after)
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_frozen_weights_are_of_the_runs_type(base, tmp_path, stored):
+    """Whatever the checkpoint's is: a run in bf16 on a CPU takes no float16 beside it."""
+    vidlada.load(base).model.to(stored).save_pretrained(tmp_path / "base")
+    for path in base.glob("*token*"):
+        shutil.copy(path, tmp_path / "base")
+    stage = Stage("a", 1e-2, {**EASY, "frames_per_batch": 2}, 2)
+    settings = from_base(
+        tmp_path / "base", tmp_path / "run", (stage,), lora=Lora(rank=2, alpha=4), precision="bf16", checkpoint_every=2
+    )
+    AcceleratorState._reset_state(True)  # which other tests have set to another precision
+    try:
+        assert weights(train(settings, report=quietly))
+    finally:
+        AcceleratorState._reset_state(True)
+    model, _ = initial_model(settings)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
 def test_an_adapter_without_its_base_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/nowhere/base"}))
     with pytest.raises(InputError, match="/nowhere/base is not there"):
@@ -203,7 +224,7 @@ def test_broken_samples_of_the_evaluation_are_listed(tmp_path):
     data = {"kind": "llava", "json_path": str(tmp_path / "d.json"), "batch_size": 1}
     stages = (Stage("a", 1e-3, EASY, 1),)
     train(run(tmp_path / "run", stages=stages, evaluation=Evaluation(data, 1, 1)), report=quietly)
-    assert "d.json: entry 0: " in (tmp_path / "run" / "skipped.jsonl").read_text()
+    assert "d.json: entry 0, line 1: " in (tmp_path / "run" / "skipped.jsonl").read_text()
 
 
 FULL_DISK = """
@@ -252,7 +273,8 @@ def test_a_complementary_run_takes_both_halves(tmp_path):
     settings = run(tmp_path / "run", stages=(Stage("a", 1e-2, EASY, 2),), complementary=True)
     lines = []
     train(settings, report=lines.append)
-    assert all(float(line.split("loss ")[1].split()[0]) > 0 for line in lines)
+    losses = [float(value) for line in lines for value in re.findall(r"loss (\S+)", line)]
+    assert len(losses) == 2 and min(losses) > 0
 
 
 def test_next_token_loss_against_loops():
@@ -285,7 +307,7 @@ def test_the_autoregressive_twin_learns(tmp_path):
     losses = []
     stage = Stage("a", 2e-2, {**EASY, "frames_per_batch": 8}, 40)
     settings = run(tmp_path / "run", stages=(stage,), objective="autoregressive", log_every=10, checkpoint_every=99)
-    train(settings, report=lambda line: losses.append(float(line.split("loss ")[1].split()[0])))
+    train(settings, report=lambda line: losses.extend(map(float, re.findall(r"loss (\S+)", line))))
     assert losses[-1] < losses[0] / 2
 
 

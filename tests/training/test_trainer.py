@@ -71,15 +71,20 @@ def names(output):
 
 
 def test_a_run_writes_checkpoints_logs_and_a_model(whole, expected):
-    output, final, lines = whole
+    output, final, (first, *lines) = whole
     assert final == output / "model"
+    initial, _ = new_model(MODEL, 0)
+    counts = [int(word.replace(",", "")) for word in first.split() if word[0].isdigit()]
+    assert sum(counts) == sum(parameter.numel() for parameter in initial.parameters())
+    assert first.endswith(" frozen") and counts[1] > 0
+    for figure in ("norm", "samples/s", "waiting"):
+        assert all(figure in line for line in lines)
     assert names(output) == ["checkpoint-0000006", "checkpoint-0000007"]  # only the newest two are kept
     assert [line.split()[1] for line in lines] == [f"{step}/{STEPS}" for step in range(1, STEPS + 1)]
     assert [line.split()[2] for line in lines] == ["pictures"] * 3 + ["clips"] * 4
     assert list(output.glob("logs/**/events.*"))
     assert not list(output.glob("*.partial"))
     assert json.loads((output / "checkpoint-0000006" / "trainer_state.json").read_text())["step"] == 6
-    initial, _ = new_model(MODEL, 0)
     unused = ("vision.tower.post_layernorm",)
     changed = {name for name, tensor in initial.state_dict().items() if not torch.equal(tensor, expected[name])}
     assert changed == {name for name in expected if not name.startswith(unused)}
@@ -95,10 +100,11 @@ def test_the_model_folder_is_complete(whole):
 
 
 def test_training_learns(tmp_path):
-    losses = []
     stage = Stage("a", 2e-2, {**PICTURES, "families": ["clock"], "frames_per_batch": 8, "choice_share": 0.0}, 80)
     config = replace(run(tmp_path / "run"), stages=(stage,), log_every=10, checkpoint_every=100)
-    train(config, report=lambda line: losses.append(float(line.split("loss ")[1].split()[0])))
+    lines = []
+    train(config, report=lines.append)
+    losses = [float(line.split("loss ")[1].split()[0]) for line in lines if line.startswith("step")]
     assert losses[-1] < losses[0] / 2
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from vidlada.checkpoint.load import save_model
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.machine import keep_freed_memory, peak_memory, return_free_memory
+from vidlada.machine import keep_freed_memory, peak_memory, resident_memory, return_free_memory
 from vidlada.tiling import pictures_of
 from vidlada.training.checkpoints import READ_ERRORS, WRITE_ERRORS, NotSaved, save_checkpoint
 from vidlada.training.config import CollateSettings, TrainingConfig
@@ -60,7 +60,8 @@ from vidlada.training.stages import EVALUATION, PreparedRun, prepare_run, stage_
 
 # Settings that do not change what is learned
 BESIDE_THE_CURVE = ("output", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "tracker", "layouts")
-TRIM_EVERY = 100  # steps
+TRIM_EVERY = 100  # steps between looks at the memory
+TRIM_GROWTH = 1.25  # of the resident memory since freed memory was last returned
 FEWEST_SEEN = 200  # samples before a share of broken ones means anything
 
 
@@ -80,12 +81,14 @@ class Figures:
     skipped: float = 0.0
     signals: float = 0.0
     frames: float = 0.0
+    samples: float = 0.0
+    gradient_norm: float = 0.0
     steps: int = 0
     started: float = field(default_factory=time.monotonic)
 
     def add(self, other: "Figures") -> None:
         """Count a step in."""
-        for name in ("loss", "tokens", "flops", "skipped", "steps"):
+        for name in ("loss", "tokens", "flops", "skipped", "samples", "gradient_norm", "steps"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
@@ -141,12 +144,14 @@ def run_training(
         if not resume:  # only now, when all else is known to be right
             on_main(accelerator, lambda: clear_output(output))
         if config.tracker != "none":
-            accelerator.init_trackers("logs")
+            accelerator.init_trackers("logs", {name: str(value) for name, value in asdict(config).items()})
         progress = Progress()
         if resume:
             checkpoint = newest_checkpoint(output)
             assert checkpoint is not None
             progress = run.load(checkpoint)
+        if not resume:
+            say(f"{run.trainable:,} trainable parameters, {run.frozen:,} frozen")
         final = output / "model"
         try:
             run.steps(progress)
@@ -192,6 +197,9 @@ class Run:
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         self.flops = FlopCount(model, self.model_config)
+        self.trainable, self.frozen = parameter_counts(model)
+        self.waited = 0.0  # seconds for data, since the last report
+        self.trimmed = 0  # bytes that were resident when freed memory was last returned
         self.model, *prepared = accelerator.prepare(model, *optimizers.optimizers)
         self.optimizers = Optimizers(prepared, optimizers.parts)
         if is_sharded(accelerator) and not is_deepspeed(accelerator):
@@ -316,7 +324,9 @@ class Run:
             if len(steps):
                 with closing(self.stage_batches(source, stage.collate, number, steps)) as batches:
                     for within in steps:
+                        started = time.monotonic()
                         head = next(batches)
+                        self.waited += time.monotonic() - started
                         passes = head["parts"] // self.accelerator.num_processes
                         yield start + within, passes, chain([head], islice(batches, passes - 1))
             start += stage.length
@@ -372,6 +382,7 @@ class Run:
             kept = sorted(path.name for path in Path(config.output).glob(f"not_finite_{step}[.-]*"))
             where = f"saved as {', '.join(kept)} in {config.output}" if kept else "could not be saved"
             raise VidLaDAError(f"the loss at step {step} is {figures.loss}; its batch is {where}")
+        figures.samples = progress_seen
         progress.skipped += int(figures.skipped)
         progress.seen += progress_seen + int(figures.skipped)  # another was looked at for each broken one
         if progress.skipped > config.max_skipped_share * max(progress.seen, FEWEST_SEEN):
@@ -387,12 +398,19 @@ class Run:
         # under fp16 the scaler skips such a step; DeepSpeed knows the norm only when it has updated the weights
         if norm is not None and config.precision != "fp16" and not is_deepspeed(accelerator):
             norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            figures.gradient_norm = norm
             if not math.isfinite(norm):
                 raise VidLaDAError(f"the gradient of step {step} is {norm}; it ended before it changed any weight")
         self.optimizers.step()
         if accelerator.device.type == "cpu" and (step + 1) % TRIM_EVERY == 0:
-            return_free_memory()
+            self.trim()
         return figures
+
+    def trim(self) -> None:
+        """Return freed memory to the system where the process has grown: looking is cheap, returning is not."""
+        if resident_memory() >= TRIM_GROWTH * self.trimmed:
+            return_free_memory()
+            self.trimmed = resident_memory()
 
     def loss(self, batch: dict[str, Any], step: int, stream: int = 0) -> Tensor:
         """A batch's share of the step's mean loss.
@@ -495,17 +513,41 @@ class Run:
             "tokens_per_second": window.tokens / seconds,
             "tflops_per_device": flops / 1e12,
             "peak_memory_gib": memory,
+            "samples_per_second": window.samples / seconds,
+            "data_waiting_share": self.waited / seconds,
         }
+        if window.gradient_norm:  # known before the update, which DeepSpeed's and fp16's are not
+            figures["gradient_norm"] = window.gradient_norm / window.steps
+        if (epoch := self.epoch(done)) is not None:
+            figures["epoch"] = epoch
+        named = "".join(
+            f"{label} {figures[name]:.2f} "
+            for name, label in (("gradient_norm", "norm"), ("epoch", "epoch"))
+            if name in figures
+        )
+        waiting, self.waited = figures["data_waiting_share"], 0.0
         speed = f"{flops / 1e12:.3g} TFLOP/s"
         if peak is not None:
             figures["mfu"] = flops / peak
             speed += f" MFU {flops / peak:.1%}"
         self.say(
             f"step {done}/{config.total_steps} {config.stage_at(done - 1)[0].name} loss {figures['loss']:.4f} "
-            f"lr {rate:.2e} {window.tokens / seconds:.0f} tokens/s {seconds / window.steps:.2f} s/step {speed} "
-            f"peak {memory:.1f} GiB left {left / 60:.0f} min"
+            f"lr {rate:.2e} {named}{window.tokens / seconds:.0f} tokens/s "
+            f"{figures['samples_per_second']:.2f} samples/s {seconds / window.steps:.2f} s/step waiting {waiting:.0%} "
+            f"{speed} peak {memory:.1f} GiB left {left / 60:.0f} min"
         )
         self.track(figures, done)
+
+    def epoch(self, done: int) -> float | None:
+        """Passes over the data of the current stage; None where these never end."""
+        first = 0
+        for stage, source in zip(self.config.stages, self.sources, strict=True):
+            if done <= first + stage.length:
+                with suppress(InputError):
+                    return (done - first) / source.steps_of(1.0)
+                return None
+            first += stage.length
+        return None
 
     def track(self, figures: dict[str, float], done: int) -> None:
         """Hand figures to the tracker."""
@@ -522,6 +564,14 @@ class Run:
             if needed:
                 raise
             self.say(f"{error}; training goes on")
+
+
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
+    """How many numbers of a model are trained, and how many are not."""
+    counts = {True: 0, False: 0}
+    for parameter in model.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    return counts[True], counts[False]
 
 
 def masking_generator(seed: int, part: int, step: int) -> torch.Generator:

@@ -173,7 +173,7 @@ def read_text(path: Path) -> str:
         content = Path(path).read_bytes()
         if content.startswith(GZIP_MAGIC):
             content = decompress(content)
-        encoding = json.detect_encoding(content)  # type: ignore[attr-defined]
+        encoding = json.detect_encoding(content)
         return content.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
