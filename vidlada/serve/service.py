@@ -13,6 +13,7 @@ from vidlada.engine.engine import Engine, EngineRequest, MediaInput, RequestHand
 from vidlada.engine.feature_store import LRUCache
 from vidlada.machine import MEBI
 from vidlada.processor import time_instruction
+from vidlada.serve.body import Arrivals
 from vidlada.serve.conversation import MediaReference, conversation_of, generation_settings
 from vidlada.serve.decoder import Decoders
 from vidlada.serve.errors import RequestError
@@ -71,6 +72,7 @@ class Service:
         self.media = MediaSource(folder, limits, self.files, allowed, private_urls)
         self.frames: LRUCache[Frames] = LRUCache(limits.frame_store_mb * MEBI)
         self.decoding: dict[object, asyncio.Task[Frames]] = {}
+        self.arrivals = Arrivals(limits)
         self.admitted = self.previewing = 0
         self.previews = asyncio.Semaphore(max(1, limits.decode_workers - 1))  # questions wait for one of them at most
 
