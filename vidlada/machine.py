@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 MEBI, GIBI = 2**20, 2**30
 RESET_PEAK = "5"  # proc(5): resets the peak resident set size
 
@@ -55,6 +56,19 @@ def peak_memory(device: str) -> int:
         return int(line.split()[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, where it is glibc.
+
+    By default every large activation is mapped anew and given back, and its pages are zeroed each time they are
+    touched: a fifth of a training step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**28)
 
 
 def return_free_memory() -> None:

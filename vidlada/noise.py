@@ -12,9 +12,13 @@ RENAMED = "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprec
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Drop such messages for as long as this lasts; for where those libraries are imported and peft is called."""
-    loggers = [logging.getLogger(name) for name in NOISY_LIBRARIES]
+def quiet_libraries(*more: str) -> Iterator[None]:
+    """Drop such messages for as long as this lasts; for where those libraries are imported and peft is called.
+
+    Args:
+        more: names of further loggers to silence but for errors.
+    """
+    loggers = [logging.getLogger(name) for name in (*NOISY_LIBRARIES, *more)]
     for logger in loggers:
         logger.addFilter(_only_errors)
     try:

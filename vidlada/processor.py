@@ -1,7 +1,9 @@
 """Conversations and frames to tensors: chat template, tokens, pixel values, and the map of which position is what."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +14,7 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, P
 
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig
+from vidlada.tiling import ImageShape, MediaShape, MergeType, Tiling
 
 Message = dict[str, Any]
 
@@ -23,14 +26,24 @@ BOS, START_HEADER, END_HEADER, END_OF_TURN = (
 )
 MASK, END_OF_TEXT = "<|mdm_mask|>", "<|endoftext|>"
 VIDEO_PLACE = "<image>"
+THINK, END_OF_THINK, STOP_THINK, ANSWER, END_OF_ANSWER = (
+    "<think>", "</think>", "<stop_think>", "<answer>", "</answer>",
+)  # fmt: skip
+THINK_TOKENS = (THINK, END_OF_THINK, STOP_THINK, ANSWER)  # those that the think-mode stage adds to the vocabulary
+THINK_MODES = {True: "/think", False: "/no_think"}
+TAGS = re.compile("(" + "|".join(map(re.escape, (*THINK_TOKENS, END_OF_ANSWER))) + ")")
+PARTS = ("text", "video", "image")
 
+# Messages that say nothing are left out; of the others, the white space around, not that between texts and media.
 CHAT_TEMPLATE = (
     "{{ '" + BOS + "' }}{% for message in messages %}"
-    "{{ '" + START_HEADER + "' + message['role'] + '" + END_HEADER + "\n\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] | trim }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] | trim }}{% else %}{{ '" + VIDEO_PLACE + "\n' }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '" + END_OF_TURN + "' }}{% endfor %}"
+    "{% set content %}{% if message['content'] is string %}{{ message['content'] }}"
+    "{% elif message['content'] %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}{{ '" + VIDEO_PLACE + "' }}{% if not part['inline'] %}{{ '\n' }}{% endif %}{% endif %}"
+    "{% endfor %}{% endif %}{% endset %}{% if content %}"
+    "{{ '" + START_HEADER + "' + message['role'] + '" + END_HEADER + "\n\n' + content | trim + '" + END_OF_TURN + "' }}"
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '" + START_HEADER + "assistant" + END_HEADER + "\n\n' }}{% endif %}"
 )
 
@@ -41,9 +54,10 @@ class EncodedConversation:
 
     Attributes:
         input_ids: token ids; the stand-in of the model's configuration once per visual token.
-        frame_index: number of the frame a visual token belongs to, counted over the conversation; -1 for text.
+        frame_index: number of the frame or image a visual token belongs to, counted over the conversation; -1 for
+            text.
         is_answer: True for what the assistant says, its end-of-turn token included.
-        is_control: True for bos, header marks and end-of-turn tokens.
+        is_control: True for bos, header marks and end-of-turn tokens, and for the whole header of an answer.
         turn: number of the user turn a position belongs to (the system message belongs to the first).
     """
 
@@ -61,8 +75,8 @@ class EncodedConversation:
         self.is_control.extend([control] * len(ids))
         self.turn.extend([turn] * len(ids))
 
-    def append_video(self, stand_in: int, frame_index: Sequence[int], turn: int) -> None:
-        """Add the places of a video's visual tokens."""
+    def append_medium(self, stand_in: int, frame_index: Sequence[int], turn: int) -> None:
+        """Add the places of the visual tokens of a video or an image."""
         self.append([stand_in] * len(frame_index), turn)
         self.frame_index[len(self.frame_index) - len(frame_index) :] = frame_index
 
@@ -81,8 +95,83 @@ def time_instruction(times: Sequence[float], duration: float) -> str:
     )
 
 
+def pieces_of(message: Message) -> list[str | Message]:
+    """What a message says: texts, with the media between them, as its text is rendered.
+
+    White space around the whole is stripped, that between texts and media is not.
+
+    Returns:
+        Texts and media parts in turn, beginning and ending with a text; empty if the message says nothing.
+
+    Raises:
+        InputError: its role or a part is unknown.
+    """
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "user", "assistant"):
+        raise InputError(f"unknown role {role!r}; use system, user or assistant")
+    pieces: list[str | Message] = [""]
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or ():
+        kind = part.get("type")
+        if kind not in PARTS:
+            raise InputError(f"unknown content part {kind!r}; use text, image or video")
+        if kind == "text":
+            pieces[-1] = str(pieces[-1]) + str(part["text"])
+        else:
+            pieces += [part, "" if part.get("inline") else "\n"]
+    if pieces == [""]:
+        return []
+    pieces[0] = str(pieces[0]).lstrip()
+    pieces[-1] = str(pieces[-1]).rstrip()
+    return pieces
+
+
+def place_media(text: str, media: Sequence[Message]) -> str | list[Message]:
+    """The content of a turn: a text with media.
+
+    They stand in the text's `<image>` marks, if there are as many and more than one; else in front of the text, a line
+    each, as published. Without media a mark is a text like any other.
+
+    Args:
+        text: said.
+        media: parts of type `video` or `image`, in order.
+    """
+    if not media:
+        return text
+    marks = text.count(VIDEO_PLACE)
+    if marks != len(media) or marks == 1:
+        text = text.replace(VIDEO_PLACE, "") if marks == len(media) else text
+        return [*media, {"type": "text", "text": text.strip()}]
+    texts = text.split(VIDEO_PLACE)
+    content: list[Message] = [{"type": "text", "text": texts[0]}]
+    for part, after in zip(media, texts[1:], strict=True):
+        content += [{**part, "inline": True}, {"type": "text", "text": after}]
+    return content
+
+
+def with_think_mode(messages: Sequence[Message], think: bool | None) -> list[Message]:
+    """A conversation with `/think` or `/no_think` directly behind the first user turn, as in training.
+
+    Args:
+        messages: see `VidLaDAProcessor.encode`.
+        think: None leaves them as they are.
+    """
+    found = list(messages)
+    place = next((i for i, message in enumerate(found) if message.get("role") == "user"), None)
+    if think is None or place is None:
+        return found
+    content, mark = found[place].get("content") or "", THINK_MODES[think]
+    if isinstance(content, str):
+        content = content.rstrip() + mark
+    elif content[-1].get("type") == "text":
+        content = [*content[:-1], {"type": "text", "text": str(content[-1]["text"]).rstrip() + mark}]
+    else:
+        content = [*content, {"type": "text", "text": mark}]
+    found[place] = {**found[place], "content": content}
+    return found
+
+
 class VidLaDAProcessor(ProcessorMixin):
-    """Turns conversations with videos into the model's inputs.
+    """Turns conversations with videos and images into the model's inputs.
 
     Args:
         tokenizer: with the control tokens of the published tokenizer.
@@ -93,6 +182,8 @@ class VidLaDAProcessor(ProcessorMixin):
         video_token_id: stand-in for one visual token.
         max_length: most tokens a conversation may have.
         system_message: used when a conversation brings none; empty for no system turn.
+        patches_per_side: of a frame or tile, before pooling.
+        image_aspect_ratio, image_grid_pinpoints, image_merge_type: how images are taken; see `vidlada.tiling.Tiling`.
     """
 
     def __init__(
@@ -106,6 +197,10 @@ class VidLaDAProcessor(ProcessorMixin):
         video_token_id: int = -200,
         max_length: int = 32768,
         system_message: str = "",
+        patches_per_side: int = 27,
+        image_aspect_ratio: str = "frame",
+        image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+        image_merge_type: MergeType = "spatial_unpad",
         chat_template: str | None = CHAT_TEMPLATE,
     ):
         super().__init__(tokenizer, chat_template=chat_template)
@@ -117,18 +212,38 @@ class VidLaDAProcessor(ProcessorMixin):
         self.video_token_id = video_token_id
         self.max_length = max_length
         self.system_message = system_message
+        self.patches_per_side = patches_per_side
+        self.image_aspect_ratio = image_aspect_ratio
+        self.image_grid_pinpoints = image_grid_pinpoints
+        self.image_merge_type = image_merge_type
 
     @classmethod
     def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: VidLaDAConfig) -> "VidLaDAProcessor":
         """The processor that fits a model."""
         return cls(
             tokenizer,
-            image_size=int(config.vision_config.image_size),  # type: ignore[union-attr]
+            image_size=int(config.vision.image_size),
             tokens_per_frame=config.tokens_per_frame(),
             closing_tokens=config.visual_tokens(0),
             video_token_id=config.video_token_id,
             max_length=config.max_length,
             system_message=config.system_message,
+            patches_per_side=config.patches_per_side,
+            image_aspect_ratio=config.image_aspect_ratio,
+            image_grid_pinpoints=config.image_grid_pinpoints,
+            image_merge_type=config.image_merge_type,
+        )
+
+    @property
+    def tiling(self) -> Tiling:
+        """How images are taken."""
+        pinpoints = self.image_grid_pinpoints
+        return Tiling(
+            self.image_aspect_ratio,
+            self.image_size,
+            self.patches_per_side,
+            None if pinpoints is None else tuple((int(width), int(height)) for width, height in pinpoints),
+            self.image_merge_type,
         )
 
     def token_id(self, token: str) -> int:
@@ -137,6 +252,26 @@ class VidLaDAProcessor(ProcessorMixin):
         if token_id is None or token_id == self.tokenizer.unk_token_id:
             raise InputError(f"the tokenizer has no {token} token; it does not belong to this model family")
         return int(token_id)
+
+    @cached_property
+    def think_ids(self) -> dict[str, int]:
+        """Ids of the think-mode tokens that the tokenizer has."""
+        tokens = [token for token in (*THINK_TOKENS, END_OF_ANSWER) if token in self.tokenizer.get_added_vocab()]
+        return {token: int(self.tokenizer.convert_tokens_to_ids(token)) for token in tokens}
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Token ids of what the assistant says: think-mode tags are their own tokens where the tokenizer has them."""
+        if not self.think_ids:
+            return self.text_ids(text)
+        ids: list[int] = []
+        pending = ""
+        for piece in TAGS.split(text):
+            if piece in self.think_ids:
+                ids += self.text_ids(pending) + [self.think_ids[piece]]
+                pending = ""
+            else:
+                pending += piece
+        return ids + self.text_ids(pending)
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text; control tokens written inside it stay text."""
@@ -163,80 +298,102 @@ class VidLaDAProcessor(ProcessorMixin):
         pixels = (scaled - np.float32(self.pixel_mean)) / np.float32(self.pixel_std)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
-    def video_frame_index(self, frames: int) -> list[int]:
-        """Frame number of each visual token of a video of `frames` frames."""
-        index = np.repeat(np.arange(frames), self.tokens_per_frame).tolist()
-        return index + [frames - 1] * self.closing_tokens
+    @property
+    def most_frames(self) -> int:
+        """Frames whose visual tokens fit in a conversation, without any text."""
+        return max(0, (self.max_length - self.closing_tokens) // self.tokens_per_frame)
+
+    def image_pictures(self, image: np.ndarray, alone: bool = True) -> tuple[np.ndarray, MediaShape]:
+        """What of an image passes the vision tower.
+
+        Args:
+            image: (height, width, 3) uint8 RGB.
+            alone: it is the only image of its conversation.
+
+        Returns:
+            (pictures, height, width, 3) uint8, and its shape; where the model sees images as videos, one frame.
+        """
+        image = np.asarray(image)
+        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+            raise InputError(f"an image must be uint8 of shape (height, width, 3), not {image.dtype} {image.shape}")
+        return (image[None], 1) if self.tiling.as_frames else self.tiling.cut(image, alone)
+
+    def media_frame_index(self, shape: MediaShape) -> list[int]:
+        """Frame number of each visual token of a medium; an image is one frame."""
+        if isinstance(shape, ImageShape):
+            return [0] * self.tiling.tokens(shape)
+        index = np.repeat(np.arange(shape), self.tokens_per_frame).tolist()
+        return index + [shape - 1] * self.closing_tokens
+
+    def completed(self, messages: Sequence[Message]) -> list[Message]:
+        """A conversation with the default system message in front, unless it brings one."""
+        if not messages:
+            raise InputError("the conversation is empty; give at least one user message")
+        if messages[0].get("role") == "system":
+            return list(messages)
+        return [{"role": "system", "content": self.system_message}, *messages]
 
     def encode(
-        self, messages: Sequence[Message], frame_counts: Sequence[int], add_generation_prompt: bool = True
+        self, messages: Sequence[Message], media: Sequence[MediaShape], add_generation_prompt: bool = True
     ) -> EncodedConversation:
         """Token ids and position map of one conversation.
 
         Args:
-            messages: role and content; content is text or a list of parts of type `text` or `video`. The default
-                system message is put in front unless the first message is a system message. Empty messages are
-                left out, as in the published template.
-            frame_counts: frames of each video part, in order.
+            messages: role and content; content is text or a list of parts of type `text`, `image` or `video`. A
+                line break follows a medium unless its part is `inline`. The default system message is put in front
+                unless the first message is a system message. Empty messages are left out, as in the published
+                template.
+            media: number of frames of each video, shape of each image, in order.
             add_generation_prompt: end with the assistant's header, for an answer to follow.
 
         Raises:
-            InputError: an unknown role or part, a wrong number of videos, or more tokens than `max_length`.
+            InputError: an unknown role or part, a wrong number of media, or more tokens than `max_length`.
         """
-        if not messages:
-            raise InputError("the conversation is empty; give at least one user message")
-        if messages[0].get("role") != "system":
-            messages = [{"role": "system", "content": self.system_message}, *messages]
         start, end, end_of_turn = (self.token_id(token) for token in (START_HEADER, END_HEADER, END_OF_TURN))
         encoded = EncodedConversation()
         encoded.append([self.token_id(BOS)], 0, control=True)
-        counts = iter(frame_counts)
+        shapes = iter(media)
         turn, first_frame = -1, 0
 
         def header(role: str, turn: int) -> None:
             encoded.append([start], turn, control=True)
-            encoded.append(self.text_ids(role), turn)
+            encoded.append(self.text_ids(role), turn, control=role == "assistant")
             encoded.append([end], turn, control=True)
+            if role == "assistant":
+                encoded.append(self.text_ids("\n\n"), turn, control=True)
 
-        for message in messages:
-            role, content = message.get("role"), message.get("content")
-            if role not in ("system", "user", "assistant"):
-                raise InputError(f"unknown role {role!r}; use system, user or assistant")
-            if not content:
+        for message in self.completed(messages):
+            pieces = pieces_of(message)
+            if not pieces:
                 continue
+            role = message["role"]
             turn += role == "user"
-            here = max(turn, 0)
+            here, is_answer = max(turn, 0), role == "assistant"
             header(role, here)
-            pending = "\n\n"  # text joins what stands before it, so that both are tokenized in one piece
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                if part.get("type") == "text":
-                    pending += str(part["text"]).strip()
-                elif part.get("type") == "video":
-                    frames = next(counts, None)
-                    if frames is None:
-                        raise InputError(f"the conversation has more video parts than the {len(frame_counts)} given")
-                    encoded.append(self.text_ids(pending), here)
-                    index = [first_frame + i for i in self.video_frame_index(frames)]
-                    encoded.append_video(self.video_token_id, index, here)
-                    first_frame += frames
-                    pending = "\n"
-                else:
-                    raise InputError(f"unknown content part {part.get('type')!r}; use text or video")
-            is_answer = role == "assistant"
-            if is_answer:
-                encoded.append(self.text_ids("\n\n"), here)
-                pending = pending.removeprefix("\n\n")
-            encoded.append(self.text_ids(pending), here, answer=is_answer)
+            if not is_answer:
+                pieces[0] = f"\n\n{pieces[0]}"  # tokenized in one piece with what stands before it
+            for piece in pieces:
+                if isinstance(piece, str):
+                    ids = self.answer_ids(piece) if is_answer else self.text_ids(piece)
+                    encoded.append(ids, here, answer=is_answer)
+                    continue
+                shape = next(shapes, None)
+                if shape is None:
+                    raise InputError(f"the conversation has more videos and images than the {len(media)} given")
+                index = [first_frame + number for number in self.media_frame_index(shape)]
+                encoded.append_medium(self.video_token_id, index, here)
+                first_frame += 1 if isinstance(shape, ImageShape) else shape
             encoded.append([end_of_turn], here, answer=is_answer, control=True)
-        if next(counts, None) is not None:
-            raise InputError(f"{len(frame_counts)} videos were given, more than the conversation has video parts")
+        if next(shapes, None) is not None:
+            raise InputError(
+                f"{len(media)} videos and images were given, more than the conversation has parts for them"
+            )
         if add_generation_prompt:
             header("assistant", max(turn, 0))
-            encoded.append(self.text_ids("\n\n"), max(turn, 0))
         if len(encoded.input_ids) > self.max_length:
             raise InputError(
                 f"the conversation has {len(encoded.input_ids)} tokens, more than the model's {self.max_length}; "
-                f"use fewer frames or a shorter text"
+                f"use fewer frames, images or a shorter text"
             )
         return encoded
 
@@ -250,21 +407,21 @@ class VidLaDAProcessor(ProcessorMixin):
 
         Args:
             conversations: one conversation or several. Video parts hold their frames under `video`: uint8
-                (frames, height, width, 3).
+                (frames, height, width, 3); image parts hold one under `image`: uint8 (height, width, 3).
             add_generation_prompt: end each with the assistant's header.
 
         Returns:
-            `input_ids`, `attention_mask`, `frame_index` (batch, tokens); with videos `pixel_values`
-            (all frames, 3, size, size) and `frame_counts`, a list.
+            `input_ids`, `attention_mask`, `frame_index` (batch, tokens); with videos or images `pixel_values`
+            (all pictures, 3, size, size) and `media_shapes`, a list.
         """
         alone = bool(conversations) and isinstance(conversations[0], dict)
         batch = cast(Sequence[Sequence[Message]], [conversations] if alone else conversations)
-        rows, videos = [], []
+        rows: list[EncodedConversation] = []
+        media: list[tuple[np.ndarray, MediaShape]] = []
         for messages in batch:
-            parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]
-            own = [np.asarray(part["video"]) for part in parts if part.get("type") == "video"]
-            videos.extend(own)
-            rows.append(self.encode(messages, [len(video) for video in own], add_generation_prompt))
+            own = self.media_of(messages)
+            media.extend(own)
+            rows.append(self.encode(messages, [shape for _, shape in own], add_generation_prompt))
         length = max((len(row.input_ids) for row in rows), default=0)
         input_ids = torch.full((len(rows), length), int(self.tokenizer.pad_token_id))
         frame_index = torch.full((len(rows), length), -1)
@@ -279,10 +436,20 @@ class VidLaDAProcessor(ProcessorMixin):
             "attention_mask": attention_mask,
             "frame_index": frame_index,
         }
-        if videos:
-            features["pixel_values"] = torch.cat([self.pixel_values(video) for video in videos])
-            features["frame_counts"] = [len(video) for video in videos]
+        if media:
+            features["pixel_values"] = torch.cat([self.pixel_values(pictures) for pictures, _ in media])
+            features["media_shapes"] = [shape for _, shape in media]
         return BatchFeature(features)
+
+    def media_of(self, messages: Sequence[Message]) -> list[tuple[np.ndarray, MediaShape]]:
+        """Pictures and shapes of the media that a conversation's parts hold, in order."""
+        parts = [piece for message in messages for piece in pieces_of(message) if not isinstance(piece, str)]
+        alone = sum(part["type"] == "image" for part in parts) == 1
+        found: list[tuple[np.ndarray, MediaShape]] = []
+        for part in parts:
+            held = np.asarray(part[part["type"]])
+            found.append((held, len(held)) if part["type"] == "video" else self.image_pictures(held, alone))
+        return found
 
     def apply_chat_template(self, conversation: Any, tokenize: bool = False, **kwargs: Any) -> Any:
         """The prompt as text, or (`tokenize=True`) as model inputs.
@@ -294,11 +461,30 @@ class VidLaDAProcessor(ProcessorMixin):
         """
         if tokenize:
             return self(conversation, add_generation_prompt=kwargs.get("add_generation_prompt", False))
-        return super().apply_chat_template(conversation, tokenize=False, **kwargs)
+        alone = bool(conversation) and isinstance(conversation[0], dict)
+        batch = [self.completed(messages) for messages in ([conversation] if alone else conversation)]
+        for messages in batch:
+            for message in messages:
+                pieces_of(message)  # refuses unknown roles and parts
+        return super().apply_chat_template(batch[0] if alone else batch, tokenize=False, **kwargs)
+
+    def tag_ids(self, tag: str) -> list[int]:
+        """Token ids of a think-mode tag: one, if the tokenizer has it."""
+        return [self.think_ids[tag]] if tag in self.think_ids else self.text_ids(tag)
 
     def decode(self, token_ids: Any, **kwargs: Any) -> str:
-        """Text of token ids, control tokens left out."""
-        return self.tokenizer.decode(token_ids, **{"skip_special_tokens": True, **kwargs})
+        """Text of token ids; control tokens are left out, think-mode tags are not."""
+        options = {"skip_special_tokens": True, **kwargs}
+        if not self.think_ids or not options["skip_special_tokens"]:
+            return self.tokenizer.decode(token_ids, **options)
+        ids = [int(token) for token in np.atleast_1d(np.asarray(token_ids, dtype=np.int64))]
+        tags = {token: tag for tag, token in self.think_ids.items()}
+        text, start = "", 0
+        for place, token in enumerate(ids):
+            if token in tags:
+                text += self.tokenizer.decode(ids[start:place], **options) + tags[token]
+                start = place + 1
+        return text + self.tokenizer.decode(ids[start:], **options)
 
 
 AutoProcessor.register(VidLaDAConfig, VidLaDAProcessor)

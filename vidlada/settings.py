@@ -19,7 +19,7 @@ class Setting:
         help: one sentence, as the command line prints it.
         minimum, maximum: bounds of a number, inclusive; NaN and infinity are never allowed.
         above: exclusive lower bound.
-        choices: the texts allowed.
+        choices: the texts allowed; of a number, those allowed instead of one.
         max_length: most characters of a text, or of each text.
         max_items: most entries of a list.
         essential: among the options a newcomer needs first.
@@ -78,6 +78,9 @@ def check_settings(instance: Any, skip: Container[str] = ()) -> None:
             check_list(name, value, bounds)
         elif kind is str:
             check_text(name, value, bounds)
+        elif bounds.choices and isinstance(value, str):
+            if value not in bounds.choices:
+                raise InputError(f"{name} must be a number or {' or '.join(bounds.choices)}, not {shown(value)}")
         elif kind is bool:
             if not isinstance(value, bool):
                 raise InputError(f"{name} must be true or false, not {shown(value)}")

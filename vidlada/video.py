@@ -1,75 +1,82 @@
 """Video files, image folders and images to a few frames with their true times. Knows nothing of models.
 
 How a long file stays cheap and a short one does not pay for it: one pass over the packets, without decoding, gives
-the presentation time of every frame and the places of the keyframes. Then only what is needed is decoded: the
-reader jumps to a keyframe when that skips enough frames, and otherwise simply decodes on.
+the presentation time of every frame and the places of the key pictures (`video_index`). Which frames to take is
+decided on those times; only then, what is needed is decoded (`video_decoding`).
 """
 
-import re
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any, Literal
 
 import av
 import numpy as np
 from av.container import InputContainer
-from av.stream import Disposition
+from av.sidedata.sidedata import Type
+from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vidlada.errors import InputError
+from vidlada.images import (
+    BACKGROUNDS,
+    IMAGE_SUFFIXES,
+    image_info,
+    natural_order,
+    read_images,
+)
 from vidlada.settings import check_settings, setting
+from vidlada.truncation import is_cut
+from vidlada.video_decoding import LateStartError, WrongTimesError, decode_frames
+from vidlada.video_index import Timeline, VideoInfo, index_file, rate_of
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
+__all__ = ["MAX_FRAMES", "IMAGE_SUFFIXES", "Frames", "Sampling", "VideoInfo", "natural_order", "probe", "sample_frames"]
+
 PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})  # FFmpeg would open what they name, anywhere on the machine
-IMAGE_FOLDER_FPS = 3.0  # of a folder of images, as the published evaluations read MVBench's
-SEEK_WORTH_FRAMES = 12  # jump to a keyframe only if that skips at least so many frames; see `vidlada bench video`
+MERE_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+IMAGE_FOLDER_FPS = 3.0  # of a folder of images, as the published evaluations read MVBench's; of a paged TIFF too
 MAX_FRAMES = 100_000  # of one prompt; far more than any context holds
-MOST_MISSING = 0.02  # share of the announced frames a readable file may lack before it counts as truncated
+CLOCK_SECONDS = 2e-3  # time stamps may be rounded to milliseconds
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames to take. On the command line and in Python, `max_frames` is called `frames`."""
+    """Which frames to take. On the command line and in Python, `max_frames` is called `frames`.
+
+    Candidates are every round(video fps / fps)-th frame; where frames do not come evenly, those shown at every
+    1 / fps seconds. An image is one frame, whatever the settings.
+    """
 
     fps: float = setting(1.0, "Candidate frames a second.", minimum=1e-6, maximum=1000, essential=True)
-    max_frames: int = setting(
+    max_frames: int | Literal["auto"] = setting(
         64,
-        "Most frames to take; with more candidates, so many are taken evenly over the video.",
+        "Most frames to take; with more candidates, so many are taken evenly over the video. auto: as many as the "
+        "model's context and the free memory hold.",
+        choices=("auto",),
         minimum=1,
         maximum=MAX_FRAMES,
         essential=True,
         alias="frames",
     )
     force_sample: bool = setting(False, "Always take the most frames, evenly spaced.")
+    background: str = setting(
+        "white", "What transparent places are laid on: white or black.", choices=("white", "black")
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
 
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a source is.
-
-    Attributes:
-        path: as given.
-        frames: how many it has.
-        fps: frames a second, on average.
-        duration: seconds.
-        width, height: pixels as stored, before rotation.
-        codec: `h264`, …; `image` for images.
-    """
-
-    path: str
-    frames: int
-    fps: float
-    duration: float
-    width: int
-    height: int
-    codec: str
+    @property
+    def most(self) -> int:
+        """Most frames, as a number."""
+        if isinstance(self.max_frames, str):
+            raise InputError("frames auto needs a model that says how many fit; give a number")
+        return self.max_frames
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,11 @@ class Frames:
     info: VideoInfo
 
 
+Check = Callable[[VideoInfo, int], None]
+
+
 def sample_indices(total: int, fps: float, sampling: Sampling) -> list[int]:
-    """Numbers of the frames to take.
+    """Numbers of the frames to take of a video whose frames come evenly.
 
     Args:
         total: frames of the video.
@@ -98,10 +108,36 @@ def sample_indices(total: int, fps: float, sampling: Sampling) -> list[int]:
         sampling: which to take.
     """
     stride = max(1, round(fps / sampling.fps))
-    indices = list(range(0, total, stride))
-    if len(indices) > sampling.max_frames or sampling.force_sample:
-        indices = np.linspace(0, total - 1, sampling.max_frames).astype(int).tolist()
-    return indices
+    if sampling.force_sample or -(-total // stride) > sampling.most:
+        return np.linspace(0, total - 1, sampling.most).astype(int).tolist()
+    return list(range(0, total, stride))
+
+
+def sample_times(seconds: np.ndarray, duration: float, sampling: Sampling) -> list[int]:
+    """Numbers of the frames to take of a video whose frames do not come evenly: those shown at even times.
+
+    Args:
+        seconds: (frames,) when each is shown, from 0.
+        duration: seconds until the last one ends.
+        sampling: which to take.
+    """
+    most, total = sampling.most, len(seconds)
+    evenly = _shown_at(seconds, np.linspace(0, seconds[-1], most))
+    if sampling.force_sample:
+        return evenly.tolist() if total > most else np.linspace(0, total - 1, most).astype(int).tolist()
+    # a frame is a candidate if one of the even times comes before the next frame; of a long one, one is enough
+    first_times = np.ceil((np.append(seconds, duration) - CLOCK_SECONDS) * sampling.fps)
+    candidates = np.flatnonzero(np.diff(first_times) > 0)
+    if len(candidates) <= most:
+        return candidates.tolist()
+    if len(np.unique(evenly)) == most:
+        return evenly.tolist()
+    return candidates[np.linspace(0, len(candidates) - 1, most).astype(int)].tolist()
+
+
+def _shown_at(seconds: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Numbers of the frames shown at some times."""
+    return np.maximum(np.searchsorted(seconds, times + CLOCK_SECONDS, side="right") - 1, 0)
 
 
 def probe(source: str | Path) -> VideoInfo:
@@ -111,46 +147,93 @@ def probe(source: str | Path) -> VideoInfo:
         InputError: it cannot be used, and why.
     """
     path = _existing(source)
-    images = _images(path)
-    if images is not None:
-        return _image_info(path, images)
-    with _open(path) as (container, stream):
-        return _index(path, container, stream).info
+    if _is_picture(path):
+        return _Pictures(path).info
+    return _index(path)[1].info
 
 
-def sample_frames(source: str | Path, sampling: Sampling | None = None, size: int | None = None) -> Frames:
+def sample_frames(
+    source: str | Path, sampling: Sampling | None = None, size: int | None = None, check: Check | None = None
+) -> Frames:
     """Take frames from a video file, a folder of images or an image.
 
     Args:
-        source: path. Everything PyAV's FFmpeg reads counts as a video file, animated gif included.
+        source: path. Everything PyAV's FFmpeg reads counts as a video file, animated gif, webp and png included; the
+            pages of a paged TIFF count as a folder of images.
         sampling: which frames; one a second and at most 64 by default.
         size: resize each frame to this many pixels on both sides (bicubic, aspect not kept), so that no full-size
             frame is held; None keeps the video's size.
+        check: called with what the source is and how many frames will be taken, before the first is decoded; it may
+            raise.
 
     Raises:
         InputError: the source is missing, empty, truncated, damaged or not a video, and why.
     """
     sampling = sampling or Sampling()
     path = _existing(source)
-    images = _images(path)
-    if images is not None:
-        info = _image_info(path, images)
-        indices = sample_indices(info.frames, info.fps, sampling)
-        pictures = [_shaped(_read_image(images[i]), size) for i in indices]
-        if len({picture.shape for picture in pictures}) > 1:
-            raise InputError(f"{path}: its images differ in size; give a size to resize them to")
-        return Frames(np.stack(pictures), tuple(i / info.fps for i in indices), tuple(indices), info)
-    with _open(path) as (container, stream):
-        index = _index(path, container, stream)
-        indices = sample_indices(index.info.frames, index.info.fps, sampling)
-        wanted = sorted(set(indices))
-        reader = _decode_by_order if index.times is None else _decode_by_time
-        found = dict(zip(wanted, reader(path, container, stream, index, wanted, size), strict=True))
-    times = [i / index.info.fps if index.times is None else index.seconds(i) for i in indices]
-    return Frames(np.stack([found[i] for i in indices]), tuple(times), tuple(indices), index.info)
+    if _is_picture(path):
+        pictures = _Pictures(path)
+        constant = rate_of(pictures.seconds, [pictures.info.fps])[1]
+        wanted = [0] if pictures.is_still else choose_frames(pictures.seconds, pictures.info, constant, sampling)
+        read = partial(pictures.read, sampling.background)
+        return _frames(pictures.info, pictures.seconds, wanted, read, size, check)
+    stream, timeline = _index(path)
+    while True:
+        wanted = choose_frames(timeline.seconds, timeline.info, timeline.constant, sampling)
+        read = partial(_decode, path, stream, timeline, BACKGROUNDS[sampling.background])
+        try:
+            return _frames(timeline.info, timeline.seconds, wanted, read, size, check)
+        except WrongTimesError:
+            timeline = timeline.counted()
+        except LateStartError as late:
+            timeline = timeline.starting_at(late.number)
+
+
+def _frames(
+    info: VideoInfo,
+    seconds: np.ndarray,
+    wanted: Sequence[int],
+    read: Callable[[Sequence[int]], Iterator[tuple[int, np.ndarray]]],
+    size: int | None,
+    check: Check | None,
+) -> Frames:
+    """Read, resize and collect the wanted frames of a source.
+
+    Args:
+        info: of the source.
+        seconds: (all frames,) when each is shown.
+        wanted: numbers of frames, ascending; the same may come several times.
+        read: gives for each of some numbers, each once, the number of the frame that is shown, and its picture.
+        size, check: as for `sample_frames`.
+    """
+    if check is not None:
+        check(info, len(wanted))
+    each = sorted(set(wanted))
+    found = {number: (shown, _resized(image, size)) for number, (shown, image) in zip(each, read(each), strict=True)}
+    images = [found[number][1] for number in wanted]
+    if len({image.shape for image in images}) > 1:
+        raise InputError(f"{info.path}: its pictures differ in size; give a size to resize them to")
+    shown = [found[number][0] for number in wanted]
+    return Frames(np.stack(images), tuple(seconds[shown].tolist()), tuple(shown), info)
+
+
+def choose_frames(seconds: np.ndarray, info: VideoInfo, constant: bool, sampling: Sampling) -> list[int]:
+    """Numbers of the frames to take.
+
+    Args:
+        seconds: (frames,) when each is shown, from 0.
+        info: of the video.
+        constant: its frames come evenly.
+        sampling: which to take.
+    """
+    if constant:
+        return sample_indices(info.frames, info.fps, sampling)
+    return sample_times(seconds, info.duration, sampling)
 
 
 def _existing(source: str | Path) -> Path:
+    if not os.fspath(source):
+        raise InputError("the path is empty; give a video file, a folder of images or an image")
     path = Path(source)
     try:
         if path.is_dir():
@@ -169,214 +252,154 @@ def _existing(source: str | Path) -> Path:
     return path
 
 
-# --- images ---
-
-
-def _images(path: Path) -> list[Path] | None:
-    """The image files a source consists of, in natural order; None if it is a video file."""
-    if path.is_dir():
-        found = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
-        if not found:
-            raise InputError(f"{path}: the folder holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        return sorted(found, key=lambda p: natural_order(p.name))
-    return [path] if path.suffix.lower() in IMAGE_SUFFIXES else None
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """What to sort names by, so that 2 comes before 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"\d+|\D+", name)]
-
-
-@contextmanager
-def _image_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image: {error}") from error
-
-
-def _image_info(path: Path, images: Sequence[Path]) -> VideoInfo:
-    with _image_errors(images[0]), Image.open(images[0]) as image:
-        width, height = image.size
-    duration = len(images) / IMAGE_FOLDER_FPS if path.is_dir() else 0.0
-    return VideoInfo(str(path), len(images), IMAGE_FOLDER_FPS, duration, width, height, "image")
-
-
-def _read_image(path: Path) -> np.ndarray:
-    with _image_errors(path), Image.open(path) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-def _shaped(picture: np.ndarray, size: int | None) -> np.ndarray:
+def _resized(picture: np.ndarray, size: int | None) -> np.ndarray:
     """(height, width, 3), resized if asked."""
     if size is None or picture.shape[:2] == (size, size):
         return picture
     return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
 
 
+# --- images ---
+
+
+def _is_picture(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
+
+
+class _Pictures:
+    """A folder of images, a still image, an animation or a paged TIFF.
+
+    Args:
+        path: of it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files: list[Path] = _images_in(path) if path.is_dir() else []
+        first = image_info(self.files[0] if self.files else path)
+        count = len(self.files) or len(first.pages)
+        self.pages = first.pages
+        self.is_still = not self.files and count == 1
+        self.seconds = np.arange(count) / IMAGE_FOLDER_FPS
+        duration, fps, codec = (0.0 if self.is_still else count / IMAGE_FOLDER_FPS), IMAGE_FOLDER_FPS, "image"
+        if first.seconds is not None and not self.files:
+            self.seconds = np.array(first.seconds)
+            duration, fps, codec = first.duration, count / first.duration, first.format
+        self.info = VideoInfo(str(path), count, fps, duration, first.width, first.height, codec)
+
+    def read(self, background: str, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Numbers and pictures of the wanted ones."""
+        if not self.files:
+            number_of = {page: number for number, page in enumerate(self.pages)}
+            for page, image in read_images(self.path, [self.pages[number] for number in wanted], background):
+                yield number_of[page], image
+        for number in wanted if self.files else ():
+            pages = image_info(self.files[number]).pages
+            if len(pages) > 1:
+                raise InputError(f"{self.files[number]}: it holds {len(pages)} pictures; in a folder, each holds one")
+            yield from ((number, image) for _, image in read_images(self.files[number], pages, background))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """The image files of a folder, in natural order."""
+    try:
+        found = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
+    found = [path for path in found if path.is_file()]
+    if not found:
+        raise InputError(f"{folder}: the folder holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return sorted(found, key=lambda path: natural_order(path.name))
+
+
 # --- video files ---
 
 
-@dataclass(frozen=True)
-class _Index:
-    """Presentation times of all frames.
-
-    Attributes:
-        info: of the file.
-        times: presentation time stamps in stream units, ascending; None where the file does not say.
-        keyframes: numbers of the frames decoding can start at, ascending.
-        time_base: seconds a stream unit.
-    """
-
-    info: VideoInfo
-    times: list[int] | None
-    keyframes: list[int]
-    time_base: float
-
-    def seconds(self, number: int) -> float:
-        assert self.times is not None
-        return (self.times[number] - self.times[0]) * self.time_base
-
-
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first video stream; FFmpeg's errors become ours."""
+def _open(path: Path) -> Iterator[InputContainer]:
+    """The container; FFmpeg's errors become ours."""
     try:
-        with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+        # with its protocol a name is only a name: `12:30.mp4` is not a protocol, nor `%03d.jp2` a pattern
+        options = {"protocol_whitelist": "file", "pattern_type": "none"}
+        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
             if container.format.name in PLAYLISTS:
                 raise InputError(f"{path}: a list of other files ({container.format.name}); give the video itself")
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams:
-                kinds = " and ".join(sorted({stream.type for stream in container.streams})) or "no"
-                raise InputError(f"{path}: there is no video in it, only {kinds} streams")
-            if streams[0].codec_context is None:
-                raise InputError(f"{path}: this build of FFmpeg has no decoder for its video")
-            streams[0].thread_type = "AUTO"
-            yield container, streams[0]
+            yield container
     except av.error.FFmpegError as error:
+        if is_cut(path, "mov") and path.read_bytes()[4:8] == b"ftyp":
+            raise InputError(
+                f"{path}: the file is truncated: its index, which stands at its end, is missing"
+            ) from error
         raise InputError(f"{path}: not a readable video: {error.strerror}") from error
 
 
-def _index(path: Path, container: InputContainer, stream: VideoStream) -> _Index:
-    """Read every packet once, decoding none."""
-    packets: list[tuple[int | None, bool]] = []
-    end = None
-    for packet in container.demux(stream):
-        if packet.size and not packet.is_discard:
-            packets.append((packet.pts, packet.is_keyframe))
-            if packet.pts is not None:
-                end = max(end or packet.pts, packet.pts + (packet.duration or 0))
-    time_base = float(stream.time_base or 1)
-    known = [pts for pts, _ in packets if pts is not None]
-    if not packets:
-        raise InputError(f"{path}: the video stream holds no frames; the file is empty or truncated")
-    if len(set(known)) < len(packets):
-        return _index_by_decoding(path, container, stream)
-    order = sorted(range(len(packets)), key=known.__getitem__)
-    times = [known[i] for i in order]
-    keyframes = [number for number, i in enumerate(order) if packets[i][1]]
-    span = ((end or times[-1]) - times[0]) * time_base
-    _refuse_truncated(path, container, stream, len(packets), span)
-    fps = float(stream.average_rate or 0) or (len(times) / span if span else 1.0)
-    duration = span if span > 0 else len(times) / fps
-    return _Index(_info(path, stream, len(times), fps, duration), times, keyframes, time_base)
+def _streams(path: Path, container: InputContainer) -> list[VideoStream]:
+    """The video streams that can be decoded and are not mere pictures (covers, thumbnails)."""
+    streams = [stream for stream in container.streams.video if not stream.disposition & MERE_PICTURES]
+    if not streams:
+        kinds = " and ".join(sorted({stream.type for stream in container.streams})) or "no"
+        raise InputError(f"{path}: there is no video in it, only {kinds} streams")
+    decodable = [stream for stream in streams if stream.codec_context is not None]
+    if not decodable:
+        raise InputError(f"{path}: this build of FFmpeg has no decoder for its video")
+    return decodable
 
 
-def _index_by_decoding(path: Path, container: InputContainer, stream: VideoStream) -> _Index:
-    """For files without usable time stamps (some avi, raw streams): count by decoding."""
-    total = sum(1 for _ in _decoded(container, stream, start=0))
-    if not total:
-        raise InputError(f"{path}: none of its frames can be decoded")
-    fps = float(stream.average_rate or stream.guessed_rate or 1)
-    _refuse_truncated(path, container, stream, total, total / fps)
-    return _Index(_info(path, stream, total, fps, total / fps), None, [], 0.0)
+def _index(path: Path) -> tuple[int, Timeline]:
+    """Number of the stream to show, and its frames."""
+    with _open(path) as container:
+        streams = _streams(path, container)
+        _read_only(container, streams)
+        stream, timeline = index_file(path, container, streams)
+        return stream.index, timeline
 
 
-def _info(path: Path, stream: VideoStream, frames: int, fps: float, duration: float) -> VideoInfo:
-    context = stream.codec_context
-    return VideoInfo(str(path), frames, fps, duration, context.width, context.height, context.name)
+def _read_only(container: InputContainer, streams: Sequence[VideoStream]) -> None:
+    for stream in container.streams:
+        if stream not in streams:
+            stream.discard = Discard.all
 
 
-def _refuse_truncated(path: Path, container: InputContainer, stream: VideoStream, frames: int, seconds: float) -> None:
-    """Compare what is there with what the header announces: a silently shortened video gives wrong answers."""
-    if stream.frames - frames > MOST_MISSING * stream.frames:
-        raise InputError(f"{path}: the file is truncated: {frames} of {stream.frames} frames are there")
-    announced = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
-    if announced is None and container.duration and len(container.streams) == 1:
-        announced = container.duration / av.time_base
-    if announced and frames > 1 and announced - seconds > max(1.0, MOST_MISSING * announced):
-        raise InputError(f"{path}: the file is truncated: {seconds:.1f} of {announced:.1f} seconds are there")
+def _decode(
+    path: Path, number: int, timeline: Timeline, background: int, wanted: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Numbers and upright RGB pictures of the wanted frames."""
+
+    @contextmanager
+    def opener() -> Iterator[tuple[InputContainer, VideoStream]]:
+        with _open(path) as container:
+            stream = container.streams[number]
+            assert isinstance(stream, VideoStream)
+            _read_only(container, [stream])
+            stream.thread_type = "AUTO"
+            yield container, stream
+
+    for shown, frame in decode_frames(opener, timeline, wanted):
+        yield shown, upright(frame, background)
 
 
-def _decoded(container: InputContainer, stream: VideoStream, start: int | None = None) -> Iterator[av.VideoFrame]:
-    """Frames in presentation order; damaged packets are skipped, and what they should have given is missed later.
+def upright(frame: av.VideoFrame, background: int = 255) -> np.ndarray:
+    """(height, width, 3) uint8 RGB, transparent places laid on a grey value, turned as the display matrix says."""
+    if any(component.is_alpha for component in frame.format.components):
+        layers = frame.to_ndarray(format="rgba").astype(np.uint16)
+        colors, alpha = layers[..., :3], layers[..., 3:]
+        picture = ((colors * alpha + background * (255 - alpha) + 127) // 255).astype(np.uint8)
+    else:
+        picture = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+    side_data: Iterable[Any] = frame.side_data
+    matrices = [bytes(data) for data in side_data if data.type == Type.DISPLAYMATRIX]
+    return oriented(picture, np.frombuffer(matrices[0], np.int32)) if matrices else picture
+
+
+def oriented(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Turn or mirror a picture as a display matrix says, to the nearest of the eight upright orientations.
 
     Args:
-        start: seek to the keyframe at or before this time stamp first; None decodes on.
+        picture: (height, width, 3) as stored.
+        matrix: (9,) of FFmpeg: x' = m0 x + m3 y, y' = m1 x + m4 y.
     """
-    if start is not None:
-        container.seek(start, stream=stream, backward=True)
-    for packet in container.demux(stream):
-        try:
-            yield from packet.decode()
-        except av.error.InvalidDataError:
-            continue
-
-
-def _decode_by_time(
-    path: Path,
-    container: InputContainer,
-    stream: VideoStream,
-    index: _Index,
-    wanted: Sequence[int],
-    size: int | None,
-) -> Iterator[np.ndarray]:
-    """The wanted frames, found by their time stamps."""
-    times = index.times
-    assert times is not None
-    container.seek(times[0], stream=stream, backward=True)
-    frames = _decoded(container, stream)
-    frame: av.VideoFrame | None = None
-    position = 0  # number of the next frame the decoder will give
-    for number in wanted:
-        place = bisect_right(index.keyframes, number) - 1
-        keyframe = index.keyframes[place] if place >= 0 else 0
-        jumped = keyframe - position >= SEEK_WORTH_FRAMES
-        if jumped:
-            frames = _decoded(container, stream, times[keyframe])
-        frame = _advance(frames, times[number])
-        if jumped and (frame is None or frame.pts != times[number]):
-            # the container's own index led past the frame; the start never does
-            frames = _decoded(container, stream, times[0])
-            frame = _advance(frames, times[number])
-        if frame is None or frame.pts != times[number]:
-            raise InputError(f"{path}: the frame at {index.seconds(number):.2f} s cannot be decoded; it is damaged")
-        position = number + 1
-        yield _upright(frame, size)
-
-
-def _advance(frames: Iterator[av.VideoFrame], time: int) -> av.VideoFrame | None:
-    """The first frame at or after a time stamp."""
-    return next((frame for frame in frames if frame.pts is not None and frame.pts >= time), None)
-
-
-def _decode_by_order(
-    path: Path,
-    container: InputContainer,
-    stream: VideoStream,
-    index: _Index,
-    wanted: Sequence[int],
-    size: int | None,
-) -> Iterator[np.ndarray]:
-    """The wanted frames, found by counting."""
-    keep = set(wanted)
-    for number, frame in enumerate(_decoded(container, stream, start=0)):
-        if number in keep:
-            yield _upright(frame, size)
-
-
-def _upright(frame: av.VideoFrame, size: int | None) -> np.ndarray:
-    """RGB, turned as the file's rotation metadata says."""
-    picture = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4  # counter-clockwise quarter turns
-    return _shaped(np.ascontiguousarray(np.rot90(picture, turns)), size)
+    across, down = matrix[0], matrix[4]
+    if abs(int(matrix[0])) + abs(int(matrix[4])) < abs(int(matrix[1])) + abs(int(matrix[3])):
+        picture = picture.transpose(1, 0, 2)
+        across, down = matrix[3], matrix[1]
+    return np.ascontiguousarray(picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])

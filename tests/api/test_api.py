@@ -43,8 +43,8 @@ def test_the_video_changes_the_answer(small, clips):
 
 def test_several_questions_pay_for_the_video_once(small, clips, monkeypatch):
     calls = []
-    encode = small.model.encode_videos
-    monkeypatch.setattr(small.model, "encode_videos", lambda *a: calls.append(1) or encode(*a))
+    encode = small.model.encode_media
+    monkeypatch.setattr(small.model, "encode_media", lambda *a: calls.append(1) or encode(*a))
     seen = small.encode_video(clips[0])
     for question in ("is it red ?", "is it small ?"):
         assert small.ask(seen, question, **FAST).token_ids == small.ask(clips[0], question, **FAST).token_ids
@@ -131,3 +131,26 @@ def test_bad_questions_and_models(small, clips, tmp_path):
 def test_bfloat16_answers(small_folder, clips):
     model = vidlada.load(small_folder, dtype="bfloat16")
     assert model.ask(clips[0], "is it red ?", **FAST).statistics.tokens == 16
+
+
+def test_a_conversation_of_parts(small, clips):
+    image = np.full((30, 50, 3), 90, np.uint8)
+    parts = [{"type": "text", "text": "is it "}, {"type": "image", "image": image, "inline": True},
+             {"type": "text", "text": " red "}, {"type": "video", "video": clips[0], "inline": True}]  # fmt: skip
+    answer = small.complete([{"role": "user", "content": parts}], **FAST)
+    assert answer.frame_times == (0.0, 0.0, 1.0)
+    marked = small.ask([image, clips[0]], "is it <image> red <image>", **FAST)
+    assert answer.token_ids == marked.token_ids
+    with pytest.raises(InputError, match="a part of type video has no video"):
+        small.complete([{"role": "user", "content": [{"type": "video"}]}])
+    with pytest.raises(InputError, match="last message must be the user's"):
+        small.complete([{"role": "assistant", "content": "yes"}])
+
+
+def test_frames_that_fit_the_context(small):
+    settings = small.settings(gen_length=16)
+    most = small.frames_that_fit([], 1, settings)
+    assert 0 < most * 6 <= small.model.config.max_length - 16
+    assert small.frames_that_fit([], 2, settings) == pytest.approx(most / 2, abs=1)
+    with pytest.raises(InputError, match="not a single frame fits"):
+        small.frames_that_fit([10**6], 1, settings)

@@ -179,7 +179,7 @@ def test_bad_videos_are_one_line(name, clip, small_folder, tmp_path):
         (["ask", "{clip}", "hi", "--device", "warp"], "device 'warp'"),
         (["ask", "{clip}", "hi", "--model", "nowhere"], "no such model folder"),
         (["info", "nowhere"], "no such model folder"),
-        (["convert", "nowhere", "there"], "config.json"),
+        (["convert", "nowhere", "there"], "no such model folder"),
         (["train", "nowhere.yaml"], "cannot be read"),
         (["shapes", "evaluate", "nowhere.json"], "cannot be read"),
         (["swim"], "No such command"),

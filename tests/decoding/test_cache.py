@@ -17,12 +17,12 @@ from vidlada.decoding.policies.base import StepContext
 from vidlada.decoding.policies.mars import Mars
 from vidlada.decoding.sampler import Denoiser, Request, denoise
 from vidlada.errors import InputError
-from vidlada.generation import GenerationSettings
+from vidlada.generation import GenerationSettings, policy_text
 from vidlada.model.language_model import rotary_angles, rotate
 
 # Every policy as a way to recompute everything in every step.
 EXACT = [
-    "full", "prefix:every=1", "dual:every=1", "interval:prompt=1",
+    "full", "dkv:every=1", "prefix:every=1", "dual:every=1", "interval:prompt=1",
     "mars:text=1,ratio=1,pyramid=1,window=-1", "mars:text=1,ratio=1,pyramid=1,window=-1,group=1",
 ]  # fmt: skip
 APPROXIMATE = [
@@ -31,6 +31,9 @@ APPROXIMATE = [
     "frozen",
     "interval",
     "sparse",
+    "dkv:every=3",
+    "dllm:prompt=5,response=3",
+    "elastic",
     "mars:text=2,window=1,anchors=4",
     "mars:text=2,group=1,window=1,anchors=4",
 ]
@@ -263,9 +266,11 @@ def test_the_work_of_each_policy(small):
     ("cache", "message"),
     [
         ("lazy", "unknown cache 'lazy'"), ("none:x=1", "unknown cache"), ("mars:speed=2", "no setting 'speed'"),
-        ("mars:text=often", "must be a whole number"), ("mars:ratio=0", "ratio must be at least 1"),
+        ("mars:text=often", "must be a whole number"), ("mars:ratio=0", "ratio must be"),
         ("mars:per_head=maybe", "true or false"), ("interval:share=0", "share"), ("sparse:keep=2", "keep"),
-        ("frozen:every=2", "no setting 'every'"), ("dual:every=-1", "every must be at least 0"),
+        ("mars:drift=nan", "cache mars: drift must be a number"), (f"mars:text={10**18}", "text must be"),
+        ("interval:share=inf", "share must be"), ("mars:text=" + "9" * 5000, "must be a whole number"),
+        ("frozen:every=2", "no setting 'every'"), ("dual:every=-1", "every must be a whole number of at least 0"),
     ],
 )  # fmt: skip
 def test_bad_policies_are_refused(cache, message):
@@ -327,7 +332,7 @@ def test_every_scene_has_its_own_anchors():
 def test_a_further_question_reuses_the_frames(cache):
     model = load_reference_model("gqa")
     index = layout(3, [5, 5, 5], 4)
-    first = request(model, index, cache=cache, reuse=True)
+    first = request(model, index, cache=cache, reuse=99)
     (left,) = decode(model, first)
     assert left.visual is not None
     (again,) = decode(model, replace(first, visual=left.visual))
@@ -344,11 +349,65 @@ def test_a_further_question_reuses_the_frames(cache):
 
 def test_what_does_not_fit_is_not_reused():
     model = load_reference_model("gqa")
-    (left,) = decode(model, request(model, layout(3, [5, 5], 4), cache="frozen", reuse=True))
-    elsewhere = request(model, layout(4, [5, 5], 4), cache="frozen", reuse=True)
+    (left,) = decode(model, request(model, layout(3, [5, 5], 4), cache="frozen", reuse=99))
+    elsewhere = request(model, layout(4, [5, 5], 4), cache="frozen", reuse=99)
     (alone,) = decode(model, elsewhere)
     (given,) = decode(model, replace(elsewhere, visual=left.visual))
     assert given.statistics.refreshes == alone.statistics.refreshes
     assert torch.equal(given.proposed, alone.proposed)
     with pytest.raises(InputError, match="reuse needs a cache"):
-        GenerationSettings(reuse=True)
+        GenerationSettings(reuse=99)
+
+
+def test_the_paper_is_a_preset_of_mars():
+    paper = parse_policy("mars:paper")
+    assert (paper.ratio, paper.queries, paper.window, paper.group) == (2, 32, 1, 4)
+    assert parse_policy("mars:paper,ratio=3") == replace(paper, ratio=3)
+    assert parse_policy(policy_text(paper)) == paper
+
+
+def test_dllm_cache_chooses_everything_when_all_is_due():
+    """Refreshing prompt and answer in every step is full recompute, and any share of 1 is the frozen prompt."""
+    model, index = load_reference_model("gqa"), layout(2, [4, 4], 3)
+    for cache, like in (("dllm:prompt=1", "full"), ("dllm:prompt=999,share=1", "frozen")):
+        found, expected = decode(model, request(model, index, cache=cache), request(model, index, cache=like))
+        assert found.answer_ids() == expected.answer_ids()
+
+
+def test_dllm_cache_computes_a_share_of_the_answer_in_every_layer(small):
+    index = layout(2, [6] * 4, 4)
+    (state,) = decode(small.model, request(small.model, index, cache="dllm:prompt=8,response=4"))
+    everything = len(index) + 16
+    # an answer refresh takes 16 positions (beside the full pass too), the other steps a quarter of them
+    assert state.statistics.layer_tokens == (2 * everything + 4 * 16 + 12 * 4,) * 2
+
+
+def test_dkv_cache_computes_what_was_open_in_the_step_before(small):
+    index = layout(2, [6] * 4, 4)
+    (state,) = decode(small.model, request(small.model, index, cache="dkv:every=99"))
+    assert state.statistics.layer_tokens == (len(index) + 16 + sum(range(2, 17)),) * 2
+
+
+@pytest.mark.parametrize("similarity", [0.0, 1.0])
+def test_elastic_cache_recomputes_above_the_layer_that_changed(similarity):
+    model, index = load_reference_model("gqa"), layout(2, [4, 4], 3)
+    (state,) = decode(model, request(model, index, cache=f"elastic:similarity={similarity}"))
+    lowest, *_, highest = state.statistics.layer_tokens
+    cheap = len(index) + 16 + 16 + 14 * 8
+    assert lowest == cheap  # the first layer is tested, not recomputed
+    assert highest > cheap if similarity else highest == cheap
+
+
+@pytest.mark.parametrize("cache", ["frozen", "mars:text=2,ratio=1,window=1,anchors=4,group=1"])
+def test_a_further_question_reuses_the_frames_of_some_layers(cache):
+    """Below the layer nothing of the frames is computed in the first step; from there on everything is."""
+    model, index = load_reference_model("gqa"), layout(3, [5, 5, 5], 4)
+    first = request(model, index, cache=cache, reuse=1)
+    (left,) = decode(model, first)
+    assert left.visual is not None and len(left.visual.keys) == 1
+    denoiser = Denoiser(model)
+    denoiser.add(replace(first, visual=left.visual))
+    denoiser.step()
+    kv_cache, everything = denoiser.rows[0].caches[0].kv_cache, len(index) + 16
+    assert kv_cache.computed == [everything - 15, *[everything] * (len(kv_cache.computed) - 1)]
+    assert torch.equal(kv_cache.keys[0][:, 3:18], left.visual.keys[0])

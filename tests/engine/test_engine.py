@@ -12,6 +12,7 @@ from vidlada.engine.engine import Engine, EngineRequest, MediaInput
 from vidlada.engine.feature_store import LRUCache
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.serve.limits import Limits
+from vidlada.tiling import Tiling
 from vidlada.video import Frames, VideoInfo
 
 INFO = VideoInfo("", 20, 1.0, 20.0, 36, 36, "raw")
@@ -145,8 +146,8 @@ def test_videos_are_encoded_once(small):
 
 def test_keys_and_values_are_taken_over_where_asked(small):
     async def run(engine):
-        await answer(engine, job_of(small, frames=20, cache="frozen", reuse=True))
-        return await answer(engine, job_of(small, question="how many ?", frames=20, cache="frozen", reuse=True))
+        await answer(engine, job_of(small, frames=20, cache="frozen", reuse=2))
+        return await answer(engine, job_of(small, question="how many ?", frames=20, cache="frozen", reuse=2))
 
     with engine_of(small) as engine:
         last = asyncio.run(run(engine))
@@ -260,3 +261,30 @@ def test_bounded_store():
     store.put("a", 4, 2)
     store.put("huge", 5, 11)
     assert (store.get("a"), store.get("huge"), store.nbytes) == (4, None, 6)
+
+
+def test_a_thought_precedes_its_answer(small):
+    thinks = {"think": True, "think_length": 16, "gen_length": 8}
+    with engine_of(small) as engine:
+        update = asyncio.run(answer(engine, job_of(small, "is it red ?/think", frames=3, **thinks)))
+    asked = small.ask(frames_of(3), "is it red ?", **thinks)
+    assert (update.stable.text, update.stable.reasoning) == (asked.text, asked.reasoning)
+    assert update.state.statistics.steps == asked.statistics.steps > 8
+    assert update.stable.reasoning_tokens > 0
+
+
+def test_tiled_images_are_encoded_piece_by_piece(small, monkeypatch):
+    tiling = Tiling("anyres_max_4", 36, 3)
+    image = np.random.default_rng(4).integers(0, 255, (100, 170, 3), np.uint8)
+    pictures, shape = tiling.cut(image)
+    monkeypatch.setattr(small.model.config, "image_aspect_ratio", "anyres_max_4")
+    monkeypatch.setattr(small.processor, "image_aspect_ratio", "anyres_max_4")
+    frames = Frames(pictures, (0.0,), (0,), INFO)
+    content = [{"type": "image"}, {"type": "text", "text": "is it red ?"}]
+    encoded = small.processor.encode([{"role": "user", "content": content}], [shape])
+    settings = small.settings(gen_length=16, cache="mars")
+    with engine_of(small) as engine:
+        job = EngineRequest(encoded, [MediaInput("image", frames, shape)], settings)
+        update = asyncio.run(answer(engine, job))
+    assert len(pictures) > 8  # more than a turn of the tower
+    assert update.stable.text == small.ask(image, "is it red ?", gen_length=16, cache="mars").text

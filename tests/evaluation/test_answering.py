@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from media import write_video
 
+from vidlada.conversation import EncodedVideo
 from vidlada.evaluation.answering import VIDEOS_AHEAD, Answerer, Question, batches_of
 from vidlada.generation import GenerationSettings
 from vidlada.video import Sampling
@@ -53,13 +54,14 @@ def test_batches_share_their_forward_passes(small, clips, monkeypatch, cache):
 
 def test_a_video_is_decoded_and_encoded_once(small, clips, monkeypatch):
     decoded, encoded = Counter(), Counter()
-    decode, encode = Answerer.decode, type(small).encode_video
+    decode, encode = Answerer.decode, type(small).encode_media
     monkeypatch.setattr(Answerer, "decode", lambda self, media: (decoded.update([media]), decode(self, media))[1])
-    monkeypatch.setattr(
-        type(small), "encode_video",
-        lambda self, video, *o, **k: (encoded.update([getattr(getattr(video, "info", None), "path", None)])
-                                  if not hasattr(video, "visual_tokens") else None, encode(self, video, *o, **k))[1],
-    )  # fmt: skip
+
+    def noting(self, media, *rest):
+        encoded.update(medium.info.path for medium in media if not isinstance(medium, EncodedVideo))
+        return encode(self, media, *rest)
+
+    monkeypatch.setattr(type(small), "encode_media", noting)
     questions = [Question(f"is it {word} ?", clips[n], SETTINGS) for word in ("red", "blue") for n in range(3)]
     ask(small, questions, batch_size=2)
     assert decoded == encoded == Counter(clips[:3])

@@ -3,7 +3,7 @@
 import pytest
 
 from vidlada.errors import InputError
-from vidlada.evaluation.arguments import ModelArguments, generation_settings, with_think_mode
+from vidlada.evaluation.arguments import ModelArguments, generation_settings
 from vidlada.generation import GenerationSettings
 from vidlada.video import Sampling
 
@@ -14,14 +14,13 @@ TASK = {"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "num_beams": 1, "d
 def test_published_generation_arguments():
     published = {"temperature": 0, "cfg": 0, "remasking": "low_confidence", "gen_length": 2, "block_length": 2,
                  "gen_steps": 2, "think_mode": "no_think"}  # fmt: skip
-    settings, think_mode = generation_settings(DEFAULTS, {**TASK, **published})
-    assert settings == GenerationSettings(gen_length=2, block_length=2, steps=2, stop=("\n\n",))
-    assert with_think_mode("What?", think_mode) == "What?/no_think"
+    settings = generation_settings(DEFAULTS, {**TASK, **published})
+    assert settings == GenerationSettings(gen_length=2, block_length=2, steps=2, stop=("\n\n",), think=False)
 
 
 def test_task_arguments_alone():
-    settings, think_mode = generation_settings(DEFAULTS, TASK)
-    assert (settings.gen_length, settings.block_length, settings.steps, think_mode) == (16, 16, None, None)
+    settings = generation_settings(DEFAULTS, TASK)
+    assert (settings.gen_length, settings.block_length, settings.steps, settings.think) == (16, 16, None, None)
     assert settings.stop == ("\n\n",) and settings.temperature == 0
 
 
@@ -42,7 +41,7 @@ def test_task_arguments_alone():
     ],
 )
 def test_every_argument_arrives(given, expected):
-    settings, _ = generation_settings(DEFAULTS, given)
+    settings = generation_settings(DEFAULTS, given)
     assert {name: getattr(settings, name) for name in expected} == expected
 
 
@@ -69,7 +68,7 @@ def test_what_has_no_counterpart_is_refused(given, named):
 
 def test_the_last_pace_given_counts():
     quick = GenerationSettings(threshold=0.9)
-    settings, _ = generation_settings(quick, {"gen_length": 2, "block_length": 2, "steps": 2})
+    settings = generation_settings(quick, {"gen_length": 2, "block_length": 2, "steps": 2})
     assert (settings.threshold, settings.steps) == (None, 2)
 
 
@@ -79,9 +78,9 @@ def test_a_model_argument_is_not_displaced_unseen():
     two = {"gen_length": 2, "block_length": 2}
     with pytest.raises(InputError, match="threshold 0.9 has no effect beside gen_steps 2; leave one of them out"):
         generation_settings(defaults, {**two, "gen_steps": 2}, given)
-    settings, _ = generation_settings(defaults, {**two, "threshold": 0.5, "cache": "dual"}, given)
+    settings = generation_settings(defaults, {**two, "threshold": 0.5, "cache": "dual"}, given)
     assert (settings.threshold, settings.cache) == (0.5, "dual")
-    assert generation_settings(defaults, two, given)[0].threshold == 0.9
+    assert generation_settings(defaults, two, given).threshold == 0.9
 
 
 def test_model_arguments_of_published_scripts():

@@ -1,21 +1,17 @@
 """Fetching from a hub on this machine: what is asked of it, where things land, what goes wrong."""
 
-import hashlib
 import io
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
-import threading
 import zipfile
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
+from hub import running_hub
 from huggingface_hub import HfApi
 
 from vidlada.errors import InputError, VidLaDAError
@@ -26,73 +22,6 @@ from vidlada.evaluation.download import archives, download, unpack
 pytestmark = pytest.mark.slow
 
 
-def commit_of(revision):
-    return hashlib.sha1(revision.encode()).hexdigest()
-
-
-class Hub(ThreadingHTTPServer):
-    """As much of the hub as a snapshot needs: the list of files, and the files.
-
-    Attributes:
-        repositories: files by repository and revision.
-        fetched: paths whose contents were given away.
-        gated: a repository's terms have to be accepted.
-    """
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories: dict[tuple[str, str], dict[str, bytes]] = {}
-        self.fetched: list[str] = []
-        self.gated = False
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Hub
-
-    def do_GET(self):
-        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        if parts[0] == "api":
-            repository, revision = "/".join(parts[2:4]), parts[5]
-        else:
-            repository, revision = "/".join(parts[1:3]), parts[4]
-        published = self.server.repositories.items()
-        revision, found = next((
-            (name, files) for (which, name), files in published
-            if which == repository and revision in (name, commit_of(name))
-        ), (None, None))  # fmt: skip
-        if found is None:
-            return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
-        if self.server.gated:
-            return self.reply(403, b"", {"X-Error-Code": "GatedRepo"})
-        if parts[0] == "api" and parts[4] == "tree":
-            listed = [
-                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in found.items()
-            ]
-            return self.reply(200, json.dumps(listed).encode())
-        if parts[0] == "api":
-            listed = {"id": repository, "sha": commit_of(revision), "siblings": [{"rfilename": name} for name in found]}
-            return self.reply(200, json.dumps(listed).encode())
-        path = "/".join(parts[5:])
-        if self.command == "GET":
-            self.server.fetched.append(path)
-        etag = hashlib.sha256(found[path]).hexdigest()
-        return self.reply(200, found[path], {"ETag": f'"{etag}"', "X-Repo-Commit": commit_of(revision)})
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def reply(self, status, body, headers=None):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 def ask_at(endpoint, monkeypatch):
     """HF_ENDPOINT, which the hub's client reads only once."""
     monkeypatch.setattr("huggingface_hub.HfApi", partial(HfApi, endpoint=endpoint))
@@ -100,14 +29,9 @@ def ask_at(endpoint, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    ask_at(f"http://127.0.0.1:{server.server_port}", monkeypatch)
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with running_hub() as server:
+        ask_at(server.endpoint, monkeypatch)
+        yield server
 
 
 def zipped(files):

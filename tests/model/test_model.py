@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
@@ -59,6 +60,18 @@ def test_rotary_angles_are_exact_far_out_in_bfloat16():
     assert (cos[0, 0, 0, :64].double() - exact).abs().max() < 0.01  # the published module, cast, is off by up to 1.97
 
 
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_rotary_angles_are_the_published_ones_at_large_positions(head_dim):
+    """1 / theta ** (2i / d), as published: theta ** (-2i / d) rounds otherwise, and is off by 5e-3 far out."""
+    config = LlamaConfig(hidden_size=2 * head_dim, num_attention_heads=2,
+                         rope_parameters={"rope_type": "default", "rope_theta": 500000.0})  # fmt: skip
+    positions = torch.tensor([[0, 1, 9_999, 10_001, 13_567, 32_767, 131_071]])
+    expected = LlamaRotaryEmbedding(config)(torch.zeros(1, 1, head_dim), positions)
+    found = rotary_angles(positions, head_dim, 500000.0, torch.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours[:, 0], theirs, rtol=0, atol=5e-5)
+
+
 def test_only_chosen_logits(small):
     ids = torch.randint(10, 200, (2, 9))
     chosen = torch.rand(2, 9) < 0.4
@@ -76,8 +89,8 @@ def test_visual_tokens_must_fit_their_places(small):
 def test_videos_of_different_length_are_encoded_as_alone(small):
     pixels = torch.randn(5, 3, 36, 36)
     with torch.no_grad():
-        first, second = small.model.encode_videos(pixels, [2, 3])
-        (alone,) = small.model.encode_videos(pixels[2:], [3])
+        first, second = small.model.encode_media(pixels, [2, 3])
+        (alone,) = small.model.encode_media(pixels[2:], [3])
     assert first.shape == (12, 32)
     assert torch.allclose(second, alone, atol=1e-5)
 
@@ -90,7 +103,7 @@ def test_videos_of_different_length_are_encoded_as_alone(small):
 def test_layouts_of_visual_tokens(small, position, mode, count):
     config = VidLaDAConfig(**{**small.model.config.to_dict(), "newline_position": position, "spatial_pool_mode": mode})
     model = VidLaDAForMaskedDiffusion(config)
-    (visual,) = model.encode_videos(torch.zeros(2, 3, 36, 36), [2])
+    (visual,) = model.encode_media(torch.zeros(2, 3, 36, 36), [2])
     assert len(visual) == config.visual_tokens(2) == count
 
 

@@ -58,6 +58,6 @@ def test_vision(model, variant):
 def test_splice(model, variant):
     recorded = arrays(variant)
     with torch.no_grad():
-        (visual,) = model.encode_videos(pixels(104, 2), [2])
+        (visual,) = model.encode_media(pixels(104, 2), [2])
         embedded = model.embed(expand_video(recorded["splice.ids"], len(visual)), visual)
     close(embedded, recorded["splice.embeds"])

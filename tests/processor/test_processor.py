@@ -69,7 +69,7 @@ def test_batches_are_padded_on_the_left(small):
     assert padding == 3 * 6 + 4
     assert (batch["attention_mask"][1][:padding] == 0).all()
     assert batch["pixel_values"].shape == (3, 3, 36, 36)
-    assert batch["frame_counts"] == [3]
+    assert batch["media_shapes"] == [3]
 
 
 def test_time_instruction_is_the_published_sentence():
@@ -91,8 +91,8 @@ def test_round_trip(small, tmp_path):
     [
         ([], [], "empty"),
         ([{"role": "robot", "content": "hi"}], [], "unknown role 'robot'"),
-        ([user("hi")], [], "more video parts than the 0"),
-        ([user("hi")], [1, 1], "2 videos were given"),
+        ([user("hi")], [], "more videos and images than the 0"),
+        ([user("hi")], [1, 1], "2 videos and images were given"),
         ([{"role": "user", "content": [{"type": "sound"}]}], [], "unknown content part 'sound'"),
         ([user("hi")], [10_000], "more than the model's"),
     ],

@@ -3,6 +3,7 @@
 import pytest
 
 from vidlada.generation import GenerationSettings
+from vidlada.serve.body import validated
 from vidlada.serve.conversation import conversation_of, generation_settings
 from vidlada.serve.errors import RequestError
 from vidlada.serve.schema import ChatRequest
@@ -29,7 +30,8 @@ TURNS = [
 
 
 def test_turns():
-    messages, references = conversation_of(request(TURNS).messages, multi_turn=True)
+    conversation = conversation_of(request(TURNS).messages, multi_turn=True)
+    messages, references = conversation.messages, conversation.media
     assert messages == [
         {"role": "system", "content": "be short"},
         {"role": "user", "content": [{"type": "video"}, text("what is it ?\nsay more")]},
@@ -40,7 +42,8 @@ def test_turns():
 
 
 def test_a_model_of_single_questions_gets_the_last_one_and_all_that_was_shown():
-    messages, references = conversation_of(request(TURNS).messages, multi_turn=False)
+    conversation = conversation_of(request(TURNS).messages, multi_turn=False)
+    messages, references = conversation.messages, conversation.media
     assert messages == [
         {"role": "system", "content": "be short"},
         {"role": "user", "content": [{"type": "video"}, {"type": "video"}, text("and this ?")]},
@@ -70,3 +73,116 @@ def test_slots_for_max_tokens(fields, slots, block, bound):
     settings, max_tokens = generation_settings(request(TURNS, stop="x", **fields), base, 64)
     assert (settings.gen_length, settings.block_length, max_tokens) == (slots, block, bound)
     assert settings.stop == ("x",)
+
+
+def test_several_media_stay_where_they_are():
+    parts = [text("first"), shown("image_url", "a"), text("then"), shown("video_url", "b"), text("what changed ?")]
+    conversation = conversation_of(request([{"role": "user", "content": parts}]).messages, multi_turn=True)
+    assert conversation.messages[0]["content"] == [
+        text("first"), {"type": "video"}, text("then"), {"type": "video"}, text("what changed ?"),
+    ]  # fmt: skip
+    assert [medium.is_image for medium in conversation.media] == [True, False]
+
+
+def test_the_assistants_last_message_is_gone_on_with():
+    turns = [{"role": "user", "content": "what is it ?"}, {"role": "assistant", "content": "it is a "}]
+    conversation = conversation_of(request(turns).messages, multi_turn=False)
+    assert conversation.messages == [{"role": "user", "content": "what is it ?"}]
+    assert conversation.prefix == "it is a "
+
+
+def test_null_is_absent_everywhere():
+    null = {"role": "assistant", "content": None, "refusal": None, "annotations": None, "audio": None,
+            "function_call": None, "tool_calls": None, "reasoning_content": None}  # fmt: skip
+    turns = [{"role": "user", "content": [{**text("hi"), "cache_control": None}], "name": None}, null, TURNS[1]]
+    fields = dict.fromkeys([*ChatRequest.model_fields.keys() - {"model", "messages"}, "tools", "logit_bias", "made_up"])
+    nulled = request(turns, **fields)
+    assert nulled == request([{"role": "user", "content": "hi"}, {"role": "assistant"}, TURNS[1]])
+
+
+HARMLESS = {
+    "tools": [], "logit_bias": {}, "parallel_tool_calls": True, "tool_choice": "auto", "top_logprobs": 0,
+    "reasoning_effort": "low", "verbosity": "medium", "modalities": ["text"], "prompt_cache_key": "k", "top_k": -1,
+    "prompt_cache_retention": "24h", "chat_template_kwargs": {"enable_thinking": False}, "repetition_penalty": 1.0,
+    "min_p": 0.0, "service_tier": "auto", "presence_penalty": 0, "frequency_penalty": 0.0, "n": 1, "top_p": 1,
+    "response_format": {"type": "text"}, "stop": [], "user": "u", "metadata": {"a": None}, "store": True,
+    "stream_options": {"include_obfuscation": True}, "skip_special_tokens": True, "best_of": 1, "echo": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_changes_nothing_is_accepted(name):
+    base = GenerationSettings(gen_length=64, block_length=16)
+    settings, _ = generation_settings(request(TURNS, **{name: HARMLESS[name]}), base, 64)
+    assert settings == base
+
+
+REFUSED = {
+    "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required", "logit_bias": {"3": 1},
+    "modalities": ["text", "audio"], "repetition_penalty": 1.1, "presence_penalty": 0.5, "verbosity": "low",
+    "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}, "top_logprobs": 5, "best_of": 3,
+    "chat_template_kwargs": {"enable_thinking": True}, "mm_processor_kwargs": {"size": 3}, "ignore_eos": True,
+    "guided_regex": "a+", "structured_outputs": {"json": {"type": "object"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_change_the_answer_is_refused_by_name(name):
+    with pytest.raises(RequestError, match=name) as refused:
+        generation_settings(request(TURNS, **{name: REFUSED[name]}), GenerationSettings(), 128)
+    assert refused.value.status == 422
+    assert refused.value.param.startswith(name)
+
+
+@pytest.mark.parametrize("name", ["top_k", "min_p"])
+def test_greedy_answers_need_no_bounds(name):
+    generation_settings(request(TURNS, **{name: 1}), GenerationSettings(), 128)
+    with pytest.raises(RequestError, match=name):
+        generation_settings(request(TURNS, temperature=0.5, **{name: 1}), GenerationSettings(), 128)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"mm_processor_kwargs": {"num_frames": 5, "fps": 2}}, {"media_io_kwargs": {"video": {"num_frames": 5, "fps": 2}}}],
+)
+def test_how_other_servers_sample_is_mapped(fields):
+    mapped = request(TURNS, **fields)
+    assert (mapped.frames, mapped.fps, mapped.force_sample) == (5, 2, True)
+    with pytest.raises(RequestError, match="num_frames"):
+        request(TURNS, frames=6, **fields)
+
+
+@pytest.mark.parametrize(
+    ("part", "url"),
+    [
+        ({"type": "video_url", "video_url": "http://x/a.mp4"}, "http://x/a.mp4"),
+        ({"type": "image_url", "image_url": {"url": "b", "detail": "high"}, "cache_control": {"type": "x"}}, "b"),
+        ({"type": "file", "file": {"file_id": "file-1"}}, "file-1"),
+        ({"type": "file", "file": {"file_data": "data:video/mp4;base64,AA", "filename": "a.mp4"}},
+         "data:video/mp4;base64,AA"),
+        ({"type": "file", "file": {"file_data": "AA=="}}, "data:;base64,AA=="),
+    ],
+)  # fmt: skip
+def test_media_as_clients_write_them(part, url):
+    messages = [{"role": "user", "content": [text("what is it ?"), part]}]
+    assert conversation_of(request(messages).messages, multi_turn=True).media[0].url == url
+
+
+@pytest.mark.parametrize(
+    ("message", "place", "words"),
+    [
+        ({"role": "user", "content": [text("a"), {"type": "input_audio", "input_audio": {}}]},
+         "messages[0].content[1]", "cannot hear"),
+        ({"role": "user", "content": [{"type": "hologram"}]}, "messages[0].content[0]", "'hologram' cannot be used"),
+        ({"role": "user", "content": [{"type": "video_url", "video_url": {"uri": "x"}}]},
+         "messages[0].content[0].video_url.url", "missing"),
+        ({"role": "user", "content": 3}, "messages[0].content", "a text or a list of parts"),
+        ({"role": "tool", "content": "x"}, "messages[0].role", "'tool' is not known"),
+        ({"role": "user", "content": "a", "mood": "bad"}, "messages[0].mood", "not known here"),
+    ],
+)  # fmt: skip
+def test_a_refused_part_is_named_as_what_it_is(message, place, words):
+    with pytest.raises(RequestError) as refused:
+        validated({"model": "m", "messages": [message]}, ChatRequest)
+    assert refused.value.param == place
+    assert words in str(refused.value)

@@ -182,3 +182,26 @@ def test_secrets_stay_with_the_server(clip, monkeypatch):
             return Path(f"/proc/{worker.pid}/environ").read_bytes()
 
     assert b"secret" not in asyncio.run(run())
+
+
+def test_images_are_tiled_in_the_worker(tmp_path):
+    from PIL import Image
+
+    from vidlada.tiling import Tiling
+
+    tiling = Tiling("anyres_max_4", 48, 4)
+    Image.new("RGB", (130, 60), (9, 200, 30)).save(tmp_path / "green.png")
+
+    async def tile(alone):
+        decoders = Decoders(Limits(), 48)
+        try:
+            return await decoders.tile(tmp_path / "green.png", tiling, alone)
+        finally:
+            await decoders.close()
+
+    frames, shape = asyncio.run(tile(True))
+    assert shape == tiling.shape_of(60, 130) and shape.tiles > 1
+    assert frames.images.shape == (shape.tiles, 48, 48, 3)
+    assert (frames.images[0] == (9, 200, 30)).all()
+    frames, shape = asyncio.run(tile(False))
+    assert len(frames.images) == shape.tiles == 1

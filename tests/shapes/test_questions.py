@@ -116,15 +116,23 @@ def test_the_benchmark_scores_answers(tmp_path):
     truth = {}
     for entry in entries:
         question, answer = (turn["value"] for turn in entry["conversations"])
-        truth[tmp_path / entry["video"], question.removeprefix("<image>\n")] = answer
+        question = question.removeprefix("<image>\n")
+        truth[tmp_path / entry["video"], question] = answer
+        if entry["choices"]:
+            open_question = question.split(" choices : ")[0]
+            truth[tmp_path / entry["video"], open_question] = entry["choices"]["ABCD".index(answer)]
     shown = []
 
     def knows(video, questions):
         shown.append(video)
-        answers = [truth[video, question] for question in questions]
+        for question, choices in questions:
+            assert choices is None or truth[video, question] in choices
+        answers = [truth[video, question] for question, _ in questions]
         return [answer.upper() + "." if len(answer) < 20 else answer for answer in answers]
 
-    perfect = evaluate(entries, tmp_path, knows)
+    perfect = evaluate(entries, tmp_path, knows, letters=True)
+    assert len(perfect.letters.points) == sum(entry["choices"] is not None for entry in entries) > 0
+    assert perfect.letters.mean == 100 and "by letter" in perfect.to_markdown()
     assert perfect.short.mean == 100 and all(score.mean == 100 for score in perfect.families.values())
     assert set(perfect.families) <= {*BENCHMARK_FAMILIES, *LONG_FAMILIES}
     assert all(video.is_file() for video in shown)

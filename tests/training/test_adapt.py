@@ -15,14 +15,14 @@ from vidlada.checkpoint.load import load_tokenizer
 from vidlada.errors import InputError
 from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK
 from vidlada.training.adapt import CONTROL_TOKENS, adapt_llama, adapt_tokenizer
-from vidlada.training.config import Stage, load_config
+from vidlada.training.config import CONFIGS, Stage, load_config
 from vidlada.training.objective import causal_mask
 from vidlada.training.origin import is_llama
 from vidlada.training.trainer import train
 
 pytestmark = pytest.mark.slow
 
-CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-shapes.yaml"
+CONFIG = CONFIGS / "smollm2-shapes.yaml"
 VISION = {"vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
                             "num_attention_heads": 2, "image_size": 56, "patch_size": 28, "vision_use_head": False},
           "max_length": 512}  # fmt: skip

@@ -1,7 +1,6 @@
 """Run descriptions: the shipped one, what is refused, and the learning rate over a run."""
 
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import yaml
@@ -11,12 +10,12 @@ from transformers import SiglipVisionConfig
 from vidlada.cli import main
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
-from vidlada.training.config import Stage, TrainingConfig, load_config
+from vidlada.training.config import CONFIGS, Stage, TrainingConfig, load_config
 from vidlada.training.description import ModelDescription, TextDescription, VisionDescription
 from vidlada.training.models import initial_config
 from vidlada.training.stages import make_source, prepare_run
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+TINY = CONFIGS / "tiny.yaml"
 
 
 def write(folder, stage=None, **changes):

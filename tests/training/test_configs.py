@@ -1,7 +1,6 @@
 """The 8B configurations: each model on the meta device, each schedule run through without training."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +9,12 @@ import yaml
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
-from vidlada.training.config import load_config
+from vidlada.training.config import CONFIGS, load_config
 from vidlada.training.flops import FlopCount
 from vidlada.training.models import add_lora
 from vidlada.training.optimizers import make_optimizers, part_of
 from vidlada.training.stages import resolved, stage_sources
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 ENTRIES = 640
 
 
@@ -26,7 +24,7 @@ def data(tmp_path, monkeypatch):
     entries = [{"id": str(n), "video": f"{n}.mp4", "conversations": turns} for n in range(ENTRIES)]
     (tmp_path / "all.json").write_text(json.dumps(entries))
     (tmp_path / "all.yaml").write_text(yaml.safe_dump({"datasets": [{"json_path": "all.json"}]}))
-    for name in ("DATA", "SHORT_DATA", "MEDIUM_DATA", "LONG_DATA"):
+    for name in ("DATA", "SHORT_DATA", "MEDIUM_DATA", "LONG_DATA", "THINK_DATA"):
         monkeypatch.setenv(name, str(tmp_path / "all.yaml"))
     monkeypatch.setenv("VIDEO_FOLDER", str(tmp_path))
     for name in ("OUTPUT", "MODEL", "LLM_VERSION"):

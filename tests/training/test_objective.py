@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from vectors import VARIANTS, arrays, expand_video, load_reference_model, pixels
 
+from vidlada.model.language_model import SharedPrefixMask
 from vidlada.training.objective import (
     IGNORED,
     MINIMUM_PROBABILITY,
@@ -15,7 +17,6 @@ from vidlada.training.objective import (
     diffusion_loss,
     draw_masking,
     draw_times,
-    separate_samples_mask,
 )
 
 
@@ -35,7 +36,7 @@ def test_published_loss(variant):
     turns = torch.from_numpy(recorded["loss.turn_ids"])
     by_turn = conversation_mask(turns, torch.ones_like(turns, dtype=torch.bool))
     with torch.no_grad():
-        (visual,) = model.encode_videos(pixels(104, 2), [2])
+        (visual,) = model.encode_media(pixels(104, 2), [2])
         ids = expand_video(recorded["loss.ids"], len(visual))
         assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
         embeddings = model.embed(ids.masked_fill(masked, model.config.mask_token_id), visual)
@@ -109,17 +110,31 @@ def test_draws_depend_on_the_generator_alone():
     assert not torch.equal(first.masked, other.masked)
 
 
-def test_separate_samples_mask_against_loops():
-    index = [[-1, -1, 0, 0, 1, -2], [2, 2, 3, 3, 3, 3], [-1, 4, 4, 5, -2, -2]]
-    valid = torch.tensor(index) != -2
-    mask = separate_samples_mask(torch.tensor(index), valid)
-    assert mask.shape == (3, 1, 6, 6)
-    for row, samples in enumerate(index):
-        for query in range(6):
-            if samples[query] == -2:
-                continue
-            expected = [owner != -2 and owner in (-1, samples[query]) for owner in samples]
-            assert mask[row, 0, query].tolist() == expected
+def test_a_shared_prefix_against_all_pairs():
+    sizes, generator = (3, 4, 2), torch.Generator().manual_seed(0)
+    valid = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 1, 1], [0, 0, 0, 1, 1, 0, 0, 0, 0]], dtype=torch.bool)
+    mask = SharedPrefixMask(sizes, valid)
+    part = [number for number, size in enumerate(sizes) for _ in range(size)]
+    dense = mask.dense()
+    for row in range(2):
+        for query in range(9):
+            expected = [bool(valid[row, key]) and part[key] in (0, part[query]) for key in range(9)]
+            assert dense[row, 0, query].tolist() == expected
+    queries, keys, values = (torch.randn(2, 2, 9, 8, generator=generator, dtype=torch.double) for _ in range(3))
+    expected = F.scaled_dot_product_attention(queries, keys, values, attn_mask=dense)
+    mixed = mask.attend(queries, keys, values)
+    assert mixed.isfinite().all()
+    seen = valid[:, None, :, None].expand_as(mixed)
+    torch.testing.assert_close(mixed[seen], expected[seen])
+
+
+def test_a_sample_counts_as_often_as_its_weight():
+    labels, sample_index = torch.tensor([[3, 1, 2, -100]]), torch.tensor([[0, 1, 1, 1]])
+    masking = Masking(torch.tensor([[True, True, False, False]]), torch.tensor([1.0, 0.5]))
+    logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    first, second = F.cross_entropy(logits, torch.tensor([3, 1]), reduction="none").tolist()
+    loss = diffusion_loss(logits, labels, sample_index, masking, sample_weight=torch.tensor([1.0, 3.0]))
+    assert float(loss) == pytest.approx((first + 3 * second / 0.5 / 2) / 2)
 
 
 def test_conversation_mask_against_loops():

@@ -64,12 +64,12 @@ def plain_tokens(processor, conversation, collate, think):
     token = processor.tokenizer.convert_tokens_to_ids
     text = "<|startoftext|>"
     for number, (asked, said) in enumerate(zip(conversation["asked"], conversation["said"], strict=True)):
-        last = number == len(conversation["asked"]) - 1
-        if think and last and "process" in conversation:
-            asked, said = f"{asked} /think", f"<think>\n{conversation['process']}\n</think>\n{said}"
-        elif think:
-            asked = f"{asked} /no_think"
-        asked = "<image>\n".join(part.strip() for part in asked.replace("<image>\n", "<image>").split("<image>"))
+        if think and number == 0:
+            process = conversation.get("process")
+            asked = f"{asked}/no_think" if process is None else f"{asked}/think"
+            said = said if process is None else f"<think>{process}</think>\n{said}"
+        if asked.count("<image>") == 1:  # several stand where they are
+            asked = f"<image>\n{asked.replace('<image>', '').strip()}"
         for role, said_by_it in (("user", asked), ("assistant", said)):
             text += f"<|start_header_id|>{role}<|end_header_id|>\n\n{said_by_it}<|eot_id|>"
     ids, targets, turns, turn = [], [], [], -1
@@ -85,8 +85,11 @@ def plain_tokens(processor, conversation, collate, think):
         answer_length += answering
         if one == token("<|eot_id|>"):
             answering = False
-        if ids[max(number - 2, 0) : number + 1] == [token("assistant"), token("<|end_header_id|>"), token("\n\n")]:
+        header = [token("assistant"), token("<|end_header_id|>"), token("\n\n")]
+        if ids[max(number - 2, 0) : number + 1] == header:
             answering = True
+            if collate.control_targets:  # the whole block of the assistant, its header too
+                targets[-3:] = [True] * 3
     return ids, targets, turns, answer_length
 
 
@@ -130,7 +133,7 @@ def plain_loss(run, pictures, collate, think):
                     later_turn = collate.conversation_mask and turns[key] > turns[query]
                     later_token = config.objective == "autoregressive" and key > query
                     allowed[0, 0, query, key] = not later_turn and not later_token
-            seen = {"pixel_values": torch.cat(own), "frame_counts": [1] * len(own)} if own else {}
+            seen = {"pixel_values": torch.cat(own), "media_shapes": [1] * len(own)} if own else {}
             return run.model(input_ids=torch.tensor([ids]), attention_mask=allowed, **seen).logits[0].log_softmax(-1)
 
         if config.objective == "autoregressive":

@@ -14,7 +14,7 @@ from trainings import run
 from vidlada.checkpoint.load import describe
 from vidlada.cli import main
 from vidlada.errors import InputError
-from vidlada.training.config import Evaluation, Stage, load_config
+from vidlada.training.config import CONFIGS, Evaluation, Stage, load_config
 from vidlada.training.models import initial_config
 from vidlada.training.trainer import train
 
@@ -75,7 +75,7 @@ def test_the_variables_of_the_published_scripts_count(published, tmp_path, monke
     for name, value in (("LLM_VERSION", published), ("VIDEO_FOLDER", tmp_path / "videos"),
                         ("DATA", tmp_path / "all.yaml"), ("VISION_MODEL_VERSION", TOWER)):  # fmt: skip
         monkeypatch.setenv(name, str(value))
-    path = ROOT / "configs" / "vidlada-8b-llava-video-178k.yaml"
+    path = CONFIGS / "vidlada-8b-llava-video-178k.yaml"
     config = load_config(path)
     assert config.init_from == str(published)
     assert config.stages[0].data["video_folder"] == str(tmp_path / "videos")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from media import number_of, picture, write_video
 from PIL import Image
 
-from vidlada import video
+from vidlada import video_decoding
 from vidlada.errors import InputError
 from vidlada.video import Sampling, probe, sample_frames, sample_indices
 
@@ -47,21 +47,21 @@ def test_jumping_to_keyframes_finds_the_same_frames(tmp_path, keyframe_every, co
     sampling = Sampling(max_frames=count, force_sample=True)
     frames = sample_frames(path, sampling)
     assert shown(frames) == sample_indices(240, 25, sampling)
-    monkeypatch.setattr(video, "SEEK_WORTH_FRAMES", 10**9)
+    monkeypatch.setattr(video_decoding, "SEEK_WORTH_FRAMES", 10**9)
     assert np.array_equal(sample_frames(path, sampling).images, frames.images)
 
 
 def test_a_long_file_is_not_decoded_whole(tmp_path, monkeypatch):
     path = write_video(tmp_path / "clip.mp4", frames=1000, size=(64, 64), keyframe_every=10)
     decoded = []
-    original = video._decoded
+    original = video_decoding.Reader.labelled_frames
 
-    def counting(*args):
-        for frame in original(*args):
-            decoded.append(frame.pts)
-            yield frame
+    def counting(reader):
+        for label, frame in original(reader):
+            decoded.append(label)
+            yield label, frame
 
-    monkeypatch.setattr(video, "_decoded", counting)
+    monkeypatch.setattr(video_decoding.Reader, "labelled_frames", counting)
     frames = sample_frames(path, Sampling(max_frames=8, force_sample=True), size=32)
     assert shown(frames) == sample_indices(1000, 25, Sampling(max_frames=8, force_sample=True))
     assert len(decoded) <= 8 * 11

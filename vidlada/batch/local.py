@@ -19,11 +19,14 @@ from pydantic import ValidationError
 
 from vidlada.api import VidLaDA, split_options
 from vidlada.errors import InputError, VidLaDAError
+from vidlada.fetch import is_url
+from vidlada.media import media_list
 from vidlada.serve.limits import Limits
 from vidlada.serve.schema import ChatRequest
 from vidlada.serve.service import Service
 
 ECHOED = ("line", "id", "video", "question")
+MEDIA = ("image", "video")
 UNBOUNDED = 2**40  # whoever runs a batch vouches for its files; only time and memory of decoding stay bounded
 
 
@@ -57,8 +60,9 @@ def read_line(number: int, raw: bytes) -> Line:
         return Line(number, {}, "not a JSON object")
     if not isinstance(content.get("question"), str):
         return Line(number, content, "'question' must be a text")
-    if not isinstance(content.get("video"), str | None):
-        return Line(number, content, "'video' must be a path")
+    for kind in MEDIA:
+        if not all(isinstance(source, str) for source in media_list(content.get(kind))):
+            return Line(number, content, f"{kind!r} must be a path or an address, or a list of such")
     return Line(number, content)
 
 
@@ -70,12 +74,17 @@ def request_of(line: Line, folder: Path, defaults: dict[str, Any]) -> ChatReques
         folder: that relative paths of videos start from.
         defaults: settings that the line may change.
     """
-    settings = {**defaults, **{name: value for name, value in line.content.items() if name not in ECHOED}}
+    settings = {**defaults, **{n: value for n, value in line.content.items() if n not in (*ECHOED, *MEDIA)}}
     system = settings.pop("system", None)
-    parts: list[dict[str, Any]] = [{"type": "text", "text": line.content["question"]}]
-    if line.content.get("video"):
-        path = Path(folder, line.content["video"]).absolute()
-        parts.append({"type": "video_url", "video_url": {"url": path.as_uri()}})
+    parts: list[dict[str, Any]] = [
+        {
+            "type": f"{kind}_url",
+            f"{kind}_url": {"url": source if is_url(source) else Path(folder, source).absolute().as_uri()},
+        }
+        for kind in MEDIA
+        for source in media_list(line.content.get(kind) or None)
+    ]
+    parts.append({"type": "text", "text": line.content["question"]})
     messages = [{"role": "user", "content": parts}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -100,22 +109,22 @@ class Answerer:
     """
 
     def __init__(self, vidlada: VidLaDA, folder: Path, defaults: dict[str, Any], concurrency: int):
-        _, _, generation = split_options(dict(defaults))
+        *_, generation = split_options(dict(defaults))
         vidlada.settings(**generation)
         limits = Limits(
             max_running=concurrency, max_tokens=UNBOUNDED, max_media=UNBOUNDED, max_frames=UNBOUNDED,
             max_duration=float(UNBOUNDED), max_pixels=UNBOUNDED, max_upload_mb=UNBOUNDED, decode_seconds=3600.0,
         )  # fmt: skip
         self.folder, self.defaults = folder, defaults
-        temporary = Path(tempfile.gettempdir())  # stays unused: lines name files
-        self.service = Service(vidlada, limits, temporary, allowed=Path("/"))
+        temporary = Path(tempfile.gettempdir())  # for what is fetched
+        self.service = Service(vidlada, limits, temporary, allowed=Path("/"), private_urls=True)
 
     async def answer(self, line: Line) -> dict[str, Any]:
         """The output line of a line."""
         if line.error is not None:
             return {**line.echo(), "error": line.error}
         try:
-            submitted = await self.service.submit(request_of(line, self.folder, self.defaults))
+            (submitted,) = await self.service.submit(request_of(line, self.folder, self.defaults))
             async for update in submitted.handle.updates():
                 last = update
         except VidLaDAError as error:
@@ -124,6 +133,7 @@ class Answerer:
         return {
             **line.echo(),
             "answer": last.stable.text + submitted.handle.job.settings.suffix,
+            **({"reasoning": last.stable.reasoning} if last.stable.reasoning else {}),
             "finish_reason": last.stable.finish_reason,
             "prompt_tokens": submitted.prompt_tokens,
             "completion_tokens": last.stable.tokens,

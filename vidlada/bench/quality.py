@@ -1,13 +1,43 @@
-"""What a cache costs in right answers, and what it saves in work."""
+"""What a cache and a commit rule cost in right answers, and what they save in passes and work: the frontier."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vidlada.api import EncodedVideo, VidLaDA
 from vidlada.bench.decoding import BASELINE, CACHES
-from vidlada.shapes.benchmark import Report, Score, evaluate
+from vidlada.decoding.commit import TopK
+from vidlada.shapes.benchmark import Asked, Report, Score, evaluate
 from vidlada.shapes.questions import LONG_FAMILIES
+
+REFERENCE = (BASELINE, TopK.name)
+RULES = ("topk", "threshold", "factor", "credit", "prophet", "entropy", "stable", "wino")
+
+
+@dataclass
+class Outcome:
+    """All answers of one way to decode.
+
+    Attributes:
+        report: scores.
+        passes: through the model, over all answers.
+        work: positions computed in all layers.
+    """
+
+    report: Report
+    passes: int
+    work: int
+
+    @property
+    def long(self) -> Score:
+        """Captions and timelines together."""
+        return Score([p for f, score in self.report.families.items() if f in LONG_FAMILIES for p in score.points])
+
+    @property
+    def points(self) -> float:
+        """Mean over all questions, in percent."""
+        return Score([answer["points"] for answer in self.report.answers]).mean
 
 
 def quality_figures(
@@ -15,82 +45,109 @@ def quality_figures(
     entries: Sequence[dict[str, Any]],
     folder: Path,
     caches: Sequence[str] = CACHES,
+    commits: Sequence[str] = (TopK.name,),
     progress: Callable[[str], None] = lambda what: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Ask every question with every cache.
+    """Ask every question with every cache and every commit rule.
 
     Args:
         vidlada: the model.
         entries, folder: of a shapes dataset.
-        caches: policies as `GenerationSettings.cache` takes them; full recompute is always measured first.
+        caches: policies as `GenerationSettings.cache` takes them.
+        commits: rules as `GenerationSettings.commit` takes them. Full recompute at one token a step is measured first.
         progress: called with what is measured next.
         options: as of `VidLaDA.ask`.
 
+    Caches speed up decoding, so questions with choices are decoded too, without a look at the choices.
+
     Returns:
-        For each cache the percentage of right short answers, the captions' score, each with its standard error, the
-        percentage of answers that are full recompute's to the letter, and the work: positions computed in all layers,
-        as a percentage of full recompute's.
+        For each pair the percentage of right short answers, the captions' score, each with its standard error, the
+        percentage of answers that are the reference's to the letter, the passes an answer took, the work (positions
+        computed in all layers, as a percentage of the reference's), and whether it is on the frontier: no other is at
+        least as good in points, passes and work and better in one.
 
     Raises:
-        InputError: a video, an option or a policy cannot be used.
+        InputError: a video, an option, a rule or a policy cannot be used.
     """
-    names = list(dict.fromkeys((BASELINE, *caches)))
-    for name in names:
-        vidlada.settings(cache=name)
+    for name in ("threshold", "factor"):  # short for rules
+        if name in options:
+            key = "confidence" if name == "threshold" else name
+            commits = (f"{name}:{key}={options.pop(name)}",)
+    ways = list(dict.fromkeys((REFERENCE, *((cache, commit) for commit in commits for cache in caches))))
+    for cache, commit in ways:
+        vidlada.settings(cache=cache, commit=commit)
     watched: dict[Path | None, EncodedVideo] = {}
-    reports: dict[str, Report] = {}
-    work: dict[str, int] = {}
-    for name in names:
-        progress(name)
-        work[name] = 0
+    outcomes: dict[tuple[str, str], Outcome] = {}
+    for cache, commit in ways:
+        progress(f"{cache}, {commit}")
+        counts = {"passes": 0, "work": 0}
 
-        def answers(video: Path | None, asked: Sequence[str], name: str = name) -> list[str]:
+        def answers(
+            video: Path | None,
+            asked: Sequence[Asked],
+            counts: dict[str, int] = counts,
+            way: dict[str, str] = {"cache": cache, "commit": commit},  # noqa: B006 - of this turn of the loop
+        ) -> list[str]:
             if video not in watched:
                 watched[video] = vidlada.encode_video(video)
-            found = vidlada.ask_many([(watched[video], question) for question in asked], **{**options, "cache": name})
-            work[name] += sum(sum(answer.statistics.layer_tokens) for answer in found)
+            found = vidlada.ask_many([(watched[video], question) for question, _ in asked], **{**options, **way})
+            counts["passes"] += sum(answer.statistics.forward_passes for answer in found)
+            counts["work"] += sum(sum(answer.statistics.layer_tokens) for answer in found)
             return [answer.text for answer in found]
 
-        reports[name] = evaluate(entries, folder, answers)
-    reference = [answer["answer"] for answer in reports[BASELINE].answers]
+        outcomes[cache, commit] = Outcome(evaluate(entries, folder, answers), **counts)
+    reference = outcomes[REFERENCE]
+    expected = [answer["answer"] for answer in reference.report.answers]
     rows = []
-    for name, report in reports.items():
-        long = Score([p for f, score in report.families.items() if f in LONG_FAMILIES for p in score.points])
-        same = sum(said["answer"] == expected for said, expected in zip(report.answers, reference, strict=True))
+    for (cache, commit), found in outcomes.items():
+        same = sum(said["answer"] == text for said, text in zip(found.report.answers, expected, strict=True))
         rows.append(
             {
-                "cache": name,
-                "short_percent": report.short.mean,
-                "short_standard_error": report.short.standard_error,
-                "long_percent": long.mean,
-                "long_standard_error": long.standard_error,
-                "same_percent": 100 * same / len(reference),
-                "work_percent": 100 * work[name] / work[BASELINE],
+                "cache": cache,
+                "commit": commit,
+                "short_percent": found.report.short.mean,
+                "short_standard_error": found.report.short.standard_error,
+                "long_percent": found.long.mean,
+                "long_standard_error": found.long.standard_error,
+                "same_percent": 100 * same / len(expected),
+                "passes": found.passes / len(expected),
+                "work_percent": 100 * found.work / reference.work,
+                "frontier": not any(dominates(other, found) for other in outcomes.values()),
             }
         )
-    short = reports[BASELINE].short
     return {
         "model": vidlada.name,
-        "short_questions": len(short.points),
-        "long_questions": len(entries) - len(short.points),
+        "clips": len({entry["video"] for entry in entries}),
+        "short_questions": len(reference.report.short.points),
+        "long_questions": len(entries) - len(reference.report.short.points),
+        "options": options,
         "rows": rows,
     }
 
 
+def dominates(one: Outcome, other: Outcome) -> bool:
+    """At least as good in points, passes and work, and better in one of them."""
+    pairs = ((one.points, other.points), (-one.passes, -other.passes), (-one.work, -other.work))
+    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+
 def quality_table(figures: dict[str, Any]) -> str:
     """Markdown of `quality_figures`."""
+    given = "".join(f", {name}={value}" for name, value in figures["options"].items())
     lines = [
-        f"{figures['model']}, {figures['short_questions']} short and {figures['long_questions']} long questions; work "
-        f"is positions computed in all layers",
+        f"{figures['model']}, {figures['clips']} clips, {figures['short_questions']} short and "
+        f"{figures['long_questions']} long questions{given}; work is positions computed in all layers; a star is on "
+        f"the frontier of points, passes and work",
         "",
-        "| cache | right short answers, % | captions, % | same answers as none, % | work, % of none |",
-        "|---|---|---|---|---|",
+        "| cache | commit rule | right short answers, % | captions, % | same answers as none, % | passes | "
+        "work, % of none | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in figures["rows"]:
         lines.append(
-            f"| {row['cache']} | {row['short_percent']:.1f} ± {row['short_standard_error']:.1f} "
+            f"| {row['cache']} | {row['commit']} | {row['short_percent']:.1f} ± {row['short_standard_error']:.1f} "
             f"| {row['long_percent']:.1f} ± {row['long_standard_error']:.1f} | {row['same_percent']:.1f} "
-            f"| {row['work_percent']:.1f} |"
+            f"| {row['passes']:.1f} | {row['work_percent']:.1f} | {'*' if row['frontier'] else ''} |"
         )
     return "\n".join(lines)

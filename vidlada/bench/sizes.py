@@ -108,7 +108,7 @@ def _shipped(frames: int, device: str, dtype: torch.dtype) -> Subject:
 
 def random_model(text_config: dict[str, Any], device: str, dtype: torch.dtype) -> VidLaDAForMaskedDiffusion:
     """A model without its visual half, of VidLaDA-8B's shape but for `text_config`."""
-    text = {**VidLaDAConfig().text_config.to_dict(), **text_config}  # type: ignore[union-attr]
+    text = {**VidLaDAConfig().text.to_dict(), **text_config}
     special = {"mask_token_id": 0, "suppressed_token_ids": (), "stop_token_ids": ()}
     config = VidLaDAConfig(text_config=text, text_only=True, **special)
     torch.manual_seed(0)
@@ -129,6 +129,6 @@ def random_request(
     frame_index += [-1] * TEXT_TOKENS
     generator = torch.Generator().manual_seed(1)
     width = model.language_model.config.hidden_size
-    prompt = torch.randn(len(frame_index), width, generator=generator) * model.config.text_config.initializer_range  # type: ignore[union-attr]
+    prompt = torch.randn(len(frame_index), width, generator=generator) * model.config.text.initializer_range
     weight = model.language_model.embed_tokens.weight
     return Request(prompt.to(weight.device, weight.dtype), settings, frame_index=frame_index)

@@ -1,4 +1,4 @@
-"""Writing a checkpoint in another layout, and an adapter merged into its base."""
+"""Writing a checkpoint in another layout, an adapter merged into its base, and a folder for the hub."""
 
 import json
 import shutil
@@ -8,27 +8,28 @@ from typing import get_args
 
 from safetensors.torch import save_file
 
-from vidlada.checkpoint.layouts import (
-    Entry,
-    Layout,
-    llada_config,
-    published_config,
-    tensor_name,
-)
+from vidlada.checkpoint.configs import written_config
+from vidlada.checkpoint.layouts import Entry, Layout, tensor_name
 from vidlada.checkpoint.load import (
     ADAPTER_CONFIG,
-    INDEX,
-    WEIGHTS,
+    Checkpoint,
     describe,
     load_tokenizer,
     load_with_adapter,
-    read_tensors,
     save_model,
     sources,
+    stored_type,
+    write_auto_map,
 )
+from vidlada.checkpoint.tensors import INDEX, WEIGHTS, read_tensors
 from vidlada.errors import InputError
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import VidLaDAProcessor
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "processor_config.json",
+)  # fmt: skip
 
 
 def convert(source: Path, target: Path, layout: Layout) -> None:
@@ -44,31 +45,50 @@ def convert(source: Path, target: Path, layout: Layout) -> None:
     """
     if layout not in get_args(Layout):
         raise InputError(f"unknown layout {layout!r}; use one of {', '.join(get_args(Layout))}")
-    if (source / ADAPTER_CONFIG).is_file():
-        raise InputError(f"{source} is an adapter; write the whole model first: vidlada merge {source} NEW")
-    checkpoint = describe(source)
-    if (layout == "llada") != checkpoint.config.text_only and layout != "vidlada":
-        held = "no vision" if checkpoint.config.text_only else "a vision tower"
-        raise InputError(f"{source} has {held}; the {layout} layout cannot hold that")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is in use; give a new folder")
+    checkpoint = whole_model(source)
+    if layout == "llada" and not checkpoint.config.text_only:
+        raise InputError(f"{source} has a vision tower; the llada layout cannot hold that")
+    check_unused(target)
     places = sources(checkpoint)
     partial = target.with_name(target.name + ".partial")
     if partial.exists():
         raise InputError(f"{partial} is left from an interrupted conversion; remove it and try again")
     partial.mkdir(parents=True)
     write_shards(partial, places, layout)
-    if layout == "vidlada":
-        checkpoint.config.architectures = [VidLaDAForMaskedDiffusion.__name__]
-        checkpoint.config.save_pretrained(partial)
-    else:
-        values = published_config(checkpoint.config) if layout == "published" else llada_config(checkpoint.config)
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     for file in tokenizer_files(source):
         shutil.copy(file, partial / file.name)
+    if layout == "vidlada":
+        write_our_config(checkpoint, partial)
+    else:
+        values = written_config(checkpoint.config, layout, checkpoint.dtype)
+        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     if target.exists():
         target.rmdir()
     partial.replace(target)
+
+
+def whole_model(folder: Path) -> Checkpoint:
+    """A checkpoint that is a model by itself; `InputError` where it is an adapter."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{folder} is an adapter; write the whole model first: vidlada merge {folder} NEW")
+    return describe(folder)
+
+
+def check_unused(target: Path) -> None:
+    """Refuse to write where something is."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} is in use; give a new folder")
+
+
+def write_our_config(checkpoint: Checkpoint, folder: Path) -> None:
+    """config.json in our layout, and the processor's files where the checkpoint has a tokenizer."""
+    config = checkpoint.config
+    config.architectures = [VidLaDAForMaskedDiffusion.__name__]
+    config.dtype = stored_type(checkpoint)
+    config.save_pretrained(folder)
+    if (checkpoint.folder / "tokenizer.json").is_file():
+        VidLaDAProcessor.from_config(load_tokenizer(checkpoint.folder), config).save_pretrained(folder)
+    write_auto_map(folder)
 
 
 def write_shards(folder: Path, places: dict[str, tuple[str, Entry]], layout: Layout) -> None:
@@ -90,9 +110,7 @@ def write_shards(folder: Path, places: dict[str, tuple[str, Entry]], layout: Lay
 
 def tokenizer_files(folder: Path) -> Iterable[Path]:
     """The files of a tokenizer and processor, where present."""
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-             "processor_config.json")  # fmt: skip
-    return [folder / name for name in names if (folder / name).is_file()]
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def merge(folder: Path, target: Path) -> None:
@@ -105,9 +123,7 @@ def merge(folder: Path, target: Path) -> None:
     Raises:
         InputError: the adapter cannot be used, or the target is in use.
     """
-
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is in use; give a new folder")
+    check_unused(target)
     model = load_with_adapter(folder)
     partial = target.with_name(target.name + ".partial")
     save_model(model, VidLaDAProcessor.from_config(load_tokenizer(folder), model.config), partial)

@@ -1,44 +1,48 @@
-"""Checkpoint folders: what they hold, loading and saving them.
-
-Only safetensors are read: other formats can run code when opened.
-"""
+"""Checkpoint folders: what they hold, loading and saving them."""
 
 import json
-import os
 import re
-from collections.abc import Iterator
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from vidlada.checkpoint.configs import Weights, read_config, read_json
 from vidlada.checkpoint.layouts import (
-    PUBLISHED_PREFIXES,
-    TOWER_FOLDER_VARIABLE,
     TOWER_PREFIX,
     Entry,
     Layout,
-    config_from_llada,
-    config_from_published,
     is_unused,
+    layout_of,
+    may_be_missing,
     tensor_name,
-    tower_arguments,
-    tower_shape,
+    tower_prefix,
 )
+from vidlada.checkpoint.tensors import DTYPES, PICKLED, read_entries, read_tensors
+from vidlada.checkpoint.tower import find_tower
+from vidlada.checkpoint.values import ConfigValues
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig
+from vidlada.model.hub import is_hub_name, local_folder
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.noise import quiet_libraries
-from vidlada.processor import VidLaDAProcessor
+from vidlada.processor import END_OF_TEXT, VidLaDAProcessor
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+REMOTE_CODE = "modeling_vidlada.py"
+AUTO_MAP = {
+    "AutoConfig": "modeling_vidlada.VidLaDAConfig",
+    "AutoModel": "modeling_vidlada.VidLaDAForMaskedDiffusion",
+    "AutoModelForImageTextToText": "modeling_vidlada.VidLaDAForMaskedDiffusion",
+    "AutoProcessor": "modeling_vidlada.VidLaDAProcessor",
+}
 WEIGHT_TYPES = ("float32", "bfloat16", "float16")
 MOST_NAMED_KEYS = 5  # an error names this many keys and counts the rest
+LOADING_REPORT = "transformers.modeling_utils"  # the logger that lists tensors the model does not use
 
 
 @dataclass(frozen=True)
@@ -69,94 +73,62 @@ class Checkpoint:
 
 
 def base_of(folder: Path) -> Path:
-    """Folder of the model an adapter was trained on; `InputError` if it is not there."""
-    try:
-        named = Path(json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: {ADAPTER_CONFIG} is missing or damaged") from error
-    for place in (named, folder / named, folder.parent / named.name):
-        if (place / "config.json").is_file():
+    """Folder of the model an adapter was trained on, from the hub if it is there; `InputError` if it is nowhere."""
+    named = read_json(folder / ADAPTER_CONFIG).text("base_model_name_or_path")
+    if not named:
+        raise InputError(f"{folder}: {ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
+    for place in (Path(named), folder / named, folder.parent / Path(named).name):
+        if _is_file(place / "config.json"):
             return place
+    if is_hub_name(named):
+        return local_folder(named, "base model")
     raise InputError(f"{folder}: its base model {named} is not there; put it there, or correct {ADAPTER_CONFIG}")
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there; a path that none can have is not."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def describe(folder: Path) -> Checkpoint:
     """Read a checkpoint folder's configuration and headers.
 
     Args:
-        folder: with config.json and safetensors; of a LoRA adapter, its base is described.
+        folder: with config.json and weights; of a LoRA adapter, its base is described.
 
     Raises:
         InputError: it is not a checkpoint of this family, or files are missing or damaged.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         return describe(base_of(folder))
-    config = read_json(folder / "config.json")
+    stored = read_json(folder / "config.json")
     entries = read_entries(folder)
-    model_type = str(config.get("model_type", ""))
-    if model_type == "vidlada":
-        return Checkpoint(folder, "vidlada", VidLaDAConfig.from_pretrained(folder), entries, {})
-    if any(key.startswith("model.transformer.") for key in entries):
-        return Checkpoint(folder, "llada", config_from_llada(config), entries, {})
-    if not model_type.startswith("llava_llada"):
-        raise InputError(
-            f"{folder}: config.json says model_type {model_type!r}; known are vidlada, llava_llada_video, llava_llada "
-            f"and LLaDA's own"
-        )
-    inside = any(key.startswith(PUBLISHED_PREFIXES["vision.tower."]) for key in entries)
-    tower_folder = find_tower(folder, str(config.get("mm_vision_tower", "")))
-    if tower_folder is None and not inside:
-        raise InputError(
-            f"{folder}: the checkpoint holds no vision tower, and {config.get('mm_vision_tower')} was not found; "
-            f"put its folder under ${TOWER_FOLDER_VARIABLE}"
-        )
-    stored = {} if tower_folder is None else read_json(tower_folder / "config.json")
-    vision = tower_shape(folder, entries, stored) if inside else tower_arguments(stored)
+    layout, sees = layout_of(entries, str(folder))
+    inside = any(key.startswith(tower_prefix(layout)) for key in entries)
+    tower_folder = _tower_folder(folder, stored, inside) if layout == "published" and sees else None
+    weights = Weights(folder, layout, sees, entries, _token_ids(folder), tower_folder)
+    config = read_config(stored, weights)
     tower = {} if inside or tower_folder is None else read_entries(tower_folder)
-    return Checkpoint(folder, "published", config_from_published(config, vision), entries, tower)
+    return Checkpoint(folder, layout, config, entries, tower)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path.parent}: no {path.name}; this is not a model folder") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold one JSON object")
-    return values
+def _tower_folder(folder: Path, stored: ConfigValues, inside: bool) -> Path | None:
+    """Folder of the tower that a published checkpoint names; from the hub where the checkpoint holds none."""
+    name = stored.text("mm_vision_tower")
+    found = find_tower(folder, name)
+    return local_folder(name, "vision tower") if found is None and not inside and is_hub_name(name) else found
 
 
-def read_entries(folder: Path) -> dict[str, Entry]:
-    """The tensors in a folder's safetensors, sharded or not, by name."""
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map", {})
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [folder / WEIGHTS]
-    entries: dict[str, Entry] = {}
-    for file in files:
-        if not file.is_file():
-            other = [path.name for path in folder.glob("*.bin")]
-            hint = f"; it has {other[0]}, which is not read: convert it to safetensors" if other else ""
-            raise InputError(f"{folder}: {file.name} is missing{hint}")
-        try:
-            with safe_open(file, "pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                    part = tensors.get_slice(key)
-                    entries[key] = Entry(file, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: damaged or not safetensors ({error})") from error
-    return entries
-
-
-def find_tower(folder: Path, name: str) -> Path | None:
-    """Folder of the vision tower a checkpoint names: under VISION_TOWER_CACHE_DIR, in its folder, or by its path."""
-    roots = [os.environ.get(TOWER_FOLDER_VARIABLE), folder, "."]
-    places = [Path(root) / part for root in roots if root for part in (name, Path(name).name) if part]
-    return next((place for place in places if (place / "config.json").is_file()), None)
+def _token_ids(folder: Path) -> dict[str, int]:
+    """Ids of the tokens that a folder's tokenizer adds to its vocabulary, by their text; none without a tokenizer."""
+    if not (folder / "tokenizer.json").is_file():
+        return {}
+    added = read_json(folder / "tokenizer.json").values.get("added_tokens")
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return {str(token["content"]): token["id"] for token in tokens if isinstance(token.get("id"), int)}
 
 
 def sources(checkpoint: Checkpoint) -> dict[str, tuple[str, Entry]]:
@@ -165,8 +137,12 @@ def sources(checkpoint: Checkpoint) -> dict[str, tuple[str, Entry]]:
     Raises:
         InputError: keys are missing, left over, or have another shape than the configuration says.
     """
-    with torch.device("meta"):
-        expected = VidLaDAForMaskedDiffusion(checkpoint.config).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = VidLaDAForMaskedDiffusion(checkpoint.config).state_dict()
+    except Exception as error:  # of torch and transformers, for values that fit no network
+        reason = " ".join(str(error).split())
+        raise InputError(f"{checkpoint.folder}: config.json describes no network: {reason}") from error
     found: dict[str, tuple[str, Entry]] = {}
     missing, misshaped = [], []
     for key, tensor in expected.items():
@@ -174,7 +150,8 @@ def sources(checkpoint: Checkpoint) -> dict[str, tuple[str, Entry]]:
         if checkpoint.tower and key.startswith("vision.tower."):
             name, entries = TOWER_PREFIX + key.removeprefix("vision.tower."), checkpoint.tower
         if name not in entries:
-            missing.append(name)
+            if not may_be_missing(key, checkpoint.config):
+                missing.append(name)
         elif entries[name].shape != tuple(tensor.shape):
             misshaped.append(f"{name} is {list(entries[name].shape)}, not {list(tensor.shape)}")
         else:
@@ -202,6 +179,17 @@ def weights_type(dtype: str | torch.dtype) -> torch.dtype | None:
     return None if dtype == "auto" else getattr(torch, dtype)
 
 
+def stored_type(checkpoint: Checkpoint) -> torch.dtype:
+    """The type a checkpoint's weights keep; `InputError` if it is none that weights are loaded in."""
+    dtype = DTYPES.get(checkpoint.dtype)
+    if dtype is None or not dtype.is_floating_point:
+        raise InputError(
+            f"{checkpoint.folder}: its weights are stored as {checkpoint.dtype}, which is not read; convert them to "
+            f"{' or '.join(WEIGHT_TYPES)}"
+        )
+    return dtype
+
+
 def load_model(
     folder: Path, dtype: str | torch.dtype = "auto", device: str | None = None, device_map: Any = None,
     checkpoint: Checkpoint | None = None,
@@ -223,14 +211,17 @@ def load_model(
     checkpoint = checkpoint or describe(folder)
     places = sources(checkpoint)
     inside = {key: name for key, (name, entry) in places.items() if entry.file.parent == folder}
-    model = VidLaDAForMaskedDiffusion.from_pretrained(
-        folder,
-        config=checkpoint.config,
-        key_mapping={f"^{re.escape(name)}$": key for key, name in inside.items() if name != key},
-        dtype=weights_type(dtype) or "auto",
-        device_map=device_map or device,
-        local_files_only=True,
-    )
+    pickled = any(entry.file.suffix == PICKLED for entry in checkpoint.entries.values())
+    with quiet_libraries(LOADING_REPORT):  # what it would say has been checked
+        model = VidLaDAForMaskedDiffusion.from_pretrained(
+            folder,
+            config=checkpoint.config,
+            key_mapping={f"^{re.escape(name)}$": key for key, name in inside.items() if name != key},
+            dtype=weights_type(dtype) or stored_type(checkpoint),
+            device_map=device_map or device,
+            local_files_only=True,
+            use_safetensors=not pickled,
+        )
     # transformers would write the layout it read; `save_pretrained` always writes ours
     model._weight_conversions = None
     if checkpoint.tower:
@@ -242,24 +233,21 @@ def load_model(
     return model
 
 
-def read_tensors(places: dict[str, tuple[str, Entry]]) -> Iterator[tuple[str, Tensor]]:
-    """Values one after another, file by file."""
-    for file in sorted({entry.file for _, entry in places.values()}):
-        with safe_open(file, "pt") as tensors:
-            for key, (name, entry) in places.items():
-                if entry.file == file:
-                    yield key, tensors.get_tensor(name)
-
-
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer stored beside the weights.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is damaged.
     """
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder}: no tokenizer.json; copy the tokenizer's files there")
-    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of tokenizers, which raises bare exceptions, and of transformers
+        raise InputError(f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())}") from error
+    if tokenizer.pad_token_id is None and END_OF_TEXT in tokenizer.get_added_vocab():
+        tokenizer.pad_token = END_OF_TEXT
+    return tokenizer
 
 
 def load_with_adapter(
@@ -303,3 +291,19 @@ def save_model(
     """
     model.save_pretrained(folder, state_dict=state_dict)
     processor.save_pretrained(folder)
+    write_auto_map(folder)
+
+
+def write_auto_map(folder: Path) -> None:
+    """Let transformers' Auto classes load a folder in our layout with `trust_remote_code=True`, by this package.
+
+    Args:
+        folder: with config.json and processor_config.json as far as it has them; an adapter's has none.
+    """
+    if not (folder / "config.json").is_file():
+        return
+    shutil.copyfile(Path(__file__).with_name(REMOTE_CODE), folder / REMOTE_CODE)
+    for name in ("config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            values = {**read_json(folder / name).values, "auto_map": AUTO_MAP}
+            (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,12 +6,12 @@ from vidlada import __version__
 from vidlada.cli.ask import ask, chat
 from vidlada.cli.batch import batch
 from vidlada.cli.bench import bench
-from vidlada.cli.checkpoint import convert, info
+from vidlada.cli.checkpoint import convert, info, merge, push
 from vidlada.cli.data import data
 from vidlada.cli.eval import evaluate
 from vidlada.cli.serve import serve
 from vidlada.cli.shapes import shapes
-from vidlada.cli.train import merge, train
+from vidlada.cli.train import train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -31,5 +31,5 @@ def completion(shell: str) -> None:
     click.echo(script(main, {}, "vidlada", "_VIDLADA_COMPLETE").source())
 
 
-for command in (ask, chat, info, convert, train, merge, data, shapes, bench, evaluate, serve, batch):
+for command in (ask, chat, info, convert, merge, push, train, data, shapes, bench, evaluate, serve, batch):
     main.add_command(command)

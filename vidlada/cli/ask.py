@@ -10,54 +10,82 @@ from vidlada.cli.options import (
     GroupedCommand,
     ModelSource,
     answer_options,
+    download_progress,
     given_options,
     model_option,
     one_line_errors,
     progress,
     setting_options,
 )
+from vidlada.fetch import Fetching
 from vidlada.generation import GenerationSettings
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("video", type=click.Path())
+@click.argument("media", nargs=-1, required=True, metavar="MEDIA...")
 @click.argument("question")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: answer, model, frames, statistics.")
 @click.option("--show", is_flag=True, help="Draw the answer denoising live.")
+@click.option("--choices", help="Answers to choose from, with commas between them: the likeliest is printed.")
+@setting_options(Fetching, "Limits")
 @answer_options
 @model_option
 @one_line_errors
-def ask(video: str, question: str, as_json: bool, show: bool, source: ModelSource, **options: Any) -> None:
-    """Ask VIDEO a QUESTION and print the answer.
+def ask(
+    media: tuple[str, ...], question: str, as_json: bool, show: bool, choices: str | None, source: ModelSource,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Ask a QUESTION about videos and images and print the answer.
 
-    VIDEO is a video file, a folder of images, or an image.
+    MEDIA are video files, folders of images, images, or http(s) addresses of such. They are shown in front of the
+    question, in order, or in the places of as many <image> marks in it.
     """
     if as_json and show:
         raise click.UsageError("--json and --show exclude each other")
-    given = given_options(options)
-    vidlada = source.load()
-    with progress(f"watching {video}"):
-        conversation = vidlada.chat(video, **given)
+    if show and choices:
+        raise click.UsageError("--choices and --show exclude each other: choosing decodes nothing")
+    vidlada, conversation = watch(media, source, options)
     if show:
         show_drafts(conversation, question)
     else:
         with progress("denoising"):
-            conversation.ask(question)
+            conversation.ask(question, choices and [choice.strip() for choice in choices.split(",")])
     answer = conversation.last
     if as_json:
-        click.echo(json.dumps(answer_object(vidlada.name, video, question, conversation), ensure_ascii=False))
+        click.echo(json.dumps(answer_object(vidlada.name, media, question, conversation), ensure_ascii=False))
     elif not show:
         click.echo(answer.text)
 
 
-def answer_object(model: str, video: str, question: str, conversation: Any) -> dict[str, Any]:
+def watch(media: tuple[str, ...], source: ModelSource, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The model, and a conversation about media it has seen."""
+    given = given_options(options)
+    vidlada = source.load()
+    with download_progress() as vidlada.progress, progress(f"watching {', '.join(media)}"):
+        return vidlada, vidlada.chat(list(media), **given)
+
+
+def answer_object(model: str, media: tuple[str, ...], question: str, conversation: Any) -> dict[str, Any]:
     """What `--json` prints."""
     answer = conversation.last
+    shown = [
+        {
+            "source": source,
+            "kind": "image" if medium.is_image else "video",
+            "visual_tokens": len(medium.visual_tokens),
+            "frames": [{"time": round(time, 3)} for time in medium.times],
+        }
+        for source, medium in zip(media, conversation.media, strict=True)
+    ]
+    chosen = {} if answer.choices is None else {"choices": answer.choices}
     return {
         "answer": answer.text,
+        **chosen,
+        **({"reasoning": answer.reasoning} if answer.reasoning else {}),
         "finish_reason": answer.finish_reason,
         "model": model,
-        "video": video,
+        "video": media[0] if len(media) == 1 else None,
+        "media": shown,
         "question": question,
         "frames": [{"time": round(time, 3)} for time in answer.frame_times],
         "settings": answer.settings.to_dict(),
@@ -79,30 +107,33 @@ def show_drafts(conversation: Any, question: str) -> None:
                     text.append(" ·", style="dim")
                 else:
                     text.append(piece, style="bold" if final else "dim italic yellow")
+            if draft.reasoning and draft.text:
+                text = Text(f"{draft.reasoning}\n\n", style="dim") + text
             text.append(f"\nstep {draft.state.step}", style="dim")
             live.update(text)
         answer = conversation.last
         counts = f"{answer.statistics.steps} steps, {answer.statistics.tokens_per_forward:.2f} tokens per forward pass"
-        live.update(Text(f"{answer.text}\n").append(counts, style="dim"))
+        thought = Text(f"{answer.reasoning}\n\n" if answer.reasoning else "", style="dim")
+        live.update(thought.append(f"{answer.text}\n", style="not dim").append(counts, style="dim"))
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("video", type=click.Path())
+@click.argument("media", nargs=-1, required=True, metavar="MEDIA...")
 @click.option("--show", is_flag=True, help="Draw the answers denoising live.")
 @setting_options(GenerationSettings, "Decoding", only=("reuse",))
+@setting_options(Fetching, "Limits")
 @answer_options
 @model_option
 @one_line_errors
-def chat(video: str, show: bool, source: ModelSource, **options: Any) -> None:
-    """Ask VIDEO several questions, one a line; an empty line or the end of input closes.
+def chat(media: tuple[str, ...], show: bool, source: ModelSource, **options: Any) -> None:
+    """Ask several questions about videos and images, one a line; an empty line or the end of input closes.
 
-    The video is decoded and encoded once. Models trained on conversations also see the earlier turns.
+    MEDIA are as for `vidlada ask`, decoded and encoded once. Models trained on conversations also see the earlier
+    turns.
     """
-    given = given_options(options)
-    vidlada = source.load()
-    with progress(f"watching {video}"):
-        conversation = vidlada.chat(video, **given)
-    click.echo(f"{video}: {len(conversation.video.times)} frames. Ask; an empty line ends.", err=True)
+    _, conversation = watch(media, source, options)
+    counts = f"{len(conversation.times)} frames"
+    click.echo(f"{', '.join(media)}: {counts}. Ask; an empty line ends.", err=True)
     while True:
         if sys.stdin.isatty():
             click.echo("> ", nl=False, err=True)

@@ -176,12 +176,19 @@ def print_figures_of_questions(
 
 
 @bench.command("quality")
+@click.option("--rule", "commits", multiple=True, help="Commit rule; may be repeated, topk by default.")
+@click.option("--all-rules", is_flag=True, help="Every commit rule with its defaults.")
 @questions_options
-def bench_quality(**options: Any) -> None:
-    """What every cache costs in right answers to QUESTIONS (from `vidlada shapes write`), and saves in work."""
-    from vidlada.bench.quality import quality_figures, quality_table
+def bench_quality(commits: tuple[str, ...], all_rules: bool, **options: Any) -> None:
+    """What every cache and commit rule costs in right answers to QUESTIONS (from `vidlada shapes write`), and saves in
+    passes and work.
+    """
+    from functools import partial
 
-    print_figures_of_questions(quality_figures, quality_table, **options)
+    from vidlada.bench.quality import RULES, quality_figures, quality_table
+
+    rules = commits or (RULES if all_rules else RULES[:1])
+    print_figures_of_questions(partial(quality_figures, commits=rules), quality_table, **options)
 
 
 @bench.command("fidelity")

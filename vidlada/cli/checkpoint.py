@@ -1,4 +1,4 @@
-"""`vidlada info` and `vidlada convert`."""
+"""`vidlada info`, `vidlada convert`, `vidlada merge` and `vidlada push`."""
 
 import json
 from pathlib import Path
@@ -6,25 +6,29 @@ from typing import Any
 
 import click
 
-from vidlada.cli.options import one_line_errors, progress
+from vidlada.cli.options import named, one_line_errors, progress, revision_option, without_progress_bars
 
 
 @click.command()
 @click.argument("model", default="tiny")
+@revision_option
 @click.option("--frames", type=click.IntRange(1), default=64, show_default=True, help="Estimate memory for so many.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
               show_default=True, help="Estimate memory in this type.")  # fmt: skip
 @click.option("--cache", default="none", show_default=True, help="Estimate memory with this cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @one_line_errors
-def info(model: str, frames: int, dtype: str, cache: str, as_json: bool) -> None:
-    """Tell what checkpoint MODEL is, what memory a run needs, and what this machine has. Loads no weights."""
+def info(model: str, revision: str | None, frames: int, dtype: str, cache: str, as_json: bool) -> None:
+    """Tell what checkpoint MODEL is, what memory a run needs, and what this machine has. Loads no weights.
+
+    MODEL is a folder, or a name of the Hugging Face hub (owner/name, owner/name@revision), which is downloaded.
+    """
     from vidlada.api import model_folder
     from vidlada.checkpoint.load import describe
     from vidlada.info import checkpoint_facts, machine_facts
 
     facts = {
-        "checkpoint": checkpoint_facts(describe(model_folder(model)), frames, dtype, cache),
+        "checkpoint": checkpoint_facts(describe(model_folder(named(model, revision))), frames, dtype, cache),
         "machine": machine_facts(),
     }
     if as_json:
@@ -41,15 +45,57 @@ def info(model: str, frames: int, dtype: str, cache: str, as_json: bool) -> None
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--to", "layout", type=click.Choice(["vidlada", "published", "llada"]), default="vidlada",
               show_default=True, help="Layout to write.")  # fmt: skip
+@revision_option
 @one_line_errors
-def convert(source: Path, target: Path, layout: Any) -> None:
-    """Write checkpoint SOURCE in another layout as TARGET, a new folder."""
+def convert(source: str, target: Path, layout: Any, revision: str | None) -> None:
+    """Write checkpoint SOURCE in another layout as TARGET, a new folder.
+
+    SOURCE is a folder, or a name of the Hugging Face hub (owner/name, owner/name@revision).
+    """
+    from vidlada.api import model_folder
     from vidlada.checkpoint.convert import convert as convert_checkpoint
 
+    folder = model_folder(named(source, revision))
     with progress(f"converting {source}"):
-        convert_checkpoint(source, target, layout)
+        convert_checkpoint(folder, target, layout)
     click.echo(f"{target}: written in the {layout} layout", err=True)
+
+
+@click.command()
+@click.argument("adapter")
+@click.argument("target", type=click.Path(path_type=Path))
+@one_line_errors
+def merge(adapter: str, target: Path) -> None:
+    """Write the model that LoRA folder ADAPTER and its base make together as TARGET, a new folder.
+
+    ADAPTER and the base it names may also be names of the Hugging Face hub (owner/name, owner/name@revision).
+    """
+    from vidlada.api import model_folder
+    from vidlada.checkpoint.convert import merge as merge_adapter
+
+    folder = model_folder(adapter, what="adapter")
+    without_progress_bars()
+    merge_adapter(folder, target)
+    click.echo(f"{target}: written", err=True)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("repository")
+@click.option("--revision", help="Branch to upload to; it is created if need be.")
+@click.option("--private/--public", default=None, help="Whether a new repository is private; as the hub decides.")
+@one_line_errors
+def push(source: str, repository: str, revision: str | None, private: bool | None) -> None:
+    """Upload checkpoint SOURCE to the Hugging Face hub as REPOSITORY (owner/name), in the vidlada layout.
+
+    Weights, configuration, processor and tokenizer go up, and SOURCE's README.md or else a model card. Log in before
+    (hf auth login), or set HF_TOKEN.
+    """
+    from vidlada.api import model_folder
+    from vidlada.checkpoint.publish import push as push_checkpoint
+
+    click.echo(push_checkpoint(model_folder(source), repository, private, revision))

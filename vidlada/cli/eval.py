@@ -34,7 +34,7 @@ from vidlada.errors import InputError
     default=None,
     help="Tell the model when its frames were taken; by default to MVBench only.",
 )
-@click.option("--adapter", type=click.Path(path_type=Path), help="Folder of a LoRA adapter for --model.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Folder or hub name of a LoRA adapter for --model.")
 @click.option("--cache", help="Reuse between steps: none, dual, mars …, settings after a colon.")
 @click.option("--threshold", type=float, help="Commit every token at least this confident, instead of fixed steps.")
 @click.option(
@@ -142,7 +142,7 @@ def run_settings(source: ModelSource, adapter: Path | None, options: dict[str, A
     from vidlada.evaluation.run import RunSettings
 
     model = {
-        "adapter": None if adapter is None else str(model_folder(adapter).absolute()),
+        "adapter": None if adapter is None else str(model_folder(adapter, what="adapter").absolute()),
         "max_frames_num": options["frames"], "video_fps": options["fps"],
         "force_sample": options["force_sample"] or None, "add_time_instruction": options["time_instruction"],
         "cache": options["cache"], "threshold": options["threshold"], "device": source.device,

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from vidlada.errors import VidLaDAError
+from vidlada.errors import InputError, VidLaDAError
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.noise import quiet_libraries
 from vidlada.settings import Setting, settings_of
@@ -49,12 +49,26 @@ def progress(message: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def download_progress() -> Iterator[Callable[[str, int, int | None], None] | None]:
+    """Takes the progress of downloads and shows it on stderr; None when stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+
+    def show(url: str, done: int, total: int | None) -> None:
+        share = f"{done / 2**20:.1f}" + ("" if total is None else f" of {total / 2**20:.1f}")
+        click.echo(f"\r\033[K{url}: {share} MiB", nl=done == total, err=True)
+
+    yield show
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """The model a command was asked to use.
 
     Attributes:
-        model: its name or folder.
+        model: its folder or name, of the hub with its revision.
         device, dtype, quantization, compiled: as `vidlada.load` takes them.
     """
 
@@ -65,12 +79,29 @@ class ModelSource:
     compiled: bool
 
     def load(self) -> Any:
-        """Load it behind our own spinner instead of transformers' progress bars."""
-        from vidlada.api import load
+        """Load it behind our own spinner instead of transformers' progress bars; a download shows the hub's."""
+        from vidlada.api import load, model_folder
 
+        folder = model_folder(self.model)
         without_progress_bars()
         with progress(f"loading {self.model}"):
-            return load(self.model, self.dtype, self.device, quantization=self.quantization, compiled=self.compiled)  # type: ignore[arg-type]
+            vidlada = load(folder, self.dtype, self.device, quantization=self.quantization, compiled=self.compiled)  # type: ignore[arg-type]
+        vidlada.name = self.model
+        return vidlada
+
+
+REVISION_HELP = "Branch, tag or commit of a model of the hub; also owner/name@revision."
+revision_option = click.option("--revision", help=REVISION_HELP)
+
+
+def named(model: str, revision: str | None) -> str:
+    """A model's name with its revision, as one name; a `UsageError` where it cannot have one."""
+    from vidlada.model.hub import with_revision
+
+    try:
+        return with_revision(model, revision)
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
 
 
 class GroupedOption(click.Option):
@@ -100,6 +131,23 @@ class GroupedCommand(click.Command):
 GROUPS = ("Common", "Output", "Model", "Video", "Prompt", "Decoding", "Limits")
 
 
+class NumberOr(click.ParamType):
+    """A number, or one of some words."""
+
+    def __init__(self, kind: type, words: tuple[str, ...]):
+        self.kind, self.words = kind, words
+        self.name = f"number or {' or '.join(words)}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number or the word."""
+        if value in self.words:
+            return value
+        try:
+            return self.kind(value)
+        except ValueError:
+            return self.fail(f"{value!r} is neither a whole number nor {' or '.join(self.words)}", param, ctx)
+
+
 def setting_option(name: str, entry: Field[Any], listed: Setting, kind: type, group: str) -> Any:
     """The option of a listed setting; without a value it is not given, so that the checkpoint's default counts."""
     # defaults of decoding are the checkpoint's own
@@ -107,11 +155,16 @@ def setting_option(name: str, entry: Field[Any], listed: Setting, kind: type, gr
     group = "Common" if listed.essential else group
     flag = f"--{name.replace('_', '-')}"
     if kind is bool:
-        return click.option(flag, name, is_flag=True, default=None, help=listed.help, cls=GroupedOption, group=group)
+        flags = f"{flag}/--no-{flag[2:]}" if entry.default is None else flag
+        return click.option(flags, name, is_flag=True, default=None, help=listed.help, cls=GroupedOption, group=group)
+    if listed.choices:
+        value_kind: Any = click.Choice(listed.choices) if kind is str else NumberOr(kind, listed.choices)
+    else:
+        value_kind = kind
     return click.option(
         flag,
         name,
-        type=click.Choice(listed.choices) if listed.choices else kind,
+        type=value_kind,
         multiple=isinstance(entry.default, tuple),
         help=listed.help + default,
         metavar=listed.metavar,
@@ -139,9 +192,10 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def wrapped(
-        model: str, device: str | None, dtype: str, quantization: str | None, compiled: bool, **options: Any
-    ) -> Any:
-        return command(source=ModelSource(model, device, dtype, quantization, compiled), **options)
+        model: str, revision: str | None, device: str | None, dtype: str, quantization: str | None, compiled: bool,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        return command(source=ModelSource(named(model, revision), device, dtype, quantization, compiled), **options)
 
     for group, names, settings in (
         ("Model", ("--compile", "compiled"),
@@ -152,8 +206,10 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
          {"type": click.Choice(["auto", "float32", "bfloat16", "float16"]), "default": "auto", "show_default": True,
           "help": "Type of the weights."}),
         ("Common", ("--device",), {"help": "cpu, cuda, cuda:1 …; the first GPU by default, else the CPU."}),
-        ("Common", ("--model",), {"default": "tiny", "show_default": True,
-                                  "help": "The shipped model 'tiny', or a checkpoint folder."}),
+        ("Model", ("--revision",), {"help": REVISION_HELP}),
+        ("Common", ("--model",),
+         {"default": "tiny", "show_default": True,
+          "help": "The shipped model 'tiny', a checkpoint folder, or a name of the Hugging Face hub (owner/name)."}),
     ):  # fmt: skip
         wrapped = click.option(*names, cls=GroupedOption, group=group, **settings)(wrapped)
     return wrapped

@@ -43,8 +43,12 @@ def shapes_write(folder: Path, no_clock: bool, **options: Any) -> None:
 @model_option
 @one_line_errors
 def shapes_evaluate(questions: Path, blind: bool, report: Path | None, source: ModelSource, **options: Any) -> None:
-    """Ask a model every question of QUESTIONS (from `vidlada shapes write`) and print its scores by family."""
-    from vidlada.shapes.benchmark import evaluate, read_questions
+    """Ask a model every question of QUESTIONS (from `vidlada shapes write`) and print its scores by family.
+
+    Questions with choices are answered by the likeliest choice; how often the model names its letter when asked for
+    one is a figure of its own.
+    """
+    from vidlada.shapes.benchmark import Asked, evaluate, read_questions
 
     entries = read_questions(questions)
     if report is not None and report.exists():
@@ -52,14 +56,21 @@ def shapes_evaluate(questions: Path, blind: bool, report: Path | None, source: M
     given = given_options(options)
     vidlada = source.load()
 
-    def answers(video: Path | None, asked: Sequence[str]) -> list[str]:
-        return [answer.text for answer in vidlada.ask_many([(video, question) for question in asked], **given)]
+    videos: dict[Path | None, Any] = {}
+
+    def answers(video: Path | None, asked: Sequence[Asked]) -> list[str]:
+        if video not in videos:
+            videos.clear()
+            videos[video] = vidlada.chat(video, **given).media
+        return [answer.text for answer in vidlada.ask_many(
+            [(videos[video], question) for question, _ in asked], choices=[choices for _, choices in asked], **given
+        )]  # fmt: skip
 
     def show(done: int) -> None:
         if sys.stderr.isatty():
             click.echo(f"\r{done} of {len(entries)} questions", nl=done == len(entries), err=True)
 
-    result = evaluate(entries, questions.parent, answers, blind=blind, progress=show)
+    result = evaluate(entries, questions.parent, answers, blind=blind, letters=True, progress=show)
     if report is not None:
         report.write_text(json.dumps({"model": source.model, "blind": blind, **result.to_dict()}, indent=1))
     click.echo(result.to_markdown())

@@ -1,4 +1,4 @@
-"""`vidlada train` and `vidlada merge`."""
+"""`vidlada train`."""
 
 import os
 from pathlib import Path
@@ -9,14 +9,16 @@ from vidlada.cli.options import one_line_errors, without_progress_bars
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config")
 @click.option("--output", help="Folder of checkpoints, logs and the model, instead of the config's.")
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in the output folder.")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in the output folder.")
 @click.option("--dry-run", is_flag=True, help="Check config and data files, print the schedule, train nothing.")
 @one_line_errors
-def train(config: Path, output: str | None, resume: bool, overwrite: bool, dry_run: bool) -> None:
-    """Train as CONFIG (YAML) says. An interrupted run continues with --resume, on the same curve.
+def train(config: str, output: str | None, resume: bool, overwrite: bool, dry_run: bool) -> None:
+    """Train as CONFIG says: a YAML file, or the name of one in the package, e.g. tiny.
+
+    An interrupted run continues with --resume, on the same curve.
 
     Several processes: torchrun --nproc-per-node N -m vidlada train CONFIG, or accelerate launch.
     """
@@ -43,16 +45,3 @@ def train(config: Path, output: str | None, resume: bool, overwrite: bool, dry_r
     folder = run_training(run, resume=resume, overwrite=overwrite, report=lambda line: click.echo(line, err=True))
     if main_process:
         click.echo(str(folder))
-
-
-@click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
-@one_line_errors
-def merge(adapter: Path, target: Path) -> None:
-    """Write the model that LoRA folder ADAPTER and its base make together as TARGET, a new folder."""
-    from vidlada.checkpoint.convert import merge as merge_adapter
-
-    without_progress_bars()
-    merge_adapter(adapter, target)
-    click.echo(f"{target}: written", err=True)

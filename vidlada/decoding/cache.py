@@ -18,8 +18,8 @@ class VisualCache:
 
     Attributes:
         positions: (visual tokens,) in the sequence; the same in every request that may reuse them.
-        keys, values: (layers, key/value heads, visual tokens, head_dim).
-        hidden: layer → (visual tokens, width) states entering it.
+        keys, values: (layers, key/value heads, visual tokens, head_dim) of the lowest layers, as many as are reused.
+        hidden: layer → (visual tokens, width) states entering it, up to the first layer that is not reused.
         anchors: layer → positions of its anchors.
     """
 
@@ -45,8 +45,9 @@ class RequestCache:
         frame_index: (tokens of the prompt,) frame of each position, -1 for text.
         slots: answer slots.
         tokens: length of the whole sequence, suffix included.
-        visual: of an earlier request; the first step then does not compute the frames. Ignored where the frames have
-            other positions or the policy needs the states of other layers.
+        visual: of an earlier request; the first step then computes the frames only from layer `reuse` on. Ignored where
+            the frames have other positions, or the states of other layers are needed.
+        reuse: layers, from the lowest, whose keys and values of the frames are taken from `visual` and left for others.
 
     Raises:
         InputError: the policy does not fit this request.
@@ -61,6 +62,7 @@ class RequestCache:
         slots: int,
         tokens: int,
         visual: VisualCache | None = None,
+        reuse: int = 0,
     ):
         self.config, self.policy, self.prompt = config, policy, prompt
         rest = frame_index.new_full((tokens - len(frame_index),), -1)
@@ -72,14 +74,18 @@ class RequestCache:
         self.kv_cache: KVCache | None = None
         self.step, self.step_in_block, self.block = 0, -1, slice(0, 0)
         self.refreshes = {"text": 0, "visual": 0}
+        self.masked = torch.ones(slots, dtype=torch.bool, device=prompt.device)  # in the last pass
+        self.undecided = self.masked
         self.attention = policy.attention(self.frames, prompt)
         # of policies that refresh by measured drift
         self.probed: dict[str, Tensor] = {}
         self.refreshed_from: dict[str, int] = {}
         self.references: dict[str, Tensor] = {}
         self.drift: dict[str, list[float]] = {}
-        layers = {*policy.entries(config.num_hidden_layers), config.num_hidden_layers}
-        fits = visual is not None and visual.hidden.keys() == layers
+        self.reuse = min(reuse, config.num_hidden_layers)
+        self.entries = sorted({*policy.entries(config.num_hidden_layers), self.reuse} - {0, config.num_hidden_layers})
+        layers = {layer for layer in (*self.entries, config.num_hidden_layers) if layer <= self.reuse}
+        fits = visual is not None and self.reuse and len(visual.keys) == self.reuse and visual.hidden.keys() == layers
         self.reused = visual if fits and torch.equal(visual.positions, self.frames.visual) else None  # type: ignore[union-attr]
 
     def segments(self) -> dict[str, Tensor]:
@@ -90,16 +96,19 @@ class RequestCache:
             "before": self.answer[: self.block.start],
             "block": self.answer[self.block],
             "after": self.answer[self.block.stop :],
+            "undecided": self.answer[self.undecided],
         }
 
-    def next_pass(self, answer: Tensor, suffix: Tensor, block: slice) -> PartialPass:
+    def next_pass(self, answer: Tensor, suffix: Tensor, block: slice, masked: Tensor) -> PartialPass:
         """What the next pass recomputes.
 
         Args:
             answer: (slots, width) embeddings of the answer as it stands.
             suffix: (suffix tokens, width) embeddings.
             block: slots of the current block.
+            masked: boolean (slots,): still open.
         """
+        self.undecided, self.masked = self.masked | masked, masked.clone()
         self.step_in_block = self.step_in_block + 1 if block == self.block else 0
         self.block = block
         layers = self.config.num_hidden_layers
@@ -107,7 +116,7 @@ class RequestCache:
         plan = self.policy.plan(StepContext(self.step, self.step_in_block, layers, self.drift))
         if self.kv_cache is None:
             embeddings = torch.cat((self.prompt.to(answer.dtype), answer, suffix))
-            self.kv_cache = KVCache(self.config, embeddings, self.policy.entries(layers))
+            self.kv_cache = KVCache(self.config, embeddings, self.entries)
             plan = replace(plan, start=self.reuse_visual(self.kv_cache), narrow=None)
         else:
             self.kv_cache.hidden[0][self.answer] = answer
@@ -120,9 +129,10 @@ class RequestCache:
             joins.setdefault(start, []).append(segments[segment])
         self.add_probes(plan, joins)
         self.attention.begin_pass(plan, segments["block"])
+        self.attention.joins = {start: torch.cat(positions) for start, positions in joins.items()}
         return PartialPass(
             self.kv_cache,
-            {start: torch.cat(positions) for start, positions in joins.items()},
+            self.attention.joins,
             self.attention,
             None if plan.narrow is None else max(1, round(plan.narrow * len(self.answer))),
         )
@@ -131,21 +141,25 @@ class RequestCache:
         """Copy an earlier request's visual states in; returns what the first step still has to compute."""
         if self.reused is None:
             return EVERYTHING
-        positions = self.reused.positions
-        kv_cache.keys[:, :, positions], kv_cache.values[:, :, positions] = self.reused.keys, self.reused.values
+        positions, layers = self.reused.positions, self.reuse
+        kv_cache.keys[:layers, :, positions] = self.reused.keys
+        kv_cache.values[:layers, :, positions] = self.reused.values
         for layer, states in self.reused.hidden.items():
             kv_cache.hidden[layer][positions] = states
         self.attention.anchors = dict(self.reused.anchors)
-        return {segment: start for segment, start in EVERYTHING.items() if segment != "visual"}
+        start = {segment: start for segment, start in EVERYTHING.items() if segment != "visual"}
+        return start | ({"visual": layers} if layers < self.config.num_hidden_layers else {})
 
     def export_visual(self) -> VisualCache | None:
         """The visual tokens' part, for a further question about the same video; None before the first step."""
         if self.kv_cache is None:
             return None
         positions, kv_cache = self.frames.visual, self.kv_cache
-        hidden = {layer: states[positions] for layer, states in kv_cache.hidden.items() if layer}
-        anchors = dict(self.attention.anchors)
-        return VisualCache(positions, kv_cache.keys[:, :, positions], kv_cache.values[:, :, positions], hidden, anchors)
+        layers = self.reuse
+        hidden = {layer: states[positions] for layer, states in kv_cache.hidden.items() if 0 < layer <= layers}
+        anchors = {layer: found for layer, found in self.attention.anchors.items() if layer < layers}
+        keys, values = kv_cache.keys[:layers, :, positions], kv_cache.values[:layers, :, positions]
+        return VisualCache(positions, keys, values, hidden, anchors)
 
     def add_probes(self, plan: Plan, joins: dict[int, list[Tensor]]) -> None:
         """Recompute a few positions of the segments that are not refreshed, to measure how far they moved."""

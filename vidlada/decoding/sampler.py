@@ -10,15 +10,18 @@ What is special about it:
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidlada.decoding.cache import RequestCache, VisualCache
-from vidlada.decoding.commit import above_threshold, by_factor, most_confident, spread
+from vidlada.decoding.commit import Proposals, commit_rule, measured, within_nucleus
 from vidlada.decoding.kv_cache import refresh
 from vidlada.decoding.policies import parse_policy
+from vidlada.decoding.policies.blockwise import Full
+from vidlada.decoding.verify import verify
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion, positions_of
@@ -77,6 +80,19 @@ class Statistics:
         """A copy with further phases in front."""
         return replace(self, seconds={**seconds, **self.seconds})
 
+    def __add__(self, other: "Statistics") -> "Statistics":
+        """What both cost together."""
+        names = {*self.refreshes, *other.refreshes}
+        phases = [*self.seconds, *(phase for phase in other.seconds if phase not in self.seconds)]
+        return Statistics(
+            self.steps + other.steps,
+            self.forward_passes + other.forward_passes,
+            self.tokens + other.tokens,
+            tuple(sum(counts) for counts in zip_longest(self.layer_tokens, other.layer_tokens, fillvalue=0)),
+            {name: self.refreshes.get(name, 0) + other.refreshes.get(name, 0) for name in sorted(names)},
+            {phase: self.seconds.get(phase, 0.0) + other.seconds.get(phase, 0.0) for phase in phases},
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
@@ -97,9 +113,9 @@ class State:
     Attributes:
         step: steps done.
         proposed: (gen_length,) final tokens, this step's proposals in the current block, the mask id elsewhere.
-        committed: boolean (gen_length,): which of them are final.
+        committed: boolean (gen_length,): which of them are final; what a commit rule may still take back is not.
         confidence: (gen_length,) probability of each proposal of this step; 1 where final before, 0 where open.
-        stop_at: slot at which a stop sequence begins, if one was found.
+        stop_at: slot at which a final stop sequence begins, if one was found.
         done: the answer is complete.
         statistics: so far.
         visual: when done and asked for by the settings, what a further question about the video may reuse.
@@ -133,6 +149,8 @@ class RunningRequest:
             raise InputError(f"{len(initial)} initial ids were given for gen_length {settings.gen_length} answer slots")
         self.ids = torch.tensor(initial, device=device)  # (gen_length,)
         self.masked = self.ids == self.mask_id
+        self.revocable = torch.zeros_like(self.masked)  # committed in the current block by a rule that may regret it
+        self.rule = commit_rule(settings)
         self.suffix = torch.tensor(list(request.suffix_ids), dtype=torch.long, device=device)
         length = len(request.prompt) + len(self.ids) + len(self.suffix)
         if length > config.max_length:
@@ -142,7 +160,7 @@ class RunningRequest:
             )
         self.generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same numbers on every device
         self.caches = self.make_caches(model)
-        self.block, self.plan = -1, [0]
+        self.block = -1
         self.stop_at = self.find_stop()
         self.statistics = Statistics()
         self.started = time.perf_counter()
@@ -151,6 +169,8 @@ class RunningRequest:
     def make_caches(self, model: VidLaDAForMaskedDiffusion) -> list[RequestCache]:
         """One cache, or a second one for the guided pass; none without a policy."""
         policy = parse_policy(self.settings.cache)
+        if policy is None and self.rule.revokes:
+            policy = Full()  # the same ids; tokens are verified against its keys and values
         if policy is None:
             return []
         prompt, config = self.request.prompt, model.language_model.config
@@ -162,9 +182,10 @@ class RunningRequest:
         prompts = [prompt]
         if self.settings.cfg_scale > 0:
             prompts.append(self.hidden_prompt(model))
-        given = [self.request.visual if self.settings.reuse else None, None]  # a hidden prompt has no frames
+        given = [self.request.visual, None]  # a hidden prompt has no frames
+        reuse = self.settings.reuse
         return [
-            RequestCache(config, policy, each, frame_index, len(self.ids), tokens, visual)
+            RequestCache(config, policy, each, frame_index, len(self.ids), tokens, visual, reuse)
             for each, visual in zip(prompts, given, strict=False)
         ]
 
@@ -196,7 +217,7 @@ class RunningRequest:
         if self.done or (self.block >= 0 and bool(open_slots[self.slots].any())):
             return
         self.block = int(open_slots.nonzero()[0]) // self.settings.block_length
-        self.plan = spread(int(self.masked[self.slots].sum()), self.settings.steps_per_block)
+        self.rule.begin_block(int(self.masked[self.slots].sum()), self.settings.steps_per_block)
 
     def embeddings(self, model: VidLaDAForMaskedDiffusion, guided: bool) -> Tensor:
         """The whole sequence, (tokens, width); with `guided` the prompt is hidden behind mask embeddings."""
@@ -214,7 +235,24 @@ class RunningRequest:
         passes = 2 if self.settings.cfg_scale > 0 else 1
         return (length * passes * (self.statistics.steps + 1),) * layers
 
-    def commit(self, logits: Tensor, suppressed: Tensor, passes: int, layers: int) -> State:
+    def verify(self, model: VidLaDAForMaskedDiffusion, suppressed: Tensor) -> Tensor | None:
+        """Probability of every token of the block that may be taken back, predicted without it; 1 for the others.
+
+        Returns:
+            (block,), or None where there is nothing to verify.
+        """
+        drafted = self.revocable[self.slots].nonzero()[:, 0] + self.slots.start
+        if not len(drafted):
+            return None
+        cache = self.caches[0]
+        assert cache.kv_cache is not None
+        found = torch.ones(len(self.ids), dtype=torch.float64, device=self.ids.device)
+        found[drafted] = verify(model, cache.kv_cache, cache.answer[drafted], self.ids[drafted], suppressed)
+        return found[self.slots]
+
+    def commit(
+        self, logits: Tensor, suppressed: Tensor, passes: int, layers: int, verified: Tensor | None = None
+    ) -> State:
         """Propose a token for every masked slot of the block and make some of them final.
 
         Args:
@@ -222,41 +260,48 @@ class RunningRequest:
             suppressed: ids that are never proposed.
             passes: forward passes this step took.
             layers: of the language model.
+            verified: what `verify` returned.
         """
-        settings, slots = self.settings, self.slots
+        settings, slots, rule = self.settings, self.slots, self.rule
         masked = self.masked[slots]
         logits = logits.clone()
         logits[:, suppressed] = -torch.inf
+        logits = rule.adjust(logits)
         proposed = self.sample(logits).argmax(-1)  # (block,)
         probability = logits.double().softmax(-1).gather(-1, proposed[:, None])[:, 0]
         ranking = probability
         if settings.remasking == "random":
             ranking = torch.rand(1, len(proposed), generator=self.generator)[0].double().to(probability.device)
         open_slots = self.open_slots()[slots]
-        if settings.threshold is not None:
-            chosen = above_threshold(ranking, open_slots, settings.threshold)
-        elif settings.factor is not None:
-            chosen = by_factor(ranking, open_slots, settings.factor)
-        else:
-            # steps left without a token to place (fewer masks than steps) would change nothing, so they are not taken
-            chosen = most_confident(ranking, open_slots, max(1, self.plan.pop(0) if self.plan else 1))
+        figures = None if rule.measure is None else measured(rule.measure, logits)
+        revoked = torch.zeros_like(masked)
+        if verified is not None:
+            revoked = rule.revoke(verified, self.revocable[slots])
+        chosen = rule.choose(Proposals(proposed, ranking, open_slots, figures))
         self.ids[slots] = torch.where(chosen, proposed, self.ids[slots])
-        self.masked[slots] = masked & ~chosen
+        self.masked[slots] = (masked & ~chosen) | revoked
+        if rule.revokes:
+            self.revocable[slots] = (self.revocable[slots] | chosen) & ~revoked
         self.stop_at = self.find_stop()
+        if not bool(self.open_slots()[slots].any()):
+            self.revocable.zero_()  # the block is complete
         self.statistics = Statistics(
             steps=self.statistics.steps + 1,
             forward_passes=self.statistics.forward_passes + passes,
-            tokens=self.statistics.tokens + int(chosen.sum()),
+            tokens=self.statistics.tokens + int(chosen.sum()) - int(revoked.sum()),
             layer_tokens=self.layer_tokens(layers),
             refreshes=dict(self.caches[0].refreshes) if self.caches else {},
             seconds={"denoising": time.perf_counter() - self.started},
         )
-        return self.snapshot(slots, torch.where(masked, proposed, self.ids[slots]), probability.where(masked, 1.0))
+        shown = torch.where(masked, proposed, self.ids[slots])
+        return self.snapshot(slots, shown, probability.where(masked, 1.0 if verified is None else verified))
 
     def sample(self, logits: Tensor) -> Tensor:
         """Add Gumbel noise in float64: exp(logits) / (-log u)^temperature; greedy at temperature 0."""
         if self.settings.temperature == 0:
             return logits
+        if self.settings.top_p < 1:
+            logits = within_nucleus(logits, self.settings.top_p, self.settings.temperature)
         noise = torch.rand(1, *logits.shape, dtype=torch.float64, generator=self.generator)[0].to(logits.device)
         return logits.double().exp() / (-noise.log()) ** self.settings.temperature
 
@@ -286,9 +331,9 @@ class RunningRequest:
         return State(
             step=self.statistics.steps,
             proposed=tokens.cpu(),
-            committed=(~self.masked).cpu(),
+            committed=(~(self.masked | self.revocable)).cpu(),
             confidence=confidence.cpu(),
-            stop_at=self.stop_at,
+            stop_at=None if self.stop_at is None or bool(self.revocable[self.stop_at :].any()) else self.stop_at,
             done=self.done,
             statistics=self.statistics,
             visual=self.caches[0].export_visual() if self.done and self.settings.reuse else None,
@@ -346,7 +391,9 @@ class Denoiser:
         parts = logits.split([row.settings.block_length for row in rows])
         states = []
         for row, part in zip(rows, parts, strict=True):
-            states.append((row.number, row.commit(part, suppressed, 2 if row in guided else 1, layers)))
+            verified = row.verify(self.model, suppressed)
+            passes = 1 + (row in guided) + (verified is not None)
+            states.append((row.number, row.commit(part, suppressed, passes, layers, verified)))
             row.next_block()
         self.rows = [row for row in rows if not row.done]
         return states
@@ -367,9 +414,12 @@ class Denoiser:
         caches = [row.caches[guided] for row in rows]
         embed = self.model.language_model.embed_tokens
         passes = [
-            c.next_pass(embed(row.ids), embed(row.suffix), row.slots) for c, row in zip(caches, rows, strict=True)
+            c.next_pass(embed(row.ids), embed(row.suffix), row.slots, row.masked)
+            for c, row in zip(caches, rows, strict=True)
         ]
         refresh(self.model.language_model, passes)
+        for each, cache in zip(passes, caches, strict=True):
+            cache.attention.finish_pass(self.model.language_model, each.kv_cache, cache.answer)
         return torch.cat([cache.block_states(row.slots) for cache, row in zip(caches, rows, strict=True)])
 
     def plain_states(self, rows: Sequence[RunningRequest], guided: bool) -> Tensor:

@@ -20,11 +20,17 @@ class StableText:
         text: a prefix of the answer, and of every later settled text.
         tokens: answer tokens it was made from.
         finish_reason: `stop` or `length` once the text is the whole answer, else None.
+        reasoning: a prefix of the thought before the answer; see `vidlada.decoding.thinking`.
+        reasoning_tokens: tokens, not counted in `tokens`, of a thought in slots of its own.
+        thinking: the state it was made from is that of such a thought.
     """
 
     text: str
     tokens: int
     finish_reason: str | None
+    reasoning: str = ""
+    reasoning_tokens: int = 0
+    thinking: bool = False
 
 
 def stable_text(

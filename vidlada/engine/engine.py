@@ -25,8 +25,10 @@ from torch import Tensor
 
 from vidlada.api import VidLaDA
 from vidlada.decoding.cache import VisualCache
-from vidlada.decoding.sampler import Denoiser, Request, State
-from vidlada.decoding.streaming import StableText, stable_text
+from vidlada.decoding.sampler import Denoiser, State
+from vidlada.decoding.streaming import StableText
+from vidlada.decoding.thinking import Turn
+from vidlada.engine.choosing import choose
 from vidlada.engine.feature_store import LRUCache
 from vidlada.engine.limits import EngineLimits
 from vidlada.engine.scheduler import Scheduler, Task
@@ -34,6 +36,7 @@ from vidlada.errors import VidLaDAError
 from vidlada.generation import GenerationSettings
 from vidlada.machine import MEBI
 from vidlada.processor import EncodedConversation
+from vidlada.tiling import ImageShape, MediaShape
 from vidlada.video import Frames
 
 FRAMES_PER_TURN = 8  # through the vision tower between two steps; always the same, so that features are too
@@ -51,15 +54,22 @@ class EngineClosedError(VidLaDAError):
 
 @dataclass(frozen=True)
 class MediaInput:
-    """A video of a job.
+    """A video or an image of a job.
 
     Attributes:
         key: of its content and of how it was sampled.
-        frames: sampled at the model's size.
+        frames: sampled at the model's size; of an image, its tiles.
+        image: its shape, where it is tiled.
     """
 
     key: Hashable
     frames: Frames
+    image: ImageShape | None = None
+
+    @property
+    def shape(self) -> MediaShape:
+        """What the layout of its visual tokens depends on."""
+        return len(self.frames.images) if self.image is None else self.image
 
 
 @dataclass(frozen=True)
@@ -71,22 +81,31 @@ class EngineRequest:
         videos: what it shows, in order.
         settings: of decoding.
         max_tokens: most tokens of the answer; the answer's slots by default.
+        choices: answer with the likeliest of these instead of decoding.
+        continues: the prompt ends within what the assistant says.
     """
 
     encoded: EncodedConversation
     videos: Sequence[MediaInput]
     settings: GenerationSettings
     max_tokens: int | None = None
+    choices: Sequence[str] = ()
+    continues: bool = False
 
     @property
     def visual_key(self) -> Hashable:
         """Under which the frames' keys and values may be taken over; the decoding loop checks that they fit."""
-        return (*(shown.key for shown in self.videos), self.settings.cache)
+        return (
+            *(shown.key for shown in self.videos),
+            self.settings.cache,
+            self.settings.reuse,
+            self.settings.visual_keep,
+        )
 
     @property
     def tokens(self) -> int:
-        """Prompt tokens and answer slots."""
-        return len(self.encoded.input_ids) + self.settings.gen_length
+        """Prompt tokens, slots of a thought and answer slots."""
+        return len(self.encoded.input_ids) + self.settings.slots
 
 
 @dataclass(frozen=True)
@@ -97,11 +116,15 @@ class Update:
         state: after the step.
         stable: the part of the answer that can no longer change; the last update's is the whole answer.
         seconds: waiting in the queue, and in the vision tower.
+        confidence: (gen_length,) probability with which each final slot was committed; 1 where it was given.
+        choices: log-probabilities of the job's choices among each other.
     """
 
     state: State
     stable: StableText
     seconds: dict[str, float]
+    confidence: Tensor
+    choices: tuple[float, ...] = ()
 
 
 @dataclass
@@ -135,7 +158,9 @@ class RequestHandle:
         self.cancelled = False
         self.seconds: dict[str, float] = {}
         self.submitted = time.perf_counter()
-        self.request: Request | None = None  # while it runs
+        self.turn: Turn | None = None  # while it runs
+        self.confidence: Tensor | None = None
+        self.committed: Tensor | None = None
         self.pending: deque[Update | BaseException] = deque(maxlen=MOST_PENDING)
         self.news = asyncio.Event()
 
@@ -168,6 +193,13 @@ class RequestHandle:
                     await asyncio.sleep(0)  # a reader that never waits must not keep the loop from others
         finally:
             self.cancel()
+
+    def confidence_after(self, state: State) -> Tensor:
+        """Probability with which each final slot was committed; a state tells it of those of its step alone."""
+        before = self.committed if self.committed is not None else torch.zeros_like(state.committed)
+        known = self.confidence if self.confidence is not None else state.confidence
+        self.confidence, self.committed = torch.where(before, known, state.confidence), state.committed
+        return self.confidence
 
     def put(self, update: "Update | BaseException") -> None:
         """Called by the engine's thread."""
@@ -241,6 +273,15 @@ class Engine:
     # --- the thread ---
 
     def _run(self) -> None:
+        error: VidLaDAError = EngineClosedError()
+        try:
+            self._serve()
+        except Exception as cause:  # a defect of the engine: nobody may wait for it
+            error = self._explained(cause)
+            self.closing = True
+        self._fail_all(error)
+
+    def _serve(self) -> None:
         while True:
             with self.condition:
                 while not (self.closing or self.waiting or self.joining or self.running):
@@ -251,7 +292,6 @@ class Engine:
             self._prepare()
             if self.denoiser.rows:
                 self._step()
-        self._fail_all(EngineClosedError())
 
     def _drop_cancelled(self) -> None:
         gone = [handle for handle in [*self.running.values(), *self.joining] if handle.cancelled]
@@ -300,12 +340,13 @@ class Engine:
             del self.joining[handle]
 
     @torch.inference_mode()
-    def _encode(self, frames: Frames, first: int) -> Tensor:
-        """Pooled features of a few frames: (frames, cells, width)."""
+    def _encode(self, shown: MediaInput, first: int) -> Tensor:
+        """Features of a few frames, pooled, or of a few tiles of an image: (pictures, cells, width)."""
         model = self.vidlada.model
-        pixels = self.vidlada.processor.pixel_values(frames.images[first : first + FRAMES_PER_TURN])
+        pixels = self.vidlada.processor.pixel_values(shown.frames.images[first : first + FRAMES_PER_TURN])
         self.totals.frames_encoded += len(pixels)
-        return model.vision(pixels.to(model.device, model.dtype))
+        projected = model.vision.project(pixels.to(model.device, model.dtype))
+        return projected if shown.image is not None else model.vision.pool(projected)
 
     def _join(self, handle: RequestHandle) -> Iterator[None]:
         """Encode the videos that are not known yet, piece by piece, then let the request join."""
@@ -318,10 +359,15 @@ class Engine:
                 parts = self.parts.setdefault(shown.key, [])
                 while (first := FRAMES_PER_TURN * len(parts)) < len(images):
                     handle.task.frames = left + len(images) - first
-                    parts.append(self._encode(shown.frames, first))
+                    parts.append(self._encode(shown, first))
                     yield
                 with torch.inference_mode():
-                    features = model.vision.with_newlines(torch.cat(parts))
+                    pooled = torch.cat(parts)
+                    features = (
+                        model.vision.with_newlines(pooled)
+                        if shown.image is None
+                        else model.vision.lay_out_image(pooled, shown.image)
+                    )
                 self.features.put(shown.key, features, features.nbytes)
                 self.parts.pop(shown.key, None)
             visual.append(features)
@@ -329,8 +375,19 @@ class Engine:
         tokens = torch.cat(visual) if visual else torch.empty(0, width, device=model.device)
         job = handle.job
         known = self.visual.get(job.visual_key) if job.settings.reuse else None
-        handle.request = replace(self.vidlada.request(job.encoded, tokens, job.settings), visual=known)
-        number, state = self.denoiser.add(handle.request)
+        request = replace(self.vidlada.request(job.encoded, tokens, job.settings), visual=known)
+        if job.choices:
+            self.totals.finished += 1
+            chosen, stable, scores = choose(self.vidlada, request, job.choices)
+            handle.put(Update(chosen, stable, dict(handle.seconds), chosen.confidence, scores))
+            return
+        handle.turn = Turn(request, self.vidlada.processor, model, job.max_tokens)
+        self._start(handle)
+
+    def _start(self, handle: RequestHandle) -> None:
+        """Let what is to be decoded now join."""
+        assert handle.turn is not None
+        number, state = self.denoiser.add(handle.turn.request)
         self.running[number] = handle
         if state is not None:
             self._deliver(number, state)
@@ -367,20 +424,23 @@ class Engine:
     def _deliver(self, number: int, state: State) -> None:
         """Send a state on; free the place of an answer that is complete."""
         handle = self.running[number]
-        request, settings = handle.request, handle.job.settings
-        assert request is not None
+        turn = handle.turn
+        assert turn is not None
+        request = turn.request
         if state.visual is not None:
             self.visual.put(handle.job.visual_key, state.visual, state.visual.nbytes)
-            state = replace(state, visual=None)  # readers have no use for it
-        stable = stable_text(
-            state, self.vidlada.processor.decode, request.stop_sequences, settings.stop, handle.job.max_tokens
-        )
-        if stable.finish_reason is not None:
+        state, stable = turn.take(state)
+        state = replace(state, visual=None)  # readers have no use for it
+        if stable.finish_reason is not None or turn.request is not request:
             self.denoiser.remove(number)
             del self.running[number]
-            handle.request = None
+        if stable.finish_reason is not None:
+            handle.turn = None
             self.totals.finished += 1
-        handle.put(Update(state, stable, dict(handle.seconds)))
+        handle.put(Update(state, stable, dict(handle.seconds), handle.confidence_after(state)))
+        if turn.request is not request:  # the thought is complete, and the answer has slots of its own
+            handle.confidence = handle.committed = None
+            self._start(handle)
 
     def _fail(self, error: VidLaDAError, handles: Iterable[RequestHandle]) -> None:
         """Tell requests that there will be no answer."""

@@ -4,7 +4,6 @@ import time
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,13 @@ import torch
 from vidlada.api import EncodedVideo, VidLaDA
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.video import Frames, Sampling, sample_frames
+from vidlada.media import media_list
+from vidlada.video import Sampling, sample_frames
 
 DECODERS = 2  # threads; FFmpeg uses further ones itself
 VIDEOS_AHEAD = 3  # decoded before they are needed: 28 MB each at 64 frames of 384 pixels
 
-Media = str | np.ndarray | None
+Media = str | np.ndarray | tuple[str | np.ndarray, ...] | None
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Question:
 
     Attributes:
         text: as the benchmark words it.
-        media: path of a video or a folder of frames; or frames, uint8 (frames, height, width, 3); or None.
+        media: path of a video or a folder of frames; or frames, uint8 (frames, height, width, 3); or an image, uint8
+            (height, width, 3); or several of these; or None.
         settings: of decoding.
         error: why it cannot be asked at all.
     """
@@ -84,7 +85,7 @@ class Answerer:
         last_use = {questions[i].video_key: n for n, batch in enumerate(batches) for i in batch}
         needed = (questions[i] for batch in batches for i in batch if questions[i].error is None)
         media = {question.video_key: question.media for question in needed}
-        encoded: dict[Hashable, EncodedVideo | str] = {}
+        encoded: dict[Hashable, list[EncodedVideo] | str] = {}
         done: dict[int, Reply] = {}
         waiting = 0
         with ThreadPoolExecutor(DECODERS) as pool:
@@ -109,20 +110,22 @@ class Answerer:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def decode(self, media: Media) -> Frames | np.ndarray | None:
-        """Frames of a video, at the model's size."""
-        if isinstance(media, str):
-            return sample_frames(Path(media), self.sampling, size=self.vidlada.processor.image_size)
-        return media
+    def decode(self, media: Media) -> list[Any]:
+        """Frames of videos, at the model's size, and images."""
+        size = self.vidlada.processor.image_size
+        return [
+            sample_frames(medium, self.sampling, size=size) if isinstance(medium, str) else medium
+            for medium in media_list(media)
+        ]
 
-    def encode(self, frames: "Future[Any]") -> EncodedVideo | str:
+    def encode(self, media: "Future[Any]") -> list[EncodedVideo] | str:
         """Visual tokens, or why there are none."""
         try:
-            return self.vidlada.encode_video(frames.result())
+            return self.vidlada.encode_media(media.result())
         except InputError as error:
             return str(error)
 
-    def ask(self, questions: Sequence[Question], videos: Sequence[EncodedVideo | str]) -> list[Reply]:
+    def ask(self, questions: Sequence[Question], videos: Sequence[list[EncodedVideo] | str]) -> list[Reply]:
         """Answer questions of equal settings together; a batch that fails is asked again one by one.
 
         Args:

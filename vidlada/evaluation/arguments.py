@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from vidlada.decoding.policies import parse_policy
+from vidlada.decoding.choices import check_choices
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.model.quantization import Quantization
@@ -12,8 +12,15 @@ from vidlada.settings import settings_of
 from vidlada.video import Sampling
 
 ThinkMode = Literal["no_think", "think"]
-DECODING = ("cache", "threshold", "factor", "reuse")  # generation settings that model arguments may give for all tasks
-PACES = ("steps", "gen_steps", "threshold", "factor")  # how many tokens a step commits; one replaces another
+DECODING = (
+    "cache",
+    "commit",
+    "threshold",
+    "factor",
+    "reuse",
+    "visual_keep",
+)  # generation settings that model arguments may give for all tasks
+PACES = ("steps", "gen_steps", "threshold", "factor", "commit")  # how many tokens a step commits; one replaces another
 RENAMED = {"torch_dtype": "dtype", "peft": "adapter"}
 GENERATION_NAMES = {name: name for name in settings_of(GenerationSettings) if name != "stop"} | {
     "gen_steps": "steps", "cfg": "cfg_scale",
@@ -37,11 +44,13 @@ class ModelArguments:
         video_fps: candidate frames a second.
         force_sample: always take `max_frames_num` frames.
         add_time_instruction: tell the model when its frames were taken.
-        think_mode: `no_think` or `think` is appended to every question, after a slash.
+        think_mode: `no_think` or `think` is appended to every question, after a slash; in answers with a thought only
+            what follows it counts.
         system_prompt: instead of the checkpoint's system message.
         dtype, device, quantization, compiled: as `vidlada.load` takes them.
-        cache, threshold, factor, reuse: of `GenerationSettings`; `--gen_kwargs` come after. The settings of a cache
-            are separated by `;`, because lmms-eval splits at commas: `cache=mars:text=8;ratio=2`.
+        cache, commit, threshold, factor, reuse, visual_keep: of `GenerationSettings`; `--gen_kwargs` come after. The
+            settings of a cache or rule are separated by `;`, because lmms-eval splits at commas:
+            `cache=mars:text=8;ratio=2`.
         mc_num: Monte Carlo samples of a likelihood.
         batch_size_ppl: of these, how many run together.
         mc_seed: of their masks.
@@ -63,9 +72,11 @@ class ModelArguments:
     quantization: Quantization | None = None
     compiled: bool = False
     cache: str | None = None
+    commit: str | None = None
     threshold: float | None = None
     factor: float | None = None
-    reuse: bool | None = None
+    reuse: int | None = None
+    visual_keep: float | None = None
     mc_num: int = 128
     batch_size_ppl: int = 32
     mc_seed: int = 0
@@ -86,7 +97,7 @@ class ModelArguments:
             raise InputError(f"conv_template {self.conv_template!r} is unknown; the checkpoint's own template is used")
         check_think_mode(self.think_mode)
         self.sampling  # noqa: B018 - validates
-        parse_policy(GenerationSettings().updated(**self.decoding).cache)
+        check_choices(GenerationSettings().updated(**self.decoding))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelArguments":
@@ -115,9 +126,9 @@ class ModelArguments:
     def decoding(self) -> dict[str, Any]:
         """Generation settings given for all tasks."""
         given = {name: getattr(self, name) for name in DECODING if getattr(self, name) is not None}
-        if "cache" in given:
-            given["cache"] = str(given["cache"]).replace(";", ",")
-        return given
+        if self.think_mode is not None:
+            given["think"] = self.think_mode == "think"
+        return given | {name: str(given[name]).replace(";", ",") for name in ("cache", "commit") if name in given}
 
 
 def check_think_mode(value: Any) -> None:
@@ -126,14 +137,9 @@ def check_think_mode(value: Any) -> None:
         raise InputError(f"think_mode must be no_think or think, not {value!r}")
 
 
-def with_think_mode(text: str, think_mode: str | None) -> str:
-    """A question with its mode at the end, as the published evaluation writes it."""
-    return text if think_mode is None else f"{text}/{think_mode}"
-
-
 def generation_settings(
     defaults: GenerationSettings, arguments: dict[str, Any], decoding: Mapping[str, Any] | None = None
-) -> tuple[GenerationSettings, ThinkMode | None]:
+) -> GenerationSettings:
     """Settings of one request.
 
     Args:
@@ -145,7 +151,7 @@ def generation_settings(
         decoding: of the model arguments; `defaults` have them already. Each may be replaced by name only.
 
     Returns:
-        The settings, and `think_mode` if given.
+        The settings; `think_mode` is their `think`.
 
     Raises:
         InputError: an argument is unknown, asks for what masked diffusion has no counterpart of, or would take the
@@ -154,7 +160,7 @@ def generation_settings(
     left = dict(arguments)
     think_mode = left.pop("think_mode", None)
     check_think_mode(think_mode)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {} if think_mode is None else {"think": think_mode == "think"}
     for name, ours in GENERATION_NAMES.items():
         if left.get(name) is not None:
             if changes.get(ours, left[name]) != left[name]:
@@ -181,13 +187,12 @@ def generation_settings(
     for name in ("temperature", "cfg_scale", "threshold", "factor"):
         if isinstance(changes.get(name), int):
             changes[name] = float(changes[name])
-    if "cache" in changes:
-        parse_policy(changes["cache"])  # an unknown policy stops the run, not every sample
     settings = defaults.updated(**{name: value for name, value in changes.items() if name != "stop"})
+    check_choices(settings)  # an unknown policy or rule stops the run, not every sample
     for name, value in (decoding or {}).items():
         if name not in changes and getattr(settings, name) is None:
             raise InputError(f"{name} {value!r} has no effect beside {_pace(arguments)}; leave one of them out")
-    return replace(settings, stop=changes["stop"]), think_mode
+    return replace(settings, stop=changes["stop"])
 
 
 def _pace(arguments: Mapping[str, Any]) -> str:

@@ -13,18 +13,19 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
-from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
 
 from vidlada.api import EncodedVideo, load
 from vidlada.errors import InputError
 from vidlada.evaluation.answering import Answerer, Media, Question, Reply
-from vidlada.evaluation.arguments import ModelArguments, generation_settings, with_think_mode
+from vidlada.evaluation.arguments import ModelArguments, generation_settings
 from vidlada.evaluation.benchmarks import video_of
 from vidlada.evaluation.folder import RECORD_FOLDER, open_record
 from vidlada.evaluation.likelihood import is_greedy, negative_log_likelihood
 from vidlada.generation import GenerationSettings
+from vidlada.images import open_images, to_rgb
+from vidlada.processor import VidLaDAProcessor
 
 Messages = list[dict[str, Any]]
 MISSING_VIDEO = (SystemExit, OSError, AssertionError)  # what tasks raise for one
@@ -65,19 +66,18 @@ class VidLaDAChat(lmms):
         """Where lmms-eval puts the tensors it gathers."""
         return self.accelerator.device
 
-    def settings(self, arguments: dict[str, Any]) -> tuple[GenerationSettings, str | None]:
-        """Decoding settings and think mode of a request."""
-        settings, think_mode = generation_settings(self.defaults, arguments, self.arguments.decoding)
-        return settings, think_mode or self.arguments.think_mode
+    def settings(self, arguments: dict[str, Any]) -> GenerationSettings:
+        """Decoding settings of a request."""
+        return generation_settings(self.defaults, arguments, self.arguments.decoding)
 
     def question(self, messages: Messages, arguments: dict[str, Any]) -> Question:
         """A request's messages as a question; what cannot be asked carries its error."""
-        settings, think_mode = self.settings(arguments)
+        settings = self.settings(arguments)
         try:
-            text, media = read_messages(messages, self.vidlada.processor.image_size)
+            text, media = read_messages(messages, self.vidlada.processor)
         except InputError as error:
             return Question(settings=settings, error=str(error))
-        return Question(with_think_mode(text, think_mode), media, settings)
+        return Question(text, media, settings)
 
     def document(self, task: str, split: str, doc_id: int) -> dict[str, Any]:
         """A row of the benchmark."""
@@ -90,7 +90,7 @@ class VidLaDAChat(lmms):
         try:
             messages = to_messages(document)
         except MISSING_VIDEO as error:
-            return without_video(task, document, error, self.settings(arguments)[0])
+            return without_video(task, document, error, self.settings(arguments))
         return self.question(messages, arguments)
 
     def generate_until(self, requests: Sequence[Instance]) -> Iterator[GenerationResult]:
@@ -129,7 +129,7 @@ class VidLaDAChat(lmms):
         _, to_messages, arguments, doc_id, task, split = request.args
         document = self.document(task, split, doc_id)
         said: list[str] = []
-        seen: dict[Hashable, tuple[Media, EncodedVideo | str]] = {}
+        seen: dict[Hashable, tuple[Media, list[EncodedVideo] | str]] = {}
         information, error = None, None
         while True:
             try:
@@ -156,10 +156,10 @@ class VidLaDAChat(lmms):
             yield question, reply
             said = [*said, reply.text]
 
-    def watched(self, media: Media) -> EncodedVideo | str:
+    def watched(self, media: Media) -> list[EncodedVideo] | str:
         """Visual tokens, or why there are none."""
         try:
-            return self.vidlada.encode_video(self.answerer.decode(media))
+            return self.vidlada.encode_media(self.answerer.decode(media))
         except InputError as error:
             return str(error)
 
@@ -188,7 +188,7 @@ class VidLaDASimple(VidLaDAChat):
         try:
             visuals = to_visual(document) or []
         except MISSING_VIDEO as error:
-            return without_video(task, document, error, self.settings(arguments)[0])
+            return without_video(task, document, error, self.settings(arguments))
         parts = [{"type": "video" if isinstance(visual, str) else "image", "url": visual} for visual in visuals]
         return self.question([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], arguments)
 
@@ -202,7 +202,7 @@ class VidLaDASimple(VidLaDAChat):
         What cannot be computed is infinite. lmms-eval 0.7.3 turns a bare pair into text, but hands on what a
         `GenerationResult` holds; its response cache holds text only.
         """
-        seen: dict[Any, EncodedVideo | str] = {}
+        seen: dict[Any, list[EncodedVideo] | str] = {}
         model, given = self.vidlada.model, self.arguments
         with Record(self._rank) as record, self.bar(len(requests)) as bar:
             for request in requests:
@@ -215,7 +215,11 @@ class VidLaDASimple(VidLaDAChat):
                 try:
                     if isinstance(video, str):
                         raise InputError(question.error or video)
-                    prompt = self.vidlada.chat(video, **self.answerer.options).request(question.text).prompt
+                    prompt = (
+                        self.vidlada.chat(video, think=question.settings.think, **self.answerer.options)
+                        .request(question.text)
+                        .prompt
+                    )
                     ids = self.vidlada.processor.text_ids(continuation.strip())
                     value = negative_log_likelihood(
                         model, prompt, ids, given.mc_num, given.batch_size_ppl, given.mc_seed
@@ -237,38 +241,36 @@ def without_video(
     return Question(media=path, settings=settings or GenerationSettings(), error=why)
 
 
-def read_messages(messages: Messages, image_size: int) -> tuple[str, Media]:
+def read_messages(messages: Messages, processor: VidLaDAProcessor) -> tuple[str, Media]:
     """Text and visual part of a task's messages.
 
-    Several images become the frames of one video; the order of text and visuals is the model's own.
+    Videos and images stand in front of the text, in the order of the messages. To a model that sees images as
+    frames, several images are the frames of one video.
 
     Raises:
-        InputError: sound, several videos, a part of a video, or what only a conversation has.
+        InputError: sound, a part of a video, or what only a conversation has.
     """
     parts = [part for message in messages for part in message["content"]]
-    images, videos, sounds = ChatMessages(messages=messages).extract_media()
-    if sounds:
+    if any(part["type"] == "audio" for part in parts):
         raise InputError("the task gives sound; the model sees only video")
-    if len(videos) > 1 or (videos and images):
-        raise InputError(f"the task gives {len(videos)} videos and {len(images)} images; the model takes one video")
     if any(message["role"] != "user" for message in messages):
         raise InputError("the task gives a conversation; the model is asked one question")
     text = "\n".join(part["text"] for part in parts if part["type"] == "text")
-    if images:
-        return text, np.stack([picture(image, image_size) for image in images])
-    if videos and not isinstance(videos[0], str):
-        raise InputError(f"the task gives {type(videos[0]).__name__} for a video instead of its path")
-    return text, (videos[0] if videos else None)
+    shown = [(part["type"], part["url"]) for part in parts if part["type"] in ("image", "video")]
+    strange = [url for kind, url in shown if kind == "video" and not isinstance(url, str)]
+    if strange:
+        raise InputError(f"the task gives {type(strange[0]).__name__} for a video instead of its path")
+    if shown and processor.tiling.as_frames and all(kind == "image" for kind, _ in shown):
+        size = (processor.image_size,) * 2
+        frames = [Image.fromarray(picture(url)).resize(size, Image.Resampling.BICUBIC) for _, url in shown]
+        return text, np.stack([np.asarray(frame) for frame in frames])
+    media = tuple(picture(url) if kind == "image" else url for kind, url in shown)
+    return text, media[0] if len(media) == 1 else media or None
 
 
-def picture(image: Any, size: int) -> np.ndarray:
-    """(size, size, 3) uint8 of an image or its path."""
-    if isinstance(image, str):
-        try:
-            image = Image.open(image)
-        except OSError as error:
-            raise InputError(f"{image}: cannot be read as an image: {error}") from error
-    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+def picture(image: Any) -> np.ndarray:
+    """(height, width, 3) uint8 of an image or its path."""
+    return open_images(image)[0] if isinstance(image, str) else to_rgb(image)
 
 
 class Record:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -64,7 +65,7 @@ class RunSettings:
             if "," in place or "=" in place:
                 raise InputError(f"{place}: lmms-eval cannot be given a path with a comma or equals sign in it")
 
-    @property
+    @cached_property  # the hub is asked once
     def location(self) -> str:
         """Of the model, from any working directory."""
         return SHIPPED if self.model == SHIPPED else str(model_folder(self.model).absolute())

@@ -8,6 +8,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
+from vidlada.tiling import ImageShape, MediaShape, MergeType, Tiling
 
 NewlinePosition = Literal["grid", "frame", "one_token", "no_token"]
 PoolMode = Literal["bilinear", "average", "max"]
@@ -40,8 +41,13 @@ class VidLaDATextConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         check_division(self, "hidden_size", "num_attention_heads")
         check_division(self, "num_attention_heads", "num_key_value_heads")
+        if self.head_dim % 2:
+            raise InputError(f"heads of width {self.head_dim}: rotary positions need an even width")
 
     @property
     def head_dim(self) -> int:
@@ -60,6 +66,9 @@ class VidLaDAConfig(PreTrainedConfig):
         spatial_pool_stride, spatial_pool_mode: pooling of each frame's patch grid after the projector.
         newline_position: where the learned newline vector stands: after each grid row (published), after each
             frame, once at the end, or nowhere.
+        image_aspect_ratio, image_grid_pinpoints, image_merge_type: how images are taken; see
+            `vidlada.tiling.Tiling`. Published checkpoints say `anyres_max_4`; models of our own see an image as a
+            video of one frame.
         video_token_id: stand-in for one visual token in `input_ids`; not a token of the vocabulary.
         mask_token_id: the token that stands for "not decided yet".
         suppressed_token_ids: never proposed by the sampler (bos, eos, header marks in the published model).
@@ -68,6 +77,7 @@ class VidLaDAConfig(PreTrainedConfig):
         system_message: the system turn the model was trained with.
         multi_turn: the model was trained on conversations; if not, every question is asked by itself.
         text_only: there is no visual half (LLaDA, the text-only ancestor).
+        source: of a model converted from another layout: that `layout`, and the `config` its config.json held.
     """
 
     model_type: ClassVar[str] = "vidlada"
@@ -94,6 +104,9 @@ class VidLaDAConfig(PreTrainedConfig):
     spatial_pool_stride: int = 2
     spatial_pool_mode: PoolMode = "bilinear"
     newline_position: NewlinePosition = "grid"
+    image_aspect_ratio: str = "frame"
+    image_grid_pinpoints: list[list[int]] | None = None
+    image_merge_type: MergeType = "spatial_unpad"
     video_token_id: int = -200
     mask_token_id: int = 126336
     bos_token_id: int | None = 126080
@@ -109,16 +122,31 @@ class VidLaDAConfig(PreTrainedConfig):
     generation: dict[str, Any] | None = None
     multi_turn: bool = True
     text_only: bool = False
+    source: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         GenerationSettings.from_dict(self.generation or {})
+        if not self.text_only:
+            self.tiling  # noqa: B018 - validates
+
+    @property
+    def text(self) -> VidLaDATextConfig:
+        """The language model's configuration."""
+        assert isinstance(self.text_config, VidLaDATextConfig)
+        return self.text_config
+
+    @property
+    def vision(self) -> SiglipVisionConfig:
+        """The vision tower's configuration, as kept."""
+        assert isinstance(self.vision_config, SiglipVisionConfig)
+        return self.vision_config
 
     @property
     def patches_per_side(self) -> int:
         """Patches along one side of a frame (27 in the published model)."""
-        return int(self.vision_config.image_size) // int(self.vision_config.patch_size)  # type: ignore[union-attr]
+        return int(self.vision.image_size) // int(self.vision.patch_size)
 
     @property
     def pooled_per_side(self) -> int:
@@ -132,6 +160,20 @@ class VidLaDAConfig(PreTrainedConfig):
         side = self.pooled_per_side
         return side * side + {"grid": side, "frame": 1}.get(self.newline_position, 0)
 
-    def visual_tokens(self, frames: int) -> int:
-        """Visual tokens of a video of `frames` frames."""
-        return frames * self.tokens_per_frame() + (self.newline_position == "one_token")
+    @property
+    def tiling(self) -> Tiling:
+        """How images are taken."""
+        pinpoints = self.image_grid_pinpoints
+        return Tiling(
+            self.image_aspect_ratio,
+            int(self.vision_config.image_size),  # type: ignore[union-attr]
+            self.patches_per_side,
+            None if pinpoints is None else tuple(tuple(pinpoint) for pinpoint in pinpoints),  # type: ignore[misc]
+            self.image_merge_type,
+        )
+
+    def visual_tokens(self, shape: MediaShape) -> int:
+        """Visual tokens of an image, or of a video of so many frames."""
+        if isinstance(shape, ImageShape):
+            return self.tiling.tokens(shape)
+        return shape * self.tokens_per_frame() + (self.newline_position == "one_token")

@@ -7,6 +7,8 @@ What is special about it:
 - no (tokens, tokens) mask is built unless a caller brings one: padding is a mask over keys only.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,58 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vidlada.model.config import VidLaDATextConfig
 
 Rotation = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPrefixMask:
+    """Rows of a prefix (a video) and several continuations (questions with answers) that do not see one another.
+
+    The prefix attends to itself, a continuation to the prefix and itself: far less than all pairs of a row.
+
+    Attributes:
+        sizes: tokens of the prefix and of every continuation, alike in all rows.
+        valid: (batch, tokens) boolean, False at padding.
+    """
+
+    sizes: tuple[int, ...]
+    valid: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SharedPrefixMask) and self.sizes == other.sizes and self.valid.equal(other.valid)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def to(self, device: torch.device) -> "SharedPrefixMask":
+        """The same on a device."""
+        return SharedPrefixMask(self.sizes, self.valid.to(device))
+
+    def dense(self) -> Tensor:
+        """(batch, 1, tokens, tokens) boolean, True where a query (third axis) may attend to a key (last axis)."""
+        part = torch.arange(len(self.sizes), device=self.valid.device)
+        part = part.repeat_interleave(torch.tensor(self.sizes, device=part.device))
+        allowed = (part[None, :] == 0) | (part[None, :] == part[:, None])
+        return (allowed & self.valid[:, None, :])[:, None]
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention over (batch, heads, tokens, head_dim), part by part."""
+        parts = [states.split(self.sizes, dim=2) for states in (queries, keys, values)]
+        valid = self.valid.split(self.sizes, dim=1)
+        mixed = []
+        for number, (query, key, value) in enumerate(zip(*parts, strict=True)):
+            mask = valid[number]
+            if number:
+                key, value = torch.cat((parts[1][0], key), dim=2), torch.cat((parts[2][0], value), dim=2)
+                mask = torch.cat((valid[0], mask), dim=1)
+            if mask.all():
+                mixed.append(F.scaled_dot_product_attention(query, key, value))
+                continue
+            # a query without any key would be no number, and padding's values reach others through a weight of zero
+            mask = mask | (~mask.any(1, keepdim=True))
+            mixed.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :]))
+        return torch.cat(mixed, dim=2)
+
+
+AnyMask = Tensor | SharedPrefixMask | None
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
@@ -30,7 +84,7 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torc
         Two tensors of shape (batch or 1, 1, tokens, head_dim), ready to broadcast over heads.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angles = position_ids[:, None, :, None].float() * theta**-exponents  # (batch, 1, tokens, head_dim / 2)
+    angles = position_ids[:, None, :, None].float() * (1 / theta**exponents)  # (batch, 1, tokens, head_dim / 2)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -42,14 +96,14 @@ def rotate(states: Tensor, rotation: Rotation) -> Tensor:
     return states * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | SharedPrefixMask | None) -> Tensor:
     """Scaled dot-product attention over (batch, heads, tokens, head_dim)."""
-    device = queries.device.type
-    if device == "cpu" and torch.is_autocast_enabled("cpu"):
+    if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         # the backward pass of the fused kernel is 1.5 to 5 times slower in bfloat16 than in float32 on a CPU
         with torch.autocast("cpu", enabled=False):
-            states = (queries.float(), keys.float(), values.float())
-            return F.scaled_dot_product_attention(*states, attn_mask=attention_mask)
+            return attend(queries.float(), keys.float(), values.float(), attention_mask)
+    if isinstance(attention_mask, SharedPrefixMask):
+        return attention_mask.attend(queries, keys, values)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=attention_mask)
 
 
@@ -89,7 +143,9 @@ class Attention(nn.Module):
         keys = rotate(self.heads(self.k_proj(hidden)), rotation)
         return queries, keys, self.heads(self.v_proj(hidden))
 
-    def mix(self, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def mix(
+        self, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | SharedPrefixMask | None
+    ) -> Tensor:
         """What every position sees of the others: (batch, tokens, width)."""
         if self.groups > 1:
             keys, values = (states.repeat_interleave(self.groups, dim=1) for states in (keys, values))
@@ -119,6 +175,11 @@ class Layer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def compile_parts(self) -> None:
+        """Let torch.compile fuse all but attention, once for all layers and any number of tokens."""
+        self.enter = torch.compile(self.enter, dynamic=True)  # type: ignore[method-assign]
+        self.leave = torch.compile(self.leave, dynamic=True)  # type: ignore[method-assign]
+
     def enter(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """All before positions meet: queries, keys and values of (batch, tokens, width) states."""
         return self.self_attn.project(self.input_layernorm(hidden), rotation)
@@ -128,7 +189,7 @@ class Layer(GradientCheckpointingLayer):
         hidden = hidden + self.self_attn.o_proj(mixed)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
-    def forward(self, hidden: Tensor, rotation: Rotation, attention_mask: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, rotation: Rotation, attention_mask: AnyMask) -> Tensor:
         return self.leave(hidden, self.self_attn.mix(*self.enter(hidden, rotation), attention_mask))
 
 
@@ -156,7 +217,10 @@ class LanguageModel(nn.Module):
         self.leave = torch.compile(Layer.leave, dynamic=True)
 
     def forward(
-        self, hidden: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: AnyMask = None,
     ) -> Tensor:
         """Run every position through every layer.
 
@@ -164,14 +228,14 @@ class LanguageModel(nn.Module):
             hidden: (batch, tokens, width) embeddings.
             position_ids: (batch or 1, tokens); counts from 0 by default.
             attention_mask: boolean, True where attention is allowed: (batch, tokens) over keys, or
-                (batch, 1, tokens, tokens) over pairs; None when nothing is padded.
+                (batch, 1, tokens, tokens) over pairs; or of rows with a shared prefix; None when nothing is padded.
 
         Returns:
             (batch, tokens, width) normed hidden states.
         """
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             attention_mask = attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, tokens): over keys only
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
         rotation = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, dtype or hidden.dtype)

@@ -1,5 +1,6 @@
 """The Hugging Face model: vision and language joined, video spliced into the prompt, logits, loss."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ from transformers.utils import ModelOutput
 
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
-from vidlada.model.language_model import LanguageModel, RMSNorm
+from vidlada.model.language_model import LanguageModel, RMSNorm, SharedPrefixMask
 from vidlada.model.vision import Vision
+from vidlada.tiling import MediaShape
 
 
 @dataclass
@@ -32,22 +34,21 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
     input_modalities = ("video", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}  # where tie_word_embeddings says so
     _no_split_modules = ["Layer", "SiglipEncoderLayer", "SiglipVisionEmbeddings"]
 
     def __init__(self, config: VidLaDAConfig):
         super().__init__(config)
-        text_config = config.text_config
-        assert isinstance(text_config, VidLaDATextConfig)
         if not config.text_only:
             self.vision = Vision(config)
-        self.language_model = LanguageModel(text_config)
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.language_model = LanguageModel(config.text)
+        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights for the language model and projector; the tower initialises itself as SigLIP does."""
-        std = self.config.text_config.initializer_range  # type: ignore[union-attr]
+        std = self.config.text.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -66,23 +67,22 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def encode_videos(self, pixel_values: Tensor, frame_counts: list[int]) -> list[Tensor]:
-        """Visual tokens of several videos whose frames are stacked.
+    def encode_media(self, pixel_values: Tensor, shapes: Sequence[MediaShape]) -> list[Tensor]:
+        """Visual tokens of several videos and images whose pictures are stacked.
 
         Args:
-            pixel_values: (all frames, 3, image_size, image_size).
-            frame_counts: frames of each video, in order.
+            pixel_values: (all pictures, 3, image_size, image_size).
+            shapes: number of frames of each video, shape of each image, in order.
 
         Returns:
-            One (visual tokens, width) tensor a video.
+            One (visual tokens, width) tensor a medium.
 
         Raises:
             InputError: the model has no visual half.
         """
         if self.config.text_only:
             raise InputError("this checkpoint is text-only; it cannot see videos")
-        pooled = self.vision(pixel_values)
-        return [self.vision.with_newlines(frames) for frames in pooled.split(frame_counts)]
+        return self.vision.encode(pixel_values, shapes)
 
     def embed(self, input_ids: Tensor, visual_tokens: Tensor | None = None) -> Tensor:
         """Embeddings of a prompt, visual tokens in the places of the video stand-ins.
@@ -110,8 +110,8 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        frame_counts: list[int] | None = None,
-        attention_mask: Tensor | None = None,
+        media_shapes: Sequence[MediaShape] | None = None,
+        attention_mask: Tensor | SharedPrefixMask | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: Tensor | None = None,
@@ -121,9 +121,10 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
 
         Args:
             input_ids: (batch, tokens), or give `inputs_embeds`.
-            pixel_values: (all frames, 3, image_size, image_size), with `frame_counts`.
-            frame_counts: frames of each video; all in one video by default.
-            attention_mask: boolean or 0/1 (batch, tokens) or (batch, 1, tokens, tokens); True may be attended.
+            pixel_values: (all pictures, 3, image_size, image_size), with `media_shapes`.
+            media_shapes: number of frames of each video, shape of each image; one video by default.
+            attention_mask: boolean or 0/1 (batch, tokens) or (batch, 1, tokens, tokens), True may be attended; or of
+                rows with a shared prefix.
             position_ids: (batch, tokens); counted over unpadded tokens by default.
             inputs_embeds: (batch, tokens, width) instead of ids.
             logits_to_keep: boolean (batch, tokens): logits only there, shape (chosen, vocabulary). Saves the largest
@@ -134,9 +135,9 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
                 raise InputError("give input_ids or inputs_embeds")
             visual = None
             if pixel_values is not None:
-                visual = torch.cat(self.encode_videos(pixel_values, frame_counts or [pixel_values.shape[0]]))
+                visual = torch.cat(self.encode_media(pixel_values, media_shapes or [pixel_values.shape[0]]))
             inputs_embeds = self.embed(input_ids, visual)
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             position_ids = positions_of(attention_mask)
         hidden = self.language_model(inputs_embeds, position_ids, attention_mask)
         chosen = hidden if logits_to_keep is None else hidden[logits_to_keep]

@@ -1,14 +1,12 @@
 """The HTTP interface: OpenAI's routes for models, chat and files, health, metrics, and the page."""
 
 import asyncio
-import base64
 import hashlib
 import hmac
-import io
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +15,6 @@ from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
-from PIL import Image
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -28,8 +25,8 @@ from vidlada.api import VidLaDA
 from vidlada.errors import VidLaDAError
 from vidlada.machine import MEBI
 from vidlada.serve.body import LimitedReceive, parsed
-from vidlada.serve.completions import Completion
-from vidlada.serve.conversation import MediaReference, turn_of
+from vidlada.serve.completions import ChatReply, Reply, updates_of
+from vidlada.serve.conversation import MediaReference, question_of
 from vidlada.serve.errors import RequestError, disk_errors
 from vidlada.serve.files import Upload, too_large
 from vidlada.serve.http import (
@@ -42,13 +39,15 @@ from vidlada.serve.http import (
     error_response,
     unless_gone,
 )  # fmt: skip
+from vidlada.serve.legacy import TextReply
 from vidlada.serve.limits import Limits
 from vidlada.serve.metrics import Metrics
-from vidlada.serve.schema import ChatRequest
+from vidlada.serve.previews import strip
+from vidlada.serve.responses import ResponsesReply, ResponsesRequest
+from vidlada.serve.schema import AnswerRequest, ChatRequest, CompletionRequest, DetokenizeRequest
 from vidlada.serve.service import Service
 from vidlada.serve.temporary import temporary_folder
 from vidlada.serve.threads import FILES, PICTURES, in_thread
-from vidlada.video import Frames
 
 PAGE = Path(__file__).parent / "page"
 MULTIPART_BYTES = 2**16  # an upload's envelope may add
@@ -95,80 +94,120 @@ class Server:
             raise RequestError(401, "give a valid API key: Authorization: Bearer KEY", "invalid_api_key")
         return hashlib.sha256(given.strip().encode()).hexdigest()
 
-    # --- chat ---
+    # --- answers ---
 
-    async def chat(self, request: Request) -> Response:
-        """`POST /v1/chat/completions`."""
+    async def answer(self, request: Request, model: type[AnswerRequest], reply_type: type[Reply]) -> Response:
+        """Answer a request of any interface.
+
+        Args:
+            request: of the client.
+            model: what its body has to be.
+            reply_type: what the interface answers.
+        """
         owner, started = self.owner(request), time.perf_counter()
         async with AsyncExitStack() as stack:
             self.service.refuse_if_full()
             body = await stack.enter_async_context(self.arrivals.json_body(request))
             deadline = asyncio.get_running_loop().time() + self.limits.request_seconds
             stack.enter_context(self.service.admit())
-            order = await parsed(body, ChatRequest, self.vidlada.processor.max_length)
+            order = await parsed(body, model, self.vidlada.processor.max_length)
             del body
-            if order.model != self.settings.name:
-                message = f"the model {order.model[:80]!r} is not served here; use {self.settings.name!r}"
-                raise RequestError(404, message, "model_not_found", "model")
+            self.check_model(order.model)
+            if isinstance(order, ResponsesRequest):
+                order = order.chat()
+            for _ in range(order.answers - 1):
+                stack.enter_context(self.service.admit())
             try:
                 async with asyncio.timeout_at(deadline):
                     submitted = await unless_gone(request, self.service.submit(order, owner))
-                    stack.callback(submitted.handle.cancel)
-                    completion = Completion(self.vidlada, self.settings.name, submitted, order.diffusing)
+                    for each in submitted:
+                        stack.callback(each.handle.cancel)
+                    reply = reply_type(self.vidlada, self.settings.name, order, submitted)
                     if not order.stream:
-                        return await unless_gone(request, self.whole(completion, order, started))
+                        return await unless_gone(request, self.whole(reply, started))
             except TimeoutError:
                 raise self.too_slow() from None
-            events = self.stream(completion, order, started, deadline)
+            events = self.stream(reply, started, deadline)
             return EventStream(events, stack.pop_all(), deadline + self.limits.reader_seconds)
         raise AssertionError("unreachable")
+
+    def check_model(self, name: str) -> None:
+        """404 for another model's name."""
+        if name != self.settings.name:
+            message = f"the model {name[:80]!r} is not served here; use {self.settings.name!r}"
+            raise RequestError(404, message, "model_not_found", "model")
 
     def too_slow(self) -> RequestError:
         """The refusal after the deadline."""
         return RequestError(504, f"the request took longer than {self.limits.request_seconds:g} s", "timeout")
 
-    async def whole(self, completion: Completion, order: ChatRequest, started: float) -> Response:
-        """The answer at once."""
-        async for update in completion.submitted.handle.updates():
-            completion.last = update
-        self.finish(completion, order, started)
-        assert completion.last is not None
-        return JSONResponse(completion.whole(completion.last))
+    async def whole(self, reply: Reply, started: float) -> Response:
+        """The answers at once."""
+        async for number, update in updates_of([each.handle for each in reply.submitted]):
+            reply.last[number] = update
+        self.finish(reply, started)
+        return JSONResponse(reply.whole())
 
-    async def stream(
-        self, completion: Completion, order: ChatRequest, started: float, deadline: float
-    ) -> AsyncIterator[bytes]:
-        """The answer as it settles."""
-        yield completion.opening()
+    async def stream(self, reply: Reply, started: float, deadline: float) -> AsyncIterator[bytes]:
+        """The answers as they settle."""
+        yield reply.opening()
         try:
-            async for update in completion.submitted.handle.updates(deadline):
-                events = completion.events(update)
-                if events:
-                    yield events
+            async with aclosing(updates_of([each.handle for each in reply.submitted], deadline)) as updates:
+                async for number, update in updates:
+                    events = reply.events(number, update)
+                    if events:
+                        yield events
         except TimeoutError:
-            yield completion.error(error_body(self.too_slow()))
+            yield reply.failure(error_body(self.too_slow()))
             return
         except VidLaDAError as error:
-            yield completion.error(error_body(as_request_error(error)))
+            yield reply.failure(error_body(as_request_error(error)))
             return
-        self.finish(completion, order, started)
-        yield completion.closing(order.stream_options is not None and order.stream_options.include_usage)
+        self.finish(reply, started)
+        options = reply.order.stream_options
+        yield reply.closing(options is not None and options.include_usage)
 
-    def finish(self, completion: Completion, order: ChatRequest, started: float) -> None:
-        """Count and log an answer."""
-        update = completion.last
-        assert update is not None
-        seconds = completion.seconds(update)
+    def finish(self, reply: Reply, started: float) -> None:
+        """Count and log answers."""
         total = time.perf_counter() - started
-        self.metrics.observe({**seconds, "total": total})
-        usage = completion.usage(update)
-        line = (
-            f"{completion.id} prompt={usage['prompt_tokens']} completion={usage['completion_tokens']} "
-            f"steps={update.state.step} finish={update.stable.finish_reason} seconds={total:.3f}"
-        )
-        if self.settings.log_content:
-            line += f" question={turn_of(order.messages[-1])[1]!r} answer={completion.text(update)!r}"
-        log.info(line)
+        for number, update in enumerate(reply.finished):
+            self.metrics.observe({**reply.seconds(number, update), "total": total})
+            line = (
+                f"{reply.id} prompt={reply.submitted[number].prompt_tokens} completion={update.stable.tokens} "
+                f"steps={update.state.step} finish={update.stable.finish_reason} seconds={total:.3f}"
+            )
+            if self.settings.log_content:
+                line += f" question={question_of(reply.order)!r} answer={reply.text(number, update)!r}"
+            log.info(line)
+
+    # --- the tokenizer ---
+
+    async def tokenize(self, request: Request) -> Response:
+        """`POST /tokenize`: the token ids of a chat request or of a text, as the model gets them."""
+        owner = self.owner(request)
+        async with AsyncExitStack() as stack:
+            body = await stack.enter_async_context(self.arrivals.json_body(request))
+            stack.enter_context(self.service.admit())
+            model = CompletionRequest if b'"messages"' not in body else ChatRequest
+            order = await parsed(body, model, self.vidlada.processor.max_length)
+            self.check_model(order.model)
+            async with asyncio.timeout(self.limits.request_seconds):
+                jobs, _ = await unless_gone(request, self.service.prepare(order, owner))
+            ids = jobs[0].encoded.input_ids
+            most = self.vidlada.processor.max_length
+            return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": None})
+        raise AssertionError("unreachable")
+
+    async def detokenize(self, request: Request) -> Response:
+        """`POST /detokenize`: the text of token ids."""
+        self.owner(request)
+        async with AsyncExitStack() as stack:
+            body = await stack.enter_async_context(self.arrivals.json_body(request))
+            order = await parsed(body, DetokenizeRequest, self.vidlada.processor.max_length)
+        most = len(self.vidlada.processor.tokenizer)
+        if any(token >= most for token in order.tokens):
+            raise RequestError(422, f"tokens: the ids of this model are below {most}", "invalid_request", "tokens")
+        return JSONResponse({"prompt": self.vidlada.processor.decode(order.tokens, skip_special_tokens=False)})
 
     # --- models ---
 
@@ -190,6 +229,7 @@ class Server:
                 "max_frames": self.limits.max_frames,
                 "max_upload_mb": self.limits.max_upload_mb,
                 "text_only": config.text_only,
+                "multi_turn": config.multi_turn,
             },
         }
 
@@ -260,18 +300,6 @@ def ended(content_type: str, tail: bytes) -> bool:
     """Whether a multipart body's last bytes have the boundary that closes it; what is not multipart has none."""
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     return boundary is None or b"--" + boundary + b"--" in tail
-
-
-def strip(frames: Frames) -> dict[str, Any]:
-    """Frames as JPEG data URIs with their times."""
-    pictures = []
-    for image, seconds in zip(frames.images, frames.times, strict=True):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", quality=80)
-        content = base64.b64encode(buffer.getvalue()).decode()
-        pictures.append({"time": round(seconds, 3), "image": f"data:image/jpeg;base64,{content}"})
-    info = frames.info
-    return {"duration": info.duration, "width": info.width, "height": info.height, "frames": pictures}
 
 
 def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> FastAPI:
@@ -355,7 +383,27 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        return await server().chat(request)
+        return await server().answer(request, ChatRequest, ChatReply)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await server().answer(request, ResponsesRequest, ResponsesReply)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await server().answer(request, CompletionRequest, TextReply)
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        return await server().tokenize(request)
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        return await server().detokenize(request)
+
+    @app.get("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
 
     @app.post("/v1/files")
     async def upload(request: Request) -> Response:

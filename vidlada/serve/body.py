@@ -20,6 +20,7 @@ from starlette.types import Message
 from vidlada.machine import MEBI
 from vidlada.serve.errors import RequestError
 from vidlada.serve.limits import Limits
+from vidlada.serve.refusals import refusal_of
 from vidlada.serve.threads import JSON, in_thread
 
 SLOWEST = 2**18  # bytes a second; a body may take as much longer as it needs at this rate
@@ -267,7 +268,4 @@ def validated(content: Any, model: type[Model]) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = "it is not known here" if first["type"] == "extra_forbidden" else first["msg"]
-        raise RequestError(422, f"{where[:200]}: {reason}", "invalid_request", where[:200] or None) from error
+        raise refusal_of(error) from error

@@ -4,53 +4,128 @@
 `diffusing` every event also has a `diffusion` object: the draft as it stands.
 """
 
+import asyncio
 import json
+import math
 import time
 import uuid
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from vidlada.api import VidLaDA
-from vidlada.engine.engine import Update
+from vidlada.engine.engine import RequestHandle, Update
+from vidlada.serve.schema import AnswerRequest
 from vidlada.serve.service import Submitted
 
+LEAST_LOGPROB = -9999.0  # OpenAI's stand-in for a probability of 0
 
-class Completion:
-    """One answer on its way to the client.
+
+async def updates_of(
+    handles: Sequence[RequestHandle], deadline: float | None = None
+) -> AsyncGenerator[tuple[int, Update], None]:
+    """Updates of several answers as they come, with the answer's number, until all are complete."""
+    streams = [handle.updates(deadline) for handle in handles]
+    waiting = {asyncio.ensure_future(anext(stream, None)): number for number, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number, update = waiting.pop(task), task.result()
+                if update is not None:
+                    yield number, update
+                    waiting[asyncio.ensure_future(anext(streams[number], None))] = number
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for handle in handles:
+            handle.cancel()
+
+
+class Reply:
+    """Answers on their way to the client.
 
     Args:
         vidlada: the model.
         name: it is served under.
-        submitted: the request.
-        diffusing: tell the draft as well.
+        order: what was asked for.
+        submitted: the answers' requests, in order.
     """
 
-    def __init__(self, vidlada: VidLaDA, name: str, submitted: Submitted, diffusing: bool):
-        self.vidlada, self.name, self.submitted, self.diffusing = vidlada, name, submitted, diffusing
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+    identity = "cmpl"
+
+    def __init__(self, vidlada: VidLaDA, name: str, order: AnswerRequest, submitted: Sequence[Submitted]):
+        self.vidlada, self.name, self.order, self.submitted = vidlada, name, order, submitted
+        self.id = f"{self.identity}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.sent = 0  # characters of the stable text
-        self.last: Update | None = None
+        self.sent = [0] * len(submitted)  # characters of each stable text
+        self.sent_tokens = [0] * len(submitted)
+        self.last: list[Update | None] = [None] * len(submitted)
 
-    def text(self, update: Update) -> str:
-        """What of the answer is certain; the suffix follows it once it is complete."""
-        suffix = self.submitted.handle.job.settings.suffix if update.stable.finish_reason else ""
-        return update.stable.text + suffix
+    @property
+    def finished(self) -> list[Update]:
+        """The last update of every answer, once all are there."""
+        return [update for update in self.last if update is not None]
 
-    def seconds(self, update: Update) -> dict[str, float]:
+    def text(self, number: int, update: Update) -> str:
+        """What of the answer is certain; the suffix follows it once it is complete.
+
+        An answer that goes on with a text keeps the white space before it, so that the two can be put together.
+        """
+        job = self.submitted[number].handle.job
+        suffix = job.settings.suffix if update.stable.finish_reason else ""
+        text = update.stable.text
+        if job.continues and text:
+            raw = self.vidlada.processor.decode(update.state.proposed[: update.stable.tokens].tolist())
+            text = raw[: len(raw) - len(raw.lstrip())] + text
+        return text + suffix
+
+    def seconds(self, number: int, update: Update) -> dict[str, float]:
         """By phase."""
-        return {**self.submitted.seconds, **update.seconds, **update.state.statistics.seconds}
+        return {**self.submitted[number].seconds, **update.seconds, **update.state.statistics.seconds}
 
-    def usage(self, update: Update) -> dict[str, Any]:
-        """Token counts; visual tokens are part of the prompt's."""
-        prompt, completion = self.submitted.prompt_tokens, update.stable.tokens
+    def usage(self) -> dict[str, Any]:
+        """Token counts; visual tokens are part of the prompt's, and a prompt counts once for all its answers."""
+        each = self.submitted[:: self.order.n]
+        prompt = sum(submitted.prompt_tokens for submitted in each)
+        completion = sum(update.stable.tokens for update in self.finished)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": 0, "visual_tokens": self.submitted.visual_tokens},
+            "prompt_tokens_details": {
+                "cached_tokens": 0,
+                "visual_tokens": sum(submitted.visual_tokens for submitted in each),
+            },
         }
 
-    def diffusion(self, update: Update) -> dict[str, Any]:
+    def token_logprobs(self, number: int, update: Update, first: int = 0) -> list[dict[str, Any]]:
+        """Each stable token, from the `first` on, with the log of the probability with which it was committed.
+
+        For an answer that was chosen from `guided_choice`: the choice as a whole, and the others beside it.
+        """
+        if update.choices:
+            if first:
+                return []
+            choices = self.submitted[number].handle.job.choices
+            ranked = sorted(zip(choices, update.choices, strict=True), key=lambda pair: -pair[1])
+            entries = [entry_of(text, math.exp(score)) for text, score in ranked]
+            return [{**entries[0], "top_logprobs": entries[: self.wanted_logprobs]}]
+        state, decode = update.state, self.vidlada.processor.decode
+        ids = state.proposed[: update.stable.tokens].tolist()
+        found = []
+        for place in range(first, len(ids)):
+            text = decode(ids[: place + 1])[len(decode(ids[:place])) :]
+            entry = entry_of(text, float(update.confidence[place]))
+            found.append({**entry, "top_logprobs": [entry] if self.wanted_logprobs else []})
+        return found
+
+    @property
+    def wanted_logprobs(self) -> int:
+        """Alternatives asked for."""
+        return getattr(self.order, "top_logprobs", 0)
+
+    def diffusion(self, number: int, update: Update) -> dict[str, Any]:
         """The draft: every slot up to the last one that has a proposal."""
         state = update.state
         pieces = self.vidlada.draft(state).pieces
@@ -62,64 +137,121 @@ class Completion:
             tokens.pop()
         draft = {"step": state.step, "slots": len(pieces), "tokens": tokens}
         if update.stable.finish_reason is not None:
-            job = self.submitted.handle.job
+            job = self.submitted[number].handle.job
             draft["frame_times"] = [round(time, 3) for video in job.videos for time in video.frames.times]
             draft["settings"] = job.settings.to_dict()
             statistics = state.statistics.to_dict()
-            statistics["seconds"] = {phase: round(value, 4) for phase, value in self.seconds(update).items()}
+            statistics["seconds"] = {phase: round(value, 4) for phase, value in self.seconds(number, update).items()}
             draft["statistics"] = statistics
         return draft
 
-    def whole(self, update: Update) -> dict[str, Any]:
-        """The answer as one object."""
-        message = {"role": "assistant", "content": self.text(update), "refusal": None}
-        choice = {
-            "index": 0,
-            "message": message,
-            "finish_reason": update.stable.finish_reason,
-            "logprobs": None,
-        }
-        completion = {**self._head("chat.completion"), "choices": [choice], "usage": self.usage(update)}
-        return {**completion, "diffusion": self.diffusion(update)} if self.diffusing else completion
+    # --- what the interfaces say differently ---
+
+    def whole(self) -> dict[str, Any]:
+        """The answers as one object."""
+        raise NotImplementedError
 
     def opening(self) -> bytes:
-        """The first event."""
-        return self._event(self._chunk({"role": "assistant", "content": ""}))
+        """The first events."""
+        return b""
 
-    def events(self, update: Update) -> bytes:
+    def events(self, number: int, update: Update) -> bytes:
         """The events of an update; none if there is nothing new to tell."""
-        self.last = update
-        text = self.text(update)
-        delta = {"content": text[self.sent :]} if len(text) > self.sent else {}
-        self.sent = len(text)
-        draft = {"diffusion": self.diffusion(update)} if self.diffusing else {}
-        parts = []
-        if delta or draft:
-            parts.append(self._event({**self._chunk(delta), **draft}))
-        if update.stable.finish_reason is not None:
-            parts.append(self._event(self._chunk({}, update.stable.finish_reason)))
-        return b"".join(parts)
+        raise NotImplementedError
 
     def closing(self, include_usage: bool) -> bytes:
         """The last events."""
-        usage = b""
-        if include_usage and self.last is not None:
-            head = self._head("chat.completion.chunk")
-            usage = self._event({**head, "choices": [], "usage": self.usage(self.last)})
-        return usage + b"data: [DONE]\n\n"
+        raise NotImplementedError
 
-    @staticmethod
-    def error(body: dict[str, Any]) -> bytes:
+    def failure(self, body: dict[str, Any]) -> bytes:
         """An error after the stream began."""
-        return Completion._event(body)
+        return event(body)
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def news(self, number: int, update: Update) -> tuple[str, list[dict[str, Any]]]:
+        """Text and tokens that were not sent yet."""
+        self.last[number] = update
+        text = self.text(number, update)
+        new = text[self.sent[number] :]
+        tokens = []
+        if getattr(self.order, "logprobs", None) not in (None, False) and new:
+            tokens = self.token_logprobs(number, update, self.sent_tokens[number])
+            self.sent_tokens[number] = update.stable.tokens
+        self.sent[number] = max(self.sent[number], len(text))
+        return new, tokens
+
+    def draft(self, number: int, update: Update) -> dict[str, Any]:
+        """The draft as a field of the object, if the client asked for it."""
+        return {"diffusion": self.diffusion(number, update)} if self.order.diffusing else {}
+
+
+class ChatReply(Reply):
+    """`/v1/chat/completions`."""
+
+    identity = "chatcmpl"
+
+    def whole(self) -> dict[str, Any]:
+        """One object with a choice for every answer."""
+        choices = []
+        for number, update in enumerate(self.finished):
+            message = {"role": "assistant", "content": self.text(number, update), "refusal": None}
+            logprobs = None
+            if getattr(self.order, "logprobs", False):
+                logprobs = {"content": self.token_logprobs(number, update), "refusal": None}
+            choice = {"index": number, "message": message, "finish_reason": update.stable.finish_reason}
+            choices.append({**choice, "logprobs": logprobs})
+        return {
+            **self.head("chat.completion"), "choices": choices, "usage": self.usage(),
+            **self.draft(0, self.finished[0]),
+        }  # fmt: skip
+
+    def opening(self) -> bytes:
+        """The roles."""
+        roles = range(len(self.submitted))
+        return b"".join(self.chunk(number, {"role": "assistant", "content": ""}) for number in roles)
+
+    def events(self, number: int, update: Update) -> bytes:
+        """What became certain, and the end."""
+        text, tokens = self.news(number, update)
+        logprobs = {"content": tokens, "refusal": None} if tokens else None
+        draft, parts = self.draft(number, update), []
+        if text or draft:
+            parts.append(self.chunk(number, {"content": text} if text else {}, None, logprobs, draft))
+        if update.stable.finish_reason is not None:
+            parts.append(self.chunk(number, {}, update.stable.finish_reason))
+        return b"".join(parts)
+
+    def closing(self, include_usage: bool) -> bytes:
+        """Usage, if asked for, and the end mark."""
+        usage = event({**self.head("chat.completion.chunk"), "choices": [], "usage": self.usage()})
+        return (usage if include_usage else b"") + DONE
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What every object begins with."""
         return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+    def chunk(
+        self,
+        number: int,
+        delta: dict[str, Any],
+        finish_reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+        draft: dict[str, Any] | None = None,
+    ) -> bytes:
+        """An event of one answer."""
+        choice = {"index": number, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
+        return event({**self.head("chat.completion.chunk"), "choices": [choice], **(draft or {})})
 
-    @staticmethod
-    def _event(content: dict[str, Any]) -> bytes:
-        return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(content: dict[str, Any], name: str | None = None) -> bytes:
+    """A server-sent event."""
+    line = b"" if name is None else f"event: {name}\n".encode()
+    return line + b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+
+
+def entry_of(text: str, probability: float) -> dict[str, Any]:
+    """A token with its log-probability, as OpenAI has it."""
+    logprob = math.log(probability) if probability > 0 else LEAST_LOGPROB
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

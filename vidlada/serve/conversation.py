@@ -1,13 +1,23 @@
 """Messages as clients write them to conversations as the model was trained on them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vidlada.generation import GenerationSettings
 from vidlada.processor import Message
 from vidlada.serve.errors import RequestError
-from vidlada.serve.schema import ChatMessage, ChatRequest, FilePart, ImagePart, TextPart, VideoPart
-from vidlada.settings import settings_of
+from vidlada.serve.refusals import unsupported
+from vidlada.serve.schema import (
+    AnswerRequest,
+    ChatMessage,
+    ChatRequest,
+    FilePart,
+    ImagePart,
+    RefusalPart,
+    TextPart,
+    VideoPart,
+)
+from vidlada.settings import INT64, settings_of
 
 SETTINGS = settings_of(GenerationSettings).keys() - {"gen_length", "stop"}
 
@@ -20,57 +30,118 @@ class MediaReference:
     is_image: bool
 
 
-def conversation_of(messages: Sequence[ChatMessage], multi_turn: bool) -> tuple[list[Message], list[MediaReference]]:
-    """A conversation for the processor, and what its video parts are, in order.
+Piece = str | MediaReference
 
-    In a message videos stand before the text, wherever the client put them, as in training. A model that was not
-    trained on conversations gets the last question and everything shown so far, without the earlier turns.
+
+@dataclass(frozen=True)
+class PreparedConversation:
+    """What a client's messages come to.
+
+    Attributes:
+        messages: for the processor.
+        media: what its video parts are, in order.
+        prefix: beginning of the answer, where the last message is the assistant's; else empty.
+    """
+
+    messages: list[Message]
+    media: list[MediaReference]
+    prefix: str = ""
+
+
+def conversation_of(messages: Sequence[ChatMessage], multi_turn: bool) -> PreparedConversation:
+    """A conversation for the processor.
+
+    One video or image of a message stands before its text, wherever the client put it, as in training; several stand
+    where the client put them. A model that was not trained on conversations gets the last question and everything
+    shown so far, without the earlier turns.
 
     Args:
-        messages: at least one; the last is the user's.
+        messages: at least one; the last is the user's, or the beginning of the assistant's answer.
         multi_turn: the model was trained on conversations.
     """
-    if messages[-1].role != "user":
-        raise RequestError(422, "the last message must be the user's", "bad_messages", "messages")
-    turns = [turn_of(message) for message in messages]
+    turns = [(role_of(message), pieces_of(message)) for message in messages]
+    prefix = ""
+    if turns[-1][0] == "assistant":
+        prefix = "".join(piece for piece in turns.pop()[1] if isinstance(piece, str))
+    if not turns or turns[-1][0] != "user":
+        raise RequestError(
+            422, "the last message must be the user's, or go on with the answer", "bad_messages", "messages"
+        )
     if not multi_turn:
         system = [turn for turn in turns if turn[0] == "system"]
-        media = [reference for role, _, shown in turns if role == "user" for reference in shown]
-        turns = [*system[:1], ("user", turns[-1][1], media)]
-    if not turns[-1][1]:
+        earlier = [piece for role, pieces in turns[:-1] if role == "user" for piece in pieces]
+        shown = [piece for piece in earlier if isinstance(piece, MediaReference)]
+        turns = [*system[:1], ("user", [*shown, *turns[-1][1]])]
+    if not text_of(turns[-1][1]):
         raise RequestError(422, "the question is empty", "bad_messages", "messages")
-    conversation: list[Message] = []
-    shown: list[MediaReference] = []
-    for role, text, media in turns:
-        videos = [{"type": "video"} for _ in media]
-        conversation.append({"role": role, "content": [*videos, {"type": "text", "text": text}] if media else text})
-        shown += media
-    return conversation, shown
+    conversation: list[Message] = [{"role": role, "content": content_of(pieces)} for role, pieces in turns]
+    media = [piece for _, pieces in turns for piece in pieces if isinstance(piece, MediaReference)]
+    return PreparedConversation(conversation, media, prefix)
 
 
-def turn_of(message: ChatMessage) -> tuple[str, str, list[MediaReference]]:
-    """Role, text and media of one message."""
-    role = "system" if message.role == "developer" else message.role
-    if isinstance(message.content, str):
-        return role, message.content.strip(), []
-    texts, media = [], []
+def question_of(request: AnswerRequest) -> str:
+    """The text that was asked, for the log."""
+    if isinstance(request, ChatRequest):
+        return text_of(pieces_of(request.messages[-1]))
+    return "\n".join(getattr(request, "prompts", []))
+
+
+def role_of(message: ChatMessage) -> str:
+    """The role as the model knows it."""
+    return "system" if message.role == "developer" else message.role
+
+
+def pieces_of(message: ChatMessage) -> list[Piece]:
+    """Texts and media of a message, in order."""
+    pieces: list[Piece] = []
     for part in message.content:
         match part:
             case TextPart():
-                texts.append(part.text.strip())
+                pieces.append(part.text)
+            case RefusalPart():
+                pieces.append(part.refusal)
             case VideoPart():
-                media.append(MediaReference(part.video_url.url, is_image=False))
+                pieces.append(MediaReference(part.video_url.url, is_image=False))
             case ImagePart():
-                media.append(MediaReference(part.image_url.url, is_image=True))
+                pieces.append(MediaReference(part.image_url.url, is_image=True))
             case FilePart():
-                media.append(MediaReference(part.file.file_id, is_image=False))
-    if media and role != "user":
-        raise RequestError(422, f"a {role} message cannot show a video", "bad_messages", "messages")
-    return role, "\n".join(filter(None, texts)), media
+                url = part.file.url
+                if not url:
+                    raise RequestError(422, "a file part needs file_id or file_data", "bad_messages", "messages")
+                pieces.append(MediaReference(url, is_image=url[:11].lower() == "data:image/"))
+    if message.role != "user" and any(isinstance(piece, MediaReference) for piece in pieces):
+        raise RequestError(422, f"a {message.role} message cannot show a video", "bad_messages", "messages")
+    return pieces
+
+
+def text_of(pieces: Sequence[Piece]) -> str:
+    """The texts, a line each."""
+    texts = [piece.strip() for piece in pieces if isinstance(piece, str)]
+    return "\n".join(filter(None, texts))
+
+
+def content_of(pieces: Sequence[Piece]) -> str | list[Message]:
+    """The content of a turn for the processor."""
+    shown = [piece for piece in pieces if isinstance(piece, MediaReference)]
+    if not shown:
+        return text_of(pieces)
+    if len(shown) == 1:
+        return [{"type": "video"}, {"type": "text", "text": text_of(pieces)}]
+    content: list[Message] = []
+    texts: list[Piece] = []
+    for piece in [*pieces, shown[0]]:  # the last closes what texts there are
+        if isinstance(piece, str):
+            texts.append(piece)
+            continue
+        if said := text_of(texts):
+            content.append({"type": "text", "text": said})
+        content.append({"type": "video"})
+        texts = []
+    return content[:-1]
 
 
 def generation_settings(
-    request: ChatRequest, base: GenerationSettings, most: int
+    request: AnswerRequest, base: GenerationSettings, most: int
 ) -> tuple[GenerationSettings, int | None]:
     """How to decode, and the most tokens of the answer.
 
@@ -83,7 +154,7 @@ def generation_settings(
 
     Raises:
         InputError: settings that do not go together.
-        RequestError: more slots than allowed.
+        RequestError: more slots than allowed, or a way to sample that is not known here.
     """
     max_tokens = request.max_completion_tokens or request.max_tokens
     given = {name: getattr(request, name) for name in SETTINGS}
@@ -97,4 +168,17 @@ def generation_settings(
     if settings.gen_length > most:
         message = f"{settings.gen_length} answer slots are more than the {most} allowed"
         raise RequestError(422, message, "too_many_tokens", "max_tokens")
+    if getattr(request, "top_logprobs", 0) > 1 and not request.guided_choice:
+        reason = "only the committed token's confidence is known; guided_choice tells the probabilities of choices"
+        raise unsupported("top_logprobs", reason)
+    if settings.temperature > 0:  # at 0 the likeliest token is taken, which neither could exclude
+        if (request.top_k or 0) > 0:
+            raise unsupported("top_k", "with a temperature above 0 use top_p, or temperature alone")
+        if request.min_p:
+            raise unsupported("min_p", "with a temperature above 0 use top_p, or temperature alone")
     return settings, max_tokens
+
+
+def with_seed(settings: GenerationSettings, number: int) -> GenerationSettings:
+    """The settings of one of several answers to a question: the seed counts up."""
+    return replace(settings, seed=(settings.seed + number + INT64) % (2 * INT64) - INT64) if number else settings

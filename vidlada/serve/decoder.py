@@ -15,9 +15,11 @@ import numpy as np
 from vidlada.machine import MEBI
 from vidlada.serve.errors import RequestError
 from vidlada.serve.limits import Limits
-from vidlada.video import Frames, Sampling, VideoInfo
+from vidlada.tiling import ImageShape, Tiling
+from vidlada.video import MAX_FRAMES, Frames, Sampling, VideoInfo
 
 MOST_HEADER_BYTES = 2**20
+MOST_TILES = 1 + 36 * 36  # of an image, whatever its pinpoints
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")  # no keys or tokens
 
 
@@ -31,10 +33,11 @@ class Decoders:
     Args:
         limits: of videos, time and memory.
         size: pixels along a side of the decoded frames.
+        most_frames: that fit in a prompt; more are refused before they are decoded.
     """
 
-    def __init__(self, limits: Limits, size: int):
-        self.limits, self.size = limits, size
+    def __init__(self, limits: Limits, size: int, most_frames: int = MAX_FRAMES):
+        self.limits, self.size, self.most_frames = limits, size, most_frames
         self.idle: asyncio.Queue[Process | None] = asyncio.Queue()
         for _ in range(limits.decode_workers):
             self.idle.put_nowait(None)
@@ -45,6 +48,39 @@ class Decoders:
         """Sample a file's frames.
 
         Raises:
+            RequestError: see `run`.
+        """
+        frames, _ = await self.run(path, sampling)
+        return frames
+
+    async def tile(self, path: Path, tiling: Tiling, alone: bool) -> tuple[Frames, ImageShape]:
+        """An image's tiles, as frames, and its shape.
+
+        Args:
+            path: of the file.
+            tiling: how the model takes images.
+            alone: it is the only image of its conversation.
+
+        Raises:
+            RequestError: see `run`.
+        """
+        frames, header = await self.run(path, Sampling(max_frames=1), {"tiling": asdict(tiling), "alone": alone})
+        shape = ImageShape(**header["image"])
+        if len(frames.images) != shape.tiles or shape != tiling.shape_of(shape.height, shape.width, alone):
+            raise RequestError(422, "the image cannot be decoded", "undecodable_video")
+        return frames, shape
+
+    async def run(
+        self, path: Path, sampling: Sampling, more: dict[str, Any] | None = None
+    ) -> tuple[Frames, dict[str, Any]]:
+        """Have a worker process decode a file; frames, and what else it says about it.
+
+        Args:
+            path: of the file.
+            sampling: which frames.
+            more: entries of the order.
+
+        Raises:
             RequestError: it cannot be used (422), it took too long (504), or it killed its worker (422).
         """
         order = {
@@ -53,6 +89,8 @@ class Decoders:
             "size": self.size,
             "max_duration": self.limits.max_duration,
             "max_pixels": self.limits.max_pixels,
+            "max_frames": self.most_frames,
+            **(more or {}),
         }
         process = await self.idle.get()
         try:
@@ -78,7 +116,8 @@ class Decoders:
         if "error" in header:
             raise RequestError(422, f"the video cannot be used: {header['error']}", "unusable_video")
         images = np.frombuffer(pixels, np.uint8).reshape(header["shape"])
-        return Frames(images, tuple(header["times"]), tuple(header["indices"]), VideoInfo(**header["info"]))
+        frames = Frames(images, tuple(header["times"]), tuple(header["indices"]), VideoInfo(**header["info"]))
+        return frames, header
 
     async def _exchange(self, process: Process, order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         assert process.stdin is not None
@@ -93,7 +132,7 @@ class Decoders:
             if "error" in header:
                 return header, b""
             frames, height, width, channels = header["shape"]
-            most = order["sampling"]["max_frames"]
+            most = MOST_TILES if "tiling" in order else order["sampling"]["max_frames"]
             if not (0 < frames <= most and (height, width, channels) == (self.size, self.size, 3)):
                 raise WorkerDeathError
             return header, await process.stdout.readexactly(frames * height * width * channels)

@@ -11,7 +11,7 @@ class Limits(EngineLimits):
 
     max_queue: int = limit(64, "Requests that may wait; more are refused with 429.")
     max_tokens: int = limit(1024, "Answer slots of a request.")
-    max_media: int = limit(8, "Videos and images in a request.")
+    max_media: int = limit(128, "Videos and images in a request.")
     max_frames: int = limit(256, "Frames sampled from a video.")
     max_duration: float = limit(7200.0, "Seconds a video may last.")
     max_pixels: int = limit(4096 * 4096, "Width times height of a video or an image.")

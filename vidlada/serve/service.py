@@ -2,30 +2,33 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from vidlada.api import VidLaDA
-from vidlada.decoding.policies import parse_policy
+from vidlada.decoding.choices import check_choices
 from vidlada.engine.engine import Engine, EngineRequest, MediaInput, RequestHandle
 from vidlada.engine.feature_store import LRUCache
+from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.machine import MEBI
-from vidlada.processor import time_instruction
+from vidlada.processor import BOS, EncodedConversation, time_instruction, with_think_mode
 from vidlada.serve.body import Arrivals
-from vidlada.serve.conversation import MediaReference, conversation_of, generation_settings
+from vidlada.serve.conversation import MediaReference, conversation_of, generation_settings, with_seed
 from vidlada.serve.decoder import Decoders
 from vidlada.serve.errors import RequestError
 from vidlada.serve.files import FileStore
 from vidlada.serve.limits import Limits
 from vidlada.serve.media import MediaSource
-from vidlada.serve.schema import ChatRequest
+from vidlada.serve.schema import AnswerRequest, ChatRequest
 from vidlada.serve.threads import LONG_TEXT, TEXT, in_thread
 from vidlada.video import Frames, Sampling
 
 LONG_TEXT_CHARACTERS = 2**13
 MOST_PREVIEWS = 32
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Service:
     ):
         self.vidlada, self.limits = vidlada, limits
         self.engine = Engine(vidlada, limits)
-        self.decoders = Decoders(limits, vidlada.processor.image_size)
+        self.decoders = Decoders(limits, vidlada.processor.image_size, vidlada.processor.most_frames)
         self.files = FileStore(folder, limits)
         self.media = MediaSource(folder, limits, self.files, allowed, private_urls)
         self.frames: LRUCache[Frames] = LRUCache(limits.frame_store_mb * MEBI)
@@ -107,16 +110,50 @@ class Service:
         if self.admitted >= self.limits.max_admitted:
             raise RequestError(429, f"{self.admitted} requests are being answered or waiting; try later", "queue_full")
 
-    async def submit(self, request: ChatRequest, owner: str = "") -> Submitted:
-        """Prepare a request and queue it.
+    async def submit(self, request: AnswerRequest, owner: str = "") -> list[Submitted]:
+        """Prepare a request and queue its answers: `n` of them for every prompt.
+
+        Raises:
+            RequestError, InputError: it cannot be answered, and why.
+        """
+        jobs, seconds = await self.prepare(request, owner)
+        found = []
+        for job in jobs:
+            for number in range(request.n):
+                each = replace(job, settings=with_seed(job.settings, number))
+                found.append(Submitted(self.engine.submit(each), seconds))
+        return found
+
+    async def prepare(self, request: AnswerRequest, owner: str = "") -> tuple[list[EngineRequest], dict[str, float]]:
+        """Fetch, decode and encode what a request says.
+
+        Args:
+            request: of chat, of completions (then a job for every prompt), or of the tokenizer.
+            owner: of the uploads it may name.
+
+        Returns:
+            What to ask the engine, and seconds by phase.
 
         Raises:
             RequestError, InputError: it cannot be answered, and why.
         """
         base = self.vidlada.settings()
         settings, max_tokens = generation_settings(request, base, self.limits.max_tokens)
-        parse_policy(settings.cache)
-        messages, references = conversation_of(request.messages, self.vidlada.model.config.multi_turn)
+        check_choices(settings)
+        seconds = {"fetch": 0.0, "video": 0.0}
+        choices = tuple(request.guided_choice or ())
+        if not isinstance(request, ChatRequest):
+            prompts = request.prompts
+            size = sum(map(len, prompts))
+            encoded_all = await self._encode(size, lambda: [self.plain_text(prompt) for prompt in prompts])
+            return [
+                self.checked(EngineRequest(each, [], settings, max_tokens, choices, True)) for each in encoded_all
+            ], seconds
+        conversation = conversation_of(request.messages, self.vidlada.model.config.multi_turn)
+        messages, references, prefix = conversation.messages, conversation.media, conversation.prefix
+        if request.continue_final_message and not prefix:
+            message = "there is nothing to continue: the last message is not the assistant's"
+            raise RequestError(422, message, "bad_messages", "continue_final_message")
         if len(references) > self.limits.max_media:
             message = f"{len(references)} videos and images are more than the {self.limits.max_media} allowed"
             raise RequestError(422, message, "too_many_media", "messages")
@@ -125,43 +162,91 @@ class Service:
         if request.time_instruction and len(references) != 1:
             message = f"time_instruction needs exactly one video, not {len(references)}"
             raise RequestError(422, message, "bad_time_instruction", "time_instruction")
-        sampling = self.sampling(request.frames, request.fps, request.force_sample)
-        seconds = {"fetch": 0.0, "video": 0.0}
-        videos = [await self.show(reference, sampling, owner, seconds) for reference in references]
+        most = self.vidlada.processor.max_length
+        if len(references) * self.vidlada.model.config.tokens_per_frame() > most:  # before any is fetched
+            message = f"{len(references)} videos and images cannot fit into the model's {most} tokens"
+            raise RequestError(422, message, "context_length_exceeded", "messages")
+        frames_asked = request.frames
+        if frames_asked == "auto":
+            frames_asked = self.frames_that_fit(references, settings, request.time_instruction)
+        sampling = self.sampling(frames_asked, request.fps, request.force_sample, request.background)
+        alone = sum(reference.is_image for reference in references) == 1
+        videos = [await self.show(reference, sampling, owner, seconds, alone) for reference in references]
         if request.time_instruction:
             frames = videos[0].frames
             (shown,) = [m for m in messages if isinstance(m["content"], list)]
             text = shown["content"][-1]
             text["text"] = f"{time_instruction(frames.times, frames.info.duration)}\n{text['text']}"
-        counts = [len(video.frames.times) for video in videos]
-        is_long = sum(len(str(message["content"])) for message in messages) > LONG_TEXT_CHARACTERS
-        encoded = await in_thread(LONG_TEXT if is_long else TEXT, self.vidlada.processor.encode, messages, counts)
-        job = EngineRequest(encoded, videos, settings, max_tokens)
+        messages = with_think_mode(messages, settings.think)
+        counts = [video.shape for video in videos]
+        size = sum(len(str(message["content"])) for message in messages) + len(prefix)
+
+        def encode() -> EncodedConversation:
+            encoded = self.vidlada.processor.encode(messages, counts)
+            encoded.append(self.vidlada.processor.answer_ids(prefix), encoded.turn[-1], answer=True)
+            return encoded
+
+        encoded = await self._encode(size, encode)
+        return [self.checked(EngineRequest(encoded, videos, settings, max_tokens, choices, bool(prefix)))], seconds
+
+    async def _encode(self, characters: int, encode: Callable[[], Result]) -> Result:
+        """Tokenize in a thread; long texts do not hold up short ones."""
+        return await in_thread(LONG_TEXT if characters > LONG_TEXT_CHARACTERS else TEXT, encode)
+
+    def plain_text(self, text: str) -> EncodedConversation:
+        """A text without a chat template."""
+        encoded, processor = EncodedConversation(), self.vidlada.processor
+        encoded.append([processor.token_id(BOS)], 0, control=True)
+        encoded.append(processor.text_ids(text), 0)
+        return encoded
+
+    def checked(self, job: EngineRequest) -> EngineRequest:
+        """A job that fits the model; 422 for one that does not."""
         most = self.vidlada.processor.max_length
         if job.tokens > most:
             message = f"prompt and answer slots take {job.tokens} tokens, more than the model's {most}"
             raise RequestError(422, f"{message}; use fewer frames or a smaller max_tokens", "context_length_exceeded")
-        return Submitted(self.engine.submit(job), seconds)
+        return job
 
-    def sampling(self, frames: int | None, fps: float | None, force_sample: bool | None) -> Sampling:
+    def sampling(
+        self, frames: int | None, fps: float | None, force_sample: bool | None, background: str | None = None
+    ) -> Sampling:
         """How to sample, within the limits; None stands for a default."""
         most = self.limits.max_frames
         if frames is None:
-            frames = min(Sampling().max_frames, most)
+            frames = min(Sampling().most, most)
         if frames > most:
             raise RequestError(422, f"{frames} frames are more than the {most} allowed", "too_many_frames", "frames")
-        return Sampling(Sampling().fps if fps is None else fps, frames, bool(force_sample))
+        default = Sampling()
+        return Sampling(fps or default.fps, frames, bool(force_sample), background or default.background)
+
+    def frames_that_fit(
+        self, references: Sequence[MediaReference], settings: GenerationSettings, time_instruction: bool | None
+    ) -> int:
+        """Frames of `auto`, within the limits. Images count as many tokens as any can have: they are not read yet."""
+        images = sum(reference.is_image for reference in references)
+        largest = self.vidlada.processor.tiling.most_tokens(alone=images == 1)
+        others = -(-images * largest // self.vidlada.processor.tokens_per_frame)
+        videos = max(1, len(references) - images)
+        prompt = PromptSettings(time_instruction=bool(time_instruction))
+        most = self.vidlada.frames_that_fit([others] if others else [], videos, settings, prompt)
+        return min(most, self.limits.max_frames)
 
     async def show(
-        self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float]
+        self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float], alone: bool = True
     ) -> MediaInput:
-        """Sampled frames of a reference; decoded once, however many ask for them at the same time."""
+        """Sampled frames or tiles of a reference; decoded once, however many ask for them at the same time."""
+        tiling = self.vidlada.processor.tiling
         if reference.is_image:
-            sampling = Sampling(max_frames=1)
+            sampling = Sampling(max_frames=1, background=sampling.background)
         started = time.perf_counter()
         async with self.media.open(reference.url, owner) as medium:
             fetched = time.perf_counter()
             seconds["fetch"] += fetched - started
+            if reference.is_image and not tiling.as_frames:
+                frames, shape = await self.decoders.tile(medium.path, tiling, alone)
+                seconds["video"] += time.perf_counter() - fetched
+                return MediaInput((medium.key, "image", alone), frames, shape)
             key = (medium.key, sampling)
             frames = self.frames.get(key) or await self._decode(key, medium.path, sampling)
             seconds["video"] += time.perf_counter() - fetched

@@ -11,7 +11,9 @@ from dataclasses import asdict
 from typing import Any
 
 from vidlada.errors import InputError
-from vidlada.video import Sampling, probe, sample_frames
+from vidlada.images import open_images
+from vidlada.tiling import Tiling
+from vidlada.video import Sampling, VideoInfo, probe, sample_frames
 
 
 def confine(memory_bytes: int) -> None:
@@ -21,9 +23,10 @@ def confine(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def check(path: str, max_duration: float, max_pixels: int) -> None:
+def check(info: VideoInfo, frames: int, max_duration: float, max_pixels: int, max_frames: int) -> None:
     """Refuse what is too long or too large before a frame of it is decoded."""
-    info = probe(path)
+    if frames > max_frames:
+        raise InputError(f"{frames} frames are more than the {max_frames} that fit in the model's context")
     if info.width * info.height > max_pixels:
         raise InputError(f"it is {info.width} × {info.height} pixels, more than the {max_pixels} allowed")
     if info.duration > max_duration:
@@ -34,8 +37,12 @@ def answer(order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """Header and pixels for one order."""
     path = order["path"]
     try:
-        check(path, order["max_duration"], order["max_pixels"])
-        frames = sample_frames(path, Sampling(**order["sampling"]), size=order["size"])
+        limits = {name: order[name] for name in ("max_duration", "max_pixels", "max_frames")}
+        if order.get("tiling") is not None:
+            check(probe(path), 1, **limits)
+            return tiles(path, order)
+        sampling = Sampling(**order["sampling"])
+        frames = sample_frames(path, sampling, order["size"], lambda info, count: check(info, count, **limits))
     except InputError as error:
         # paths of the server are nobody's business
         return {"error": str(error).removeprefix(f"{path}: ").replace(path, "the file")}, b""
@@ -50,6 +57,15 @@ def answer(order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         "info": {**asdict(frames.info), "path": ""},
     }
     return header, frames.images.tobytes()
+
+
+def tiles(path: str, order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """Header and pixels of an image's tiles."""
+    image = open_images(path)[0]
+    pictures, shape = Tiling(**order["tiling"]).cut(image, order["alone"])
+    info = VideoInfo("", 1, 1.0, 0.0, shape.width, shape.height, "image")
+    header = {"shape": pictures.shape, "times": [0.0], "indices": [0], "info": asdict(info), "image": asdict(shape)}
+    return header, pictures.tobytes()
 
 
 def main() -> None:

@@ -11,13 +11,16 @@ from typing import Any
 from vidlada.errors import InputError
 from vidlada.markdown import table
 from vidlada.shapes.dataset import question_of
-from vidlada.shapes.questions import BENCHMARK_FAMILIES, LONG_FAMILIES, events_recovered
+from vidlada.shapes.questions import BENCHMARK_FAMILIES, CHOICES_MARK, LETTERS, LONG_FAMILIES, events_recovered
 from vidlada.shapes.world import HELD_OUT, Clip
 
+# A question and the answers to choose from, None where it is open
+Asked = tuple[str, Sequence[str] | None]
 # Answers to questions about one video; the path is None when the model must do without.
-Answerer = Callable[[Path | None, Sequence[str]], list[str]]
+Answerer = Callable[[Path | None, Sequence[Asked]], list[str]]
 
 
+LETTER = "the same choices, by letter"
 SEEN, UNSEEN = "short, of pairs seen in training", "short, of clips with an unseen pair"
 
 
@@ -55,10 +58,12 @@ class Score:
 
 @dataclass
 class Report:
-    """Scores by family and of clips with and without pairs unseen in training, and every answer."""
+    """Scores by family, of clips with and without pairs unseen in training, of questions with choices when asked for a
+    letter, and every answer."""
 
     families: dict[str, Score]
     unseen: dict[str, Score]
+    letters: Score
     answers: list[dict[str, Any]]
 
     @property
@@ -69,7 +74,8 @@ class Report:
 
     def rows(self) -> dict[str, Score]:
         """Scores in the order they are shown."""
-        return {**self.families, "all short answers": self.short, **self.unseen}
+        letters = {LETTER: self.letters} if self.letters.points else {}
+        return {**self.families, "all short answers": self.short, **self.unseen, **letters}
 
     def to_markdown(self) -> str:
         """Markdown."""
@@ -128,11 +134,26 @@ def shows_unseen(clip: Clip) -> bool:
     return any((thing.colour, thing.shape) in HELD_OUT for thing in clip.things)
 
 
+def open_question(entry: dict[str, Any]) -> str:
+    """The question of an entry without its choices."""
+    return question_of(entry).partition(CHOICES_MARK)[0]
+
+
+def right_choice(entry: dict[str, Any]) -> str:
+    """The choice that an entry's letter stands for."""
+    return str(entry["choices"][LETTERS.index(entry["conversations"][1]["value"])])
+
+
 def points(entry: dict[str, Any], answer: str) -> float:
     """1 or 0 for a short answer; F1 of the clauses for a caption or timeline."""
     if entry["family"] in LONG_FAMILIES:
         return events_recovered(answer, Clip.from_dict(entry["clip"]))[2]
-    return float(answer.strip().rstrip(".").strip().lower() == entry["conversations"][1]["value"].lower())
+    return matches(answer, entry["conversations"][1]["value"])
+
+
+def matches(answer: str, truth: str) -> float:
+    """1 or 0, whatever the case and a full stop at the end."""
+    return float(answer.strip().rstrip(".").strip().lower() == truth.lower())
 
 
 def evaluate(
@@ -140,15 +161,19 @@ def evaluate(
     folder: Path,
     answerer: Answerer,
     blind: bool = False,
+    letters: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Report:
     """Ask every question and score the answers.
+
+    Where a question has choices, the answerer gets the question without them and the choices beside it.
 
     Args:
         entries: of a shapes dataset.
         folder: where the dataset lies.
         answerer: asks the model.
         blind: ask without the video: what the questions give away by themselves.
+        letters: also ask questions with choices as they are written, for a letter.
         progress: called with the number of answered questions.
     """
     by_video: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -156,22 +181,29 @@ def evaluate(
         by_video[entry["video"]].append(entry)
     commonest = commonest_answers(entries)
     families = {family: Score() for family in (*BENCHMARK_FAMILIES, *LONG_FAMILIES)}
-    unseen = {SEEN: Score(), UNSEEN: Score()}
+    unseen, by_letter = {SEEN: Score(), UNSEEN: Score()}, Score()
     answers: list[dict[str, Any]] = []
     for video, asked in by_video.items():
-        questions = [question_of(entry) for entry in asked]
-        said = answerer(None if blind else folder / video, questions)
-        for entry, question, answer in zip(asked, questions, said, strict=True):
-            score = families[entry["family"]]
-            score.points.append(points(entry, answer))
-            score.chance.append(1 / len(entry["choices"]) if entry["choices"] else commonest[entry["family"]])
+        path = None if blind else folder / video
+        said = answerer(path, [(open_question(entry), entry["choices"]) for entry in asked])
+        lettered = [entry for entry in asked if letters and entry["choices"]]
+        chosen = iter(answerer(path, [(question_of(entry), None) for entry in lettered]) if lettered else [])
+        for entry, answer in zip(asked, said, strict=True):
+            chance = 1 / len(entry["choices"]) if entry["choices"] else commonest[entry["family"]]
+            point = matches(answer, right_choice(entry)) if entry["choices"] else points(entry, answer)
+            scores = [families[entry["family"]]]
             if entry["family"] in BENCHMARK_FAMILIES:
-                part = unseen[UNSEEN if shows_unseen(Clip.from_dict(entry["clip"])) else SEEN]
-                part.points.append(score.points[-1])
-                part.chance.append(score.chance[-1])
+                scores.append(unseen[UNSEEN if shows_unseen(Clip.from_dict(entry["clip"])) else SEEN])
+            for score in scores:
+                score.points.append(point)
+                score.chance.append(chance)
             truth = entry["conversations"][1]["value"]
-            answers.append({"id": entry["id"], "family": entry["family"], "question": question,
-                            "truth": truth, "answer": answer, "points": score.points[-1]})  # fmt: skip
+            answers.append({"id": entry["id"], "family": entry["family"], "question": question_of(entry),
+                            "truth": truth, "answer": answer, "points": point})  # fmt: skip
+            if letters and entry["choices"]:
+                answers[-1]["letter"] = next(chosen)
+                by_letter.points.append(points(entry, answers[-1]["letter"]))
+                by_letter.chance.append(chance)
         progress(len(answers))
     families, unseen = ({name: score for name, score in part.items() if score.points} for part in (families, unseen))
-    return Report(families, unseen, answers)
+    return Report(families, unseen, by_letter, answers)

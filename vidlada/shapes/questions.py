@@ -23,6 +23,7 @@ from vidlada.shapes.world import (
 LETTERS = ("A", "B", "C", "D")
 STILL = "it stays still"
 NOTHING = "nothing"
+CHOICES_MARK = " choices : "  # before the choices of a question
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,9 @@ def at_second(clip: Clip, generator: Generator) -> Asked | None:
         quiet = sorted(set(range(1, clip.seconds)) - {event.second for event in events})
         if not quiet or (not events and generator.random() < 0.8):
             return None
-        return f"what happens at second {pick(generator, quiet)} ?", NOTHING, words
+        return f"what happens at second {clip.clock_at(pick(generator, quiet))} ?", NOTHING, words
     place = int(generator.integers(len(events)))
-    return f"what happens at second {events[place].second} ?", words[place], [*words, NOTHING]
+    return f"what happens at second {clip.clock_at(events[place].second)} ?", words[place], [*words, NOTHING]
 
 
 def when(clip: Clip, generator: Generator) -> Asked | None:
@@ -193,8 +194,8 @@ def when(clip: Clip, generator: Generator) -> Asked | None:
     if not events:
         return None
     event = pick(generator, events)
-    others = [str(second) for second in generator.permutation(np.arange(1, clip.seconds))]
-    return f"at which second does the {asked_event(clip, event)} ?", str(event.second), others
+    others = [str(clip.clock_at(second)) for second in generator.permutation(np.arange(1, clip.seconds))]
+    return f"at which second does the {asked_event(clip, event)} ?", str(clip.clock_at(event.second)), others
 
 
 def change(clip: Clip, generator: Generator) -> Asked | None:
@@ -225,7 +226,7 @@ def timeline(clip: Clip, generator: Generator) -> Asked | None:
 def inventory(clip: Clip, generator: Generator) -> Asked | None:
     """What is visible at a second, and where (training only)."""
     second = int(generator.integers(clip.seconds))
-    return f"what is visible at second {second} ?", scene_of(clip, second), []
+    return f"what is visible at second {clip.clock_at(second)} ?", scene_of(clip, second), []
 
 
 def picture(clip: Clip, generator: Generator) -> Asked | None:
@@ -234,8 +235,28 @@ def picture(clip: Clip, generator: Generator) -> Asked | None:
 
 
 def clock(clip: Clip, generator: Generator) -> Asked | None:
-    """What a picture's clock shows (training only)."""
-    return "which second is it ?", str(clip.first_second), []
+    """What the clock shows, in a clip at its start or end (training only)."""
+    if clip.seconds == 1:
+        return ("which second is it ?", str(clip.clock_at(0)), []) if clip.clock else None
+    if generator.integers(2):
+        return "which second is it at the start ?", str(clip.clock_at(0)), []
+    return "which second is it at the end ?", str(clip.clock_at(clip.seconds - 1)), []
+
+
+def quiet(clip: Clip, generator: Generator) -> Asked | None:
+    """A second at which nothing happens, mostly one beside an event (training only)."""
+    busy = {event.second for event in clip.events}
+    free = set(range(1, clip.seconds)) - busy
+    beside = free & {second + step for second in busy for step in (-1, 1)}
+    if not free or (not busy and generator.random() < 0.7):
+        return None
+    second = pick(generator, sorted(beside if beside and generator.random() < 0.6 else free))
+    return f"what happens at second {clip.clock_at(second)} ?", NOTHING, []
+
+
+def everything(clip: Clip, generator: Generator) -> Asked | None:
+    """All things of the clip, in the order of its caption (training only)."""
+    return "list the things in the video .", " , ".join(thing.name for thing in in_order(clip)) + " .", []
 
 
 def where(clip: Clip, generator: Generator) -> Asked | None:
@@ -245,7 +266,7 @@ def where(clip: Clip, generator: Generator) -> Asked | None:
     second = int(generator.integers(thing.appear, last + 1))
     kind = generator.integers(3)
     if kind == 0:
-        return f"where is the {thing.name} at second {second} ?", clip.place(thing, second), []
+        return f"where is the {thing.name} at second {clip.clock_at(second)} ?", clip.place(thing, second), []
     if kind == 1:
         return f"where is the {thing.name} at the start ?", clip.place(thing, thing.appear), []
     return f"where is the {thing.name} at the end ?", clip.place(thing, last), []
@@ -263,7 +284,7 @@ def spot(clip: Clip, generator: Generator) -> Asked | None:
     if place in places:
         thing = seen[places.index(place)]
         what = f"{thing.size} {thing.colour_at(second)} {thing.shape}"
-    moment = f" at second {second}" if clip.seconds > 1 else ""
+    moment = f" at second {clip.clock_at(second)}" if clip.seconds > 1 else ""
     return f"what is at {place}{moment} ?", what, []
 
 
@@ -292,20 +313,24 @@ def motion_of(clip: Clip, thing: Thing) -> str:
     return f"moves {thing.direction} from {start} to {clip.place(thing, clip.last_second(thing))}"
 
 
+def in_order(clip: Clip) -> list[Thing]:
+    """Things in order of appearance, then of place."""
+    order = [place for row in PLACES for place in row]
+    return sorted(clip.things, key=lambda t: (t.appear, order.index(clip.place(t, t.appear)), t.name))
+
+
 def caption_clauses(clip: Clip) -> list[str]:
     """One clause for each thing, in order of appearance, then of place."""
-    order = [place for row in PLACES for place in row]
-    things = sorted(clip.things, key=lambda t: (t.appear, order.index(clip.place(t, t.appear)), t.name))
     clauses = []
-    for thing in things:
+    for thing in in_order(clip):
         clause = f"{thing.size} {thing.name} "
         if thing.appear:
-            clause += f"appears at {thing.appear} and "
+            clause += f"appears at {clip.clock_at(thing.appear)} and "
         clause += motion_of(clip, thing)
         if thing.turns:
-            clause += f" , turns {thing.turns[1]} at {thing.turns[0]}"
+            clause += f" , turns {thing.turns[1]} at {clip.clock_at(thing.turns[0])}"
         if thing.disappear is not None:
-            clause += f" , disappears at {thing.disappear}"
+            clause += f" , disappears at {clip.clock_at(thing.disappear)}"
         clauses.append(clause)
     return clauses
 
@@ -313,8 +338,8 @@ def caption_clauses(clip: Clip) -> list[str]:
 def timeline_clauses(clip: Clip) -> list[str]:
     """The first scene, every event with its second, the last scene."""
     last = clip.seconds - 1
-    events = [f"{event.second} : {event_words(clip, event)}" for event in clip.events]
-    scenes = [f"{second} : {scene_of(clip, second).removesuffix(' .')}" for second in (0, last)]
+    events = [f"{clip.clock_at(event.second)} : {event_words(clip, event)}" for event in clip.events]
+    scenes = [f"{clip.clock_at(second)} : {scene_of(clip, second).removesuffix(' .')}" for second in (0, last)]
     return [scenes[0], *events, scenes[1]]
 
 
@@ -361,6 +386,7 @@ BENCHMARK_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
 LONG_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {"caption": caption, "timeline": timeline}
 TRAINING_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
     "inventory": inventory, "picture": picture, "where": where, "spot": spot, "path": path, "clock": clock,
+    "quiet": quiet, "everything": everything,
 }  # fmt: skip
 FAMILIES = BENCHMARK_FAMILIES | LONG_FAMILIES | TRAINING_FAMILIES
 
@@ -386,7 +412,7 @@ def ask(clip: Clip, family: str, generator: Generator, choice_share: float = 0.0
         options = [options[i] for i in generator.permutation(len(options))]
         listed = " , ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False))
         letter = LETTERS[options.index(answer)]
-        return Question(family, f"{question} choices : {listed} . answer with the letter .", letter, tuple(options))
+        return Question(family, f"{question}{CHOICES_MARK}{listed} . answer with the letter .", letter, tuple(options))
     return Question(family, question, answer)
 
 

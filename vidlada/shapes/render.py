@@ -143,7 +143,7 @@ def render_frames(clip: Clip, seconds: Sequence[float], size: int) -> np.ndarray
                 _paint(frame, clip, thing, second)
         frame += tile[row : row + size, column : column + size]
         if clip.clock:
-            picture = _clock(int(clip.first_second + second + 1e-6), int(size * CLOCK_SIDE))
+            picture = _clock(clip.clock_at(second), int(size * CLOCK_SIDE))
             frame[: len(picture), : len(picture)] = picture
         frames[number] = np.clip(frame, 0, 255)
     return frames

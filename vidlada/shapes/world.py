@@ -111,6 +111,10 @@ class Clip:
     clock: bool = True
     first_second: int = 0
 
+    def clock_at(self, second: float) -> int:
+        """The whole second the clock shows at a time: what questions and answers call that time."""
+        return int(self.first_second + second + 1e-6)
+
     def visible(self, thing: Thing, second: float) -> bool:
         """Whether a thing is in the picture at a time."""
         return thing.appear <= second < (self.seconds if thing.disappear is None else thing.disappear)
@@ -182,6 +186,20 @@ def still(clip: Clip, second: int) -> Clip:
         for thing in clip.things if clip.visible(thing, second)
     )  # fmt: skip
     return Clip(1, clip.seed, things, clip.clock, first_second=second + clip.first_second)
+
+
+def slowed(clip: Clip, factor: int) -> Clip:
+    """The same clip, in which everything takes `factor` times as long, up to the last whole second's frame."""
+    things = tuple(
+        replace(
+            thing,
+            appear=thing.appear * factor,
+            disappear=None if thing.disappear is None else thing.disappear * factor,
+            turns=thing.turns and (thing.turns[0] * factor, thing.turns[1]),
+        )
+        for thing in clip.things
+    )
+    return replace(clip, seconds=(clip.seconds - 1) * factor + 1, things=things)
 
 
 def _third(coordinate: float) -> int:

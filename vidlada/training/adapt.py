@@ -13,6 +13,7 @@ from vidlada.model.config import VidLaDAConfig
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, VidLaDAProcessor
 from vidlada.training.origin import gguf_file
+from vidlada.training.vocabulary import grown
 
 CONTROL_TOKENS = (BOS, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN, MASK)
 
@@ -93,9 +94,3 @@ def adapt_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # SmolLM2's is the end of text, which would then pass for a token that is missing; bytes are never unknown
     tokenizer.unk_token = None
     return tokenizer
-
-
-def grown(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """(vocabulary, width) with rows added at the mean of the others."""
-    mean = weight.mean(0, keepdim=True)
-    return torch.cat((weight, mean.expand(rows - len(weight), -1)))

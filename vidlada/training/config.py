@@ -17,13 +17,16 @@ ModelPart = Literal["tower", "projector", "language_model"]
 LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a layer
 
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
 @dataclass(frozen=True, config=STRICT)
 class CollateSettings:
     """How samples become tensors.
 
     Args:
         control_targets: also train the control tokens (bos, header marks, end of turn) wherever they stand, the
-            prompt included: a quirk of the published recipe.
+            prompt included, and the whole header of an answer: a quirk of the published recipe.
         conversation_mask: turn a attends to turn b only if b ≤ a.
         pad_targets: fill rows up with the end-of-text token, as targets that may be attended to, as LLaDA was trained;
             by default padding is neither. Only for samples that do not share a row.
@@ -32,7 +35,13 @@ class CollateSettings:
         end_slots: at most this many further slots follow, always hidden and never a target; their number is drawn
             log-uniformly. At inference every answer has `gen_length` slots: a model that never saw more slots than
             an answer needs reads the answer's length, and so its kind, from their number.
+        end_slots_share: share of answers that such slots follow.
         force_up_to: samples whose answers have at most this many tokens (ends of turn included) hide every target.
+        max_length: samples with more tokens are skipped; the model's own limit by default.
+        weigh_every: an answer counts as one sample for every so many of its targets, at least one: a caption teaches
+            as much as so many short answers. 0: each answer counts once.
+        pad_to_multiple_of: rows get a multiple of so many tokens. Kernels are made for every shape they meet, which on
+            a CPU costs a tenth of a step whose shape is new.
     """
 
     control_targets: bool = False
@@ -40,7 +49,11 @@ class CollateSettings:
     pad_targets: bool = False
     end_targets: NonNegativeInt = 0
     end_slots: NonNegativeInt = 0
+    end_slots_share: Share = 1.0
     force_up_to: NonNegativeInt = 0
+    max_length: PositiveInt | None = None
+    weigh_every: NonNegativeInt = 0
+    pad_to_multiple_of: PositiveInt = 1
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -59,6 +72,8 @@ class Stage:
         schedule: how the rate goes from one to the other.
         data: arguments of the source; `kind` is `shapes` or `llava`.
         collate: see `CollateSettings`.
+        think_tokens: the model gets the tokens of think mode that its tokenizer lacks (`<think>`, `</think>`,
+            `<stop_think>`, `<answer>`), before the run's first stage.
     """
 
     name: str
@@ -72,6 +87,7 @@ class Stage:
     frozen: tuple[ModelPart, ...] = ()
     schedule: Literal["linear", "cosine"] = "linear"
     collate: CollateSettings = field(default_factory=CollateSettings)
+    think_tokens: bool = False
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -145,6 +161,8 @@ class TrainingConfig:
         model: of a model trained from nothing, as `vidlada.training.description` says; or
         init_from: a model folder to start from. A folder of a Llama-family language model loses its causal mask and
             gains the mask and control tokens; `model` then describes the vision half, or says `text_only: true`.
+        new_layers: numbers of layers of `init_from`'s language model, counted from 0, each to be followed by a copy of
+            itself that adds nothing yet: a deeper model that starts where the other stood.
         vision_tower: name or folder of the tower that a published `init_from` must have been made with; only its last
             part counts. None: whichever it is.
         seed: of initial weights, data order and masking.
@@ -177,6 +195,7 @@ class TrainingConfig:
     stages: tuple[Stage, ...]
     model: Annotated[dict[str, Any], AfterValidator(described)] | None = None
     init_from: str | None = None
+    new_layers: tuple[NonNegativeInt, ...] = ()
     vision_tower: str | None = None
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
@@ -207,6 +226,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.model is None and self.init_from is None:
             raise InputError("give either model (a new one) or init_from (a folder)")
+        if self.new_layers and (self.init_from is None or self.lora is not None):
+            raise InputError("new_layers deepens the model of init_from, without lora")
         if not self.stages:
             raise InputError("stages is empty; a run needs at least one")
         sharded = self.parallel in ("fsdp", "zero2", "zero3")
@@ -216,6 +237,8 @@ class TrainingConfig:
             raise InputError(f"{self.parallel} cannot freeze other parts in other stages; use fsdp, or freeze alike")
         if self.objective == "autoregressive" and self.complementary:
             raise InputError("complementary masks belong to objective: diffusion; autoregressive hides nothing")
+        if self.lora is not None and self.think_tokens:
+            raise InputError("think_tokens: adapters leave the embeddings frozen, so new tokens would learn nothing")
         if self.lora is not None and self.init_from is None:
             raise InputError("lora adapts a trained model; give init_from")
         if self.lora is not None:
@@ -237,6 +260,11 @@ class TrainingConfig:
         if self.init_from is not None and not self.model:
             return {"text_only": True}
         return self.model or {}
+
+    @property
+    def think_tokens(self) -> bool:
+        """Whether any stage asks for them."""
+        return any(stage.think_tokens for stage in self.stages)
 
     @property
     def total_steps(self) -> int:
@@ -267,16 +295,26 @@ class TrainingConfig:
         return rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
 
-def load_config(path: Path, output: str | None = None) -> TrainingConfig:
+def config_path(name: str | Path) -> Path:
+    """A run description by its path, or by the name of one in the package: `tiny` is `configs/tiny.yaml` there."""
+    packaged = CONFIGS / f"{name}.yaml"
+    return packaged if not Path(name).exists() and packaged.is_file() else Path(name)
+
+
+def load_config(path: str | Path, output: str | None = None) -> TrainingConfig:
     """Read a YAML run description.
 
     Args:
-        path: the file.
+        path: the file, or the name of one in the package.
         output: overrides the file's own `output`.
 
     Raises:
         InputError: the file is missing or malformed, or an entry is unknown or invalid.
     """
+    path = config_path(path)
+    if not path.exists() and path.suffix == "":
+        names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise InputError(f"{path}: no such file, and not one of the package's own: {names}")
     values = expanded(read_yaml(path), str(path))
     if output is not None:
         values["output"] = output

@@ -10,14 +10,17 @@ from huggingface_hub.errors import StrictDataclassError
 
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig
+from vidlada.model.hub import is_hub_name
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.noise import quiet_libraries
 from vidlada.processor import VidLaDAProcessor
 from vidlada.shapes.questions import vocabulary
 from vidlada.training.config import Lora, TrainingConfig
+from vidlada.training.growth import insert_layers
 from vidlada.training.initialization import initialize
 from vidlada.training.origin import is_llama, origin
 from vidlada.training.tokenizer import role_tokens, word_tokenizer
+from vidlada.training.vocabulary import add_think_tokens, add_think_tokens_to
 
 
 def initial_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
@@ -30,6 +33,12 @@ def initial_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaDA
     Raises:
         InputError: `init_from` is not a usable checkpoint.
     """
+    model, processor = _first_model(config, weights)
+    return model, add_think_tokens(model, processor) if config.think_tokens else processor
+
+
+def _first_model(config: TrainingConfig, weights: bool) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
+    """The same without the tokens that stages ask for."""
     from vidlada.training.adapt import adapt_llama
 
     if config.init_from is None:
@@ -47,6 +56,7 @@ def initial_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaDA
         model = load_model(folder, dtype="auto" if stored else torch.float32)
     else:
         model = empty_model(describe(folder).config)
+    insert_layers(model, config.new_layers)
     return model, VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
 
 
@@ -69,9 +79,11 @@ def initial_processor(config: TrainingConfig) -> VidLaDAProcessor:
     if config.init_from is None:
         tokenizer = word_tokenizer(vocabulary())
     elif is_llama(origin(config.init_from)):
-        tokenizer = adapt_tokenizer(Path(config.init_from))
+        tokenizer = adapt_tokenizer(origin(config.init_from))
     else:
-        tokenizer = load_tokenizer(Path(config.init_from))
+        tokenizer = load_tokenizer(origin(config.init_from))
+    if config.think_tokens:
+        add_think_tokens_to(tokenizer)
     return VidLaDAProcessor.from_config(tokenizer, model_config)
 
 
@@ -79,12 +91,13 @@ def initial_config(config: TrainingConfig) -> VidLaDAConfig:
     """The configuration of the model a run starts from, without its weights."""
     if config.init_from is None or is_llama(origin(config.init_from)):
         return build_config(config.new_model)
-    from vidlada.checkpoint.load import describe, read_json
+    from vidlada.checkpoint.configs import read_json
+    from vidlada.checkpoint.load import describe
 
     folder = origin(config.init_from)
     checkpoint = describe(folder)
     if config.vision_tower is not None and checkpoint.layout == "published":
-        named = str(read_json(checkpoint.folder / "config.json").get("mm_vision_tower", ""))
+        named = read_json(checkpoint.folder / "config.json").text("mm_vision_tower")
         if Path(named).name != Path(config.vision_tower).name:
             raise InputError(f"vision_tower: {config.vision_tower}, but {folder} was made with {named or 'none'}")
     return checkpoint.config
@@ -107,7 +120,7 @@ def new_model(arguments: dict[str, Any], seed: int) -> tuple[VidLaDAForMaskedDif
     """
     tokenizer = word_tokenizer(vocabulary())
     config = VidLaDAConfig(**{**role_tokens(tokenizer), **arguments})
-    config.text_config.vocab_size = len(tokenizer)  # type: ignore[union-attr]
+    config.text.vocab_size = len(tokenizer)
     set_seed(seed)
     model = VidLaDAForMaskedDiffusion(config)
     return model, VidLaDAProcessor.from_config(tokenizer, config)
@@ -119,7 +132,7 @@ def add_lora(model: VidLaDAForMaskedDiffusion, settings: Lora, base: str, seed: 
     Args:
         model: to adapt, in place.
         settings: of the adapters.
-        base: folder of the model, recorded in the adapter for those who load it.
+        base: folder of the model, or its name on the hub, recorded in the adapter for those who load it.
         seed: of the adapters' weights.
 
     Raises:
@@ -142,5 +155,5 @@ def add_lora(model: VidLaDAForMaskedDiffusion, settings: Lora, base: str, seed: 
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
+    adapted.peft_config["default"].base_model_name_or_path = base if is_hub_name(base) else str(Path(base).resolve())
     return adapted

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidlada.model.language_model import SharedPrefixMask
+
 IGNORED = -100
 MINIMUM_PROBABILITY = 1e-3
 
@@ -74,7 +76,12 @@ def complement(masking: Masking, targets: Tensor, sample_index: Tensor) -> Maski
 
 
 def diffusion_loss(
-    logits: Tensor, labels: Tensor, sample_index: Tensor, masking: Masking, total_samples: int | None = None
+    logits: Tensor,
+    labels: Tensor,
+    sample_index: Tensor,
+    masking: Masking,
+    total_samples: int | None = None,
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     """Mean over samples of Σ over hidden positions of cross-entropy / p / number of the sample's targets.
 
@@ -84,6 +91,7 @@ def diffusion_loss(
         sample_index: (batch, tokens), as for `draw_masking`.
         masking: what was hidden.
         total_samples: divide by this number instead of the batch's own: the batch is a part of so many.
+        sample_weight: (samples,) how often each sample counts; once by default.
 
     Returns:
         A scalar in float32.
@@ -95,6 +103,8 @@ def diffusion_loss(
     owner = sample_index[masking.masked]
     losses = F.cross_entropy(logits.float(), labels[masking.masked], reduction="none")
     weights = 1 / (masking.probability.to(logits.device)[owner] * counts[owner])
+    if sample_weight is not None:
+        weights = weights * sample_weight[owner]
     return (losses * weights).sum() / (total_samples or samples)
 
 
@@ -117,11 +127,12 @@ def before_targets(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:] != IGNORED, (0, 1))
 
 
-def causal_mask(attention_mask: Tensor | None, tokens: int) -> Tensor:
+def causal_mask(attention_mask: Tensor | SharedPrefixMask | None, tokens: int) -> Tensor:
     """A mask in which, besides what it already forbids, no position attends to a later one.
 
     Args:
-        attention_mask: boolean (batch, tokens) or (batch, 1, tokens, tokens), or None.
+        attention_mask: boolean (batch, tokens) or (batch, 1, tokens, tokens), or of rows with a shared
+            prefix, or None.
         tokens: length of a row.
 
     Returns:
@@ -130,24 +141,11 @@ def causal_mask(attention_mask: Tensor | None, tokens: int) -> Tensor:
     earlier = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
     if attention_mask is None:
         return earlier
+    if isinstance(attention_mask, SharedPrefixMask):
+        attention_mask = attention_mask.dense()
     if attention_mask.ndim == 2:
         attention_mask = attention_mask[:, None, None, :]
     return earlier & attention_mask
-
-
-def separate_samples_mask(sample_index: Tensor, valid: Tensor) -> Tensor:
-    """Attention between samples that share a row: all see the shared part and themselves, not one another.
-
-    Args:
-        sample_index: (batch, tokens) sample of each position, negative for the shared part (video and system turn).
-        valid: (batch, tokens) boolean, False at padding.
-
-    Returns:
-        (batch, 1, tokens, tokens) boolean, True where a query (third axis) may attend to a key (last axis).
-    """
-    owner = sample_index.clamp(min=-1)
-    allowed = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
-    return (allowed & valid[:, None, :])[:, None]
 
 
 def conversation_mask(turn: Tensor, valid: Tensor) -> Tensor:

@@ -4,22 +4,32 @@ import json
 from pathlib import Path
 
 from vidlada.errors import InputError
+from vidlada.model.hub import local_folder
+
+# vidlada.processor.MASK, whose module imports torch
+MASK = "<|mdm_mask|>"
 
 
 def origin(init_from: str) -> Path:
-    """The folder a run starts from; `InputError` if there is none."""
-    folder = Path(init_from)
-    if not folder.is_dir():
-        raise InputError(f"init_from: {folder} is not a folder; download the checkpoint and give its path")
-    return folder
+    """The folder a run starts from, downloaded first where it is named by the hub; `InputError` if there is none."""
+    try:
+        return local_folder(init_from)
+    except InputError as error:
+        raise InputError(f"init_from: {error}") from error
 
 
 def is_llama(folder: Path) -> bool:
-    """Whether a folder holds a Llama-family language model: by its config.json, or a single GGUF file."""
+    """Whether a folder holds an autoregressive Llama-family language model: by its config.json, or a single GGUF file.
+
+    Masked-diffusion models of this family may call themselves llama too; their tokenizers have a mask token.
+    """
     if gguf_file(folder) is not None:
         return True
     try:
-        return json.loads((folder / "config.json").read_text()).get("model_type") == "llama"
+        if json.loads((folder / "config.json").read_text()).get("model_type") != "llama":
+            return False
+        tokenizer = folder / "tokenizer.json"
+        return not (tokenizer.is_file() and MASK in tokenizer.read_text(encoding="utf-8"))
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from vidlada.checkpoint.load import save_model
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.machine import peak_memory, return_free_memory
+from vidlada.machine import keep_freed_memory, peak_memory, return_free_memory
+from vidlada.tiling import pictures_of
 from vidlada.training.checkpoints import READ_ERRORS, WRITE_ERRORS, NotSaved, save_checkpoint
 from vidlada.training.config import CollateSettings, TrainingConfig
 from vidlada.training.data.collate import Collator, PartSampler, StepDataset, to_device
@@ -59,6 +60,7 @@ from vidlada.training.stages import EVALUATION, PreparedRun, prepare_run, stage_
 
 # Settings that do not change what is learned
 BESIDE_THE_CURVE = ("output", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "tracker", "layouts")
+TRIM_EVERY = 100  # steps
 FEWEST_SEEN = 200  # samples before a share of broken ones means anything
 
 
@@ -179,11 +181,16 @@ class Run:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.compile:
             for layer in model.language_model.layers:
-                layer.compile()
+                layer.compile_parts()  # type: ignore[operator]
+            if not model.config.text_only:
+                for layer in model.vision.tower.encoder.layers:
+                    layer.compile(dynamic=True)
         if config.lora is not None:
             assert config.init_from is not None
             model = add_lora(model, config.lora, config.init_from, config.seed)
         optimizers = make_optimizers(model, config)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.flops = FlopCount(model, self.model_config)
         self.model, *prepared = accelerator.prepare(model, *optimizers.optimizers)
         self.optimizers = Optimizers(prepared, optimizers.parts)
@@ -350,9 +357,9 @@ class Run:
             own.loss += value
             own.tokens += int((batch["sample_index"] >= -1).sum())
             rows, length = batch["input_ids"].shape
-            own.flops += self.flops(rows, length, sum(batch.get("frame_counts", ())))
+            own.flops += self.flops(rows, length, sum(map(pictures_of, batch.get("media_shapes", ()))))
             own.skipped += len(batch["skipped"])
-            own.frames += 0 if "stands_in" in batch else sum(batch.get("frame_counts", ()))
+            own.frames += 0 if "stands_in" in batch else sum(map(pictures_of, batch.get("media_shapes", ())))
             self.note_skipped(step, batch["skipped"])
             if not math.isfinite(value):
                 self.keep_batch(step, batch)
@@ -383,7 +390,7 @@ class Run:
             if not math.isfinite(norm):
                 raise VidLaDAError(f"the gradient of step {step} is {norm}; it ended before it changed any weight")
         self.optimizers.step()
-        if accelerator.device.type == "cpu":
+        if accelerator.device.type == "cpu" and (step + 1) % TRIM_EVERY == 0:
             return_free_memory()
         return figures
 
@@ -414,13 +421,16 @@ class Run:
         maskings = [draw_masking(targets, sample_index, times, generator, batch["force"])]
         if config.complementary:
             maskings.append(complement(maskings[0], targets, sample_index))
+        weight = batch["sample_weight"].to(device) if "sample_weight" in batch else None
         losses = []
         for masking in maskings:
             hidden = batch["input_ids"].masked_fill(masking.masked, self.model_config.mask_token_id)
             logits = self.predict(batch, hidden, masking.masked)
             placed = replace(masking, masked=masking.masked.to(device))
             losses.append(
-                diffusion_loss(logits, labels.to(device), sample_index.to(device), placed, batch["total_samples"])
+                diffusion_loss(
+                    logits, labels.to(device), sample_index.to(device), placed, batch["total_samples"], weight
+                )
             )
         return torch.stack(losses).mean() * batch["weight"] if len(losses) > 1 else losses[0] * batch["weight"]
 
@@ -437,7 +447,7 @@ class Run:
             self.accelerator.device,
         )
         with self.accelerator.autocast():
-            return self.model(frame_counts=batch.get("frame_counts"), **inputs).logits
+            return self.model(media_shapes=batch.get("media_shapes"), **inputs).logits
 
     def keep_batch(self, step: int, batch: dict[str, Any]) -> None:
         """Save the batch whose loss is not finite; a full disk does not hide that it is not."""

@@ -17,7 +17,7 @@ from vidlada.training.data.mixture import read_llava
 from vidlada.training.data.samples import Sample
 from vidlada.training.data.shapes import ShapesSource
 from vidlada.training.models import new_model
-from vidlada.training.objective import IGNORED, separate_samples_mask
+from vidlada.training.objective import IGNORED
 from vidlada.video import Sampling
 
 ARGUMENTS = {
@@ -45,15 +45,21 @@ def collate(made, samples, seed=0, **settings):
 def logits(made, batch, **changes):
     """Logits of every position with all targets hidden."""
     model, _ = made
-    names = ("position_ids", "attention_mask", "pixel_values", "frame_counts")
+    names = ("position_ids", "attention_mask", "pixel_values", "media_shapes")
     hidden = batch["input_ids"].masked_fill(batch["labels"] != IGNORED, model.config.mask_token_id)
     return model(input_ids=hidden, **{**{name: batch.get(name) for name in names}, **changes}).logits
+
+
+def separate_samples_mask(owner):
+    """All pairs of a row: every sample sees the shared part (owner -1) and itself, nobody sees padding (-2)."""
+    seen = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
+    return (seen & (owner != -2)[:, None, :])[:, None]
 
 
 def alone(made, sample, exchange):
     """What a packed exchange must reproduce: its own row, in which the shared part does not see the question."""
     batch = collate(made, [Sample(sample.videos, [exchange], separate=True)])
-    mask = separate_samples_mask(batch["sample_index"], batch["sample_index"] != -2)
+    mask = separate_samples_mask(batch["sample_index"])
     return logits(made, batch, attention_mask=mask)[batch["labels"] != IGNORED]
 
 
@@ -104,12 +110,13 @@ def test_targets_are_the_answers(made):
     assert batch["attention_mask"] is None
 
 
-def test_control_targets_add_the_control_tokens_everywhere(made):
+def test_control_targets_add_the_control_tokens_and_the_answers_header(made):
     _, processor = made
     plain, quirk = (collate(made, [Sample([], [SHORT])], control_targets=on) for on in (False, True))
     added = quirk["input_ids"][(quirk["labels"] != IGNORED) & (plain["labels"] == IGNORED)].tolist()
     controls = ["<|startoftext|>", *["<|start_header_id|>", "<|end_header_id|>"] * 2, END_OF_TURN]
-    assert sorted(added) == sorted(map(processor.token_id, controls))
+    header = [*processor.text_ids("assistant"), *processor.text_ids("\n\n")]
+    assert sorted(added) == sorted([*map(processor.token_id, controls), *header])
 
 
 def test_control_targets_of_packed_samples(made):

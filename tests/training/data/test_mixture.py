@@ -7,6 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from hypothesis import given
@@ -151,8 +152,8 @@ def test_webdataset_tars(tmp_path):
     source = LlavaSource(tmp_path / "part-*.tar", batch_size=4)
     samples = {sample.exchanges[0][1]: sample.videos for sample in batch(source, 0, 8)}
     assert sorted(samples) == ["blue alone", "blue and black", "red alone", "red and black"]
-    assert [video[0, 0, 0].tolist() for video in samples["red and black"]] == [[255, 0, 0], [0, 0, 0]]
-    assert samples["blue alone"][0].shape == (1, 8, 8, 3)
+    assert [video[0, 0].tolist() for video in samples["red and black"]] == [[255, 0, 0], [0, 0, 0]]
+    assert samples["blue alone"][0].shape == (20, 30, 3)
 
 
 def test_a_tar_holds_any_kind_of_image(tmp_path):
@@ -163,7 +164,7 @@ def test_a_tar_holds_any_kind_of_image(tmp_path):
     source = LlavaSource(write_tar(tmp_path / "part.tar", members), batch_size=2)
     videos = {sample.exchanges[0][1]: sample.videos for sample in batch(source, 0, 8)}
     assert {name: [frames.shape for frames in each] for name, each in videos.items()} == dict.fromkeys(
-        kinds, [(1, 8, 8, 3)]
+        kinds, [(20, 30, 3)]
     )
 
 
@@ -175,7 +176,7 @@ def test_several_images_of_a_tar_are_in_order(tmp_path):
     members += [("b.json", json.dumps(entry("b", image=["b.9.png", "b.10.png", "b.2.png"])).encode())]
     source = LlavaSource(write_tar(tmp_path / "part.tar", members), batch_size=2)
     videos = {sample.exchanges[0][1]: sample.videos for sample in batch(source, 0, 8)}
-    seen = {name: [video[0, 0, 0].tolist() for video in each] for name, each in videos.items()}
+    seen = {name: [video[0, 0].tolist() for video in each] for name, each in videos.items()}
     red, blue, lime = [255, 0, 0], [0, 0, 255], [0, 255, 0]
     assert seen == {"a": [lime, blue, red], "b": [blue, red, lime]}
 
@@ -185,7 +186,7 @@ def test_an_image_is_one_frame_however_many_are_taken_of_videos(tmp_path, small)
     path = write_json(tmp_path / "d.json", [entry("red", image="a.png")])
     source = LlavaSource(path, batch_size=1, sampling=Sampling(max_frames=8, force_sample=True))
     (sample,) = batch(source, 0, 8)
-    assert [video.shape for video in sample.videos] == [(1, 8, 8, 3)]
+    assert [video.shape for video in sample.videos] == [(20, 30, 3)]
     (length,) = check_source("a", source, small.processor).lengths
     assert length == Collator(small.processor, CollateSettings())([sample], seeded())["labels"].shape[1]
 
@@ -224,10 +225,10 @@ def test_images_stand_at_their_marks(tmp_path):
     question = "First <image> then <image> which?"
     path = write_json(tmp_path / "d.json", [entry("red", question, image=["a.png", "b.png"])])
     (sample,) = batch(LlavaSource(path, batch_size=1), 0)
-    assert [video[0, 0, 0].tolist() for video in sample.videos] == [[255, 0, 0], [0, 0, 255]]
-    user, _ = messages_of(2, sample.exchanges)
+    assert [video[0, 0].tolist() for video in sample.videos] == [[255, 0, 0], [0, 0, 255]]
+    user, _ = messages_of([1, 1], sample.exchanges)
     assert [part["type"] for part in user["content"]] == ["text", "video", "text", "video", "text"]
-    unmarked, _ = messages_of(3, [(question, "red")])
+    unmarked, _ = messages_of([1, 1, 1], [(question, "red")])
     assert [part["type"] for part in unmarked["content"]] == ["video"] * 3 + ["text"]
     assert VIDEO_PLACE not in unmarked["content"][-1]["text"]
 
@@ -237,8 +238,8 @@ def test_thinking(tmp_path):
     path = write_json(tmp_path / "d.json", entries)
     exchanges = {s.exchanges for s in map(hashable, batch(LlavaSource(path, batch_size=2, think=True), 0))}
     assert exchanges == {
-        (("Is it? /think", "<think>\nIt looks so.\n</think>\nyes"),),
-        (("Is it? /no_think", "no"),),
+        (("Is it?/think", "<think>It looks so.</think>\nyes"),),
+        (("Is it?/no_think", "no"),),
     }
     assert set(answers(LlavaSource(path, batch_size=2), 1)) == {"yes", "no"}
 
@@ -309,7 +310,7 @@ def test_nothing_usable_keeps_the_process_in_step(tmp_path):
     path = write_json(tmp_path / "d.json", [entry("gone", video="gone.mp4")])
     stuck = StepDataset(LlavaSource(path, batch_size=1), Collator(processor, CollateSettings(), 56), 0)[Part(0)]
     assert stuck["weight"] == 0 and len(stuck["skipped"]) > 1
-    assert stuck["frame_counts"] == [1] and not stuck["attention_mask"].all()
+    assert stuck["media_shapes"] == [1] and not stuck["attention_mask"].all()
 
 
 def write_config(folder, data, **more):
@@ -386,3 +387,29 @@ def test_a_dry_run_resolves_epochs(tmp_path):
     result = CliRunner().invoke(main, ["train", "--dry-run", str(path)])
     assert result.exit_code == 0, result.output
     assert "| only | 4 |" in result.output and not (tmp_path / "run").exists()
+
+
+def test_images_are_tiled_as_at_inference(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(small.processor, "image_aspect_ratio", "anyres_max_4")
+    monkeypatch.setattr(small.model.config, "image_aspect_ratio", "anyres_max_4")
+    (tmp_path / "a.png").write_bytes(png("red"))
+    path = write_json(tmp_path / "d.json", [entry("red", "which? <image>", image="a.png")])
+    source = LlavaSource(path, batch_size=1)
+    batch = StepDataset(source, Collator(small.processor, CollateSettings()), 0)[Part(0)]
+    asked = small.chat(str(tmp_path / "a.png"))
+    prompt = asked.request("which? <image>").prompt
+    (shape,) = batch["media_shapes"]
+    assert shape.tiles == len(batch["pixel_values"]) > 1
+    visual = torch.cat(small.model.encode_media(batch["pixel_values"], batch["media_shapes"]))
+    assert torch.allclose(visual, asked.media[0].visual_tokens, atol=1e-5)
+    ids = batch["input_ids"][0].tolist()
+    assert torch.allclose(small.model.embed(batch["input_ids"], visual)[0, : len(prompt)], prompt, atol=1e-5)
+    assert check_source("a", source, small.processor).lengths == [len(ids)]
+
+
+def test_samples_longer_than_the_stage_takes_are_skipped(tmp_path, small):
+    path = write_json(tmp_path / "d.json", [entry("yes " * 50, "Is it?"), entry("no", "Is it?")])
+    collator = Collator(small.processor, CollateSettings(max_length=30))
+    step = StepDataset(LlavaSource(path, batch_size=2), collator, 0)[Part(0)]
+    assert len(step["skipped"]) >= 1 and "more than the stage's 30" in step["skipped"][0]
+    assert step["input_ids"].shape[1] <= 30

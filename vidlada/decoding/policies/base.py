@@ -7,16 +7,19 @@ one with a subclass of `SegmentPolicy` (or anything that fits `Policy`), and add
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap
-from vidlada.decoding.kv_cache import attend_grouped
-from vidlada.errors import InputError
+from vidlada.decoding.kv_cache import KVCache, attend_grouped
+from vidlada.generation import MAX_SLOTS
+from vidlada.model.language_model import LanguageModel
+
+MAX_STEPS = MAX_SLOTS  # no answer takes more
 
 # The segments of a request's sequence. Text is the prompt's text and a fixed suffix; before and after are the answer
-# slots on either side of the current block.
+# slots on either side of the current block. A plan may also name `undecided`: slots open now or in the step before.
 SEGMENTS = ("text", "visual", "before", "block", "after")
 
 
@@ -29,6 +32,7 @@ class Plan:
         chunked: visual queries see only the frames around their own, the anchors and all text.
         search: look for anchors while the visual tokens are recomputed.
         select: choose the keys that the following steps see.
+        layerwise: share of the answer that its own pass recomputes in every layer, after the common one (`dllm`).
         narrow: share of the answer's positions that go on after the first layer, those whose values changed most.
         probes: positions of each segment of the prompt that are recomputed just to see how far they moved.
     """
@@ -39,6 +43,7 @@ class Plan:
     select: bool = False
     narrow: float | None = None
     probes: int = 0
+    layerwise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,12 @@ class AttentionPattern:
 
     Attributes:
         anchors: layer → positions of its anchors, kept between steps; empty for patterns without any.
+        joins: of the pass that runs, layer → positions that join there; a pattern may add to the layers above.
     """
 
     def __init__(self) -> None:
         self.anchors: dict[int, Tensor] = {}
+        self.joins: dict[int, Tensor] = {}
 
     def begin_pass(self, plan: Plan, block: Tensor) -> None:
         """Prepare for the next pass.
@@ -79,6 +86,15 @@ class AttentionPattern:
         Args:
             plan: what it recomputes.
             block: (block,) positions of the current block.
+        """
+
+    def finish_pass(self, language_model: LanguageModel, kv_cache: KVCache, answer: Tensor) -> None:
+        """Do what is left after the pass; nothing, for most.
+
+        Args:
+            language_model: whose pass it was.
+            kv_cache: of the request.
+            answer: (slots,) positions of the answer.
         """
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
@@ -126,10 +142,3 @@ class SegmentPolicy:
     def attention(self, frames: FrameMap, prompt: Tensor) -> AttentionPattern:
         """Full attention."""
         return AttentionPattern()
-
-
-def check_at_least(policy: Any, least: int, *names: str) -> None:
-    """Refuse settings of a policy that are below `least`; None is not checked."""
-    for name in names:
-        if getattr(policy, name) is not None and getattr(policy, name) < least:
-            raise InputError(f"cache {policy.name}: {name} must be at least {least}, not {getattr(policy, name)}")

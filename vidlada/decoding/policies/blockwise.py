@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vidlada.decoding.policies.base import ANSWER, EVERYTHING, Plan, SegmentPolicy, StepContext, check_at_least
-from vidlada.errors import InputError
+from vidlada.decoding.named import check_named
+from vidlada.decoding.policies.base import ANSWER, EVERYTHING, MAX_STEPS, Plan, SegmentPolicy, StepContext
+from vidlada.settings import setting
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class Prefix(SegmentPolicy):
     """
 
     name: ClassVar[str] = "prefix"
-    every: int = 0
+    every: int = setting(0, "Refresh everything again after so many steps.", minimum=0, maximum=MAX_STEPS)
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "every")
+        check_named("cache", self)
 
     def plan(self, context: StepContext) -> Plan:
         """All, or block and after."""
@@ -48,10 +49,10 @@ class Dual(SegmentPolicy):
     """
 
     name: ClassVar[str] = "dual"
-    every: int = 0
+    every: int = setting(0, "Refresh everything again after so many steps.", minimum=0, maximum=MAX_STEPS)
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "every")
+        check_named("cache", self)
 
     def plan(self, context: StepContext) -> Plan:
         """All, or the block."""
@@ -85,14 +86,12 @@ class Interval(SegmentPolicy):
     """
 
     name: ClassVar[str] = "interval"
-    prompt: int = 25
-    response: int = 7
-    share: float = 0.25
+    prompt: int = setting(25, "Steps between refreshes of text and frames.", minimum=1, maximum=MAX_STEPS)
+    response: int = setting(7, "Steps between refreshes of the answer.", minimum=1, maximum=MAX_STEPS)
+    share: float = setting(0.25, "Of the answer recomputed in the other steps.", above=0, maximum=1)
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "prompt", "response")
-        if not 0 < self.share <= 1:
-            raise InputError(f"cache interval: share must be above 0 and at most 1, not {self.share}")
+        check_named("cache", self)
 
     def plan(self, context: StepContext) -> Plan:
         """Whatever is due."""

@@ -9,15 +9,17 @@ from torch import Tensor
 from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors, scenes_of
 from vidlada.decoding.fused import FusedChunks, can_fuse
 from vidlada.decoding.kv_cache import attend_grouped
+from vidlada.decoding.named import check_named
 from vidlada.decoding.policies.base import (
     ANSWER,
     EVERYTHING,
+    MAX_STEPS,
     AttentionPattern,
     Plan,
     StepContext,
-    check_at_least,
 )
 from vidlada.errors import InputError
+from vidlada.settings import setting
 
 DEFAULT_ANCHORS = 64
 
@@ -53,24 +55,26 @@ class Mars:
     """
 
     name: ClassVar[str] = "mars"
-    text: int = 4
-    ratio: int = 8
-    group: int = 4
-    pyramid: int = 2
-    window: int = -1
-    anchors: int | None = None
-    queries: int = 32
-    per_head: bool = False
-    chunk_first: bool = False
-    drift: float = 0.0
-    probes: int = 8
-    scene: float = 0.0
-    fused: bool | None = None
+    presets: ClassVar[dict[str, dict[str, int]]] = {
+        # What the paper gives, and for the text interval, which it does not give, our own; anchors too are not given.
+        "paper": {"text": 4, "ratio": 2, "group": 4, "pyramid": 2, "window": 1, "anchors": 64, "queries": 32}
+    }
+    text: int = setting(4, "Steps between refreshes of text in the deepest group.", minimum=1, maximum=MAX_STEPS)
+    ratio: int = setting(8, "Frames are refreshed so many times less often.", minimum=1, maximum=MAX_STEPS)
+    group: int = setting(4, "Layers in a group.", minimum=1, maximum=1024)
+    pyramid: int = setting(2, "A group's interval over the next deeper one's.", minimum=1, maximum=MAX_STEPS)
+    window: int = setting(-1, "Frames on either side that a visual query sees; -1: all.", minimum=-1, maximum=2**16)
+    anchors: int | None = setting(None, "Visual tokens that all visual queries see.", minimum=0, maximum=2**20)
+    queries: int = setting(32, "Visual queries sampled in the search for anchors.", minimum=1, maximum=2**20)
+    per_head: bool = setting(False, "Anchors of each key/value head.")
+    chunk_first: bool = setting(False, "Restrict visual queries in the first step too.")
+    drift: float = setting(0.0, "Refresh what moved further than this (1 - cosine).", minimum=0, maximum=2)
+    probes: int = setting(8, "Positions probed in each segment, with drift.", minimum=1, maximum=2**20)
+    scene: float = setting(0.0, "A frame that differs by more (1 - cosine) begins a scene.", minimum=0, maximum=2)
+    fused: bool | None = setting(None, "Chunk attention as one kernel.")
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "text", "ratio", "group", "pyramid", "queries", "probes")
-        check_at_least(self, 0, "anchors", "drift", "scene")
-        check_at_least(self, -1, "window")
+        check_named("cache", self)
         needs_window = {name: getattr(self, name) for name in ("anchors", "per_head", "chunk_first", "scene", "fused")}
         for name, value in needs_window.items():
             if value and not self.chunks:

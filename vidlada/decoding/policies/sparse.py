@@ -8,8 +8,9 @@ from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap
 from vidlada.decoding.kv_cache import attend_grouped
+from vidlada.decoding.named import check_named
 from vidlada.decoding.policies.base import EVERYTHING, AttentionPattern, Plan, SegmentPolicy, StepContext
-from vidlada.errors import InputError
+from vidlada.settings import setting
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,10 @@ class Sparse(SegmentPolicy):
     """
 
     name: ClassVar[str] = "sparse"
-    keep: float = 0.5
+    keep: float = setting(0.5, "Share of the keys outside the block that stay in sight.", above=0, maximum=1)
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise InputError(f"cache sparse: keep must be above 0 and at most 1, not {self.keep}")
+        check_named("cache", self)
 
     def plan(self, context: StepContext) -> Plan:
         """All twice, selecting in the second, then the block."""

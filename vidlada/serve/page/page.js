@@ -1,15 +1,39 @@
-// The page: choose a video, ask, watch the answer denoise. No build step, nothing from elsewhere.
+// The page: show videos and images, ask, watch the answer settle. No build step, nothing from elsewhere.
 
 const element = (id) => document.getElementById(id);
 const NAMES = ["A", "B"];
-let upload = null; // the chosen video, as the server describes it
+const TIME = /\b(?:(\d+):([0-5]\d)|(\d+(?:\.\d+)?) ?(?:s|sec|seconds?))(?!\w|\.\d)/g;
+const SURE = 5; // colours of confidence
+let media = []; // what is shown: { name, upload | url, seen, asked }
+let turns = []; // { question, media, answer }
 let sending = null; // AbortController of the upload under way
 let running = null; // AbortController of the answer being made
+let model = {};
 
 function refreshButtons() {
   // a question must overtake neither its video nor the question before it
   element("ask").disabled = Boolean(sending || running);
   element("stop").disabled = !running;
+  element("fresh").disabled = Boolean(running || !turns.length);
+}
+
+function make(tag, properties = {}, ...children) {
+  const { dataset, ...rest } = properties;
+  const made = Object.assign(document.createElement(tag), rest);
+  Object.assign(made.dataset, dataset);
+  made.append(...children);
+  return made;
+}
+
+function announce(text) {
+  element("announce").textContent = text;
+}
+
+function report(error) {
+  const box = element("error");
+  box.hidden = !error;
+  box.textContent = error ? `Sorry: ${error.message}` : "";
+  if (error) box.scrollIntoView({ block: "nearest" });
 }
 
 // --- the server ---
@@ -28,13 +52,23 @@ async function failure(response) {
   return refusal(response.status, await response.json().catch(() => null));
 }
 
+// fetch, with words for a server that is gone
+async function reach(path, options) {
+  try {
+    return await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("the server cannot be reached; is it still running?");
+  }
+}
+
 async function get(path, signal) {
-  const response = await fetch(path, { headers: headers(), signal });
+  const response = await reach(path, { headers: headers(), signal });
   if (!response.ok) throw await failure(response);
   return response.json();
 }
 
-// A video that no question will be asked about; where this fails, the server lets it expire.
+// A file that no question will be asked about; where this fails, the server lets it expire.
 function forget(file) {
   if (file) fetch(`v1/files/${file.id}`, { method: "DELETE", headers: headers() }).catch(() => {});
 }
@@ -61,7 +95,7 @@ function send(file, onProgress, signal) {
 }
 
 async function* events(body, signal) {
-  const response = await fetch("v1/chat/completions", {
+  const response = await reach("v1/chat/completions", {
     method: "POST",
     headers: headers({ "Content-Type": "application/json" }),
     body: JSON.stringify(body),
@@ -71,7 +105,9 @@ async function* events(body, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let pending = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : new Error("the server broke the answer off");
+    });
     if (done) throw new Error("the server broke the answer off");
     const parts = (pending + value).split("\n\n");
     pending = parts.pop();
@@ -85,90 +121,132 @@ async function* events(body, signal) {
   }
 }
 
-// --- the video ---
+// --- videos and images ---
 
-function report(error) {
-  const box = element("error");
-  box.hidden = !error;
-  box.textContent = error ? `Sorry: ${error.message}` : "";
-  if (error) box.scrollIntoView({ block: "nearest" });
-}
-
-// The video chosen last counts: one that is still on its way is given up.
-async function watch(name, load) {
+// The file chosen last counts: one that is still on its way is given up.
+async function show(name, load) {
   report(null);
   sending?.abort();
   const mine = sending = new AbortController();
   refreshButtons();
-  if (!running) forget(upload); // the second of two answers may still have to read it
-  upload = null;
   let sent = null;
-  const [preview, facts, progress] = [element("preview"), element("facts"), element("progress")];
-  element("strip").hidden = preview.hidden = true;
+  const [facts, progress] = [element("facts"), element("progress")];
   progress.value = 0;
   progress.hidden = false;
   facts.textContent = `Sending ${name} …`;
   try {
-    const file = await load();
+    const file = await load(mine.signal);
     mine.signal.throwIfAborted();
-    if (preview.src) URL.revokeObjectURL(preview.src);
-    preview.src = URL.createObjectURL(file);
-    preview.hidden = !file.type.startsWith("video/");
     sent = await send(file, (share) => { progress.value = share; }, mine.signal);
     facts.textContent = "Sampling frames …";
-    await sample(sent.id, mine.signal);
-    upload = sent;
+    const seen = await get(`v1/files/${sent.id}/frames?frames=${frameCount()}`, mine.signal);
+    const source = file.type.startsWith("video/") ? URL.createObjectURL(file) : null;
+    add({ name, upload: sent, seen, source, image: file.type.startsWith("image/") });
+    announce(`${name} is shown to the model`);
   } catch (error) {
     forget(sent);
-    if (mine.signal.aborted) return;
-    facts.textContent = "No video: a question is asked without one.";
-    preview.hidden = true;
-    element("file").value = "";
-    report(error);
+    if (!mine.signal.aborted) report(error);
   } finally {
     if (sending === mine) {
       sending = null;
+      facts.textContent = "";
       progress.hidden = true;
+      element("file").value = "";
       refreshButtons();
     }
   }
 }
 
-async function sample(id, signal) {
-  const frames = element("panels").querySelector("[name=frames]").value || 64;
-  const seen = await get(`v1/files/${id}/frames?frames=${frames}`, signal);
-  const duration = seen.duration ? `, ${seen.duration.toFixed(1)} s` : "";
-  element("facts").textContent = `${seen.width} × ${seen.height}${duration}; the model sees ${seen.frames.length} frames:`;
-  const strip = element("strip");
-  strip.replaceChildren(...seen.frames.map(({ time, image }) => {
-    const item = document.createElement("li");
-    const picture = document.createElement("img");
-    picture.src = image;
-    picture.alt = `frame at ${time.toFixed(1)} seconds`;
-    item.append(picture, `${time.toFixed(1)} s`);
+function frameCount() {
+  return element("panels").querySelector("[name=frames]")?.value || 64;
+}
+
+function add(medium) {
+  media.push(medium);
+  medium.item = card(medium);
+  element("media").append(medium.item);
+}
+
+function remove(medium) {
+  media = media.filter((each) => each !== medium);
+  medium.item.remove();
+  if (medium.source) URL.revokeObjectURL(medium.source);
+  forget(medium.upload);
+}
+
+function card(medium) {
+  const item = element("medium-template").content.firstElementChild.cloneNode(true);
+  const [video, strip, facts] = ["video", ".strip", ".about"].map((part) => item.querySelector(part));
+  item.querySelector("h3").textContent = medium.name;
+  const button = item.querySelector(".remove");
+  button.ariaLabel = `Remove ${medium.name}`;
+  button.onclick = () => { remove(medium); element("choose").focus(); };
+  if (!medium.seen) {
+    facts.textContent = "The server fetches it when it is asked about.";
+    strip.hidden = video.hidden = true;
     return item;
+  }
+  const { width, height, duration, frames } = medium.seen;
+  facts.textContent = medium.image ? `${width} × ${height}`
+    : `${width} × ${height}, ${duration.toFixed(1)} s; the model sees these ${frames.length} frames:`;
+  if (medium.source) video.src = medium.source;
+  video.hidden = !medium.source;
+  video.ariaLabel = medium.name;
+  strip.ariaLabel = `Frames of ${medium.name} that the model sees`;
+  strip.replaceChildren(...frames.map(({ time, image }) => {
+    const label = `${time.toFixed(1)} s`;
+    const picture = make("img", { src: image, alt: `Frame at ${time.toFixed(1)} seconds` });
+    const inside = medium.source
+      ? make("button", { type: "button", onclick: () => seek(time, medium) }, picture, label)
+      : make("span", {}, picture);
+    return make("li", { dataset: { time } }, inside);
   }));
-  strip.hidden = false;
+  video.ontimeupdate = () => {
+    const past = [...strip.children].filter((frame) => Number(frame.dataset.time) <= video.currentTime + 0.01);
+    for (const frame of strip.children) frame.classList.toggle("now", frame === past.at(-1));
+  };
+  return item;
+}
+
+// Seek a video; by default the first of what is shown.
+function seek(time, medium = media.find((each) => each.source)) {
+  if (!medium) return;
+  const video = medium.item.querySelector("video");
+  video.pause();
+  video.currentTime = time;
+  video.scrollIntoView({ block: "nearest" });
+}
+
+function partOf(medium) {
+  if (medium.upload) return { type: "file", file: { file_id: medium.upload.id } };
+  return { type: medium.image ? "image_url" : "video_url", [medium.image ? "image_url" : "video_url"]: { url: medium.url } };
+}
+
+function addUrl(event) {
+  event.preventDefault();
+  const url = element("url").value.trim();
+  if (!url) return;
+  add({ name: url.split("/").at(-1) || url, url, image: /\.(png|jpe?g|webp|bmp|gif)$/i.test(url) });
+  element("url").value = "";
 }
 
 async function offerSamples() {
-  const box = element("samples");
   const samples = await get("samples/index.json").catch(() => []);
-  box.hidden = samples.length === 0;
-  for (const { file, name, question } of samples) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = name;
-    button.onclick = () => {
-      element("question").value = question;
-      element("file").value = "";
-      watch(file, async () => {
-        const response = await fetch(`samples/${file}`);
+  element("samples").hidden = samples.length === 0;
+  for (const { file, name, questions } of samples) {
+    element("samples").append(" ", make("button", { type: "button", textContent: name, onclick: () => {
+      show(file, async (signal) => {
+        const response = await reach(`samples/${file}`, { signal });
         if (!response.ok) throw await failure(response);
         return new File([await response.blob()], file, { type: "video/mp4" });
       });
-    };
-    box.append(" ", button);
+    } }));
+    for (const question of questions) {
+      element("examples").append(make("button", { type: "button", textContent: question, onclick: () => {
+        element("question").value = question;
+        element("question").focus();
+      } }));
+    }
   }
 }
 
@@ -184,95 +262,177 @@ function settingsOf(fieldset) {
   return settings;
 }
 
-function show(article, draft) {
-  const spans = draft.tokens.map(({ text, final, confidence }) => {
-    const span = document.createElement("span");
-    span.textContent = text ?? " ·";
-    const sure = Math.min(4, Math.floor(confidence * 5));
-    span.className = `token ${text === null ? "open" : final ? "final" : `sure-${sure}`}`;
-    span.title = text === null ? "open" : `${final ? "settled" : "provisional"}, ${Math.round(confidence * 100)} %`;
-    return span;
-  });
-  article.querySelector(".draft").replaceChildren(...spans);
+// Earlier turns, as far as what they were about is still shown, and the question.
+function messagesFor(question, fresh) {
+  const messages = [];
+  for (const turn of turns) {
+    const parts = turn.media.filter((medium) => media.includes(medium)).map(partOf);
+    messages.push({ role: "user", content: [...parts, { type: "text", text: turn.question }] });
+    if (turn.answer) messages.push({ role: "assistant", content: turn.answer });
+  }
+  return [...messages, { role: "user", content: [...fresh.map(partOf), { type: "text", text: question }] }];
 }
 
-function statistics(article, draft, seconds) {
-  const { steps, tokens, forward_passes: passes, seconds: phases } = draft.statistics;
-  const rows = [
-    ["steps", steps],
-    ["tokens decided", tokens],
-    ["tokens a forward pass", (tokens / passes).toFixed(2)],
-    ["tokens a second, denoising", (tokens / phases.denoising).toFixed(1)],
-    ...Object.entries(phases).map(([phase, value]) => [`${phase}, s`, value.toFixed(3)]),
-    ["seen from here, s", seconds.toFixed(3)],
-  ];
-  const table = article.querySelector("table");
-  table.tBodies[0].replaceChildren(...rows.map(([name, value]) => {
-    const row = document.createElement("tr");
-    const head = document.createElement("th");
-    head.scope = "row";
-    head.textContent = name;
-    row.append(head);
-    row.insertCell().textContent = value;
-    return row;
+// The draft, in the place where the answer will stand.
+function draw(article, draft) {
+  article.querySelector(".text").replaceChildren(...draft.tokens.map(({ text, final, confidence }) => {
+    const sure = Math.min(SURE - 1, Math.floor(confidence * SURE));
+    const kind = text === null ? "open" : final ? "final" : `sure-${sure}`;
+    return make("span", { className: `token ${kind}`, textContent: text ?? " ·" });
   }));
-  table.hidden = false;
 }
 
-async function answer(article, content, settings, signal) {
-  const said = article.querySelector(".said");
-  said.textContent = "waiting …";
-  const body = { model: element("model").textContent, stream: true, diffusing: true, ...settings,
-                 messages: [{ role: "user", content }] };
+// The finished answer: times seek the video, reasoning is folded.
+function settle(article, text, differs) {
+  const box = article.querySelector(".text");
+  box.classList.add("settled");
+  const think = /^\s*<think>(.*?)<\/think>\s*(?:<answer>)?(.*?)(?:<\/answer>)?\s*$/s.exec(text);
+  if (think) {
+    article.querySelector(".thought").hidden = false;
+    article.querySelector(".thought p").textContent = think[1].trim();
+    text = think[2];
+  }
+  box.replaceChildren(...(differs ? marked(text, differs) : withTimes(text || "(the model said nothing)")));
+}
+
+function withTimes(text) {
+  const parts = [];
+  let end = 0;
+  for (const found of text.matchAll(TIME)) {
+    const [all, minutes, rest, seconds] = found;
+    const time = seconds === undefined ? 60 * minutes + Number(rest) : Number(seconds);
+    if (!media.some((medium) => medium.source && time <= medium.seen.duration)) continue;
+    parts.push(text.slice(end, found.index));
+    parts.push(make("button", { type: "button", className: "time", textContent: all, title: "Show this moment", onclick: () => seek(time) }));
+    end = found.index + all.length;
+  }
+  return [...parts, text.slice(end)];
+}
+
+// The words of a text that are not in the longest common sequence with another's, marked.
+function marked(text, other) {
+  const [a, b] = [text.split(/(?<=\s)/), other.split(/(?<=\s)/)];
+  const length = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
+  for (let i = a.length - 1; i >= 0; i--) {
+    for (let j = b.length - 1; j >= 0; j--) {
+      length[i][j] = a[i].trim() === b[j].trim() ? length[i + 1][j + 1] + 1 : Math.max(length[i + 1][j], length[i][j + 1]);
+    }
+  }
+  const parts = [];
+  for (let i = 0, j = 0; i < a.length;) {
+    if (j < b.length && a[i].trim() === b[j].trim()) { parts.push(a[i]); i++; j++; }
+    else if (j < b.length && length[i][j + 1] >= length[i + 1][j]) j++;
+    else parts.push(make("mark", { textContent: a[i++] }));
+  }
+  return parts;
+}
+
+function statistics(article, draft, usage, confidence, seconds) {
+  const { steps, tokens, forward_passes: passes, layer_tokens: computed, seconds: phases } = draft.statistics;
+  const whole = passes * (usage.prompt_tokens + draft.slots) * computed.length;
+  const saved = whole ? Math.max(0, 1 - computed.reduce((sum, each) => sum + each, 0) / whole) : 0;
+  const box = article.querySelector(".cost");
+  box.querySelector("summary").textContent =
+    `${seconds.toFixed(1)} s · ${(tokens / phases.denoising).toFixed(0)} tokens a second${saved >= 0.005 ? ` · ${Math.round(100 * saved)} % of the work saved` : ""}`;
+  const unsure = confidence.filter(({ share }) => share < 0.9).sort((one, other) => one.share - other.share).slice(0, 8)
+    .map(({ text, share }) => `${text.trim() || "space"} ${Math.round(100 * share)} %`).join(", ");
+  const rows = [["Steps", steps], ["Tokens decided", tokens], ["Tokens a forward pass", (tokens / passes).toFixed(2)],
+    ["Prompt tokens", usage.prompt_tokens], ["Least certain", unsure || "all above 90 %"],
+    ...Object.entries(phases).map(([phase, value]) => [`Seconds: ${phase}`, value.toFixed(3)])];
+  box.querySelector("tbody").replaceChildren(...rows.map(([name, value]) =>
+    make("tr", {}, make("th", { scope: "row", textContent: name }), make("td", { textContent: value }))));
+  box.hidden = false;
+}
+
+async function answer(article, messages, settings, signal) {
+  const body = { model: model.id, stream: true, diffusing: true, logprobs: true, stream_options: { include_usage: true },
+                 ...settings, messages };
   const started = performance.now();
-  let text = "", latest = null, drawn = true;
-  const draw = () => {
-    drawn = true;
-    show(article, latest);
-  };
+  let text = "", latest = null, usage = null, drawn = true;
+  const confidence = [];
   for await (const event of events(body, signal)) {
     signal.throwIfAborted(); // of several events that came together, too
-    text += event.choices[0]?.delta.content ?? "";
+    const [choice] = event.choices;
+    text += choice?.delta.content ?? "";
+    for (const { token, logprob } of choice?.logprobs?.content ?? []) confidence.push({ text: token, share: Math.exp(logprob) });
+    usage = event.usage ?? usage;
     if (event.diffusion) {
       latest = event.diffusion;
-      said.textContent = `step ${latest.step} …`;
       if (drawn) {
         drawn = false;
-        requestAnimationFrame(draw);
+        requestAnimationFrame(() => {
+          drawn = true;
+          if (!article.dataset.done) draw(article, latest);
+        });
       }
     }
   }
-  draw();
-  said.textContent = text || "(the model said nothing)";
-  statistics(article, latest, (performance.now() - started) / 1000);
+  article.dataset.done = "yes";
+  settle(article, text);
+  statistics(article, latest, usage, confidence, (performance.now() - started) / 1000);
+  return text;
 }
 
 async function ask(event) {
   event.preventDefault();
-  if (sending || running) return;
+  const question = element("question").value.trim();
+  if (sending || running || !question) return;
   report(null);
   // what is asked is what stands there now, whatever is chosen or typed before the second answer
   const chosen = [...element("panels").children].map(settingsOf);
-  const content = [{ type: "text", text: element("question").value }];
-  if (upload) content.push({ type: "file", file: { file_id: upload.id } });
+  const asked = new Set(turns.flatMap((turn) => turn.media));
+  const fresh = media.filter((medium) => !asked.has(medium));
+  const messages = messagesFor(question, fresh);
   running = new AbortController();
   refreshButtons();
-  const articles = prepareAnswers(chosen.length);
-  element("answers").scrollIntoView({ block: "nearest" }); // on a phone it lies below the settings
+  const turn = { question, media: fresh, answer: "" };
+  const item = prepareTurn(turn, chosen.length);
+  const articles = [...item.querySelectorAll("article")];
+  announce("Answering …");
   try {
+    const texts = [];
     // one after the other: answers made together share their steps, and their times would say nothing
     for (const [place, settings] of chosen.entries()) {
-      await answer(articles[place], content, settings, running.signal);
+      texts.push(await answer(articles[place], messages, settings, running.signal));
     }
+    turn.answer = texts[0];
+    if (texts.length === 2 && texts[0] !== texts[1]) articles.forEach((each, place) => settle(each, texts[place], texts[1 - place]));
+    announce(`Answer: ${texts.join(" — ")}`);
+    element("question").value = "";
+    turns.push(turn);
   } catch (error) {
-    for (const said of document.querySelectorAll(".said")) {
-      if (/^(waiting|step)/.test(said.textContent)) said.textContent = error.name === "AbortError" ? "stopped" : "failed";
+    const stopped = error.name === "AbortError";
+    for (const article of articles.filter((each) => !each.dataset.done)) {
+      article.dataset.done = "yes";
+      article.querySelector(".text").replaceChildren(stopped ? "Stopped." : "No answer.");
     }
-    if (error.name !== "AbortError") report(error);
+    announce(stopped ? "Stopped" : "");
+    if (!stopped) report(error);
   } finally {
     running = null;
     refreshButtons();
+    item.scrollIntoView({ block: "nearest" });
   }
+}
+
+function prepareTurn(turn, total) {
+  const item = element("turn-template").content.firstElementChild.cloneNode(true);
+  item.querySelector(".asked").textContent = turn.question;
+  item.querySelector(".shown").textContent = media.length ? `about ${media.map((each) => each.name).join(", ")}` : "without a video";
+  const answers = item.querySelector(".pair");
+  answers.replaceChildren(...Array.from({ length: total }, (_, place) => stamp("answer-template", place, total)));
+  element("talk").append(item);
+  element("hint").hidden = true;
+  item.scrollIntoView({ block: "nearest" });
+  return item;
+}
+
+function startAnew() {
+  turns = [];
+  element("talk").replaceChildren();
+  element("hint").hidden = false;
+  refreshButtons();
+  element("question").focus();
 }
 
 // --- panels ---
@@ -280,18 +440,13 @@ async function ask(event) {
 function stamp(templateId, place, total) {
   const copy = element(templateId).content.firstElementChild.cloneNode(true);
   const title = copy.querySelector("legend, h3");
-  title.textContent = total > 1 ? `Setting ${NAMES[place]}` : "";
-  title.hidden = total === 1;
+  title.textContent = total > 1 ? `Setting ${NAMES[place]}` : templateId === "answer-template" ? "Answer" : "Decoding";
+  title.classList.toggle("visually-hidden", total === 1);
   return copy;
 }
 
-function prepareAnswers(total) {
-  const articles = Array.from({ length: total }, (_, place) => stamp("answer-template", place, total));
-  element("answers").replaceChildren(...articles);
-  return articles;
-}
-
-function preparePanels(total, defaults) {
+function preparePanels() {
+  const total = element("compare").checked ? 2 : 1;
   const panels = element("panels");
   while (panels.children.length > total) panels.lastElementChild.remove();
   while (panels.children.length < total) {
@@ -302,47 +457,60 @@ function preparePanels(total, defaults) {
       value.required = Boolean(pace.value);
       value.value = { threshold: 0.9, factor: 1, steps: 32 }[pace.value] ?? "";
     };
-    if (defaults.max_frames < 64) panel.querySelector("[name=frames]").value = defaults.max_frames;
-    for (const name of ["gen_length", "block_length"]) panel.querySelector(`[name=${name}]`).value = defaults[name] ?? "";
+    const facts = model.vidlada ?? {};
+    if (facts.max_frames < 64) panel.querySelector("[name=frames]").value = facts.max_frames;
+    for (const name of ["gen_length", "block_length"]) panel.querySelector(`[name=${name}]`).value = facts[name] ?? "";
     if (panels.children.length === 1) panel.querySelector("[name=cache]").value = "mars";
     panels.append(panel);
   }
-  for (const panel of panels.children) panel.querySelector("legend").hidden = total === 1;
+  for (const panel of panels.children) panel.querySelector("legend").classList.toggle("visually-hidden", total === 1);
 }
 
 async function start() {
-  let defaults = {};
   try {
-    const [model] = (await get("v1/models")).data;
+    [model] = (await get("v1/models")).data;
     element("model").textContent = model.id;
-    defaults = model.vidlada;
-    element("watching").hidden = defaults.text_only;
+    document.body.classList.toggle("text-only", model.vidlada.text_only);
+    element("alone").hidden = model.vidlada.multi_turn;
     element("key-box").open = false;
     report(null);
   } catch (error) {
     report(error);
   }
   element("panels").replaceChildren();
-  preparePanels(element("compare").checked ? 2 : 1, defaults);
-  element("compare").onchange = () => {
-    preparePanels(element("compare").checked ? 2 : 1, defaults);
-    element("settings").open ||= element("compare").checked;
-  };
+  preparePanels();
 }
 
-prepareAnswers(1);
 start();
 offerSamples();
+refreshButtons();
 element("key").onchange = start;
+element("compare").onchange = () => {
+  preparePanels();
+  element("settings").open ||= element("compare").checked;
+};
 element("form").onsubmit = ask;
-element("stop").onclick = () => running?.abort();
-const watchFile = (file) => file && watch(file.name, async () => file);
-element("file").onchange = () => watchFile(element("file").files[0]);
-const drop = element("drop");
-drop.ondragover = (event) => { event.preventDefault(); drop.classList.add("over"); };
-drop.ondragleave = () => drop.classList.remove("over");
-drop.ondrop = (event) => {
+element("question").onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  drop.classList.remove("over");
-  watchFile(event.dataTransfer.files[0]);
+  element("form").requestSubmit();
+};
+element("stop").onclick = () => running?.abort();
+element("fresh").onclick = startAnew;
+element("url-form").onsubmit = addUrl;
+element("choose").onclick = () => element("file").click();
+const showFiles = async (files) => {
+  for (const file of files) await show(file.name, async () => file);
+};
+element("file").onchange = () => showFiles([...element("file").files]);
+// anywhere on the page: a drop beside the box must not leave it
+let over = 0;
+window.ondragenter = () => { over += 1; document.body.classList.add("over"); };
+window.ondragleave = () => { over -= 1; if (!over) document.body.classList.remove("over"); };
+window.ondragover = (event) => event.preventDefault();
+window.ondrop = (event) => {
+  event.preventDefault();
+  over = 0;
+  document.body.classList.remove("over");
+  showFiles([...event.dataTransfer.files]);
 };

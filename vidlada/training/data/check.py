@@ -3,17 +3,30 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vidlada.errors import InputError
+from vidlada.images import open_images
 from vidlada.processor import VIDEO_PLACE, VidLaDAProcessor
+from vidlada.tiling import MediaShape
 from vidlada.training.data.collate import messages_of
 from vidlada.training.data.entries import Media, as_path, is_image, problem_with
 from vidlada.training.data.llava import LlavaSource
-from vidlada.video import VideoInfo, probe, sample_frames, sample_indices
+from vidlada.video import Sampling, VideoInfo, sample_frames
+
+Decoded = tuple[tuple[float, ...], VideoInfo]
+
+
+class Problem(NamedTuple):
+    """A kind of problem with a file, and a message."""
+
+    kind: str
+    message: str
+
 
 BARS = 12  # of the histogram
 BAR_WIDTH = 40
@@ -69,7 +82,7 @@ def check_source(
     workers: int = 4,
     progress: Callable[[int], None] = lambda done: None,
 ) -> DataReport:
-    """Look at every entry of a source. Videos are opened and indexed, not decoded; images are decoded.
+    """Look at every entry of a source. Videos and images are decoded as training does.
 
     Args:
         name: of the stage.
@@ -87,7 +100,7 @@ def check_source(
             report.note("duplicate ids", f"{entry_id}: {count} times")
     files = list(dict.fromkeys(media for entry in entries for media in entry.media))
     with ThreadPoolExecutor(workers) as pool:
-        known = dict(zip(files, pool.map(looked_at, files), strict=True))
+        known = dict(zip(files, pool.map(partial(try_media, sampling=source.sampling), files), strict=True))
     for number in range(len(entries)):
         check_entry(source, number, known, processor, report)
         progress(number + 1)
@@ -97,45 +110,53 @@ def check_source(
 def check_entry(
     source: LlavaSource,
     number: int,
-    known: dict[Media, VideoInfo | tuple[str, str]],
+    known: dict[Media, Decoded | Problem],
     processor: VidLaDAProcessor,
     report: DataReport,
 ) -> None:
     """Add what is wrong with one entry to the report, or its length."""
     entry, videos = source.entries[number], []
     for media in entry.media:
-        info = known[media]
-        if isinstance(info, tuple):
-            report.note(info[0], f"{entry.origin}: {info[1]}")
+        found = known[media]
+        if isinstance(found, Problem):
+            report.note(found.kind, f"{entry.origin}: {found.message}")
         else:
-            indices = sample_indices(info.frames, info.fps, source.sampling_of(media))
-            videos.append(([index / info.fps for index in indices], info))
+            videos.append(found)
     if not any(answer.strip() for answer in entry.answers):
         report.note("without labels", f"{entry.origin}: every answer is empty")
     if not entry.media and any(VIDEO_PLACE in question for question in entry.questions):
         report.note("without media", f"{entry.origin}: {VIDEO_PLACE} stands in it, but it names no video or image")
     if len(videos) < len(entry.media):
         return
-    counts = [len(times) for times, _ in videos]
-    messages = messages_of(len(counts), source.told(source.item(number), videos))
+    images = [is_image(media) and info.frames == 1 for media, (_, info) in zip(entry.media, videos, strict=True)]
+    tiling, alone = processor.tiling, sum(images) == 1
+    shapes: list[MediaShape] = [
+        tiling.shape_of(info.height, info.width, alone) if image and not tiling.as_frames else len(times)
+        for image, (times, info) in zip(images, videos, strict=True)
+    ]
+    messages = messages_of(shapes, source.told(source.item(number), videos))
     try:
-        encoded = processor.encode(messages, counts, add_generation_prompt=False)
+        encoded = processor.encode(messages, shapes, add_generation_prompt=False)
     except InputError as error:
         report.note("too long", f"{entry.origin}: {error}")
     else:
         report.lengths.append(len(encoded.input_ids))
 
 
-def looked_at(media: Media) -> VideoInfo | tuple[str, str]:
-    """What a file is, or the kind of problem with it and a message."""
+def try_media(media: Media, sampling: Sampling) -> Decoded | Problem:
+    """Decode a file as training does: the times of its frames and what it is, or the kind of problem with it and a
+    message."""
     try:
         with as_path(media) as path:
-            if is_image(media):
-                sample_frames(path, size=1)  # one that is cut off opens like any other
-            return probe(path)
+            frames = sample_frames(path, sampling, size=1)
+            info = frames.info
+            if is_image(media) and info.frames == 1:
+                height, width = open_images(path)[0].shape[:2]
+                info = replace(info, height=height, width=width)  # upright
+            return frames.times, info
     except (InputError, OSError) as error:
         missing = isinstance(error.__cause__, FileNotFoundError)
-        return "missing files" if missing else "unreadable files", problem_with(media, error)
+        return Problem("missing files" if missing else "unreadable files", problem_with(media, error))
 
 
 def histogram(lengths: Iterable[int]) -> list[str]:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 
 from vidlada.errors import InputError
-from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK, VIDEO_PLACE, Message, VidLaDAProcessor
+from vidlada.model.language_model import SharedPrefixMask
+from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK, VIDEO_PLACE, Message, VidLaDAProcessor, place_media
+from vidlada.tiling import ImageShape, MediaShape
 from vidlada.training.config import CollateSettings
 from vidlada.training.data.samples import Item, Sample, Source
-from vidlada.training.objective import IGNORED, conversation_mask, separate_samples_mask
+from vidlada.training.objective import IGNORED, conversation_mask
 
+Row = dict[str, list[int]]  # what is known of every token, by name
 PADDING = -2  # sample index of positions that belong to nothing
 MOST_REPLACEMENTS = 20  # for one broken sample
 
@@ -36,62 +40,89 @@ class Collator:
         self.end_of_text = processor.token_id(END_OF_TEXT)
         self.end_of_turn = processor.token_id(END_OF_TURN)
         self.mask = processor.token_id(MASK)
+        self.padding = {
+            "input_ids": processor.tokenizer.pad_token_id,
+            "labels": IGNORED,
+            "sample_index": PADDING,
+            "position_ids": 0,
+            "turn": 0,
+            "in_answer": 0,
+        }
 
     def __call__(self, samples: Sequence[Sample], generator: np.random.Generator) -> dict[str, Any]:
         """Tensors of one step.
 
         Returns:
             `input_ids`, `labels`, `sample_index`, `position_ids` (batch, tokens); `attention_mask` (batch, tokens)
-            or (batch, 1, tokens, tokens), or None when nothing is padded or separate; `force` (samples,); with
-            videos `pixel_values` and `frame_counts`; `stands_in` where they are only a stand-in.
+            or (batch, 1, tokens, tokens), or of rows with a shared prefix, or None when nothing is padded or separate;
+            `force` (samples,); `sample_weight` (samples,) where samples are weighed; with videos `pixel_values` and
+            `media_shapes`; `stands_in` where they are only a stand-in.
         """
-        rows, first = [], 0
+        samples = [self.cut(sample) for sample in samples]
+        rows_of_parts, first = [], 0
         for sample in samples:
-            row = self._row(sample, first, generator)
+            rows_of_parts.append(self._parts(sample, first, generator))
             first += len(sample.exchanges) if sample.separate else 1
-            rows.append(row)
+        sizes = sizes_of(rows_of_parts)
+        sizes = (*sizes[:-1], sizes[-1] + -sum(sizes) % self.settings.pad_to_multiple_of)
+        rows = [self._joined(parts, sizes if len(sizes) > 2 else None) for parts in rows_of_parts]
         length = max(len(row["input_ids"]) for row in rows)
+        length += -length % self.settings.pad_to_multiple_of
         if self.settings.pad_targets:
             rows = [self._filled(row, length) for row in rows]
         videos = [video for sample in samples for video in sample.videos]
-        unseen = self.processor.video_frame_index(1) if self.stand_in is not None and not videos else []
+        shapes = [shape for sample in samples for shape in sample.shapes]
+        unseen = self.processor.media_frame_index(1) if self.stand_in is not None and not videos else []
         length += len(unseen)
-        pad = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORED, "sample_index": PADDING}
         batch: dict[str, Any] = {
-            name: torch.tensor([row[name] + [pad.get(name, 0)] * (length - len(row[name])) for row in rows])
-            for name in ("input_ids", "labels", "sample_index", "position_ids", "turn", "in_answer")
+            name: torch.tensor([row[name] + [self.padding[name]] * (length - len(row[name])) for row in rows])
+            for name in self.padding
         }
         valid = batch["sample_index"] != PADDING
         turn, in_answer = batch.pop("turn"), batch.pop("in_answer") == 1
-        if any(sample.separate and len(sample.exchanges) > 1 for sample in samples):
-            batch["attention_mask"] = separate_samples_mask(batch["sample_index"], valid)
+        if len(sizes) > 2:
+            batch["attention_mask"] = SharedPrefixMask((*sizes, *[len(unseen)] * bool(unseen)), valid)
         elif self.settings.conversation_mask:
             batch["attention_mask"] = conversation_mask(turn, valid)
         else:
             batch["attention_mask"] = None if valid.all() else valid
         lengths = torch.bincount(batch["sample_index"][in_answer], minlength=first)
         batch["force"] = lengths <= self.settings.force_up_to
+        if self.settings.weigh_every:
+            targets = torch.bincount(batch["sample_index"][batch["labels"] != IGNORED], minlength=first)
+            batch["sample_weight"] = (targets / self.settings.weigh_every).clamp(min=1)
         if unseen:
             assert self.stand_in is not None
             batch["input_ids"][0, length - len(unseen) :] = self.processor.video_token_id
             batch["stands_in"] = True
-            videos = [np.zeros((1, self.stand_in, self.stand_in, 3), np.uint8)]
+            videos, shapes = [np.zeros((1, self.stand_in, self.stand_in, 3), np.uint8)], [1]
         if videos:
             batch["pixel_values"] = torch.cat([self.processor.pixel_values(video) for video in videos])
-            batch["frame_counts"] = [len(video) for video in videos]
+            batch["media_shapes"] = shapes
         return batch
 
+    def cut(self, sample: Sample) -> Sample:
+        """The sample with its images as the pictures that pass the vision tower; a single image is tiled."""
+        if len(sample.shapes) == len(sample.videos):
+            return sample
+        alone = sum(video.ndim == 3 for video in sample.videos) == 1
+        media: list[tuple[np.ndarray, MediaShape]] = [
+            self.processor.image_pictures(video, alone) if video.ndim == 3 else (video, len(video))
+            for video in sample.videos
+        ]
+        return replace(sample, videos=[pictures for pictures, _ in media], shapes=[shape for _, shape in media])
+
     def check(self, sample: Sample) -> None:
-        """Raise `InputError` if a sample has nothing to learn, or more tokens than the model takes."""
+        """Raise `InputError` if a sample has nothing to learn, or more tokens than the model or the stage takes."""
         if not any(answer.strip() for _, answer in sample.exchanges):
             raise InputError("every answer is empty")
-        self.processor.encode(
-            messages_of(len(sample.videos), sample.exchanges),
-            [len(video) for video in sample.videos],
-            add_generation_prompt=False,
-        )
+        messages = messages_of(sample.shapes, sample.exchanges)
+        encoded = self.processor.encode(messages, sample.shapes, add_generation_prompt=False)
+        length, most = len(encoded.input_ids), self.settings.max_length
+        if most is not None and length > most:
+            raise InputError(f"the sample has {length} tokens, more than the stage's {most}")
 
-    def _filled(self, row: dict[str, list[int]], length: int) -> dict[str, list[int]]:
+    def _filled(self, row: Row, length: int) -> Row:
         """A row filled up with end-of-text targets."""
         more = length - len(row["input_ids"])
         return {
@@ -103,20 +134,29 @@ class Collator:
             "in_answer": row["in_answer"] + [0] * more,
         }
 
-    def _row(self, sample: Sample, first: int, generator: np.random.Generator) -> dict[str, list[int]]:
-        """One row: the shared part once, then every exchange with positions as if it stood alone."""
+    def _parts(self, sample: Sample, first: int, generator: np.random.Generator) -> list[Row]:
+        """One row: what exchanges share, then every exchange with positions as if it stood alone, longest first."""
         if not sample.separate:
-            return self._exchange(sample, sample.exchanges, first, generator)
-        row: dict[str, list[int]] = {}
+            return [self._exchange(sample, sample.exchanges, first, generator)]
+        shared: Row = {}
+        parts: list[Row] = []
         for number, exchange in enumerate(sample.exchanges):
             alone = self._exchange(sample, [exchange], first + number, generator)
-            if not row:
-                shared = self._shared_length(alone["input_ids"])
-                row = {name: values[:shared] for name, values in alone.items()}
-                row["sample_index"] = [-1] * shared
-                row["labels"] = [IGNORED] * shared  # what all samples share is hidden in none
-            for name, values in alone.items():
-                row[name] = row[name] + values[shared:]
+            length = self._shared_length(alone["input_ids"])
+            if not shared:
+                shared = {name: values[:length] for name, values in alone.items()}
+                shared["sample_index"] = [-1] * length
+                shared["labels"] = [IGNORED] * length  # what all samples share is hidden in none
+            parts.append({name: values[length:] for name, values in alone.items()})
+        return [shared, *sorted(parts, key=lambda part: -len(part["input_ids"]))]
+
+    def _joined(self, parts: list[Row], sizes: Sequence[int] | None) -> Row:
+        """The parts of a row in one piece; with sizes, each part is padded to its own."""
+        row: Row = {name: [] for name in self.padding}
+        for number, size in enumerate(sizes or [0] * len(parts)):
+            part = parts[number] if number < len(parts) else {name: [] for name in self.padding}
+            for name, values in part.items():
+                row[name] += values + [self.padding[name]] * (size - len(values))
         return row
 
     def _shared_length(self, input_ids: list[int]) -> int:
@@ -126,10 +166,9 @@ class Collator:
 
     def _exchange(
         self, sample: Sample, exchanges: Sequence[tuple[str, str]], sample_number: int, generator: np.random.Generator
-    ) -> dict[str, list[int]]:
-        messages = messages_of(len(sample.videos), exchanges)
-        counts = [len(video) for video in sample.videos]
-        encoded = self.processor.encode(messages, counts, add_generation_prompt=False)
+    ) -> Row:
+        messages = messages_of(sample.shapes, exchanges)
+        encoded = self.processor.encode(messages, sample.shapes, add_generation_prompt=False)
         targets = [
             answer or (control and self.settings.control_targets)
             for answer, control in zip(encoded.is_answer, encoded.is_control, strict=True)
@@ -137,6 +176,8 @@ class Collator:
         labels = [t if is_target else IGNORED for t, is_target in zip(encoded.input_ids, targets, strict=True)]
         extra_targets = int(generator.integers(self.settings.end_targets + 1))
         extra_slots = int((self.settings.end_slots + 2) ** generator.random()) - 1
+        if self.settings.end_slots_share < 1 and generator.random() >= self.settings.end_slots_share:
+            extra_slots = 0
         input_ids = encoded.input_ids + [self.end_of_turn] * extra_targets + [self.mask] * extra_slots
         labels += [self.end_of_turn] * extra_targets + [IGNORED] * extra_slots
         return {
@@ -149,20 +190,29 @@ class Collator:
         }
 
 
-def messages_of(videos: int, exchanges: Sequence[tuple[str, str]]) -> list[Message]:
-    """A conversation for the processor; see `Sample` for where the videos stand."""
-    marked = sum(question.count(VIDEO_PLACE) for question, _ in exchanges) == videos
+def sizes_of(rows: Sequence[Sequence[Row]]) -> tuple[int, ...]:
+    """Tokens of the longest first, second, … part of several rows."""
+    lengths = [[len(part["input_ids"]) for part in parts] for parts in rows]
+    return tuple(max(column) for column in zip_longest(*lengths, fillvalue=0))
+
+
+def messages_of(shapes: Sequence[MediaShape], exchanges: Sequence[tuple[str, str]]) -> list[Message]:
+    """A conversation for the processor; see `Sample` for where videos and images stand.
+
+    Args:
+        shapes: of the videos and images.
+        exchanges: pairs of question and answer.
+    """
+    media = [{"type": "image" if isinstance(shape, ImageShape) else "video"} for shape in shapes]
+    marks = [question.count(VIDEO_PLACE) for question, _ in exchanges]
+    marked = sum(marks) == len(media)
     messages: list[Message] = []
     for number, (question, answer) in enumerate(exchanges):
-        content: list[dict[str, str]] = []
-        if not marked:
-            content += [{"type": "video"}] * videos if number == 0 else []
+        if media and not marked:
             question = question.replace(VIDEO_PLACE, "")
-        for place, text in enumerate(question.split(VIDEO_PLACE)):
-            if place > 0:
-                content.append({"type": "video"})
-            if text.strip():
-                content.append({"type": "text", "text": text})
+        here = marks[number] if marked else len(media) if number == 0 else 0
+        content = place_media(question, media[:here])
+        media = media[here:]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return messages
 
@@ -242,7 +292,7 @@ class StepDataset:
         """The sample of an item, or of another if it is broken or unfit; None if no other was found."""
         for attempt in range(MOST_REPLACEMENTS):
             try:
-                sample = self.source.load(item, self.collator.processor.image_size)
+                sample = self.collator.cut(self.source.load(item, self.collator.processor.image_size))
                 if not sample.separate:
                     self.collator.check(sample)
                 return sample
@@ -254,4 +304,7 @@ class StepDataset:
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors on a device."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return {
+        name: value.to(device) if isinstance(value, Tensor | SharedPrefixMask) else value
+        for name, value in batch.items()
+    }

@@ -10,7 +10,8 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
-from vidlada.training.data.entries import Entries, Media, as_path, is_image, problem_with
+from vidlada.images import image_info, open_images
+from vidlada.training.data.entries import Entries, as_path, is_image, problem_with
 from vidlada.training.data.mixture import Dataset, read_dataset, read_mixture
 from vidlada.training.data.samples import STRICT, BrokenMedia, Item, Sample
 from vidlada.video import Sampling, VideoInfo, sample_frames
@@ -33,8 +34,9 @@ class LlavaSource:
         sampling: how frames are taken.
         group_by_length: batches of samples of like length, which wastes less on padding.
         time_instruction: tell the model when the frames of a video were taken (the published sentence).
-        think: also train on reasoning: questions with a `process` end in /think and their answer begins with it, all
-            others end in /no_think. Off, `process` is not used.
+        think: also train on reasoning, as published: the first question of a conversation with a `process` ends in
+            /think, and its answer is `<think>{process}</think>` and, on a new line, what it was; that of all others
+            ends in /no_think. Off, `process` is not used.
     """
 
     json_path: Path | None = None
@@ -89,35 +91,37 @@ class LlavaSource:
 
     def load(self, item: Item, size: int) -> Sample:
         """Decode the videos and images of one entry."""
-        videos = []
+        arrays: list[np.ndarray] = []
+        videos: list[tuple[Sequence[float], VideoInfo]] = []
         for media in self.entries[item.media].media:
             try:
                 with as_path(media) as path:
-                    videos.append(sample_frames(path, self.sampling_of(media), size=size))
+                    if is_image(media) and len(image_info(path).pages) == 1:
+                        arrays.append(open_images(path)[0])
+                    else:
+                        frames = sample_frames(path, self.sampling, size=size)
+                        videos.append((frames.times, frames.info))
+                        arrays.append(frames.images)
             except (InputError, OSError) as error:
                 raise BrokenMedia(problem_with(media, error)) from error
-        told = self.told(item, [(frames.times, frames.info) for frames in videos])
-        return Sample([frames.images for frames in videos], told)
+        return Sample(arrays, self.told(item, videos))
 
     def told(self, item: Item, videos: Sequence[tuple[Sequence[float], VideoInfo]]) -> list[tuple[str, str]]:
         """The exchanges of an item, with the times of its frames if the model is to know them.
 
         Args:
             item: from `plan`.
-            videos: seconds of the frames of each of its videos, and what it is.
+            videos: seconds of the frames of each of its videos, and what it is; images may be among them.
         """
         from vidlada.processor import VIDEO_PLACE, time_instruction  # imports torch, which reading a config must not
 
         exchanges = list(item.exchanges)
-        if self.time_instruction and len(videos) == 1 and videos[0][1].codec != "image":
+        videos = [(times, info) for times, info in videos if info.codec != "image"]
+        if self.time_instruction and len(videos) == len(self.entries[item.media].media) == 1:
             times, info = videos[0]
             question = exchanges[0][0].replace(VIDEO_PLACE, "").strip()
             exchanges[0] = (f"{time_instruction(times, info.duration)}\n{question}", exchanges[0][1])
         return exchanges
-
-    def sampling_of(self, media: Media) -> Sampling:
-        """How frames are taken of a file; an image is one frame, however many are taken of videos."""
-        return Sampling(max_frames=1) if is_image(media) else self.sampling
 
     def instead_of(self, item: Item, attempt: int) -> Item:
         """An entry from anywhere: neighbours often share the broken video."""
@@ -133,10 +137,9 @@ class LlavaSource:
         entry = self.entries[number]
         questions, answers = list(entry.questions), list(entry.answers)
         if self.think:
-            questions = [f"{question} /no_think" for question in questions]
+            questions[0] += "/think" if entry.process else "/no_think"
             if entry.process:
-                questions[-1] = f"{entry.questions[-1]} /think"
-                answers[-1] = f"<think>\n{entry.process}\n</think>\n{answers[-1]}"
+                answers[0] = f"<think>{entry.process.strip()}</think>\n{answers[0].strip()}"
         return Item(list(zip(questions, answers, strict=True)), number, origin=entry.origin)
 
     @cached_property

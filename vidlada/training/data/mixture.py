@@ -163,7 +163,7 @@ def entry_of(value: Any, folder: Path, origin: str, attached: Sequence[TarMember
     """
     if not isinstance(value, dict):
         raise InputError(f"{origin}: expected a mapping, got {value!r}")
-    named = [value[name] for name in ("video", "image") if value.get(name) is not None]
+    named = [value[name] for name in ("video", "image") if value.get(name)]  # "video": "" is none
     paths = [path for entry in named for path in (entry if isinstance(entry, list) else [entry])]
     if not all(isinstance(path, str) for path in paths):
         raise InputError(f"{origin}: video must be a path, and image a path or a list of paths; got {named}")

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from vidlada.errors import InputError
+from vidlada.tiling import MediaShape
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -19,19 +20,22 @@ class BrokenMedia(InputError):  # noqa: N818 - a kind of input, named for what i
 
 @dataclass(frozen=True)
 class Sample:
-    """Videos and what is said about them.
+    """Videos and images, and what is said about them.
 
     Attributes:
-        videos: each (frames, height, width, 3) uint8; an image is a video of one frame; empty for text alone.
+        videos: each (frames, height, width, 3) uint8, or an image (height, width, 3); empty for text alone.
         exchanges: pairs of question and answer. Where the questions hold as many `<image>` marks as there are
-            videos, each stands at its mark, else all stand before the first question.
+            videos and images, each stands at its mark (a single one of a question in front of it), else all stand
+            before the first question.
         separate: each exchange is a sample of its own that shares the videos with the others, instead of one
             conversation of several turns. Rendering and the vision tower are then paid once for all.
+        shapes: of the videos and images, once images are cut into tiles (`Collator.cut`).
     """
 
     videos: Sequence[np.ndarray]
     exchanges: Sequence[tuple[str, str]]
     separate: bool = False
+    shapes: Sequence[MediaShape] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,199 @@
+"""Videos as people's devices write them: every picture carries its number, so that a wrong frame is seen."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from media import number_of, picture, write_video
+
+from vidlada.errors import InputError
+from vidlada.video import Sampling, oriented, sample_frames, sample_indices
+
+H264 = {"codec": "libx264", "options": {"bf": "2"}}
+VP9 = {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}}
+KINDS = {
+    "mp4": H264, "mkv": H264, "ts": H264, "flv": H264, "avi": H264, "h264": H264, "webm": VP9,
+    "wmv": {"codec": "wmv2"}, "mpg": {"codec": "mpeg2video", "options": {"bf": "2"}},
+}  # fmt: skip
+
+
+def shown(frames):
+    return [number_of(image) for image in frames.images]
+
+
+def write_timed(path, times, codec="libx264", options=None, container_options=None):
+    """Numbered pictures at given seconds."""
+    with av.open(str(path), "w", options=container_options or {}) as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+        stream.codec_context.gop_size = 12
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number, seconds in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            frame.pts, frame.time_base = round(seconds * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+@pytest.mark.parametrize("fps", [24, 25, 30, 50])
+def test_constant_rates(tmp_path, suffix, fps):
+    path = write_video(tmp_path / f"clip.{suffix}", frames=130, fps=fps, **KINDS[suffix])
+    for sampling in (Sampling(), Sampling(max_frames=9, force_sample=True)):
+        frames = sample_frames(path, sampling)
+        assert shown(frames) == sample_indices(130, fps, sampling) == list(frames.indices)
+        assert np.allclose(frames.times, np.array(shown(frames)) / fps, atol=2e-3)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "ts", "flv", "webm", "wmv"])
+def test_slides(tmp_path, suffix):
+    """The header's rate is nominal: every picture of a recording of slides is seen, at its time."""
+    times = np.cumsum([0, 4, 2.5, 9, 3, 6, 1.5, 7, 5, 8])
+    codec = {"webm": "libvpx", "wmv": "wmv2"}.get(suffix, "libx264")
+    frames = sample_frames(write_timed(tmp_path / f"slides.{suffix}", times, codec))
+    assert shown(frames) == list(range(10))
+    assert np.allclose(frames.times, times, atol=2e-3)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_uneven_rates_are_sampled_by_time(tmp_path, suffix):
+    times = np.concatenate([np.arange(60) / 60, 1 + np.arange(20), 21 + np.arange(60) / 30])
+    frames = sample_frames(write_timed(tmp_path / f"clip.{suffix}", times), Sampling())
+    # whether the last picture lasts until the 24th second, the containers say differently
+    assert np.allclose(frames.times[:23], np.arange(23), atol=3e-3)
+    assert len(frames.times) <= 24
+    assert np.allclose(times[shown(frames)], frames.times, atol=3e-3)
+
+
+def turned(image, rotation, hflip, vflip):
+    image = np.rot90(image, rotation // 90)
+    image = image[:, ::-1] if hflip else image
+    return image[::-1] if vflip else image
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov"])
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+@pytest.mark.parametrize("hflip", [False, True])
+def test_eight_orientations(tmp_path, suffix, rotation, hflip):
+    path = tmp_path / f"clip.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+        stream.set_display_rotation(rotation, hflip=hflip)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(5), format="rgb24")))
+        container.mux(stream.encode())
+    image = sample_frames(path).images[0]
+    expected = turned(picture(5), rotation, hflip, False)
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).mean() < 12
+
+
+def test_display_matrix_moves_pixels_as_defined():
+    """x' = m0 x + m3 y, y' = m1 x + m4 y, up to a shift into the picture."""
+    image = np.arange(6).reshape(2, 3, 1).repeat(3, 2)
+    straight = [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)]
+    across = [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
+    for a, b, c, d in straight + across:
+        found = oriented(image, 65536 * np.array([a, b, 0, c, d, 0, 0, 0, 0]))
+        for y in range(2):
+            for x in range(3):
+                right, down = a * x + c * y, b * x + d * y
+                height, width = found.shape[:2]
+                to_x = right if a + c > 0 else right + width - 1
+                to_y = down if b + d > 0 else down + height - 1
+                assert found[to_y, to_x, 0] == image[y, x, 0]
+
+
+@pytest.mark.parametrize("suffix", ["ts", "m2ts"])
+def test_recordings_that_begin_between_key_pictures(tmp_path, suffix):
+    path = write_video(tmp_path / f"clip.{suffix}", frames=300, keyframe_every=50, **H264)
+    data = path.read_bytes()
+    step = {"ts": 188, "m2ts": 192}[suffix]
+    path.write_bytes(data[len(data) // 3 // step * step :])
+    frames = sample_frames(path)
+    numbers = shown(frames)
+    assert 90 < numbers[0] < 200
+    assert np.allclose(np.diff(numbers), 25)
+    assert frames.times[0] == 0
+
+
+def test_joined_recordings(tmp_path):
+    path = write_video(tmp_path / "clip.ts", frames=100, **H264)
+    path.write_bytes(2 * path.read_bytes())
+    frames = sample_frames(path)
+    # the demuxer may lose the packet at the joint
+    assert np.abs(np.array(shown(frames)) - 2 * [0, 25, 50, 75]).max() <= 1
+    assert np.allclose(frames.times, np.arange(8), atol=0.05)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize(
+    "suffix", ["mp4", "frag", "mkv", "ts", "m2ts", "flv", "avi", "webm", "wmv", "mpg", "ogv", "gif"]
+)
+def test_cut_files_are_refused_in_every_container(tmp_path, suffix, kept):
+    kind = {"gif": {"codec": "gif", "pixel_format": "rgb8", "fps": 10}, "ogv": {"codec": "libvpx"}}.get(suffix)
+    if suffix == "frag":
+        times = np.arange(150) / 25
+        path = write_timed(tmp_path / "c.mp4", times, container_options={"movflags": "frag_keyframe+empty_moov"})
+    else:
+        path = write_video(tmp_path / f"c.{suffix}", frames=150, **(kind or KINDS.get(suffix, H264)))
+    sample_frames(path)
+    data = path.read_bytes()
+    length = int(len(data) * kept)
+    path.write_bytes(data[: length + (length % 4 == 0)])  # not at the end of a transport packet
+    with pytest.raises(InputError, match="truncated|not a readable video|damaged"):
+        sample_frames(path)
+
+
+def test_a_picture_track_before_the_video(tmp_path):
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        cover, stream = container.add_stream("mjpeg", rate=1), container.add_stream("libx264", rate=25)
+        for each, form in ((cover, "yuvj420p"), (stream, "yuv420p")):
+            each.width, each.height, each.pix_fmt = 160, 96, form
+        container.mux(
+            cover.encode(av.VideoFrame.from_ndarray(picture(999), format="rgb24").reformat(format="yuvj420p"))
+        )
+        container.mux(cover.encode())
+        for number in range(60):
+            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert shown(sample_frames(path)) == [0, 25, 50]
+
+
+def test_metadata_that_is_not_utf8(tmp_path):
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w", metadata_encoding="latin-1") as container:
+        container.metadata["title"] = "Caf\xe9"
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(7), format="rgb24")))
+        container.mux(stream.encode())
+    assert shown(sample_frames(path)) == [7]
+
+
+@pytest.mark.parametrize("name", ["2024-01-01T12:30:00.mp4", "talk: part 1.mp4", "file:x.mp4", "a#b?c%20d é.mp4"])
+def test_names_are_only_names(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "clip.mp4", frames=30).rename(tmp_path / name)
+    assert shown(sample_frames(name)) == [0, 25]
+
+
+def test_the_empty_path_is_no_folder():
+    with pytest.raises(InputError, match="path is empty"):
+        sample_frames("")
+
+
+def test_what_is_asked_for_is_checked_before_a_frame_is_decoded(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "clip.mp4", frames=30)
+
+    def refuse(info, count):
+        raise InputError(f"{count} of {info.frames}")
+
+    monkeypatch.setattr("vidlada.video.decode_frames", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(InputError, match="100000 of 30"):
+        sample_frames(path, Sampling(max_frames=100_000, force_sample=True), check=refuse)

@@ -1,0 +1,91 @@
+"""dLLM-Cache as published: prompt and answer at intervals of their own, and in between, in every layer anew, the part
+of the answer whose values changed most."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidlada.decoding.attention import FrameMap
+from vidlada.decoding.kv_cache import KVCache, attend_grouped
+from vidlada.decoding.named import check_named
+from vidlada.decoding.policies.base import EVERYTHING, MAX_STEPS, AttentionPattern, Plan, SegmentPolicy, StepContext
+from vidlada.model.language_model import LanguageModel, Layer, rotary_angles
+from vidlada.settings import setting
+
+
+@dataclass(frozen=True)
+class DLLM(SegmentPolicy):
+    """dLLM-Cache (arXiv 2506.06295), with its settings for LLaDA-V.
+
+    Args:
+        prompt: steps between refreshes of text and frames.
+        response: steps between refreshes of the whole answer.
+        share: of the answer's positions recomputed in the other steps, chosen anew in every layer.
+    """
+
+    name: ClassVar[str] = "dllm"
+    prompt: int = setting(25, "Steps between refreshes of text and frames.", minimum=1, maximum=MAX_STEPS)
+    response: int = setting(7, "Steps between refreshes of the answer.", minimum=1, maximum=MAX_STEPS)
+    share: float = setting(0.25, "Of the answer recomputed in the other steps, layer by layer.", above=0, maximum=1)
+
+    def __post_init__(self) -> None:
+        check_named("cache", self)
+
+    def plan(self, context: StepContext) -> Plan:
+        """Whatever is due; the answer is left to `LayerwiseUpdate`."""
+        whole = context.step % self.prompt == 0 or context.step % self.response == 0
+        start = EVERYTHING if context.step % self.prompt == 0 else {}
+        return Plan(start, layerwise=1.0 if whole else self.share)
+
+    def attention(self, frames: FrameMap, prompt: Tensor) -> "LayerwiseUpdate":
+        """Full attention, and the answer's own pass after it."""
+        return LayerwiseUpdate()
+
+
+class LayerwiseUpdate(AttentionPattern):
+    """Updates the answer after the pass: each layer recomputes the positions whose values changed most, and adds to the
+    others what it added when it last computed them.
+
+    Attributes:
+        added: (layers, slots, width) what each layer last added to each slot's states.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = 1.0
+        self.added: Tensor | None = None
+
+    def begin_pass(self, plan: Plan, block: Tensor) -> None:
+        """Note how much of the answer is recomputed."""
+        assert plan.layerwise is not None
+        self.share = plan.layerwise
+
+    @torch.inference_mode()
+    def finish_pass(self, language_model: LanguageModel, kv_cache: KVCache, answer: Tensor) -> None:
+        """See `AttentionPattern`."""
+        config = language_model.config
+        hidden = kv_cache.hidden[0][answer]  # (slots, width)
+        rotation = rotary_angles(answer[None], config.head_dim, config.rope_theta, hidden.dtype)
+        if self.added is None:
+            self.added = hidden.new_zeros(config.num_hidden_layers, *hidden.shape)
+        count = max(1, round(self.share * len(answer)))
+        for number, layer in enumerate(language_model.layers):
+            assert isinstance(layer, Layer)
+            queries, keys, values = (states[0] for states in language_model.enter(layer, hidden[None], rotation))
+            chosen = torch.arange(len(answer), device=answer.device)
+            if count < len(answer):
+                stored = kv_cache.values[number][:, answer]
+                similarity = F.cosine_similarity(values.transpose(0, 1).flatten(1), stored.transpose(0, 1).flatten(1))
+                chosen = similarity.topk(count, largest=False).indices.sort().values
+            positions = answer[chosen]
+            kv_cache.keys[number].index_copy_(1, positions, keys[:, chosen])
+            kv_cache.values[number].index_copy_(1, positions, values[:, chosen])
+            mixed = attend_grouped(queries[:, chosen], kv_cache.keys[number], kv_cache.values[number])
+            fresh = language_model.leave(layer, hidden[chosen], mixed.transpose(0, 1).flatten(1))
+            self.added[number].index_copy_(0, chosen, fresh - hidden[chosen])
+            hidden = (hidden + self.added[number]).index_copy(0, chosen, fresh)
+            kv_cache.computed[number] += len(chosen)
+        kv_cache.hidden[config.num_hidden_layers].index_copy_(0, answer, language_model.norm(hidden))

@@ -1,0 +1,44 @@
+"""Answering with the likeliest of given choices, in one pass instead of decoding."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from vidlada.api import VidLaDA
+from vidlada.decoding.sampler import Request, State, Statistics
+from vidlada.decoding.scoring import score_answers
+from vidlada.decoding.streaming import StableText
+
+
+def choose(vidlada: VidLaDA, request: Request, choices: Sequence[str]) -> tuple[State, StableText, tuple[float, ...]]:
+    """The likeliest choice as a finished answer.
+
+    Args:
+        vidlada: the model.
+        request: whose prompt and slots count.
+        choices: texts.
+
+    Returns:
+        State, text, and the log-probability of every choice among the choices.
+
+    Raises:
+        InputError: a choice has no tokens, or is too long.
+    """
+    started = time.perf_counter()
+    ids = [vidlada.processor.text_ids(choice) for choice in choices]
+    scores = score_answers(vidlada.model, request.prompt, ids, request.settings.gen_length).log_softmax(-1)
+    best = int(scores.argmax())
+    answer = torch.tensor(ids[best])
+    layers = vidlada.model.language_model.config.num_hidden_layers
+    statistics = Statistics(
+        steps=1,
+        forward_passes=1,
+        tokens=len(answer),
+        layer_tokens=(len(request.prompt) + max(request.settings.gen_length, len(answer)),) * layers,
+        seconds={"denoising": time.perf_counter() - started},
+    )
+    committed = torch.ones(len(answer), dtype=torch.bool)
+    confidence = torch.full((len(answer),), float(scores[best].exp()))
+    state = State(1, answer, committed, confidence, None, True, statistics)
+    return state, StableText(choices[best], len(answer), "stop"), tuple(scores.tolist())

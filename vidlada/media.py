@@ -1,0 +1,126 @@
+"""What the user names as videos and images, as pictures for the vision tower."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vidlada.errors import InputError
+from vidlada.fetch import Fetching, Progress, fetched, is_url
+from vidlada.images import BACKGROUNDS, open_images, to_rgb
+from vidlada.processor import VidLaDAProcessor
+from vidlada.tiling import MediaShape
+from vidlada.video import IMAGE_SUFFIXES, Frames, Sampling, VideoInfo, probe, sample_frames
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What of a medium passes the vision tower.
+
+    Attributes:
+        images: (pictures, height, width, 3) uint8.
+        shape: of the medium.
+        times: seconds of each frame; 0 for an image.
+        info: of a file.
+    """
+
+    images: np.ndarray
+    shape: MediaShape
+    times: tuple[float, ...]
+    info: VideoInfo | None = None
+
+
+def media_list(media: Any) -> list[Any]:
+    """One medium, several, or none, as a list."""
+    if media is None:
+        return []
+    return list(media) if isinstance(media, list | tuple) else [media]
+
+
+def is_image(medium: Any) -> bool:
+    """Whether a medium is one picture: an image, an array (height, width, 3), or a file of a single one.
+
+    Raises:
+        InputError: the file is missing or cannot be read.
+    """
+    if isinstance(medium, np.ndarray):
+        return medium.ndim == 3
+    if not isinstance(medium, str | Path):
+        return isinstance(medium, Image.Image)
+    path = Path(medium)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir() and probe(path).frames == 1
+
+
+@contextmanager
+def local(media: Sequence[Any], fetching: Fetching, progress: Progress | None) -> Iterator[list[Any]]:
+    """The media with those on the web as temporary files, for as long as the context is open; errors name both."""
+    names: dict[str, str] = {}
+    with ExitStack() as stack:
+        found = []
+        for medium in media:
+            if is_url(medium):
+                path = stack.enter_context(fetched(medium, fetching, progress))
+                names[str(path)] = medium
+                medium = path
+            found.append(medium)
+        try:
+            yield found
+        except InputError as error:
+            text = str(error)
+            for path_name, url in names.items():
+                text = text.replace(path_name, url)
+            raise InputError(text) from error
+
+
+def read_image(medium: Any, processor: VidLaDAProcessor, alone: bool, background: str = "white") -> Pictures:
+    """A picture, tiled as the model takes it.
+
+    Args:
+        medium: for which `is_image` holds.
+        processor: of the model.
+        alone: it is the only image of its conversation.
+        background: what transparent places are laid on.
+    """
+    info = None
+    if isinstance(medium, np.ndarray):
+        image = medium
+    elif isinstance(medium, Image.Image):
+        image = to_rgb(medium, BACKGROUNDS[background])
+    else:
+        info = probe(medium)
+        image = open_images(medium, background)[0]
+        info = replace(info, duration=0.0, width=image.shape[1], height=image.shape[0])
+    pictures, shape = processor.image_pictures(image, alone)
+    return Pictures(pictures, shape, (0.0,), info)
+
+
+def read_video(medium: Any, sampling: Sampling, size: int, check: Callable[[int], Any]) -> Pictures:
+    """Frames of a video.
+
+    Args:
+        medium: a file or folder, frames already sampled, or an array (frames, height, width, 3) taken at the
+            sampling's `fps`.
+        sampling: which to take.
+        size: pixels along a side of a frame.
+        check: called with the number of frames before they are decoded; it may raise.
+    """
+    if isinstance(medium, np.ndarray):
+        if medium.ndim != 4 or len(medium) == 0:
+            raise InputError(
+                "the video array holds no frames" if medium.ndim == 4 else
+                f"frames must be uint8 of shape (frames, height, width, 3), not {medium.dtype} {medium.shape}"
+            )  # fmt: skip
+        check(len(medium))
+        return Pictures(medium, len(medium), tuple(i / sampling.fps for i in range(len(medium))))
+    if not isinstance(medium, str | Path | Frames):
+        raise InputError(f"a medium must be a path, an address, an image or an array, not {type(medium).__name__}")
+    if isinstance(medium, Frames):
+        frames = medium
+        check(len(frames.images))
+    else:
+        frames = sample_frames(medium, sampling, size, lambda _, count: check(count))
+    return Pictures(frames.images, len(frames.images), tuple(frames.times), frames.info)

@@ -1,0 +1,215 @@
+"""Whether a video file ends where its container says it does.
+
+Containers are built of elements that state their length: boxes, chunks, pages, packets. A file that was cut (a broken
+download, a full disk) ends in the middle of one, whatever its header promises. FFmpeg reads such files to the last
+whole frame and says nothing.
+"""
+
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+
+MP4_BOXES = frozenset(
+    b"ftyp styp moov moof mdat mfra sidx ssix free skip wide uuid meta udta emsg prft pdin pnot".split()
+)
+EBML, SEGMENT, CLUSTER = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
+ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+ASF_HEADER, ASF_FILE = (
+    bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"),
+    bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"),
+)
+TS_SIZES, TS_SYNC, TS_PAYLOAD = (188, 192, 204), 0x47, 188
+OGG_MOST_PAGE = 27 + 255 + 255 * 255
+PS_PACK, PS_END = 0xBA, 0xB9
+PS_TAIL = 2**18  # bytes, more than the longest packet of a program stream
+DV_FRAMES = {0: 120000, 1: 144000}  # bytes of a frame, 60 or 50 fields a second
+
+
+def is_cut(path: Path, container: str) -> bool | None:
+    """Whether a file ends in the middle of an element of its container.
+
+    Args:
+        path: of the file.
+        container: FFmpeg's name of it.
+
+    Returns:
+        None where the container does not tell: it states no lengths, or this file leaves them out.
+    """
+    check = next((check for name, check in CHECKS.items() if name in container.split(",")), None)
+    if check is None:
+        return None
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return check(data)
+        except IndexError:  # it ends inside a header
+            return True
+
+
+def _mp4(data: mmap.mmap) -> bool | None:
+    """Top-level boxes."""
+    place, size = 0, len(data)
+    while place + 8 <= size:
+        length, name = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
+        if name not in MP4_BOXES:
+            return False  # what cameras append behind the last box
+        if length == 1:
+            length = int.from_bytes(data[place + 8 : place + 16])
+        if length == 0:  # up to the end of the file
+            return None if name == b"mdat" else False
+        if length < 8:
+            return False
+        place += length
+    return place > size or (0 < size - place < 8 and any(data[place:size]))
+
+
+def _matroska(data: mmap.mmap) -> bool | None:
+    """Elements of the segment; those of unknown length (live recordings) are entered."""
+    place, size = 0, len(data)
+    while place < size:
+        name_length = 9 - data[place].bit_length()
+        if name_length > 4:
+            return None
+        name = data[place : place + name_length]
+        place += name_length
+        if place >= size:
+            return True
+        length_length = 9 - data[place].bit_length()
+        if length_length > 8:
+            return None
+        bits = 7 * length_length
+        length = int.from_bytes(data[place : place + length_length]) & ((1 << bits) - 1)
+        place += length_length
+        if length == (1 << bits) - 1:
+            if name not in (SEGMENT, CLUSTER):
+                return None
+        else:
+            place += length
+            if name == SEGMENT:  # what stands behind it is not of this video
+                return place > size
+    return place > size
+
+
+def _riff(data: mmap.mmap) -> bool | None:
+    """RIFF chunks; an avi of more than 1 GB has several. One that was never finished states no length."""
+    place, size = 0, len(data)
+    while place + 12 <= size and data[place : place + 4] == b"RIFF":
+        length = int.from_bytes(data[place + 4 : place + 8], "little")
+        if length in (0, 0xFFFFFFFF):
+            return None
+        place += 8 + length + length % 2
+    return place - size > 1  # the last byte of padding is often left out
+
+
+def _ogg(data: mmap.mmap) -> bool | None:
+    """The last page."""
+    size = len(data)
+    place = data.rfind(b"OggS", max(0, size - OGG_MOST_PAGE))
+    if place < 0:
+        return None
+    if size - place < 27 or size - place < 27 + data[place + 26]:
+        return True
+    return place + 27 + data[place + 26] + sum(data[place + 27 : place + 27 + data[place + 26]]) > size
+
+
+def _asf(data: mmap.mmap) -> bool | None:
+    """Top-level objects, and the size of the file that the header states."""
+    place, size = 0, len(data)
+    while place + 24 <= size:
+        name, length = data[place : place + 16], int.from_bytes(data[place + 16 : place + 24], "little")
+        if name == ASF_HEADER:
+            properties = data.find(ASF_FILE, place, place + length)
+            live = properties >= 0 and data[properties + 88] & 1
+            if live:
+                return None
+        if length < 24:
+            return None
+        place += length
+    return place > size
+
+
+def _flv(data: mmap.mmap) -> bool | None:
+    """The last tag, whose length stands behind it."""
+    size = len(data)
+    length = int.from_bytes(data[size - 4 : size])
+    start = size - 4 - length
+    return not (length >= 11 and start >= 9 and int.from_bytes(data[start + 1 : start + 4]) + 11 == length)
+
+
+def _mpegts(data: mmap.mmap) -> bool | None:
+    """Packets of one size; the first may be cut too."""
+    size = len(data)
+    for step in TS_SIZES:
+        for start in range(min(step, size)):
+            if all(data[place] == TS_SYNC for place in range(start, min(size, start + 8 * step), step)):
+                return 0 < (size - start) % step < TS_PAYLOAD
+    return None
+
+
+def _mpeg(data: mmap.mmap) -> bool | None:
+    """Packets of a program stream, from one of the last packs on."""
+    size = len(data)
+    place = data.find(bytes([0, 0, 1, PS_PACK]), max(0, size - PS_TAIL))
+    while place >= 0 and place + 6 <= size and data[place : place + 3] == b"\0\0\1":
+        kind = data[place + 3]
+        if kind == PS_END:
+            return False
+        if kind == PS_PACK:
+            second = data[place + 4] >> 6 == 1  # MPEG-2
+            if second and place + 14 > size:
+                return True
+            place += 14 + (data[place + 13] & 7) if second else 12
+        else:
+            place += 6 + int.from_bytes(data[place + 4 : place + 6])
+    if place < 0:
+        return None
+    return place > size or 0 < size - place < 6
+
+
+def _gif(data: mmap.mmap) -> bool | None:
+    """The trailer; some programs put zeros behind it."""
+    end = len(data)
+    while end and data[end - 1] == 0:
+        end -= 1
+    return data[end - 1] != 0x3B
+
+
+def _mjpeg(data: mmap.mmap) -> bool | None:
+    """The last picture's end mark; cameras pad behind it."""
+    return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xd8\xff")
+
+
+def _y4m(data: mmap.mmap) -> bool | None:
+    """Frames of one size."""
+    header = data.find(b"\n") + 1
+    second = data.find(b"FRAME", header + 5)
+    return None if second < 0 else (len(data) - header) % (second - header) != 0
+
+
+def _dv(data: mmap.mmap) -> bool | None:
+    """Frames of one size."""
+    return len(data) % DV_FRAMES[data[3] >> 7] != 0
+
+
+def _ivf(data: mmap.mmap) -> bool | None:
+    """Frames with their lengths."""
+    place, size = int.from_bytes(data[6:8], "little"), len(data)
+    while place + 12 <= size:
+        place += 12 + int.from_bytes(data[place : place + 4], "little")
+    return place != size
+
+
+CHECKS: dict[str, Callable[[mmap.mmap], bool | None]] = {
+    "mov": _mp4,
+    "matroska": _matroska,
+    "avi": _riff,
+    "ogg": _ogg,
+    "asf": _asf,
+    "flv": _flv,
+    "mpegts": _mpegts,
+    "mpeg": _mpeg,
+    "gif": _gif,
+    "mjpeg": _mjpeg,
+    "yuv4mpegpipe": _y4m,
+    "dv": _dv,
+    "ivf": _ivf,
+}

@@ -1,0 +1,273 @@
+"""Some frames of a video file, each known by the packet it was decoded from.
+
+Decoding can start at any key picture. Getting there is a seek, if that skips enough. Where seeks are refused, or lead
+past their target, the packets before it are read and not decoded; and where even that does not give the frame, all is
+decoded from the start.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from vidlada.errors import InputError
+from vidlada.video_index import MOST_MISSING, Timeline, is_frame
+
+SEEK_WORTH_FRAMES = 12  # skip to a key picture only if that saves so many frames; see `vidlada bench video`
+FRAMELESS = 2  # packets in a row that may give no frame of their own in a sound file (second fields, hidden frames)
+
+Opener = Callable[[], AbstractContextManager[tuple[InputContainer, VideoStream]]]
+NumberedFrame = tuple[int, av.VideoFrame]
+MOST_DISORDER = 3  # frames that may leave the decoder too late, as the first of a stream do, before its times are wrong
+
+
+class LostError(Exception):
+    """A seek was refused or led past its target, or decoding from a key picture does not give the wanted frame."""
+
+
+class WrongTimesError(Exception):
+    """Frames leave the decoder in another order than their time stamps say."""
+
+
+class LateStartError(Exception):
+    """A recording begins with frames that cannot be decoded.
+
+    Args:
+        number: of the first frame that can.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def decode_frames(opener: Opener, timeline: Timeline, wanted: Sequence[int]) -> Iterator[NumberedFrame]:
+    """Wanted frames in their order.
+
+    Args:
+        opener: opens the file anew, at its start.
+        timeline: of the file.
+        wanted: numbers of frames, ascending, each once.
+
+    Yields:
+        For each wanted frame its number and picture. Where its packet gives no frame of its own, it is the last one
+        shown before, with the number of that.
+
+    Raises:
+        InputError: too much before a wanted frame cannot be decoded.
+        WrongTimesError, LateStartError: the timeline is not right; see `Timeline.counted` and `Timeline.starting_at`.
+    """
+    readers: list[type[Reader]] = [SkippingReader, Reader]
+    if timeline.stamps is not None:
+        readers.insert(0, SeekingReader)
+    done = 0
+    for reader in readers:
+        with opener() as (container, stream):
+            try:
+                for found in reader(container, stream, timeline).frames(wanted[done:]):
+                    yield found
+                    done += 1
+                return
+            except LostError:
+                continue
+
+
+class Reader:
+    """Decodes everything from the first key picture to the last wanted frame.
+
+    Args:
+        container, stream: just opened.
+        timeline: of the file.
+    """
+
+    def __init__(self, container: InputContainer, stream: VideoStream, timeline: Timeline):
+        self.container, self.stream, self.timeline = container, stream, timeline
+        self.starts = timeline.starts.tolist()
+        self.restarts = frozenset(self.starts) if timeline.ordered else frozenset()
+        self.frame_of = np.full(len(timeline.seek_to), -1)  # number of the frame that a packet holds
+        self.frame_of[timeline.packets] = np.arange(len(timeline.packets))
+        self.demuxed = self.demux()
+        self.position = 0  # number of the next packet
+        self.decoded: Iterator[NumberedFrame] = iter(())
+        self.shown: NumberedFrame | None = None  # the last frame before or at the wanted one
+        self.ahead: NumberedFrame | None = None  # a decoded frame behind it
+
+    def frames(self, wanted: Sequence[int]) -> Iterator[NumberedFrame]:
+        """See `decode_frames`."""
+        self.begin_at(self.start_of(wanted[0]))
+        for number in wanted:
+            self.approach(number)
+            self.advance(number)
+            if not self.found(number):
+                self.retry(number)
+            if self.shown is None and self.ahead is not None and self.timeline.begins_anywhere:
+                raise LateStartError(self.ahead[0])
+            if self.shown is None or self.too_far(number):
+                path, seconds = self.timeline.info.path, self.timeline.seconds[number]
+                raise InputError(f"{path}: the frame at {seconds:.2f} s cannot be decoded; it is damaged")
+            yield self.shown
+
+    def start_of(self, number: int, earlier: int = 0) -> int:
+        """Number of the packet where decoding begins for a frame."""
+        return self.timeline.first
+
+    def approach(self, number: int) -> None:
+        """Skip what need not be decoded."""
+
+    def retry(self, number: int) -> None:
+        """Try to get a frame that did not come."""
+
+    def begin_at(self, start: int) -> None:
+        """Decode from a packet on."""
+        while self.position < start:
+            self.read()
+        self.decoded, self.shown, self.ahead = self.decode(start), None, None
+
+    def advance(self, number: int) -> None:
+        """Decode until a frame, or one behind it, comes."""
+        while self.shown is None or self.shown[0] < number:
+            self.ahead = self.ahead or next(self.decoded, None)
+            if self.ahead is None or self.ahead[0] > number:
+                return
+            self.shown, self.ahead = self.ahead, None
+
+    def found(self, number: int) -> bool:
+        """Whether a frame came, or its packet has none of its own."""
+        return self.shown is not None and number - self.shown[0] <= FRAMELESS
+
+    def too_far(self, number: int) -> bool:
+        """Whether so much is missing before a frame that the last one cannot stand for it."""
+        assert self.shown is not None
+        gap = self.timeline.seconds[number] - self.timeline.seconds[self.shown[0]]
+        return not self.found(number) and bool(gap > MOST_MISSING * self.timeline.info.duration)
+
+    def demux(self) -> Iterator[av.Packet]:
+        """Packets of the file from here on, and an empty one at its end."""
+        try:
+            yield from self.container.demux(self.stream)
+        except av.error.FFmpegError:  # what there is before was found worth reading
+            yield av.Packet()
+
+    def read(self) -> tuple[int, av.Packet | None]:
+        """The next packet and its number; -1 if it is not known, None at the end."""
+        for packet in self.demuxed:
+            if is_frame(packet):
+                self.position += 1
+                return self.position - 1, packet
+            break
+        return -1, None
+
+    def decode(self, start: int) -> Iterator[NumberedFrame]:
+        """Frames from a packet on, which is the next to be read."""
+        count, last, disorder = int(self.frame_of[start]), -1, 0
+        for label, frame in self.labelled_frames():
+            if label < 0:
+                continue
+            number = int(self.frame_of[label])
+            if self.timeline.ordered:
+                count = number if number in self.restarts else max(count, 0)
+                yield count, frame
+                count += 1
+            elif number >= 0:
+                disorder += number < last
+                if disorder > MOST_DISORDER:
+                    raise WrongTimesError
+                last = number
+                yield number, frame
+
+    def labelled_frames(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Decoded frames with the numbers of their packets. Decoders carry the time stamp of a packet to its frame,
+        whatever it means."""
+        ended = False
+        while not ended:
+            label, packet = self.read()
+            ended = packet is None
+            try:
+                if packet is None:
+                    frames = self.stream.codec_context.decode(None)
+                else:
+                    packet.pts = label if label >= 0 else None
+                    frames = packet.decode()
+            except MemoryError:
+                raise
+            except av.error.FFmpegError:  # of a damaged packet; what it should have given is missed later
+                continue
+            for frame in frames:
+                yield (-1 if frame.pts is None else frame.pts), frame
+
+
+class SkippingReader(Reader):
+    """Reads everything, but decodes from the last key picture before each wanted frame."""
+
+    def start_of(self, number: int, earlier: int = 0) -> int:
+        place = bisect_right(self.starts, number) - 1 - earlier
+        return int(self.timeline.packets[self.starts[place]]) if place >= 0 else self.timeline.first
+
+    def approach(self, number: int) -> None:
+        start = self.start_of(number)
+        if start - self.position >= SEEK_WORTH_FRAMES and (self.ahead is None or self.ahead[0] < number):
+            self.skip_to(start)
+
+    def skip_to(self, start: int) -> None:
+        """Go on at a key picture further on."""
+        self.stream.codec_context.flush_buffers()
+        self.begin_at(start)
+
+    def retry(self, number: int) -> None:
+        raise LostError
+
+
+class SeekingReader(SkippingReader):
+    """Seeks to the last key picture before each wanted frame."""
+
+    def __init__(self, container: InputContainer, stream: VideoStream, timeline: Timeline):
+        super().__init__(container, stream, timeline)
+        assert timeline.stamps is not None
+        self.packet_by_stamp = np.argsort(timeline.stamps, kind="stable")
+        self.sorted_stamps = timeline.stamps[self.packet_by_stamp]
+
+    def skip_to(self, start: int) -> None:
+        try:
+            self.container.seek(int(self.timeline.seek_to[start]), stream=self.stream, backward=True)
+        except av.error.FFmpegError as error:
+            raise LostError from error
+        self.demuxed = self.demux()
+        self.position = -1
+        self.begin_at(start)
+
+    def begin_at(self, start: int) -> None:
+        self.waiting: tuple[int, av.Packet | None] | None = None
+        label, packet = self.read()
+        while label < start:
+            if packet is None:
+                raise LostError
+            label, packet = self.read()
+        if label > start:
+            raise LostError
+        self.waiting = (label, packet)
+        self.decoded, self.shown, self.ahead = self.decode(start), None, None
+
+    def read(self) -> tuple[int, av.Packet | None]:
+        if self.waiting is not None:
+            found, self.waiting = self.waiting, None
+            return found
+        _, packet = super().read()
+        if packet is None or packet.pts is None:
+            return -1, packet
+        place = int(np.searchsorted(self.sorted_stamps, packet.pts))
+        if place == len(self.sorted_stamps) or self.sorted_stamps[place] != packet.pts:
+            return -1, packet
+        label = int(self.packet_by_stamp[place])
+        self.position = label + 1
+        return label, packet
+
+    def retry(self, number: int) -> None:
+        for earlier in (1, 2):
+            self.skip_to(self.start_of(number, earlier))
+            self.advance(number)
+            if self.found(number):
+                return

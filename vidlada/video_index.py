@@ -1,0 +1,357 @@
+"""What frames a video file shows and when, from its packets alone: one pass over the file, no picture is decoded."""
+
+import re
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from vidlada.errors import InputError
+from vidlada.truncation import is_cut
+
+UNKNOWN = -(2**63)  # a time stamp that is not there
+KEY, HIDDEN, CORRUPT = 1, 2, 4  # flags of packets
+MOST_MISSING = 0.02  # share of the announced length a readable file may lack before it counts as truncated
+STATES_ITS_LENGTH = frozenset({"mov", "matroska", "avi", "asf"})  # a file that `is_cut` denies is whole
+HEADERLESS = frozenset({"mpegts", "mpeg"})
+RESTARTING_CLOCKS = frozenset({"mpegts", "mpeg", "flv", "matroska"})  # joined recordings begin again at 0
+JUMPING_CLOCK, JUMP_SECONDS = "mpegts", 3600.0  # a pause may be long; a broadcast that joins another jumps further
+UNTIMED_REORDERING = {"h264": frozenset({5}), "hevc": frozenset({20})}  # NAL types every later frame is shown after
+NAL_START = re.compile(b"\\0\\0\\x01(.)", re.DOTALL)
+NAL_TYPE = {"h264": (0, 0x1F), "hevc": (1, 0x3F)}
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a source is.
+
+    Attributes:
+        path: as given.
+        frames: how many it has.
+        fps: frames a second, on average.
+        duration: seconds.
+        width, height: pixels as stored, before rotation.
+        codec: `h264`, …; `image` for still images.
+    """
+
+    path: str
+    frames: int
+    fps: float
+    duration: float
+    width: int
+    height: int
+    codec: str
+
+
+@dataclass(frozen=True)
+class Packets:
+    """Columns of one stream's packets, in the order of the file.
+
+    Attributes:
+        pts, dts: presentation and decoding time stamps in stream units; UNKNOWN where there is none.
+        durations: in stream units; 0 where unknown.
+        flags: KEY, HIDDEN (decoded, but not shown), CORRUPT.
+        restarts: numbers of the packets that every later packet is shown after; looked for only where there are no
+            presentation times.
+    """
+
+    pts: np.ndarray
+    dts: np.ndarray
+    durations: np.ndarray
+    flags: np.ndarray
+    restarts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pts)
+
+    @property
+    def first(self) -> int:
+        """Number of the first packet that can be decoded."""
+        keys = np.flatnonzero(self.flags & KEY)
+        return int(keys[0]) if len(keys) else 0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The frames of a video in the order they are shown.
+
+    Attributes:
+        info: of the file.
+        seconds: (frames,) when each is shown, from the first.
+        constant: all lie within half a frame of an even grid of `info.fps`.
+        packets: (frames,) number of the packet that holds each; in order of decoding where `ordered`.
+        starts: numbers of the frames decoding can start at, ascending.
+        first: number of the first packet that can be decoded.
+        stamps: (all packets,) presentation times as in the file, to know a packet by after a seek; None where they
+            are missing or ambiguous.
+        seek_to: (all packets,) the times that seeks are asked for.
+        ordered: the file does not say in which order its packets are shown: frames are counted as they leave the
+            decoder.
+        begins_anywhere: recordings in this container may begin between key pictures.
+    """
+
+    info: VideoInfo
+    seconds: np.ndarray
+    constant: bool
+    packets: np.ndarray
+    starts: np.ndarray
+    first: int
+    stamps: np.ndarray | None
+    seek_to: np.ndarray
+    ordered: bool
+    begins_anywhere: bool
+
+    def counted(self) -> "Timeline":
+        """The same for a file whose time stamps, taken together, are right, but not for each packet: frames are
+        shown in the order in which they leave the decoder."""
+        nothing = np.zeros(0, np.int64)
+        return replace(self, packets=np.sort(self.packets), starts=nothing, stamps=None, ordered=True)
+
+    def starting_at(self, number: int) -> "Timeline":
+        """The same without the first frames."""
+        seconds = self.seconds[number:] - self.seconds[number]
+        duration = self.info.duration - float(self.seconds[number])
+        starts = self.starts[self.starts >= number] - number
+        info = replace(self.info, frames=len(seconds), duration=duration)
+        return replace(self, info=info, seconds=seconds, packets=self.packets[number:], starts=starts)
+
+
+def is_frame(packet: av.Packet) -> bool:
+    """Whether a packet belongs to the file; the demuxer ends with empty ones that flush the decoders."""
+    return bool(packet.size)
+
+
+def index_file(path: Path, container: InputContainer, streams: Sequence[VideoStream]) -> tuple[VideoStream, Timeline]:
+    """Read every packet once, and choose the stream to show: the first that is not a mere picture.
+
+    Args:
+        path: of the file, for messages and to see whether it was cut.
+        container: opened, at its start.
+        streams: its candidates.
+
+    Raises:
+        InputError: there are no frames, or not all that the file announces.
+    """
+    columns = {stream.index: _Columns(container, stream) for stream in streams}
+    problem = ""
+    try:
+        for packet in container.demux(*streams):
+            if is_frame(packet):
+                columns[packet.stream_index].append(packet)
+    except av.error.FFmpegError as error:
+        problem = str(error.strerror)
+    found = {stream.index: columns[stream.index].packets() for stream in streams}
+    spans = [_span(found[stream.index]) * float(stream.time_base or 1) for stream in streams]
+    stream = next(stream for stream, span in zip(streams, spans, strict=True) if span >= max(spans) / 2)
+    packets = found[stream.index]
+    if not len(packets):
+        raise InputError(f"{path}: the video stream holds no frames; the file is empty or truncated")
+    timeline = _timeline(path, container, stream, packets)
+    _refuse_truncated(path, container, stream, packets, timeline, problem)
+    return stream, timeline
+
+
+class _Columns:
+    """Collects the packets of a stream, in little memory: a file may hold millions."""
+
+    def __init__(self, container: InputContainer, stream: VideoStream):
+        self.pts, self.dts, self.durations = array("q"), array("q"), array("q")
+        self.flags = bytearray()
+        self.restarts: list[int] = []
+        self.codec = stream.codec_context.name
+        self.untimed = container.format.name == "avi" or stream.start_time is None
+
+    def append(self, packet: av.Packet) -> None:
+        pts, dts = packet.pts, packet.dts
+        self.pts.append(UNKNOWN if pts is None else pts)
+        self.dts.append(UNKNOWN if dts is None else dts)
+        self.durations.append(packet.duration or 0)
+        self.flags.append(KEY * packet.is_keyframe | HIDDEN * packet.is_discard | CORRUPT * packet.is_corrupt)
+        if packet.is_keyframe and self.untimed and self.codec in UNTIMED_REORDERING:
+            place, bits = NAL_TYPE[self.codec]
+            kinds = {found.group(1)[0] >> place & bits for found in NAL_START.finditer(bytes(packet))}
+            if kinds & UNTIMED_REORDERING[self.codec]:
+                self.restarts.append(len(self.flags) - 1)
+
+    def packets(self) -> Packets:
+        pts, dts, durations = (np.array(column, np.int64) for column in (self.pts, self.dts, self.durations))
+        flags = np.frombuffer(bytes(self.flags), np.uint8)
+        return Packets(pts, dts, durations, flags, np.array(self.restarts, np.int64))
+
+
+def _span(packets: Packets) -> int:
+    """Stream units from the first time stamp to the last; packets without time stamps count one each."""
+    for stamps in (packets.pts, packets.dts):
+        known = stamps[stamps != UNKNOWN]
+        if len(known):
+            return int(np.ptp(known))
+    return len(packets)
+
+
+def _timeline(path: Path, container: InputContainer, stream: VideoStream, packets: Packets) -> Timeline:
+    shown = (packets.flags & (HIDDEN | CORRUPT) == 0) & (np.arange(len(packets)) >= packets.first)
+    timed = shown & (packets.pts != UNKNOWN)
+    reordered = container.format.name == "avi" and stream.codec_context.name in UNTIMED_REORDERING
+    ordered = reordered or timed.sum() < shown.sum() / 2
+    unit, found_pts = float(stream.time_base or 1), packets.pts
+    if ordered:
+        numbers, stamps = np.flatnonzero(shown), packets.dts[shown]
+        if (stamps == UNKNOWN).any():
+            rate = float(stream.codec_context.framerate or stream.guessed_rate or 25)
+            stamps, unit = np.arange(len(numbers)), 1 / rate
+        stamps = np.sort(stamps)
+        starts = np.flatnonzero(np.isin(numbers, packets.restarts))
+    else:
+        if stream.codec_context.name == "theora":
+            packets = _ogg_times(packets, stream)
+        pts, usable = _one_clock(container, packets, unit)
+        numbers = np.flatnonzero(timed & usable)
+        numbers = numbers[np.argsort(pts[numbers], kind="stable")]
+        stamps = pts[numbers]
+        starts = np.flatnonzero(packets.flags[numbers] & KEY)
+    if not len(numbers):
+        raise InputError(f"{path}: none of its frames can be decoded; the file is damaged")
+    seconds = (stamps - stamps[0]) * unit
+    fps, constant = rate_of(seconds, _stated_rates(stream))
+    last = float(packets.durations[numbers[-1]]) * float(stream.time_base or 1)
+    duration = float(seconds[-1]) + (last if last > 0 and not ordered else 1 / fps)
+    context = stream.codec_context
+    if not constant:
+        fps = len(numbers) / duration
+    info = VideoInfo(str(path), len(numbers), fps, duration, context.width, context.height, context.name)
+    known = found_pts[found_pts != UNKNOWN]
+    stamps_or_none = found_pts if not ordered and len(np.unique(known)) == len(known) else None
+    anywhere = container.format.name in HEADERLESS or stream.start_time is None
+    seek_to = np.where(packets.dts == UNKNOWN, packets.pts, np.minimum(packets.dts, packets.pts))
+    return Timeline(info, seconds, constant, numbers, starts, packets.first, stamps_or_none, seek_to, ordered, anywhere)
+
+
+def _ogg_times(packets: Packets, stream: VideoStream) -> Packets:
+    """True times of Theora frames. Ogg states when a packet ends; FFmpeg takes that for the start of the next, though
+    there may be a gap in between."""
+    ends = np.append(packets.pts[1:], stream.duration or packets.pts[-1] + packets.durations[-1])
+    known = (ends != UNKNOWN) & (packets.pts != UNKNOWN)
+    pts = np.where(known, np.maximum(packets.pts, ends - packets.durations), packets.pts)
+    return replace(packets, pts=pts)
+
+
+def _stated_rates(stream: VideoStream) -> list[float]:
+    """Frames a second as the file says, the likeliest first."""
+    stated = (stream.average_rate, stream.guessed_rate, stream.base_rate)
+    return [float(rate) for rate in stated if rate]
+
+
+def rate_of(seconds: np.ndarray, stated: Sequence[float]) -> tuple[float, bool]:
+    """Frames a second, and whether all frames lie within half a frame of an even grid of that rate.
+
+    Args:
+        seconds: (frames,) of each frame, ascending from 0.
+        stated: rates the file claims; one that fits is exact, where time stamps are rounded.
+    """
+    count, span = len(seconds), float(seconds[-1])
+    if count == 1 or span <= 0:
+        return next(iter(stated), 1.0), True
+    measured = (count - 1) / span
+    for rate in (*stated, measured):
+        if np.abs(seconds * rate - np.arange(count)).max() < 0.5:
+            return rate, True
+    return measured, False
+
+
+def _parts(container: InputContainer, packets: Packets, unit: float) -> list[tuple[int, int]]:
+    """First and last + 1 packet of each stretch over which the clock runs on: joined recordings begin again at 0.
+
+    Args:
+        container: of the packets.
+        packets: of one stream.
+        unit: seconds a stream unit.
+    """
+    name = container.format.name.split(",")[0]
+    known = np.flatnonzero(packets.dts != UNKNOWN)
+    if name not in RESTARTING_CLOCKS or len(known) < 2:
+        return [(packets.first, len(packets))]
+    steps = np.diff(packets.dts[known])
+    breaks = steps < 0
+    if name == JUMPING_CLOCK:
+        breaks |= steps * unit > JUMP_SECONDS
+    edges = [packets.first, *(edge for edge in known[1:][breaks].tolist() if edge > packets.first), len(packets)]
+    return list(pairwise(edges))
+
+
+def _one_clock(container: InputContainer, packets: Packets, unit: float) -> tuple[np.ndarray, np.ndarray]:
+    """Presentation times on a clock that runs on through joined recordings, and which packets can be shown by them."""
+    pts = packets.pts.copy()
+    usable = np.zeros(len(pts), bool)
+    end = None
+    for start, stop in _parts(container, packets, unit):
+        part = pts[start:stop]
+        stamped = part != UNKNOWN
+        keys = np.flatnonzero(packets.flags[start:stop] & KEY)
+        if not stamped.any() or (start > packets.first and not len(keys)):
+            continue
+        key = int(keys[0]) if len(keys) else 0
+        # what is shown before the first key picture leans on pictures that are not there
+        fit = stamped & (np.arange(len(part)) >= key) & (part >= part[key])
+        if end is not None:
+            shown = np.sort(part[fit])
+            step = int(np.median(np.diff(shown))) if len(shown) > 1 else 1
+            part[stamped] += end + step - shown[0]
+        end = int(part[fit].max())
+        usable[start:stop] = fit
+    return pts, usable
+
+
+def _refuse_truncated(
+    path: Path,
+    container: InputContainer,
+    stream: VideoStream,
+    packets: Packets,
+    timeline: Timeline,
+    problem: str,
+) -> None:
+    """A silently shortened video gives wrong answers: refuse one that ends in the middle of something, or long
+    before the end that its header announces."""
+    name = container.format.name
+    cut = is_cut(path, name)
+    known = len(stream.index_entries)
+    there = f"{timeline.info.duration:.1f} seconds"
+    if problem:
+        raise InputError(f"{path}: the file is damaged behind its first {there}: {problem}")
+    if cut is False and not STATES_ITS_LENGTH.isdisjoint(name.split(",")):
+        return
+    if cut or (cut is None and packets.flags[-1] & CORRUPT):
+        reason = "its last part is incomplete"
+    elif known - len(packets) > MOST_MISSING * known:
+        reason = f"{len(packets)} of {known} frames are there"
+    else:
+        announced = _announced(container, stream)
+        seconds = timeline.seconds
+        seen = seconds[-1] if timeline.ordered else _span(packets) * float(stream.time_base or 1)
+        # how long the last picture is shown, nobody may have written down
+        longest = float(np.diff(seconds).max()) if len(seconds) > 1 else announced
+        if announced - seen <= max(1.0, MOST_MISSING * announced, 2 * longest):
+            return
+        reason, there = "it ends early", f"{there} of {announced:.1f}"
+    raise InputError(
+        f"{path}: the file is truncated ({reason}): {there} can be used; to do so, copy them into a new file "
+        f"(ffmpeg -i FILE -c copy NEW)"
+    )
+
+
+def _announced(container: InputContainer, stream: VideoStream) -> float:
+    """Seconds the header promises; 0 if there is no header, or it promises nothing."""
+    if container.format.name in HEADERLESS:  # what FFmpeg says of them, it saw at their ends
+        return 0.0
+    unit = stream.time_base or 1
+    if stream.duration:
+        return float(stream.duration * unit)
+    if container.duration and len(container.streams) == 1:
+        before = (stream.start_time or 0) * unit if container.format.name == "flv" else 0  # which counts from 0
+        return float(container.duration / av.time_base - before)
+    return 0.0
