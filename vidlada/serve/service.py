@@ -138,7 +138,7 @@ class Service:
             RequestError, InputError: it cannot be answered, and why.
         """
         base = self.vidlada.settings()
-        settings, max_tokens = generation_settings(request, base, self.limits.max_tokens)
+        settings, max_tokens = generation_settings(request, base, self.limits.max_tokens, self.limits.max_thought)
         check_choices(settings)
         seconds = {"fetch": 0.0, "video": 0.0}
         choices = tuple(request.guided_choice or ())
