@@ -27,6 +27,7 @@ from vidlada.decoding.commit import (
     measured,
     most_confident,
     spread,
+    within_nucleus,
 )
 from vidlada.decoding.sampler import Denoiser, Request, denoise
 from vidlada.decoding.streaming import stable_text
@@ -339,3 +340,12 @@ def test_any_number_of_steps_is_a_schedule(steps):
         is_open = is_open & ~rule.choose(Proposals(torch.arange(8), torch.rand(8).double(), is_open))
         taken += 1
     assert taken == min(8, steps)
+
+
+def test_the_nucleus_is_the_fewest_likeliest_tokens():
+    logits = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.1, 0.85, 0.03, 0.02]]).log()
+    kept = [row.isfinite().tolist() for row in within_nucleus(logits, 0.7, 1.0)]
+    assert kept == [[True, False, True, False], [False, True, False, False]]
+    assert within_nucleus(logits, 1.0, 1.0).isfinite().all()
+    assert within_nucleus(logits, 1e-9, 1.0).isfinite().sum(-1).tolist() == [1, 1]
+    assert within_nucleus(logits, 0.7, 0.1).isfinite().sum(-1).tolist() == [1, 1]  # sharper: one is enough

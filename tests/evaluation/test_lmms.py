@@ -30,8 +30,6 @@ from lmms_eval.caching.response_cache import ResponseCache
 from lmms_eval.models import get_model
 from lmms_eval.utils import get_lmms_eval_cache_version
 
-from vidlada.evaluation.lmms import picture
-
 pytestmark = pytest.mark.slow
 
 FRAMES = 4
@@ -155,15 +153,15 @@ def test_rounds(root, small_lm):
         text = [{"role": "user", "content": [{"type": "text", "text": "is it blue ?"}]}]
         return (said(video, "is it red ?") if round_idx == 0 else text), False, previous_output, round_idx
 
-    encode, encoded = small_lm.vidlada.encode_video, []
-    small_lm.vidlada.encode_video = lambda frames, *o, **k: (
-        encoded.append(type(frames).__name__),
-        encode(frames, *o, **k),
+    encode, encoded = small_lm.vidlada.encode_media, []
+    small_lm.vidlada.encode_media = lambda media, *o, **k: (
+        encoded.append([type(medium).__name__ for medium in media]),
+        encode(media, *o, **k),
     )[1]
     request = request_of(0, to_messages, GENERATION, "generate_until_multi_round")
     (answers,) = small_lm.generate_until_multi_round([request])
-    del small_lm.vidlada.encode_video
-    assert encoded.count("Frames") == 1
+    del small_lm.vidlada.encode_media
+    assert encoded.count(["Frames"]) == 1
     assert [entry[0] for entry in given] == [0, 1, 2] and given[2][1] == answers and given[2][2] == 1
     alone = [small_lm.vidlada.ask(video, text, frames=2, gen_length=4, block_length=4) for text in
              ("is it red ?", "is it blue ?")]  # fmt: skip
@@ -189,10 +187,10 @@ def missing():
 def test_conversations_that_fail_cost_one_sample(root, small_lm, tmp_path, monkeypatch):
     video = root / "mvbench_video/perception/videos/clip1.mp4"
     small_lm.task_dict["t"] = {"test": [{}] * 5}
-    two = [{"type": "video", "url": str(video)}] * 2
+    sound = [{"type": "audio", "url": "a.wav"}]
     firsts = [
         lambda: said(video, "is it red ?"),
-        lambda: [{"role": "user", "content": [*two, {"type": "text", "text": "is it red ?"}]}],
+        lambda: [{"role": "user", "content": [*sound, {"type": "text", "text": "is it red ?"}]}],
         missing,
         lambda: said(tmp_path / "nowhere.mp4", "is it red ?"),
         lambda: said(video, "is it red ?"),
@@ -205,7 +203,7 @@ def test_conversations_that_fail_cost_one_sample(root, small_lm, tmp_path, monke
     assert answers[1:4] == [["", ""], [""], ["", ""]]  # not asked without their video
     errors = [entry["error"] for _, entry in sorted(read_record(tmp_path).items())]
     assert errors[0] is errors[4] is None
-    assert "2 videos" in errors[1] and "x.mp4 does not exist" in errors[2] and "nowhere.mp4" in errors[3]
+    assert "sound" in errors[1] and "x.mp4 does not exist" in errors[2] and "nowhere.mp4" in errors[3]
     assert read_record(tmp_path)["t", 0]["tokens"] > 2  # of both rounds
 
 
@@ -215,8 +213,7 @@ def test_a_conversation_about_images(small_lm):
     first = [{"role": "user", "content": [{"type": "image", "url": image}, {"type": "text", "text": "is it red ?"}]}]
     request = request_of(0, conversation(lambda: first), GENERATION, "generate_until_multi_round")
     (answers,) = small_lm.generate_until_multi_round([request])
-    frames = picture(image, small_lm.vidlada.processor.image_size)[None]
-    alone = [small_lm.vidlada.ask(frames, text, gen_length=4, block_length=4).text.removesuffix(".").strip()
+    alone = [small_lm.vidlada.ask(image, text, gen_length=4, block_length=4).text.removesuffix(".").strip()
              for text in ("is it red ?", "is it blue ?")]  # fmt: skip
     assert answers == alone
 
@@ -224,7 +221,7 @@ def test_a_conversation_about_images(small_lm):
 def test_samples_that_cannot_be_asked_cost_only_themselves(root, small_lm):
     video = root / "mvbench_video/perception/videos/clip1.mp4"
     small_lm.task_dict["t"] = {"test": [{}] * 3}
-    mixed = [{"type": "video", "url": str(video)}, {"type": "image", "url": Image.new("RGB", (8, 8))}]
+    mixed = [{"type": "video", "url": str(video)}, {"type": "audio", "url": "a.wav"}]
     asked = [said(video, "is it red ?"), [{"role": "user", "content": mixed}], said(video, "is it red ?")]
     requests = [request_of(n, lambda doc, n=n: asked[n], GENERATION) for n in range(3)]
     first, second, third = (answer.text for answer in small_lm.generate_until(requests))
@@ -234,8 +231,6 @@ def test_samples_that_cannot_be_asked_cost_only_themselves(root, small_lm):
 @pytest.mark.parametrize(
     "content, why",
     [
-        ([{"type": "video", "url": "a.mp4"}, {"type": "video", "url": "b.mp4"}], "2 videos and 0 images"),
-        ([{"type": "video", "url": "a.mp4"}, {"type": "image", "url": "b.png"}], "1 videos and 1 images"),
         ([{"type": "audio", "url": "a.wav"}], "sound"),
         ([{"type": "video", "url": {"video_start": 1}}], "dict"),
     ],

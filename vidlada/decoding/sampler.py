@@ -263,7 +263,7 @@ class RunningRequest:
             verified: what `verify` returned.
         """
         settings, slots, rule = self.settings, self.slots, self.rule
-        masked = self.masked[slots]
+        masked = self.masked[slots].clone()  # as it was before this step: snapshots tell these slots' probabilities
         logits = logits.clone()
         logits[:, suppressed] = -torch.inf
         logits = rule.adjust(logits)
