@@ -48,7 +48,9 @@ def test_ask_json(clip, small_folder):
                        "--frames", 2, "--force-sample")  # fmt: skip
     assert code == 0
     answer = json.loads(out)
-    assert set(answer) == {"answer", "finish_reason", "model", "video", "question", "frames", "settings", "statistics"}
+    assert set(answer) == {
+        "answer", "finish_reason", "model", "video", "media", "question", "frames", "settings", "statistics"
+    }  # fmt: skip
     assert [frame["time"] for frame in answer["frames"]] == [0.0, pytest.approx(74 / 25)]
     assert answer["settings"]["threshold"] == 0.9
     assert answer["statistics"]["forward_passes"] >= 1

@@ -96,10 +96,9 @@ def test_a_request_joins_and_another_leaves(small):
 
 def test_cancelled_requests_free_their_place_within_a_step(small):
     async def run(engine):
-        handle = engine.submit(job_of(small, gen_length=256, block_length=8))
-        waiting = engine.submit(job_of(small, gen_length=4, block_length=4))
-        updates = handle.updates()
+        updates = engine.submit(job_of(small, gen_length=256, block_length=8)).updates()
         first = await anext(updates)
+        waiting = engine.submit(job_of(small, gen_length=4, block_length=4))
         await updates.aclose()
         last = [update async for update in waiting.updates()][-1]
         assert last.stable.finish_reason

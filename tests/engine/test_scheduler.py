@@ -89,6 +89,14 @@ def test_work_is_estimated_from_what_was_seen():
     assert task.update(11, 44, 11 * 200) == 200
 
 
+def test_an_answer_behind_a_thought_counts_anew():
+    task = task_of(100, prompt=900)
+    task.update(80, 90, 80 * 1000)
+    task.restart(10)
+    assert task.remaining == 10 * 1000
+    assert task.update(1, 1, 500) == 500
+
+
 def test_places_go_in_turns_to_the_shortest_and_the_oldest():
     scheduler = Scheduler(EngineLimits(max_running=3))
     long, short = [task_of(1000) for _ in range(4)], [task_of(8) for _ in range(4)]

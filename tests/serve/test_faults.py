@@ -118,7 +118,7 @@ def test_answers_that_do_not_end_in_time_are_told_so(tireless_folder, tmp_path):
         send_body(waiting, {**LONG, "stream": False})
         wait_for(lambda: server.metric("vidlada_running_requests") == 2)
         sending.sendall(f"{HEAD}Content-Length: 5000\r\n\r\n{{".encode())
-        wait_for(lambda: server.metric("vidlada_admitted_requests") == 3)
+        wait_for(lambda: server.metric("vidlada_arriving_bodies") == 1)
         server.stop()
         for connection, status in [(streaming, b"200"), (waiting, b"503"), (sending, b"503")]:
             with connection.makefile("rb") as file:

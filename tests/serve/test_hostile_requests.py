@@ -31,7 +31,7 @@ VALUES = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(OTHERS), st.integer
 def ask(small):
     """A function that puts requests to an application that stays."""
     loop = asyncio.new_event_loop()
-    context = running_app(small, {"max_tokens": MAX_SLOTS, "max_frames": 8})
+    context = running_app(small, {"max_tokens": MAX_SLOTS, "max_thought": MAX_SLOTS, "max_frames": 8})
     app, http = loop.run_until_complete(context.__aenter__())
 
     def asked(body):
@@ -56,7 +56,7 @@ def check(ask, field, value):
     response, peak = ask({**QUESTION, field: value})
     taken = ask.engine.totals.steps - steps
     assert peak < 64 * 2**20
-    assert taken <= MAX_SLOTS
+    assert taken <= MAX_SLOTS + QUESTION["gen_length"]  # a thought and an answer
     if response.status_code == 200:
         assert response.content
         return response
@@ -64,7 +64,7 @@ def check(ask, field, value):
     error = response.json()["error"]
     assert len(error["message"]) < 500
     names = {field, *(("max_tokens", "answer slots") if "tokens" in field or field == "gen_length" else ())}
-    assert response.status_code == 400 or any(name in error["message"] for name in names), (error, field)
+    assert response.status_code == 400 or any(name in f"{error['message']} {error['param']}" for name in names), error
     assert (taken, ask.engine.totals.failed) == (0, failed)
     return response
 
@@ -98,6 +98,8 @@ def test_any_value_of_any_field(ask, field, value):
             ),
             "remasking": st.sampled_from(["low_confidence", "random"]),
             "reuse": st.booleans(),
+            "think": st.booleans(),
+            "think_length": st.sampled_from([1, 7, 64, 65, 2**17]),
             "stop": st.sampled_from(["a", ["a" * 1000] * 16, [" "]]),
             "suffix": st.sampled_from(["", "red", "x" * 10_000]),
         },
@@ -108,7 +110,8 @@ def test_bounded_values_together(ask, extra):
     steps = ask.engine.totals.steps
     response, _ = ask({**QUESTION, **extra})
     assert response.status_code in (200, 422), response.text
-    assert ask.engine.totals.steps - steps <= extra.get("gen_length", QUESTION["gen_length"])
+    thought = min(extra.get("think_length", MAX_SLOTS), MAX_SLOTS) if extra.get("think") else 0
+    assert ask.engine.totals.steps - steps <= extra.get("gen_length", QUESTION["gen_length"]) + thought
 
 
 @pytest.mark.parametrize("scale", [1e39, 1e308, 101])

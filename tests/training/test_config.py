@@ -197,7 +197,7 @@ def test_a_number_that_yaml_reads_as_text(tmp_path):
         ({"log_evry": 1}, "log_evry"),
         ({"stage": {"data": {"kind": "shapes", "familys": []}}}, "did you mean families"),
         ({"stage": {"data": {"kind": "llava", "json_path": "gone.json"}}}, "gone.json"),
-        ({"model": None, "init_from": "gone"}, "init_from: gone is not a folder"),
+        ({"model": None, "init_from": "gone"}, "init_from: gone: no such model folder"),
         ({"optimizer": "muon", "parallel": "fsdp"}, "muon"),
         ({"model": {"text_config": {"hidden_sise": 12}}}, "did you mean hidden_size"),
         ({"model": {"generation": {"gen_lenght": 8}}}, "gen_lenght"),

@@ -112,8 +112,9 @@ class Answerer:
         *_, generation = split_options(dict(defaults))
         vidlada.settings(**generation)
         limits = Limits(
-            max_running=concurrency, max_tokens=UNBOUNDED, max_media=UNBOUNDED, max_frames=UNBOUNDED,
-            max_duration=float(UNBOUNDED), max_pixels=UNBOUNDED, max_upload_mb=UNBOUNDED, decode_seconds=3600.0,
+            max_running=concurrency, max_tokens=UNBOUNDED, max_thought=UNBOUNDED, max_media=UNBOUNDED,
+            max_frames=UNBOUNDED, max_duration=float(UNBOUNDED), max_pixels=UNBOUNDED, max_upload_mb=UNBOUNDED,
+            decode_seconds=3600.0,
         )  # fmt: skip
         self.folder, self.defaults = folder, defaults
         temporary = Path(tempfile.gettempdir())  # for what is fetched

@@ -150,7 +150,7 @@ class RequestHandle:
         settings = job.settings
         self.task = Task(
             tokens=job.tokens,
-            slots=settings.gen_length,
+            slots=settings.slots,
             pace=settings.block_length / min(settings.steps_per_block, settings.block_length),
             passes=2 if settings.cfg_scale > 0 else 1,
             frames=sum(len(shown.frames.times) for shown in job.videos),
@@ -440,6 +440,7 @@ class Engine:
         handle.put(Update(state, stable, dict(handle.seconds), handle.confidence_after(state)))
         if turn.request is not request:  # the thought is complete, and the answer has slots of its own
             handle.confidence = handle.committed = None
+            handle.task.restart(handle.job.settings.gen_length)
             self._start(handle)
 
     def _fail(self, error: VidLaDAError, handles: Iterable[RequestHandle]) -> None:

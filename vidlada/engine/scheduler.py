@@ -24,7 +24,7 @@ class Task:
 
     Attributes:
         tokens: positions it takes, prompt and answer slots.
-        slots: of its answer.
+        slots: of its answer, and of the thought before it.
         pace: slots that a step is planned to decide.
         passes: through the model in a step.
         frames: still to be encoded before it can join.
@@ -65,6 +65,10 @@ class Task:
         new = computed - self.computed
         self.steps, self.decided, self.computed = steps, decided, computed
         return new
+
+    def restart(self, slots: int) -> None:
+        """Begin to count anew: a thought is complete, and the answer behind it has slots of its own."""
+        self.slots, self.steps, self.decided, self.computed = slots, 0, 0, 0.0
 
 
 class Scheduler:

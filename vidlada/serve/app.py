@@ -24,7 +24,7 @@ from vidlada import __version__
 from vidlada.api import VidLaDA
 from vidlada.errors import VidLaDAError
 from vidlada.machine import MEBI
-from vidlada.serve.body import Arrivals, LimitedReceive, parsed
+from vidlada.serve.body import LimitedReceive, parsed
 from vidlada.serve.completions import ChatReply, Reply, updates_of
 from vidlada.serve.conversation import MediaReference, question_of
 from vidlada.serve.errors import RequestError, disk_errors
@@ -81,7 +81,7 @@ class Server:
     def __init__(self, vidlada: VidLaDA, settings: ServerSettings, service: Service):
         self.vidlada, self.settings, self.service = vidlada, settings, service
         self.limits = service.limits
-        self.arrivals = Arrivals(service.limits)
+        self.arrivals = service.arrivals
         self.metrics = Metrics(service)
 
     def owner(self, request: Request) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vidlada.generation import GenerationSettings
+from vidlada.generation import MAX_SLOTS, GenerationSettings
 from vidlada.processor import Message
 from vidlada.serve.errors import RequestError
 from vidlada.serve.refusals import unsupported
@@ -141,7 +141,7 @@ def content_of(pieces: Sequence[Piece]) -> str | list[Message]:
 
 
 def generation_settings(
-    request: AnswerRequest, base: GenerationSettings, most: int
+    request: AnswerRequest, base: GenerationSettings, most: int, most_thought: int = MAX_SLOTS
 ) -> tuple[GenerationSettings, int | None]:
     """How to decode, and the most tokens of the answer.
 
@@ -151,6 +151,7 @@ def generation_settings(
         request: of the client.
         base: the checkpoint's settings.
         most: slots allowed.
+        most_thought: slots allowed for the thought, which are also the most that it gets by default.
 
     Raises:
         InputError: settings that do not go together.
@@ -168,6 +169,11 @@ def generation_settings(
     if settings.gen_length > most:
         message = f"{settings.gen_length} answer slots are more than the {most} allowed"
         raise RequestError(422, message, "too_many_tokens", "max_tokens")
+    if settings.think_length > most_thought:
+        if request.think_length is not None:
+            message = f"think_length {settings.think_length} is more than the {most_thought} slots allowed"
+            raise RequestError(422, message, "too_many_tokens", "think_length")
+        settings = replace(settings, think_length=most_thought)
     if getattr(request, "top_logprobs", 0) > 1 and not request.guided_choice:
         reason = "only the committed token's confidence is known; guided_choice tells the probabilities of choices"
         raise unsupported("top_logprobs", reason)

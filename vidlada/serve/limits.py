@@ -11,6 +11,7 @@ class Limits(EngineLimits):
 
     max_queue: int = limit(64, "Requests that may wait; more are refused with 429.")
     max_tokens: int = limit(1024, "Answer slots of a request.")
+    max_thought: int = limit(4096, "Slots of a request's thought.")
     max_media: int = limit(128, "Videos and images in a request.")
     max_frames: int = limit(256, "Frames sampled from a video.")
     max_duration: float = limit(7200.0, "Seconds a video may last.")

@@ -22,6 +22,7 @@ class ServiceCollector(Collector):
         """Gauges, then counters."""
         service, engine = self.service, self.service.engine
         gauges: dict[str, tuple[str, float]] = {
+            "arriving_bodies": ("Bodies of requests being received", len(service.arrivals.arriving)),
             "admitted_requests": ("Requests being answered or waiting", service.admitted),
             "queued_requests": ("Requests waiting for the model", engine.queued),
             "running_requests": ("Requests being denoised", len(engine.running)),

@@ -15,6 +15,7 @@ from vidlada.engine.feature_store import LRUCache
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.machine import MEBI
 from vidlada.processor import BOS, EncodedConversation, time_instruction, with_think_mode
+from vidlada.serve.body import Arrivals
 from vidlada.serve.conversation import MediaReference, conversation_of, generation_settings, with_seed
 from vidlada.serve.decoder import Decoders
 from vidlada.serve.errors import RequestError
@@ -74,6 +75,7 @@ class Service:
         self.media = MediaSource(folder, limits, self.files, allowed, private_urls)
         self.frames: LRUCache[Frames] = LRUCache(limits.frame_store_mb * MEBI)
         self.decoding: dict[object, asyncio.Task[Frames]] = {}
+        self.arrivals = Arrivals(limits)
         self.admitted = self.previewing = 0
         self.previews = asyncio.Semaphore(max(1, limits.decode_workers - 1))  # questions wait for one of them at most
 
@@ -136,7 +138,7 @@ class Service:
             RequestError, InputError: it cannot be answered, and why.
         """
         base = self.vidlada.settings()
-        settings, max_tokens = generation_settings(request, base, self.limits.max_tokens)
+        settings, max_tokens = generation_settings(request, base, self.limits.max_tokens, self.limits.max_thought)
         check_choices(settings)
         seconds = {"fetch": 0.0, "video": 0.0}
         choices = tuple(request.guided_choice or ())
