@@ -115,5 +115,5 @@ def test_what_cannot_be_adapted_is_named(tmp_path, llama, small_folder):
     settings = run(tmp_path / "run", init_from=str(small_folder), stages=(Stage("a", 1e-3, DATA, 1),))
     with pytest.raises(InputError, match="whole model already"):
         train(settings, report=quietly)
-    with pytest.raises(InputError, match="gone is not a folder"):
+    with pytest.raises(InputError, match="gone: no such model folder"):
         train(replace(settings, init_from=str(tmp_path / "gone"), output=str(tmp_path / "b")), report=quietly)
