@@ -16,7 +16,7 @@ def conversation(*videos):
     encoded, first = EncodedConversation(), 0
     for sizes in videos:
         encoded.append([7, 8], 0)
-        encoded.append_video(-200, [first + n for n, size in enumerate(sizes) for _ in range(size)], 0)
+        encoded.append_medium(-200, [first + n for n, size in enumerate(sizes) for _ in range(size)], 0)
         first += len(sizes)
     encoded.append([9], 0, control=True)
     return encoded

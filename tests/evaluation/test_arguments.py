@@ -37,6 +37,7 @@ def test_task_arguments_alone():
         ({"until": "."}, {"stop": (".",)}),
         ({"max_gen_toks": 64}, {"gen_length": 64}),
         ({"temperature": 0, "top_p": 0, "top_k": 1}, {"temperature": 0.0}),
+        ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9}),
         ({"max_gen_toks": 64, "gen_length": 32}, {"gen_length": 32}),
     ],
 )
@@ -48,10 +49,9 @@ def test_every_argument_arrives(given, expected):
 @pytest.mark.parametrize(
     "given, named",
     [
-        ({"top_p": 0.9}, "top_p 0.9"),
         ({"num_beams": 4}, "num_beams 4"),
         ({"top_k": 50}, "top_k 50"),
-        ({"temperature": 0.7, "top_p": 0}, "top_p 0"),
+        ({"temperature": 0.7, "top_p": 0}, "top_p must be a number above 0"),
         ({"threshold": 0.9, "steps": 4}, "threshold"),
         ({"temperature": 0.7, "do_sample": False}, "do_sample False contradicts temperature 0.7"),
         ({"temperature": 0, "do_sample": True}, "contradicts"),

@@ -27,10 +27,10 @@ GENERATION_NAMES = {name: name for name in settings_of(GenerationSettings) if na
 }  # as the published evaluation calls them  # fmt: skip
 # Of autoregressive decoding, with the values that mean "off"; tasks give these.
 WITHOUT_COUNTERPART: dict[str, tuple[Any, ...]] = {
-    "top_p": (None, 1), "top_k": (None, 0), "num_beams": (None, 1), "num_return_sequences": (None, 1), "n": (None, 1),
+    "top_k": (None, 0), "num_beams": (None, 1), "num_return_sequences": (None, 1), "n": (None, 1),
     "repetition_penalty": (None, 1),
 }  # fmt: skip
-SAY_GREEDY = {"top_p": 0, "top_k": 1}  # the same as temperature 0, which some tasks give beside it
+SAY_GREEDY = {"top_p": 0, "top_k": 1}  # the same as temperature 0, which some tasks give with it
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,8 @@ def generation_settings(
     changes["stop"] = tuple(word for word in ((until,) if isinstance(until, str) else until) if word)
     changes["temperature"] = _temperature(changes.get("temperature"), left.pop("do_sample", None))
     greedy = (defaults.temperature if changes["temperature"] is None else changes["temperature"]) == 0
+    if greedy and changes.get("top_p") == SAY_GREEDY["top_p"]:
+        del changes["top_p"]
     for name, off in WITHOUT_COUNTERPART.items():
         value = left.pop(name, None)
         if value not in off and not (greedy and value == SAY_GREEDY.get(name)):
@@ -184,7 +186,7 @@ def generation_settings(
     if left:
         known = sorted({*GENERATION_NAMES, *WITHOUT_COUNTERPART, "max_new_tokens", "until", "do_sample", "think_mode"})
         raise InputError(f"unknown generation argument {', '.join(sorted(left))}; known: {', '.join(known)}")
-    for name in ("temperature", "cfg_scale", "threshold", "factor"):
+    for name in ("temperature", "top_p", "cfg_scale", "threshold", "factor"):
         if isinstance(changes.get(name), int):
             changes[name] = float(changes[name])
     settings = defaults.updated(**{name: value for name, value in changes.items() if name != "stop"})
