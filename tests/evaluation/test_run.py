@@ -118,7 +118,7 @@ def test_an_adapter_for_a_given_base(small_folder, small, adapter, tmp_path):
     beside, named = vidlada.load(small_folder, adapter=moved), vidlada.load(adapter)
     answer = beside.ask(None, question, **settings).token_ids
     assert answer == named.ask(None, question, **settings).token_ids != small.ask(None, question, **settings).token_ids
-    with pytest.raises(InputError, match="no such model folder"):
+    with pytest.raises(InputError, match="no such adapter folder"):
         vidlada.load(small_folder, adapter=tmp_path / "nowhere")
 
 
