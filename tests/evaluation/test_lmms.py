@@ -409,7 +409,7 @@ def test_answers_and_scores_against_asking_directly(root, finished, tiny):
         if sample.error:
             continue
         answer = tiny.ask(
-            root / video, text + "/no_think", frames=FRAMES, gen_length=2, block_length=2, steps=2,
+            root / video, text, think=False, frames=FRAMES, gen_length=2, block_length=2, steps=2,
             time_instruction=task.startswith("mvbench"),
         )  # fmt: skip
         assert sample.answer == answer.text.removesuffix(".").strip(), (task, number)
