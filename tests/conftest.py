@@ -55,14 +55,3 @@ def small(small_folder):
     import vidlada
 
     return vidlada.load(small_folder)
-
-
-KNOWN_FAILURES = Path(__file__).parent / "known_failures.txt"
-
-
-def pytest_collection_modifyitems(items):
-    """Tests that fail since rooms were merged and are not judged yet: listed by name, so that each is looked at."""
-    names = {line.partition("#")[0].strip() for line in KNOWN_FAILURES.read_text(encoding="utf-8").splitlines()}
-    for item in items:
-        if item.nodeid in names:
-            item.add_marker(pytest.mark.xfail(reason="in tests/known_failures.txt", strict=False))

@@ -222,8 +222,8 @@ def test_partial_and_empty_checkpoints_are_ignored(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from vidlada.training.output import held
-with held(Path(sys.argv[1])):
+from vidlada.training.output import lock_output
+with lock_output(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -471,7 +471,8 @@ class Run:
         """Save the batch whose loss is not finite; a full disk does not hide that it is not."""
         path = Path(self.config.output) / f"not_finite_{step}{rank_suffix(self.accelerator)}.pt"
         try:
-            torch.save(batch, path)
+            # plain values only, which torch.load reads without executing anything
+            torch.save({name: asdict(value) if is_dataclass(value) else value for name, value in batch.items()}, path)  # type: ignore[arg-type]
         except WRITE_ERRORS:
             path.unlink(missing_ok=True)
 
