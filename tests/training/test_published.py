@@ -40,6 +40,10 @@ def published(tmp_path, monkeypatch):
             noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std() * 0.5
             state[name] = (tensor.float() + noise).to(tensor.dtype)
     save_file(state, weights, {"format": "pt"})
+    config = tmp_path / "model" / "config.json"
+    stored = json.loads(config.read_text())
+    del stored["vidlada"]["vision_config"]  # published configurations name their tower instead of describing it
+    config.write_text(json.dumps({**stored, "mm_vision_tower": TOWER}))
     tower = tmp_path / "towers" / TOWER
     tower.mkdir(parents=True)
     vision = describe(SHIPPED).config.vision_config.to_dict()

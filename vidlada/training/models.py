@@ -101,8 +101,8 @@ def initial_config(config: TrainingConfig) -> VidLaDAConfig:
     checkpoint = describe(folder)
     if config.vision_tower is not None and checkpoint.layout == "published":
         named = read_json(checkpoint.folder / "config.json").text("mm_vision_tower")
-        if Path(named).name != Path(config.vision_tower).name:
-            raise InputError(f"vision_tower: {config.vision_tower}, but {folder} was made with {named or 'none'}")
+        if named and Path(named).name != Path(config.vision_tower).name:
+            raise InputError(f"vision_tower: {config.vision_tower}, but {folder} was made with {named}")
     return checkpoint.config
 
 
