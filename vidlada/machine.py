@@ -35,7 +35,7 @@ def processor() -> str:
 def now(device: str) -> float:
     """Seconds, once all that was asked of the device is done."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
