@@ -14,7 +14,7 @@ from vidlada.decoding.scoring import score_answers
 from vidlada.decoding.streaming import StableText
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings, PromptSettings
-from vidlada.processor import Message, place_media, time_instruction, with_think_mode
+from vidlada.messages import Message, place_media, time_instruction, with_think_mode
 from vidlada.settings import check_unicode
 from vidlada.tiling import MediaShape
 from vidlada.video import VideoInfo
