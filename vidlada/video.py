@@ -162,7 +162,7 @@ def sample_frames(
             pages of a paged TIFF count as a folder of images.
         sampling: which frames; one a second and at most 64 by default.
         size: resize each frame to this many pixels on both sides (bicubic, aspect not kept), so that no full-size
-            frame is held; None keeps the video's size.
+            frame is in memory; None keeps the video's size.
         check: called with what the source is and how many frames will be taken, before the first is decoded; it may
             raise.
 
