@@ -14,7 +14,7 @@ from vidlada.decoding.scoring import score_answers
 from vidlada.decoding.streaming import StableText
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings, PromptSettings
-from vidlada.processor import Message, place_media, time_instruction, with_think_mode
+from vidlada.messages import Message, place_media, time_instruction, with_think_mode
 from vidlada.settings import check_unicode
 from vidlada.tiling import MediaShape
 from vidlada.video import VideoInfo
@@ -172,10 +172,15 @@ class Conversation:
 
     def drafts(self, message: Message) -> Iterator[Draft]:
         """Answer a message, which is not remembered, yielding a draft after every step."""
+        for state, stable in self.states(message):
+            yield self.vidlada.draft(state, "" if stable.thinking else stable.reasoning, stable.thinking)
+
+    def states(self, message: Message) -> Iterator[tuple[State, StableText]]:
+        """Answer a message, which is not remembered: what is known after every step, without the cost of drafts."""
         for _, state, stable in self.vidlada.decode([self.request_for(message)]):
             if stable.finish_reason is not None:
                 self.last, self.visual = self.answer(state, stable), state.visual
-            yield self.vidlada.draft(state, "" if stable.thinking else stable.reasoning, stable.thinking)
+            yield state, stable
 
     def ask(self, question: str, choices: Sequence[str] | None = None) -> Answer:
         """Answer the next question, with one of the choices if there are any."""
@@ -183,8 +188,10 @@ class Conversation:
             self.last = self.choose(question, choices)
             self._remember(self._user(question))
             return self.last
-        for _ in self.stream(question):
+        message = self._user(question)
+        for _ in self.states(message):
             pass
+        self._remember(message)
         return self.last
 
     def choose(self, question: str, choices: Sequence[str]) -> Answer:

@@ -39,7 +39,7 @@ def is_url(source: Any) -> bool:
 
 
 @contextmanager
-def fetched(url: str, fetching: Fetching | None = None, progress: Progress | None = None) -> Iterator[Path]:
+def download(url: str, fetching: Fetching | None = None, progress: Progress | None = None) -> Iterator[Path]:
     """A temporary file with what is at an address, for as long as the context is open.
 
     Proxies of the environment are used. Unlike the server's clients, who are strangers, the user may name any address.

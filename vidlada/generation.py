@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from vidlada.errors import InputError
-from vidlada.settings import INT64, check_settings, setting, shown
+from vidlada.settings import INT64, check_settings, format_value, setting
 
 Remasking = Literal["low_confidence", "random"]
 Noise = Literal["auto", "torch", "counter"]
@@ -151,7 +151,7 @@ class GenerationSettings:
             object.__setattr__(self, "stop", tuple(self.stop))
         check_settings(self, skip=() if isinstance(self.cache, str | NoneType) else ("cache",))
         if not isinstance(self.cache, str | CachePolicy):
-            raise InputError(f"cache must be a text or a cache policy, not {shown(self.cache)}")
+            raise InputError(f"cache must be a text or a cache policy, not {format_value(self.cache)}")
         if self.gen_length % self.block_length:
             raise InputError(
                 f"block_length {self.block_length} does not divide gen_length {self.gen_length}; "
@@ -202,9 +202,9 @@ class GenerationSettings:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GenerationSettings":
         """Settings from a mapping; an unknown name is an `InputError` that lists the known ones."""
-        return cls().updated(**values)
+        return cls().replace(**values)
 
-    def updated(self, **changes: Any) -> "GenerationSettings":
+    def replace(self, **changes: Any) -> "GenerationSettings":
         """A copy with some settings changed; None leaves a setting as it is.
 
         A `gen_length` that the default `block_length` does not divide takes the largest block that does, unless

@@ -68,7 +68,7 @@ def image_info(source: str | Path | bytes) -> ImageInfo:
     Raises:
         InputError: it is not a picture Pillow can open, and why.
     """
-    with _opened(source) as image:
+    with _open(source) as image:
         name = (image.format or "image").lower()
         pages = _pages(image)
         seconds, duration = None, 0.0
@@ -95,14 +95,14 @@ def read_images(
     Raises:
         InputError: it cannot be read, and why.
     """
-    with _opened(source) as image:
+    with _open(source) as image:
         for page in pages:
             image.seek(page)
             yield page, to_rgb(ImageOps.exif_transpose(image), BACKGROUNDS[background])
 
 
 @contextmanager
-def _opened(source: str | Path | bytes) -> Iterator[Image.Image]:
+def _open(source: str | Path | bytes) -> Iterator[Image.Image]:
     """The opened picture; Pillow's errors become ours."""
     name = "the image" if isinstance(source, bytes) else str(source)
     try:

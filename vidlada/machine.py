@@ -48,7 +48,7 @@ def reset_peak_memory(device: str) -> None:
 
 
 def peak_memory(device: str) -> int:
-    """Most bytes held since the reset, or since the start where the system knows no reset: allocated on a GPU, else
+    """Most bytes in use since the reset, or since the start where the system knows no reset: allocated on a GPU, else
     resident of the process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vidlada.errors import InputError
-from vidlada.fetch import Fetching, Progress, fetched, is_url
+from vidlada.fetch import Fetching, Progress, download, is_url
 from vidlada.images import BACKGROUNDS, open_images, to_rgb
 from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import MediaShape
@@ -63,7 +63,7 @@ def local(media: Sequence[Any], fetching: Fetching, progress: Progress | None) -
         found = []
         for medium in media:
             if is_url(medium):
-                path = stack.enter_context(fetched(medium, fetching, progress))
+                path = stack.enter_context(download(medium, fetching, progress))
                 names[str(path)] = medium
                 medium = path
             found.append(medium)

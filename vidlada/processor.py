@@ -1,6 +1,5 @@
 """Conversations and frames to tensors: chat template, tokens, pixel values, and the map of which position is what."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,39 +12,20 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from vidlada.errors import InputError
+from vidlada.messages import (
+    BOS,
+    CHAT_TEMPLATE,
+    END_HEADER,
+    END_OF_ANSWER,
+    END_OF_TURN,
+    START_HEADER,
+    TAGS,
+    THINK_TOKENS,
+    Message,
+    pieces_of,
+)
 from vidlada.model.config import VidLaDAConfig
 from vidlada.tiling import ImageShape, MediaShape, MergeType, Tiling
-
-Message = dict[str, Any]
-
-BOS, START_HEADER, END_HEADER, END_OF_TURN = (
-    "<|startoftext|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
-MASK, END_OF_TEXT = "<|mdm_mask|>", "<|endoftext|>"
-VIDEO_PLACE = "<image>"
-THINK, END_OF_THINK, STOP_THINK, ANSWER, END_OF_ANSWER = (
-    "<think>", "</think>", "<stop_think>", "<answer>", "</answer>",
-)  # fmt: skip
-THINK_TOKENS = (THINK, END_OF_THINK, STOP_THINK, ANSWER)  # those that the think-mode stage adds to the vocabulary
-THINK_MODES = {True: "/think", False: "/no_think"}
-TAGS = re.compile("(" + "|".join(map(re.escape, (*THINK_TOKENS, END_OF_ANSWER))) + ")")
-PARTS = ("text", "video", "image")
-
-# Messages that say nothing are left out; of the others, the white space around, not that between texts and media.
-CHAT_TEMPLATE = (
-    "{{ '" + BOS + "' }}{% for message in messages %}"
-    "{% set content %}{% if message['content'] is string %}{{ message['content'] }}"
-    "{% elif message['content'] %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% else %}{{ '" + VIDEO_PLACE + "' }}{% if not part['inline'] %}{{ '\n' }}{% endif %}{% endif %}"
-    "{% endfor %}{% endif %}{% endset %}{% if content %}"
-    "{{ '" + START_HEADER + "' + message['role'] + '" + END_HEADER + "\n\n' + content | trim + '" + END_OF_TURN + "' }}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '" + START_HEADER + "assistant" + END_HEADER + "\n\n' }}{% endif %}"
-)
 
 
 @dataclass
@@ -79,95 +59,6 @@ class EncodedConversation:
         """Add the places of the visual tokens of a video or an image."""
         self.append([stand_in] * len(frame_index), turn)
         self.frame_index[len(self.frame_index) - len(frame_index) :] = frame_index
-
-
-def time_instruction(times: Sequence[float], duration: float) -> str:
-    """The published sentence that tells the model when its frames were taken.
-
-    Args:
-        times: seconds of each frame.
-        duration: seconds the video lasts.
-    """
-    stamps = ",".join(f"{time:.2f}s" for time in times)
-    return (
-        f"The video lasts for {duration:.2f} seconds, and {len(times)} frames are uniformly sampled from it. "
-        f"These frames are located at {stamps}. Please answer the following questions related to this video."
-    )
-
-
-def pieces_of(message: Message) -> list[str | Message]:
-    """What a message says: texts, with the media between them, as its text is rendered.
-
-    White space around the whole is stripped, that between texts and media is not.
-
-    Returns:
-        Texts and media parts in turn, beginning and ending with a text; empty if the message says nothing.
-
-    Raises:
-        InputError: its role or a part is unknown.
-    """
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant"):
-        raise InputError(f"unknown role {role!r}; use system, user or assistant")
-    pieces: list[str | Message] = [""]
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or ():
-        kind = part.get("type")
-        if kind not in PARTS:
-            raise InputError(f"unknown content part {kind!r}; use text, image or video")
-        if kind == "text":
-            pieces[-1] = str(pieces[-1]) + str(part["text"])
-        else:
-            pieces += [part, "" if part.get("inline") else "\n"]
-    if pieces == [""]:
-        return []
-    pieces[0] = str(pieces[0]).lstrip()
-    pieces[-1] = str(pieces[-1]).rstrip()
-    return pieces
-
-
-def place_media(text: str, media: Sequence[Message]) -> str | list[Message]:
-    """The content of a turn: a text with media.
-
-    They stand in the text's `<image>` marks, if there are as many and more than one; else in front of the text, a line
-    each, as published. Without media a mark is a text like any other.
-
-    Args:
-        text: said.
-        media: parts of type `video` or `image`, in order.
-    """
-    if not media:
-        return text
-    marks = text.count(VIDEO_PLACE)
-    if marks != len(media) or marks == 1:
-        text = text.replace(VIDEO_PLACE, "") if marks == len(media) else text
-        return [*media, {"type": "text", "text": text.strip()}]
-    texts = text.split(VIDEO_PLACE)
-    content: list[Message] = [{"type": "text", "text": texts[0]}]
-    for part, after in zip(media, texts[1:], strict=True):
-        content += [{**part, "inline": True}, {"type": "text", "text": after}]
-    return content
-
-
-def with_think_mode(messages: Sequence[Message], think: bool | None) -> list[Message]:
-    """A conversation with `/think` or `/no_think` directly behind the first user turn, as in training.
-
-    Args:
-        messages: see `VidLaDAProcessor.encode`.
-        think: None leaves them as they are.
-    """
-    found = list(messages)
-    place = next((i for i, message in enumerate(found) if message.get("role") == "user"), None)
-    if think is None or place is None:
-        return found
-    content, mark = found[place].get("content") or "", THINK_MODES[think]
-    if isinstance(content, str):
-        content = content.rstrip() + mark
-    elif content[-1].get("type") == "text":
-        content = [*content[:-1], {"type": "text", "text": str(content[-1]["text"]).rstrip() + mark}]
-    else:
-        content = [*content, {"type": "text", "text": mark}]
-    found[place] = {**found[place], "content": content}
-    return found
 
 
 class VidLaDAProcessor(ProcessorMixin):
@@ -300,12 +191,11 @@ class VidLaDAProcessor(ProcessorMixin):
             images = np.stack([np.asarray(Image.fromarray(i).resize(size, Image.Resampling.BICUBIC)) for i in images])
         scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
         values = torch.from_numpy((scaled - np.float32(self.pixel_mean)) / np.float32(self.pixel_std))  # of every byte
-        pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        both = values.to(dtype), torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         if torch.device(device).type == "cuda":
-            pixels = pixels.pin_memory()
-        pixels = pixels.to(device, non_blocking=True)
-        found = values.to(device, dtype).index_select(0, pixels.flatten().int())
-        return found.view(pixels.shape)
+            both = both[0].pin_memory(), both[1].pin_memory()
+        values, pixels = (tensor.to(device, non_blocking=True) for tensor in both)
+        return values.index_select(0, pixels.flatten().int()).view(pixels.shape)
 
     @property
     def most_frames(self) -> int:
@@ -334,7 +224,7 @@ class VidLaDAProcessor(ProcessorMixin):
         index = np.repeat(np.arange(shape), self.tokens_per_frame).tolist()
         return index + [shape - 1] * self.closing_tokens
 
-    def completed(self, messages: Sequence[Message]) -> list[Message]:
+    def with_system_message(self, messages: Sequence[Message]) -> list[Message]:
         """A conversation with the default system message in front, unless it brings one."""
         if not messages:
             raise InputError("the conversation is empty; give at least one user message")
@@ -371,7 +261,7 @@ class VidLaDAProcessor(ProcessorMixin):
             if role == "assistant":
                 encoded.append(self.text_ids("\n\n"), turn, control=True)
 
-        for message in self.completed(messages):
+        for message in self.with_system_message(messages):
             pieces = pieces_of(message)
             if not pieces:
                 continue
@@ -456,8 +346,8 @@ class VidLaDAProcessor(ProcessorMixin):
         alone = sum(part["type"] == "image" for part in parts) == 1
         found: list[tuple[np.ndarray, MediaShape]] = []
         for part in parts:
-            held = np.asarray(part[part["type"]])
-            found.append((held, len(held)) if part["type"] == "video" else self.image_pictures(held, alone))
+            pixels = np.asarray(part[part["type"]])
+            found.append((pixels, len(pixels)) if part["type"] == "video" else self.image_pictures(pixels, alone))
         return found
 
     def apply_chat_template(self, conversation: Any, tokenize: bool = False, **kwargs: Any) -> Any:
@@ -471,7 +361,7 @@ class VidLaDAProcessor(ProcessorMixin):
         if tokenize:
             return self(conversation, add_generation_prompt=kwargs.get("add_generation_prompt", False))
         alone = bool(conversation) and isinstance(conversation[0], dict)
-        batch = [self.completed(messages) for messages in ([conversation] if alone else conversation)]
+        batch = [self.with_system_message(messages) for messages in ([conversation] if alone else conversation)]
         for messages in batch:
             for message in messages:
                 pieces_of(message)  # refuses unknown roles and parts

@@ -80,10 +80,10 @@ def check_settings(instance: Any, skip: Container[str] = ()) -> None:
             check_text(name, value, bounds)
         elif bounds.choices and isinstance(value, str):
             if value not in bounds.choices:
-                raise InputError(f"{name} must be a number or {' or '.join(bounds.choices)}, not {shown(value)}")
+                raise InputError(f"{name} must be a number or {' or '.join(bounds.choices)}, not {format_value(value)}")
         elif kind is bool:
             if not isinstance(value, bool):
-                raise InputError(f"{name} must be true or false, not {shown(value)}")
+                raise InputError(f"{name} must be true or false, not {format_value(value)}")
         else:
             check_number(name, value, kind, bounds)
 
@@ -100,7 +100,7 @@ def check_number(name: str, value: Any, kind: type, bounds: Setting) -> None:
         fits = value <= (INT64 if bounds.maximum is None else bounds.maximum) and value == value
     if not fits:
         raise InputError(
-            f"{name} must be {'a whole number' if whole else 'a number'}{limits(bounds)}, not {shown(value)}"
+            f"{name} must be {'a whole number' if whole else 'a number'}{limits(bounds)}, not {format_value(value)}"
         )
 
 
@@ -115,9 +115,9 @@ def limits(bounds: Setting) -> str:
 def check_text(name: str, value: Any, bounds: Setting) -> None:
     """Refuse what is not a text, has half characters, is too long, or is none of the choices."""
     if not isinstance(value, str):
-        raise InputError(f"{name} must be a text, not {shown(value)}")
+        raise InputError(f"{name} must be a text, not {format_value(value)}")
     if bounds.choices and value not in bounds.choices:
-        raise InputError(f"{name} must be {' or '.join(bounds.choices)}, not {shown(value)}")
+        raise InputError(f"{name} must be {' or '.join(bounds.choices)}, not {format_value(value)}")
     if bounds.max_length is not None and len(value) > bounds.max_length:
         raise InputError(f"{name} may have at most {bounds.max_length:,} characters, not {len(value):,}")
     check_unicode(name, value)
@@ -136,14 +136,14 @@ def check_unicode(name: str, text: str) -> None:
 def check_list(name: str, values: Any, bounds: Setting) -> None:
     """Refuse what is not a list of such texts."""
     if not isinstance(values, list | tuple):
-        raise InputError(f"{name} must be a text or a list of texts, not {shown(values)}")
+        raise InputError(f"{name} must be a text or a list of texts, not {format_value(values)}")
     if bounds.max_items is not None and len(values) > bounds.max_items:
         raise InputError(f"{name} may have at most {bounds.max_items} entries, not {len(values)}")
     for value in values:
         check_text(name, value, bounds)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as an error shows it: short, whatever it is."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:80]}…"

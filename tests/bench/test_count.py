@@ -45,7 +45,7 @@ def models(dtype):
 
 def asked(model, dtype):
     for number, cache in enumerate(CACHES):
-        settings = GenerationSettings(gen_length=8, block_length=4, cache=cache).updated(**PACES[number % len(PACES)])
+        settings = GenerationSettings(gen_length=8, block_length=4, cache=cache).replace(**PACES[number % len(PACES)])
         request = random_request(model, 5, 4, settings)
         yield replace(request, prompt=request.prompt.to(dtype), stop_sequences=((90,), (91, 3)), suffix_ids=(5, 6))
 

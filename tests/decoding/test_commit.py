@@ -70,7 +70,7 @@ def request(model, seed=0, tokens=20, **changes):
     prompt = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)) * 0.2
     frame_index = [-1] * 4 + [0] * 6 + [1] * 6 + [-1] * (tokens - 16)
     return Request(
-        prompt, GenerationSettings(gen_length=16, block_length=8).updated(**changes), frame_index=frame_index
+        prompt, GenerationSettings(gen_length=16, block_length=8).replace(**changes), frame_index=frame_index
     )
 
 
@@ -227,7 +227,7 @@ def test_bold_rules_take_fewer_steps(small):
 
 def test_a_rule_gives_the_same_answer_in_a_batch_and_alone(small):
     requests = [request(small.model, seed, 18 + seed, commit=commit) for seed, commit in enumerate(BOLD)]
-    requests += [replace(r, settings=r.settings.updated(cache="dual", commit=r.settings.commit)) for r in requests[::2]]
+    requests += [replace(r, settings=r.settings.replace(cache="dual", commit=r.settings.commit)) for r in requests[::2]]
     for one, together in zip(requests, decode(small.model, *requests), strict=True):
         (alone,) = decode(small.model, one)
         assert together.answer_ids() == alone.answer_ids()

@@ -25,7 +25,7 @@ def request(model, cache, pace, frames, seed, stop):
     index = [-1] * 2 + [number for number in range(frames) for _ in range(4)] + [-1] * 3
     width = model.config.text_config.hidden_size
     prompt = torch.randn(len(index), width, generator=torch.Generator().manual_seed(seed)) * 0.2
-    settings = GenerationSettings(gen_length=16, block_length=8, cache=cache, seed=seed).updated(**pace)
+    settings = GenerationSettings(gen_length=16, block_length=8, cache=cache, seed=seed).replace(**pace)
     return Request(prompt, settings, frame_index=index, stop_sequences=stop)
 
 

@@ -82,7 +82,7 @@ def count_work(
     if size not in SIZES:
         raise InputError(f"unknown size {size!r}; use {', '.join(SIZES)}")
     shape = SIZES[size]
-    settings = GenerationSettings(gen_length=gen_length, block_length=block_length, cache=cache).updated(**options)
+    settings = GenerationSettings(gen_length=gen_length, block_length=block_length, cache=cache).replace(**options)
     model = random_model(shape.text_config, "meta", dtype)
     model.config.suppressed_token_ids = (1, 2, 3, 4)
     model.language_model.pack()

@@ -75,14 +75,14 @@ def cases_for(caches: Sequence[str], settings: GenerationSettings, threshold: fl
         trained: which of them.
     """
     names = list(dict.fromkeys((BASELINE, *caches)))
-    cases = [Case(cache, "1 token", settings.updated(cache=cache)) for cache in names]
+    cases = [Case(cache, "1 token", settings.replace(cache=cache)) for cache in names]
     if trained:
-        fast = settings.updated(threshold=threshold)
-        cases += [Case(cache, f"threshold {threshold:g}", fast.updated(cache=cache)) for cache in names]
+        fast = settings.replace(threshold=threshold)
+        cases += [Case(cache, f"threshold {threshold:g}", fast.replace(cache=cache)) for cache in names]
     elif tokens_per_step is not None:
         steps = settings.num_blocks * -(-settings.block_length // tokens_per_step)
-        fast = settings.updated(steps=steps)
-        cases += [Case(cache, f"{tokens_per_step} tokens", fast.updated(cache=cache)) for cache in names]
+        fast = settings.replace(steps=steps)
+        cases += [Case(cache, f"{tokens_per_step} tokens", fast.replace(cache=cache)) for cache in names]
     return cases
 
 

@@ -97,7 +97,7 @@ def drift_figures(model: VidLaDAForMaskedDiffusion, request: Request) -> dict[st
     """
     if request.frame_index is None or max(request.frame_index, default=-1) < 0:
         raise InputError("drift is measured on a video; this request has no frames")
-    request = replace(request, settings=request.settings.updated(cache=EveryLayer(), cfg_scale=0.0))
+    request = replace(request, settings=request.settings.replace(cache=EveryLayer(), cfg_scale=0.0))
     denoiser = Denoiser(model)
     denoiser.add(request)
     cache = denoiser.rows[0].caches[0]

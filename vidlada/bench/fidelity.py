@@ -61,7 +61,7 @@ def follow(
     """
 
     def row(number: int, cache: str) -> RunningRequest:
-        return RunningRequest(number, replace(request, settings=request.settings.updated(cache=cache)), model)
+        return RunningRequest(number, replace(request, settings=request.settings.replace(cache=cache)), model)
 
     leader, followers = row(0, BASELINE), [row(number, cache) for number, cache in enumerate(caches, start=1)]
     denoiser, layers = Denoiser(model), model.language_model.config.num_hidden_layers

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vidlada.api import EncodedVideo, VidLaDA
+from vidlada.api import VidLaDA
 from vidlada.bench.decoding import BASELINE, CACHES
+from vidlada.conversation import EncodedVideo
 from vidlada.decoding.commit import TopK
 from vidlada.shapes.benchmark import Asked, Report, Score, evaluate
 from vidlada.shapes.questions import LONG_FAMILIES

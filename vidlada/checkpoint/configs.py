@@ -24,8 +24,8 @@ from vidlada.checkpoint.tower import (
 )
 from vidlada.checkpoint.values import ConfigValues
 from vidlada.errors import InputError
+from vidlada.messages import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER
 from vidlada.model.config import NewlinePosition, PoolMode, VidLaDAConfig
-from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER
 
 TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -6,7 +6,7 @@ Layouts:
   language model of one alone;
 - `llada`: the text-only ancestor LLaDA-8B, with its `model.transformer.blocks` naming.
 
-Which one a checkpoint has is told by its tensors' names alone: `model_type` and `architectures` vary between
+Which one a checkpoint has follows from its tensors' names alone: `model_type` and `architectures` vary between
 checkpoints that are the same in everything else.
 """
 

@@ -26,11 +26,12 @@ from vidlada.checkpoint.tensors import DTYPES, PICKLED, read_entries, read_tenso
 from vidlada.checkpoint.tower import find_tower
 from vidlada.checkpoint.values import ConfigValues
 from vidlada.errors import InputError
+from vidlada.messages import END_OF_TEXT
 from vidlada.model.config import VidLaDAConfig
 from vidlada.model.hub import is_hub_name, local_folder
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.noise import quiet_libraries
-from vidlada.processor import END_OF_TEXT, VidLaDAProcessor
+from vidlada.processor import VidLaDAProcessor
 
 ADAPTER_CONFIG = "adapter_config.json"
 REMOTE_CODE = "modeling_vidlada.py"

@@ -55,8 +55,8 @@ def batch(
         output.resume(lines)
         done = output.written
         if ray:
-            from vidlada.api import SHIPPED, model_folder
             from vidlada.batch.ray_data import answer_on_cluster
+            from vidlada.loading import SHIPPED, model_folder
 
             if source.model != SHIPPED:
                 source = replace(source, model=str(model_folder(source.model).absolute()))

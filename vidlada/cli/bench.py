@@ -64,7 +64,7 @@ def measuring(device: str | None, dtype: str | None = None) -> dict[str, Any]:
     """What every benchmark of a model takes besides its options."""
     import torch
 
-    from vidlada.api import usable_device
+    from vidlada.loading import usable_device
 
     kind = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     return {"device": usable_device(device), "progress": lambda what: click.echo(what, err=True), **kind}

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from vidlada.cli.options import named, one_line_errors, progress, revision_option, without_progress_bars
+from vidlada.cli.options import name_with_revision, one_line_errors, progress, revision_option, without_progress_bars
 
 
 @click.command()
@@ -23,12 +23,14 @@ def info(model: str, revision: str | None, frames: int, dtype: str, cache: str, 
 
     MODEL is a folder, or a name of the Hugging Face hub (owner/name, owner/name@revision), which is downloaded.
     """
-    from vidlada.api import model_folder
     from vidlada.checkpoint.load import describe
     from vidlada.info import checkpoint_facts, machine_facts
+    from vidlada.loading import model_folder
 
     facts = {
-        "checkpoint": checkpoint_facts(describe(model_folder(named(model, revision))), frames, dtype, cache),
+        "checkpoint": checkpoint_facts(
+            describe(model_folder(name_with_revision(model, revision))), frames, dtype, cache
+        ),
         "machine": machine_facts(),
     }
     if as_json:
@@ -56,10 +58,10 @@ def convert(source: str, target: Path, layout: Any, revision: str | None) -> Non
 
     SOURCE is a folder, or a name of the Hugging Face hub (owner/name, owner/name@revision).
     """
-    from vidlada.api import model_folder
     from vidlada.checkpoint.convert import convert as convert_checkpoint
+    from vidlada.loading import model_folder
 
-    folder = model_folder(named(source, revision))
+    folder = model_folder(name_with_revision(source, revision))
     with progress(f"converting {source}"):
         convert_checkpoint(folder, target, layout)
     click.echo(f"{target}: written in the {layout} layout", err=True)
@@ -74,8 +76,8 @@ def merge(adapter: str, target: Path) -> None:
 
     ADAPTER and the base it names may also be names of the Hugging Face hub (owner/name, owner/name@revision).
     """
-    from vidlada.api import model_folder
     from vidlada.checkpoint.convert import merge as merge_adapter
+    from vidlada.loading import model_folder
 
     folder = model_folder(adapter, what="adapter")
     without_progress_bars()
@@ -95,7 +97,7 @@ def push(source: str, repository: str, revision: str | None, private: bool | Non
     Weights, configuration, processor and tokenizer go up, and SOURCE's README.md or else a model card. Log in before
     (hf auth login), or set HF_TOKEN.
     """
-    from vidlada.api import model_folder
     from vidlada.checkpoint.publish import push as push_checkpoint
+    from vidlada.loading import model_folder
 
     click.echo(push_checkpoint(model_folder(source), repository, private, revision))

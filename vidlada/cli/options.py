@@ -81,7 +81,7 @@ class ModelSource:
 
     def load(self) -> Any:
         """Load it behind our own spinner instead of transformers' progress bars; a download shows the hub's."""
-        from vidlada.api import load, model_folder
+        from vidlada.loading import load, model_folder
 
         folder = model_folder(self.model)
         without_progress_bars()
@@ -95,7 +95,7 @@ REVISION_HELP = "Branch, tag or commit of a model of the hub; also owner/name@re
 revision_option = click.option("--revision", help=REVISION_HELP)
 
 
-def named(model: str, revision: str | None) -> str:
+def name_with_revision(model: str, revision: str | None) -> str:
     """A model's name with its revision, as one name; a `UsageError` where it cannot have one."""
     from vidlada.model.hub import with_revision
 
@@ -196,7 +196,9 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
         model: str, revision: str | None, device: str | None, dtype: str, quantization: str | None, compiled: bool,
         **options: Any,
     ) -> Any:  # fmt: skip
-        return command(source=ModelSource(named(model, revision), device, dtype, quantization, compiled), **options)
+        return command(
+            source=ModelSource(name_with_revision(model, revision), device, dtype, quantization, compiled), **options
+        )
 
     for group, names, settings in (
         ("Model", ("--compile", "compiled"),

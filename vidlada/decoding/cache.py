@@ -146,6 +146,7 @@ class RequestCache:
             self.attention,
             None if plan.narrow is None else max(1, round(plan.narrow * len(self.answer))),
             (answer, slice(self.first, self.first + len(answer))),
+            self.attention.compact,
         )
 
     def reuse_visual(self, kv_cache: KVCache) -> dict[str, int]:

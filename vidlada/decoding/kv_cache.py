@@ -99,6 +99,8 @@ class PartialPass:
         narrow: after the first layer only so many positions go on, those whose values there changed most since they
             were last computed; None for all.
         answer: ids of the answer as it stands, whose embeddings are to enter the first layer, and their positions.
+        compact: layer → keys, and below them values, that the queries attend to instead of the whole cache: first
+            those of the pass's own positions, which are written here too.
     """
 
     kv_cache: KVCache
@@ -106,6 +108,7 @@ class PartialPass:
     attention: Attention = field(default=full_attention)
     narrow: int | None = None
     answer: tuple[Tensor, slice] | None = None
+    compact: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -201,5 +204,10 @@ def _attend(each: PartialPass, layer: int, active: Tensor, queries: Tensor, keys
     kv_cache = each.kv_cache
     kv_cache.layers[layer].index_copy_(1, active, keys_values)
     kv_cache.computed[layer] += len(active)
-    mixed = each.attention(queries, kv_cache.keys[layer], kv_cache.values[layer], layer, active)
+    keys, values = kv_cache.keys[layer], kv_cache.values[layer]
+    compact = each.compact.get(layer)
+    if compact is not None:
+        compact[:, : len(active)].copy_(keys_values)
+        keys, values = compact.chunk(2)
+    mixed = each.attention(queries, keys, values, layer, active)
     return mixed.transpose(0, 1).flatten(1)

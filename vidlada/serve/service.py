@@ -14,7 +14,8 @@ from vidlada.engine.engine import Engine, EngineRequest, MediaInput, RequestHand
 from vidlada.engine.feature_store import LRUCache
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.machine import MEBI
-from vidlada.processor import BOS, EncodedConversation, time_instruction, with_think_mode
+from vidlada.messages import BOS, time_instruction, with_think_mode
+from vidlada.processor import EncodedConversation
 from vidlada.serve.body import Arrivals
 from vidlada.serve.conversation import MediaReference, conversation_of, generation_settings, with_seed
 from vidlada.serve.decoder import Decoders

@@ -74,11 +74,13 @@ class AttentionPattern:
     Attributes:
         anchors: layer → positions of its anchors, kept between steps; empty for patterns without any.
         joins: of the pass that runs, layer → positions that join there; a pattern may add to the layers above.
+        compact: as of `vidlada.decoding.kv_cache.PartialPass`; empty for most.
     """
 
     def __init__(self) -> None:
         self.anchors: dict[int, Tensor] = {}
         self.joins: dict[int, Tensor] = {}
+        self.compact: dict[int, Tensor] = {}
 
     def static_key(self) -> Hashable:
         """What tells the passes apart whose attention runs over the same buffers whatever the values in them, so that

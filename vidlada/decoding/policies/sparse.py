@@ -41,42 +41,34 @@ class Sparse(SegmentPolicy):
 class SparsePattern(AttentionPattern):
     """The block attends to itself and, of everything else, to the keys it attended to most (Sparse-dLLM).
 
+    They are gathered once, when they are selected, into `compact`.
+
     Args:
         keep: share of the keys outside the block that are kept.
-
-    Attributes:
-        kept: layer → keys and values that are attended to, those of the block in front, one (2 × key/value heads, kept
-            tokens, head_dim) tensor a layer; empty in a block's full passes.
     """
 
     def __init__(self, keep: float):
         super().__init__()
         self.keep, self.select, self.selections = keep, False, 0
         self.block: Tensor
-        self.kept: dict[int, Tensor] = {}
 
     def begin_pass(self, plan: Plan, block: Tensor) -> None:
         """A pass over everything starts a new selection."""
         self.block, self.select = block, plan.select
         self.selections += plan.select
         if "text" in plan.start:
-            self.kept.clear()
+            self.compact.clear()
 
     def static_key(self) -> tuple[int] | None:
         """Passes after a selection look at its keys."""
-        return (self.selections,) if self.kept and not self.select else None
+        return (self.selections,) if self.compact and not self.select else None
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
         """See `AttentionPattern`."""
         if self.select:
             in_block = (active[:, None] == self.block).int().argmax(0)  # places of the block among the active ones
             kept = self._most_attended(queries.index_select(1, in_block), keys)
-            self.kept[layer] = torch.cat((keys.index_select(1, kept), values.index_select(1, kept)))
-        elif layer in self.kept:
-            # gathered once at the selection: only what the block has just computed is newer
-            states, size = self.kept[layer], len(self.block)
-            states[:, :size] = torch.cat((keys.index_select(1, self.block), values.index_select(1, self.block)))
-            keys, values = states[: len(keys)], states[len(keys) :]
+            self.compact[layer] = torch.cat((keys.index_select(1, kept), values.index_select(1, kept)))
         return attend_grouped(queries, keys, values)
 
     def _most_attended(self, queries: Tensor, keys: Tensor) -> Tensor:

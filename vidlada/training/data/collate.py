@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vidlada.errors import InputError
+from vidlada.messages import END_OF_TEXT, END_OF_TURN, MASK, VIDEO_PLACE, Message, place_media
 from vidlada.model.language_model import SharedPrefixMask
-from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK, VIDEO_PLACE, Message, VidLaDAProcessor, place_media
+from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import ImageShape, MediaShape
 from vidlada.training.config import CollateSettings
 from vidlada.training.data.samples import Item, Sample, Source

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from vidlada.errors import InputError
-from vidlada.settings import shown
+from vidlada.settings import format_value
 from vidlada.training.data.entries import Entry, Media, TarMember
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -61,13 +61,13 @@ def entry_of(found: Value, folder: Path, file: str, attached: Sequence[TarMember
 
 def _entry_of(value: Any, folder: Path, origin: str, attached: Sequence[TarMember]) -> Entry:
     if not isinstance(value, dict):
-        raise Malformed(f"expected a mapping, got {shown(value)}")
+        raise Malformed(f"expected a mapping, got {format_value(value)}")
     paths = media_paths(value)
     key = next((key for key in TURN_KEYS if value.get(key)), TURN_KEYS[0])
     system, turns = turns_of(value.get(key), key)
     process = value.get("process") or ""
     if not isinstance(process, str):
-        raise Malformed(f"process must be a text, not {shown(process)}")
+        raise Malformed(f"process must be a text, not {format_value(process)}")
     check_text("process", process)
     media: tuple[Media, ...] = tuple(attached) or tuple(folder / path for path in paths)
     by_name = {PurePosixPath(member.name).name: member for member in attached}
@@ -87,10 +87,10 @@ def media_paths(value: dict[str, Any]) -> list[str]:
         named = value.get(key) or []
         for path in named if isinstance(named, list) else [named]:
             if not isinstance(path, str) or not path.strip():
-                raise Malformed(f"{key} must be a path or a list of paths, not {shown(named)}")
+                raise Malformed(f"{key} must be a path or a list of paths, not {format_value(named)}")
             check_text(key, path)
             if "\0" in path:
-                raise Malformed(f"{key} has a NUL in its path {shown(path)}")
+                raise Malformed(f"{key} has a NUL in its path {format_value(path)}")
             paths.append(path)
     return paths
 
@@ -98,18 +98,18 @@ def media_paths(value: dict[str, Any]) -> list[str]:
 def turns_of(turns: Any, key: str) -> tuple[str | None, list[str]]:
     """The system turn, if there is one, and the texts of user and assistant in turn, of whole exchanges."""
     if not isinstance(turns, list) or not turns:
-        raise Malformed(f"{key} must be a list of turns, not {shown(turns)}")
+        raise Malformed(f"{key} must be a list of turns, not {format_value(turns)}")
     said: list[tuple[str, str]] = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
-            raise Malformed(f"{key}[{number}] must be a mapping, not {shown(turn)}")
+            raise Malformed(f"{key}[{number}] must be a mapping, not {format_value(turn)}")
         speaker = turn.get("from", turn.get("role"))
         role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
         if role is None:
-            raise Malformed(f"{key}[{number}] is said by {shown(speaker)}; known are {', '.join(ROLES)}")
+            raise Malformed(f"{key}[{number}] is said by {format_value(speaker)}; known are {', '.join(ROLES)}")
         text = turn.get("value", turn.get("content"))
         if not isinstance(text, str):
-            raise Malformed(f"{key}[{number}] needs a text as its value, not {shown(text)}")
+            raise Malformed(f"{key}[{number}] needs a text as its value, not {format_value(text)}")
         check_text(f"{key}[{number}]", text)
         said.append((role, text))
     system = said.pop(0)[1] if said[0][0] == "system" else None
@@ -119,7 +119,7 @@ def turns_of(turns: Any, key: str) -> tuple[str | None, list[str]]:
         said.pop()
     roles = [role for role, _ in said]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise Malformed(f"{key} must alternate user and assistant, got {shown(roles)}")
+        raise Malformed(f"{key} must alternate user and assistant, got {format_value(roles)}")
     return system, [text for _, text in said]
 
 
@@ -221,6 +221,6 @@ def _list_values(path: Path, text: str) -> Iterator[Value]:
             yield Value(f"entry {number}, line {line}", value)
             number, here = number + 1, skip(end)
         if rest := text[here + 1 :].strip():
-            raise json.JSONDecodeError(f"{shown(rest)} follows the list", text, here + 1)
+            raise json.JSONDecodeError(f"{format_value(rest)} follows the list", text, here + 1)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid json: {error}") from error
