@@ -143,7 +143,8 @@ class Conversation:
         self.vidlada._check_memory(shapes, self.settings)
         messages = with_think_mode([*self.messages, message], self.settings.think)
         encoded = self.vidlada.processor.encode(messages, shapes)
-        empty = torch.empty(0, self.vidlada.model.language_model.config.hidden_size, device=self.vidlada.model.device)
+        model = self.vidlada.model
+        empty = torch.empty(0, model.language_model.config.hidden_size, device=model.device, dtype=model.dtype)
         tokens = torch.cat([empty, *(medium.visual_tokens for medium in self.media)])
         return replace(self.vidlada.request(encoded, tokens, self.settings), visual=self.visual)
 

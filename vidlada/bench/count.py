@@ -17,8 +17,8 @@ from vidlada.decoding.sampler import Denoiser, Request
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 
-CACHES = ("none", "prefix", "dual", "frozen", "interval", "sparse", "mars", "mars:window=1,fused=false",
-          "mars:drift=0.02")  # fmt: skip
+CACHES = ("none", "prefix", "dual", "frozen", "interval", "dllm", "dkv", "elastic", "sparse", "mars",
+          "mars:window=1,fused=false", "mars:drift=0.02")  # fmt: skip
 STOP = ((7,), (8, 9))  # two stop sequences, as real requests have
 
 

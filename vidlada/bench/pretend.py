@@ -324,7 +324,7 @@ def _fused(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.empty, torch.full, torch.arange,
-                     torch.linspace, torch.rand, torch.randn, torch.empty_like), _factory),
+                     torch.linspace, torch.rand, torch.randn, torch.empty_like, torch.eye), _factory),
     **dict.fromkeys((Tensor.to, Tensor.cuda), _to),
     **dict.fromkeys((Tensor.cpu, Tensor.tolist, Tensor.numpy), _to_host),
     **dict.fromkeys((torch.where, Tensor.where), _where),
