@@ -106,8 +106,8 @@ class GenerationSettings:
     seed: int = setting(0, "Of every random choice of this answer.", minimum=-INT64, maximum=INT64 - 1, essential=True)
     cache: str | CachePolicy = setting(
         "none",
-        "What is reused between steps: none, prefix, dual, frozen, interval, sparse or mars, with settings after a "
-        "colon, e.g. mars:text=8,ratio=2.",
+        "What is reused between steps: none, prefix, dual, frozen, interval, dllm, dkv, elastic, sparse or mars, "
+        "with settings after a colon, e.g. mars:text=8,ratio=2.",
         max_length=200,
         essential=True,
         metavar="POLICY",

@@ -21,7 +21,7 @@ from vidlada.cli.options import (
 from vidlada.errors import InputError
 
 
-@click.group()
+@click.group(short_help="Measure speed, fidelity and quality.")
 def bench() -> None:
     """Figures anyone can check: every ratio is to a baseline measured in the same run."""
 
