@@ -8,7 +8,7 @@ from typing import get_args
 
 from safetensors.torch import save_file
 
-from vidlada.checkpoint.configs import written_config
+from vidlada.checkpoint.export import config_for_layout
 from vidlada.checkpoint.layouts import Entry, Layout, tensor_name
 from vidlada.checkpoint.load import (
     ADAPTER_CONFIG,
@@ -57,7 +57,7 @@ def convert(source: Path, target: Path, layout: Layout) -> None:
         if layout == "vidlada":
             write_our_config(checkpoint, folder)
         else:
-            values = written_config(checkpoint.config, layout, checkpoint.dtype)
+            values = config_for_layout(checkpoint.config, layout, checkpoint.dtype)
             (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
