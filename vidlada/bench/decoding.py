@@ -22,8 +22,8 @@ from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 BASELINE = "none"
 CACHES = (
-    BASELINE, "prefix", "dual", "interval", "sparse", "frozen", "mars", "mars:window=1",
-    "mars:window=1,anchors=0", "mars:ratio=1", "mars:ratio=2", "mars:ratio=4", "mars:pyramid=1",
+    BASELINE, "prefix", "dual", "interval", "dllm", "dkv", "elastic", "sparse", "frozen", "mars", "mars:paper",
+    "mars:window=1", "mars:window=1,anchors=0", "mars:ratio=1", "mars:ratio=2", "mars:ratio=4", "mars:pyramid=1",
 )  # fmt: skip
 
 

@@ -56,8 +56,8 @@ class Mars:
 
     name: ClassVar[str] = "mars"
     presets: ClassVar[dict[str, dict[str, int]]] = {
-        # What the paper gives, and for the text interval, which it does not give, our own; anchors too are not given.
-        "paper": {"text": 4, "ratio": 2, "group": 4, "pyramid": 2, "window": 1, "anchors": 64, "queries": 32}
+        # What the paper gives; the text interval and the number of anchors, which it does not give, are our own.
+        "paper": {"text": 4, "ratio": 2, "group": 4, "pyramid": 2, "window": 1, "queries": 32}
     }
     text: int = setting(4, "Steps between refreshes of text in the deepest group.", minimum=1, maximum=MAX_STEPS)
     ratio: int = setting(8, "Frames are refreshed so many times less often.", minimum=1, maximum=MAX_STEPS)
