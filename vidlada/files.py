@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, locked, read as JSON."""
+"""File helpers: atomic writes, locks, JSON."""
 
 import fcntl
 import json
@@ -51,7 +51,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8, whole or not at all."""
+    """Write a UTF-8 text file atomically."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -75,7 +75,7 @@ def lock(file: IO[Any] | int, busy: str, shared: bool = False) -> None:
 
 @contextmanager
 def open_folder(folder: Path) -> Iterator[int]:
-    """A descriptor of a folder, to lock it."""
+    """Open a descriptor of a folder, to lock it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield descriptor
@@ -84,7 +84,7 @@ def open_folder(folder: Path) -> Iterator[int]:
 
 
 def read_json(path: Path, what: str = "JSON") -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Args:
         path: of the file.

@@ -1,4 +1,4 @@
-"""What is said in a conversation: control tokens, the chat template, texts with media in their places, think marks."""
+"""Messages: control tokens, the chat template, where media stand in a text, and think marks."""
 
 import re
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
 
 
 def time_instruction(times: Sequence[float], duration: float) -> str:
-    """The published sentence that tells the model when its frames were taken.
+    """Return the published sentence that states when the frames were taken.
 
     Args:
         times: seconds of each frame.
@@ -53,7 +53,7 @@ def time_instruction(times: Sequence[float], duration: float) -> str:
 
 
 def pieces_of(message: Message) -> list[str | Message]:
-    """What a message says: texts, with the media between them, as its text is rendered.
+    """Split a message into texts and the media between them, as the template renders them.
 
     White space around the whole is stripped, that between texts and media is not.
 
@@ -83,7 +83,7 @@ def pieces_of(message: Message) -> list[str | Message]:
 
 
 def place_media(text: str, media: Sequence[Message]) -> str | list[Message]:
-    """The content of a turn: a text with media.
+    """Return the content of a turn: a text with its media in place.
 
     They stand in the text's `<image>` marks, if there are as many and more than one; else in front of the text, a line
     each, as published. Without media a mark is a text like any other.
@@ -106,7 +106,7 @@ def place_media(text: str, media: Sequence[Message]) -> str | list[Message]:
 
 
 def with_think_mode(messages: Sequence[Message], think: bool | None) -> list[Message]:
-    """A conversation with `/think` or `/no_think` directly behind the first user turn, as in training.
+    """Append `/think` or `/no_think` directly to the first user turn, as in training.
 
     Args:
         messages: see `VidLaDAProcessor.encode`.

@@ -55,7 +55,7 @@ MERGE_TYPES = ("spatial_unpad", "spatial", "flat")
 
 @dataclass(frozen=True)
 class Weights:
-    """What the configuration of a checkpoint has to fit.
+    """The tensors that a configuration has to fit.
 
     Attributes:
         folder: of the checkpoint.
@@ -81,7 +81,7 @@ class Weights:
 
 
 def read_config(stored: ConfigValues, weights: Weights) -> VidLaDAConfig:
-    """Our configuration of a checkpoint.
+    """Read the configuration of a checkpoint.
 
     Args:
         stored: its config.json.
@@ -367,7 +367,7 @@ def _role_tokens(stored: ConfigValues, own: ConfigValues, weights: Weights, voca
 
 
 def _kept(stored: ConfigValues, layout: Layout) -> dict[str, Any]:
-    """What `VidLaDAConfig.source` keeps of a file."""
+    """Return the part of a config.json that `VidLaDAConfig.source` keeps."""
     return {"layout": layout, "config": {key: v for key, v in stored.values.items() if key not in NOT_KEPT}}
 
 

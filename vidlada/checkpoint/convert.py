@@ -1,4 +1,4 @@
-"""Writing a checkpoint in another layout, an adapter merged into its base, and a folder for the hub."""
+"""Convert a checkpoint to another layout; merge an adapter into its base."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def convert(source: Path, target: Path, layout: Layout) -> None:
 
 
 def whole_model(folder: Path) -> Checkpoint:
-    """A checkpoint that is a model by itself; `InputError` where it is an adapter."""
+    """Describe a checkpoint; `InputError` if it is an adapter."""
     if (folder / ADAPTER_CONFIG).is_file():
         raise InputError(f"{folder} is an adapter; write the whole model first: vidlada merge {folder} NEW")
     return describe(folder)

@@ -58,7 +58,7 @@ def ask(
 
 
 def watch(media: tuple[str, ...], source: ModelSource, options: dict[str, Any]) -> tuple[Any, Any]:
-    """The model, and a conversation about media it has seen."""
+    """Load the model and encode the media."""
     given = given_options(options)
     vidlada = source.load()
     with download_progress() as vidlada.progress, progress(f"watching {', '.join(media)}"):
@@ -66,7 +66,7 @@ def watch(media: tuple[str, ...], source: ModelSource, options: dict[str, Any]) 
 
 
 def answer_object(model: str, media: tuple[str, ...], question: str, conversation: Any) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Build the object that `--json` prints."""
     answer = conversation.last
     shown = [
         {

@@ -19,7 +19,7 @@ from vidlada.cli.options import name_with_revision, one_line_errors, progress, r
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @one_line_errors
 def info(model: str, revision: str | None, frames: int, dtype: str, cache: str, as_json: bool) -> None:
-    """Tell what checkpoint MODEL is, what memory a run needs, and what this machine has. Loads no weights.
+    """Show what checkpoint MODEL is, how much memory a run needs, and what this machine has. Loads no weights.
 
     MODEL is a folder, or a name of the Hugging Face hub (owner/name, owner/name@revision), which is downloaded.
     """
@@ -72,7 +72,7 @@ def convert(source: str, target: Path, layout: Any, revision: str | None) -> Non
 @click.argument("target", type=click.Path(path_type=Path))
 @one_line_errors
 def merge(adapter: str, target: Path) -> None:
-    """Write the model that LoRA folder ADAPTER and its base make together as TARGET, a new folder.
+    """Merge LoRA folder ADAPTER into its base and write the model to TARGET, a new folder.
 
     ADAPTER and the base it names may also be names of the Hugging Face hub (owner/name, owner/name@revision).
     """
