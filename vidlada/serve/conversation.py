@@ -174,6 +174,8 @@ def generation_settings(
             message = f"think_length {settings.think_length} is more than the {most_thought} slots allowed"
             raise RequestError(422, message, "too_many_tokens", "think_length")
         settings = replace(settings, think_length=most_thought)
+    if settings.think and not isinstance(request, ChatRequest):
+        raise unsupported("think", "a text is continued without a thought; use /v1/chat/completions")
     if getattr(request, "top_logprobs", 0) > 1 and not request.guided_choice:
         reason = "only the committed token's confidence is known; guided_choice tells the probabilities of choices"
         raise unsupported("top_logprobs", reason)

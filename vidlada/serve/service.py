@@ -178,6 +178,8 @@ class Service:
             text = shown["content"][-1]
             text["text"] = f"{time_instruction(frames.times, frames.info.duration)}\n{text['text']}"
         messages = with_think_mode(messages, settings.think)
+        if prefix:  # the answer has begun: it is too late for a thought
+            settings = replace(settings, think=None)
         counts = [video.shape for video in videos]
         size = sum(len(str(message["content"])) for message in messages) + len(prefix)
 
@@ -204,8 +206,10 @@ class Service:
         """A job that fits the model; 422 for one that does not."""
         most = self.vidlada.processor.max_length
         if job.tokens > most:
-            message = f"prompt and answer slots take {job.tokens} tokens, more than the model's {most}"
-            raise RequestError(422, f"{message}; use fewer frames or a smaller max_tokens", "context_length_exceeded")
+            slots, smaller = ("thought and answer", "think_length or ") if job.settings.think else ("answer", "")
+            message = f"prompt and {slots} slots take {job.tokens} tokens, more than the model's {most}"
+            instead = f"use fewer frames or a smaller {smaller}max_tokens"
+            raise RequestError(422, f"{message}; {instead}", "context_length_exceeded")
         return job
 
     def sampling(
