@@ -21,6 +21,7 @@ def shown(kind, url):
     return {"type": kind, kind: {"url": url}}
 
 
+AFTER_A_LINE = {"type": "video", "inline": False}
 TURNS = [
     {"role": "developer", "content": "be short"},
     {"role": "user", "content": [text("what is it ?"), shown("video_url", "a"), text("say more")]},
@@ -31,7 +32,7 @@ TURNS = [
 
 def test_turns():
     conversation = conversation_of(request(TURNS).messages, multi_turn=True)
-    messages, references = conversation.messages, conversation.media
+    messages, references = conversation.messages(), conversation.media
     assert messages == [
         {"role": "system", "content": "be short"},
         {"role": "user", "content": [{"type": "video"}, text("what is it ?\nsay more")]},
@@ -43,10 +44,10 @@ def test_turns():
 
 def test_a_model_of_single_questions_gets_the_last_one_and_all_that_was_shown():
     conversation = conversation_of(request(TURNS).messages, multi_turn=False)
-    messages, references = conversation.messages, conversation.media
+    messages, references = conversation.messages(), conversation.media
     assert messages == [
         {"role": "system", "content": "be short"},
-        {"role": "user", "content": [{"type": "video"}, {"type": "video"}, text("and this ?")]},
+        {"role": "user", "content": [AFTER_A_LINE, AFTER_A_LINE, text("and this ?")]},
     ]
     assert [reference.url for reference in references] == ["a", "b"]
 
@@ -78,16 +79,29 @@ def test_slots_for_max_tokens(fields, slots, block, bound):
 def test_several_media_stay_where_they_are():
     parts = [text("first"), shown("image_url", "a"), text("then"), shown("video_url", "b"), text("what changed ?")]
     conversation = conversation_of(request([{"role": "user", "content": parts}]).messages, multi_turn=True)
-    assert conversation.messages[0]["content"] == [
-        text("first"), {"type": "video"}, text("then"), {"type": "video"}, text("what changed ?"),
+    assert conversation.messages()[0]["content"] == [
+        text("first"), AFTER_A_LINE, text("then"), AFTER_A_LINE, text("what changed ?"),
     ]  # fmt: skip
     assert [medium.is_image for medium in conversation.media] == [True, False]
+
+
+def test_media_stand_in_as_many_marks():
+    inline = {"type": "video", "inline": True}
+    parts = [shown("image_url", "a"), shown("video_url", "b"), text("is <image> in <image> ?")]
+    conversation = conversation_of(request([{"role": "user", "content": parts}]).messages, multi_turn=True)
+    assert conversation.messages()[0]["content"] == [text("is "), inline, text(" in "), inline, text(" ?")]
+    one = [shown("image_url", "a"), text("what is <image> ?")]
+    assert conversation_of(request([{"role": "user", "content": one}]).messages, True).messages()[0]["content"] == [
+        {"type": "video"}, text("what is  ?"),
+    ]  # fmt: skip
+    none = conversation_of(request([{"role": "user", "content": "what is <image> ?"}]).messages, multi_turn=True)
+    assert none.messages()[0]["content"] == "what is <image> ?"
 
 
 def test_the_assistants_last_message_is_gone_on_with():
     turns = [{"role": "user", "content": "what is it ?"}, {"role": "assistant", "content": "it is a "}]
     conversation = conversation_of(request(turns).messages, multi_turn=False)
-    assert conversation.messages == [{"role": "user", "content": "what is it ?"}]
+    assert conversation.messages() == [{"role": "user", "content": "what is it ?"}]
     assert conversation.prefix == "it is a "
 
 
@@ -121,7 +135,8 @@ REFUSED = {
     "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required", "logit_bias": {"3": 1},
     "modalities": ["text", "audio"], "repetition_penalty": 1.1, "presence_penalty": 0.5, "verbosity": "low",
     "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}, "top_logprobs": 5, "best_of": 3,
-    "chat_template_kwargs": {"tools_in_user": True}, "reasoning_effort": "heroic", "mm_processor_kwargs": {"size": 3}, "ignore_eos": True,
+    "chat_template_kwargs": {"tools_in_user": True}, "reasoning_effort": "heroic", "ignore_eos": True,
+    "mm_processor_kwargs": {"size": 3},
     "guided_regex": "a+", "structured_outputs": {"json": {"type": "object"}},
 }  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Updates of the engine as OpenAI's objects.
 
 `delta.content` carries stable text only, so that a client that knows nothing of diffusion shows the right answer;
-`delta.reasoning_content` likewise the thought before it. With `diffusing` every event also has a `diffusion` object: the draft as it stands.
+`delta.reasoning_content` likewise the thought before it. With `diffusing` every event also has a `diffusion` object:
+the draft as it stands.
 """
 
 import asyncio
