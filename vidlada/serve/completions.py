@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from vidlada.api import VidLaDA
-from vidlada.engine.engine import RequestHandle, Update
+from vidlada.engine.requests import RequestHandle, Update
 from vidlada.serve.schema import AnswerRequest
 from vidlada.serve.service import Submitted
 

@@ -3,7 +3,7 @@
 from itertools import accumulate
 from typing import Any
 
-from vidlada.engine.engine import Update
+from vidlada.engine.requests import Update
 from vidlada.serve.completions import DONE, Reply, event
 from vidlada.serve.schema import CompletionRequest
 

@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-from vidlada.engine.engine import MediaInput
 from vidlada.engine.feature_store import LRUCache
+from vidlada.engine.requests import MediaInput
 from vidlada.machine import MEBI
 from vidlada.serve.decoder import Decoders
 from vidlada.serve.limits import Limits

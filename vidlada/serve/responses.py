@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from vidlada.api import VidLaDA
-from vidlada.engine.engine import Update
+from vidlada.engine.requests import Update
 from vidlada.serve.body import validated
 from vidlada.serve.completions import Reply, event
 from vidlada.serve.errors import RequestError

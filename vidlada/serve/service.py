@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from vidlada.api import VidLaDA
 from vidlada.decoding.choices import check_choices
-from vidlada.engine.engine import Engine, EngineRequest, RequestHandle
+from vidlada.engine.engine import Engine
+from vidlada.engine.requests import EngineRequest, RequestHandle
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.processor import BOS, EncodedConversation, time_instruction, with_think_mode
 from vidlada.serve.body import Arrivals
