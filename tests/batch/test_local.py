@@ -58,6 +58,21 @@ def test_answers_are_those_of_ask(folder, small, small_folder, tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
+def test_thoughts_stand_beside_the_answers(folder, small, small_folder, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    lines = [{"question": "is it red ?"}, {"question": "is it red ?", "think": False},
+             {"question": "is it red ?", "think_length": 8}]  # fmt: skip
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"gen_length": 8, "think": True, "think_length": 12}
+    given = ("--model", small_folder, "--gen-length", 8, "--think", "--think-length", 12)
+    assert run(questions, tmp_path / "out.jsonl", *given)[0] == 0
+    for line, answer in zip(lines, answers(tmp_path / "out.jsonl"), strict=True):
+        expected = small.ask(None, **{**options, **line})
+        assert answer["answer"] == expected.text
+        assert answer.get("reasoning", "") == expected.reasoning
+        assert ("reasoning" in answer) == (line.get("think") is not False)
+
+
 def test_errors_are_lines(folder, small_folder, tmp_path):
     bad = [
         "{", "[]", "", '{"video": "0.mp4"}', '{"question": "is it red ?", "video": "none.mp4"}',

@@ -161,11 +161,12 @@ def event(content):
     return f"data: {json.dumps(content)}\n\n"
 
 
-TEXT = "<think>let me see</think>It turns at 4.5 s and <b>again</b> at 0:07."
+TEXT = "It turns at 4.5 s and <b>again</b> at 0:07."
 DRAFT = {"step": 1, "slots": 16, "tokens": [], "statistics": {
     "steps": 1, "tokens": 16, "forward_passes": 1, "layer_tokens": [10], "seconds": {"denoising": 0.1}}}  # fmt: skip
 ANSWER = (
-    event({"choices": [{"delta": {"content": TEXT}}], "diffusion": DRAFT})
+    event({"choices": [{"delta": {"reasoning_content": "let me see"}}], "diffusion": {**DRAFT, "thinking": True}})
+    + event({"choices": [{"delta": {"content": TEXT}}], "diffusion": DRAFT})
     + event({"choices": [], "usage": {"prompt_tokens": 10}}) + "data: [DONE]\n\n"
 )  # fmt: skip
 

@@ -26,7 +26,7 @@ from vidlada.errors import VidLaDAError
 from vidlada.machine import MEBI
 from vidlada.serve.body import LimitedReceive, parsed
 from vidlada.serve.completions import ChatReply, Reply, updates_of
-from vidlada.serve.conversation import MediaReference, question_of
+from vidlada.serve.conversation import question_of
 from vidlada.serve.errors import RequestError, disk_errors
 from vidlada.serve.files import Upload, too_large
 from vidlada.serve.http import (
@@ -283,9 +283,8 @@ class Server:
         sampling = self.service.sampling(frames, fps, force_sample)
 
         async def preview() -> dict[str, Any]:
-            reference = MediaReference(file_id, is_image=False)
             async with self.service.previews:
-                shown = await self.service.show(reference, sampling, owner, {"fetch": 0.0, "video": 0.0})
+                shown = await self.service.loader.preview(file_id, owner, sampling)
             return await in_thread(PICTURES, strip, shown.frames)
 
         with self.service.admit_preview():

@@ -29,6 +29,21 @@ MOST_HEAD = 1000  # characters of a data URI before its content
 
 
 @dataclass(frozen=True)
+class MediaReference:
+    """A video or an image of a conversation, by reference.
+
+    Attributes:
+        url: of it, or the id of an upload.
+        is_image: the client says that it is an image; else its content tells.
+        inline: no line break follows it: it stands in the place of a mark within a text.
+    """
+
+    url: str
+    is_image: bool = False
+    inline: bool = False
+
+
+@dataclass(frozen=True)
 class Medium:
     """A file to be decoded.
 

@@ -15,8 +15,7 @@ from vidlada.serve.errors import RequestError
 ACCEPTED = frozenset({
     "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
     "prediction", "parallel_tool_calls", "request_id", "priority", "cache_salt", "add_generation_prompt",
-    "reasoning_effort", "include_reasoning", "return_tokens_as_token_ids", "include_stop_str_in_output",
-    "add_special_tokens", "max_tool_calls",
+    "return_tokens_as_token_ids", "include_stop_str_in_output", "add_special_tokens", "max_tool_calls",
 })  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from vidlada.video import Sampling
 MOST_CHOICES = 16  # answers to one request
 MOST_GUIDED = 100  # answers to choose between
 MOST_LOGPROBS = 20
+EFFORTS = {"none": False, "minimal": False, **dict.fromkeys(("low", "medium", "high", "xhigh", "max"), True)}
 
 Text = Annotated[str, Field(max_length=1_000_000)]
 StopString = Annotated[str, Field(max_length=1000)]  # every step looks for every one of them
@@ -176,6 +177,7 @@ class AnswerRequest(Settings):
         logprobs: give each token's confidence when it was committed.
         top_logprobs: with `guided_choice`, so many of the choices; else the committed token at most.
         guided_choice: answer with the likeliest of these.
+        include_reasoning: give the thought beside the answer.
         diffusing: also tell the draft: in a stream after every step.
         gen_length and all other settings of `Sampling`, `PromptSettings` and `GenerationSettings`: as listed there. By
             default there are as many slots as `max_tokens` needs, and no more frames than allowed.
@@ -191,6 +193,7 @@ class AnswerRequest(Settings):
     top_k: int | None = Field(None, ge=-1, le=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     guided_choice: Annotated[list[StopString], Field(min_length=1, max_length=MOST_GUIDED)] | None = None
+    include_reasoning: bool = True
     diffusing: bool = False
 
     @property
@@ -206,9 +209,7 @@ class AnswerRequest(Settings):
         video = data.pop("media_io_kwargs", {})
         if isinstance(video, dict):
             map_media(data, "media_io_kwargs.video", video.get("video", {}))
-        template = data.pop("chat_template_kwargs", {})
-        if isinstance(template, dict) and template.get("enable_thinking"):
-            raise unsupported("chat_template_kwargs.enable_thinking", "this server has no think mode")
+        map_thinking(data)
         outputs = data.pop("structured_outputs", {})
         if isinstance(outputs, dict):
             for name, value in outputs.items():
@@ -243,6 +244,31 @@ def map_media(data: dict[str, Any], name: str, given: Any) -> None:
                 set_once(data, "fps", value, f"{name}.{key}")
         else:
             raise unsupported(f"{name}.{str(key)[:80]}", "only fps and num_frames are known here")
+
+
+def map_thinking(data: dict[str, Any]) -> None:
+    """Take how other servers' clients ask for a thought into a request: `think`, and `think_length` in slots.
+
+    Raises:
+        RequestError: anything else is asked for, or two things at once.
+    """
+    effort = data.pop("reasoning_effort", None)
+    if effort is not None:
+        if not isinstance(effort, str) or effort not in EFFORTS:
+            raise unsupported("reasoning_effort", f"it must be one of {', '.join(EFFORTS)}")
+        set_once(data, "think", EFFORTS[effort], "reasoning_effort")
+    template = data.pop("chat_template_kwargs", {})
+    if not isinstance(template, dict):
+        raise unsupported("chat_template_kwargs", "it must be an object")
+    for key, value in template.items():
+        where = f"chat_template_kwargs.{str(key)[:80]}"
+        if key not in ("enable_thinking", "thinking"):
+            raise unsupported(where, "only enable_thinking is known here")
+        if value is not None:
+            set_once(data, "think", value, where)
+    budget = data.pop("thinking_token_budget", None)
+    if budget is not None:
+        set_once(data, "think_length", budget, "thinking_token_budget")
 
 
 def set_once(data: dict[str, Any], name: str, value: Any, where: str) -> None:
