@@ -38,7 +38,7 @@ unset RANK  # torchrun gives every process its own
 if [[ $nodes == 1 && $devices == 1 ]]; then
     exec "$python" -m vidlada train "$@"
 fi
-"$python" -m vidlada train "$@" --dry-run >/dev/null  # a mistake is told once, and without torchrun's own report
+"$python" -m vidlada train "$@" --dry-run >/dev/null  # a mistake is reported once, and without torchrun's own report
 
 # seconds that torchrun gives processes to save after SIGTERM, before it kills them; it would be 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}

@@ -1,4 +1,4 @@
-"""Fine-tuning from a checkpoint in the published layout, told where things are as the published scripts are told."""
+"""Fine-tuning from a checkpoint in the published layout, with the variables of the published scripts."""
 
 import json
 import shutil
