@@ -76,36 +76,43 @@ def test_answers_are_those_of_the_python_interface(small, separate):
         assert found[number] == chat.ask(question).text
 
 
-def test_the_score_rises_and_the_best_model_is_kept(tmp_path):
-    """Its figures are those of the answers it gives when it is loaded."""
-    held_out = Evaluation({**CLOCK, "split": "validation"}, every=20, steps=2, questions=12, generation=SHORT)
-    stage = Stage("a", 2e-2, CLOCK, 80, collate=HIDDEN)
-    settings = run(tmp_path / "run", stages=(stage,), evaluation=held_out, checkpoint_every=40, keep_checkpoints=1)
+ANSWERS = {
+    "what colour is the circle ?": "red", "what colour is the square ?": "blue", "where is the circle ?": "left",
+    "where is the square ?": "right", "which shape is red ?": "circle", "which shape is blue ?": "square",
+}  # fmt: skip
+
+
+@pytest.fixture
+def facts(tmp_path):
+    """Questions whose answers are to be learned by heart."""
+    entries = [
+        {"id": question, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+        for question, answer in ANSWERS.items()
+    ]
+    (tmp_path / "facts.json").write_text(json.dumps(entries))
+    return {"kind": "llava", "json_path": str(tmp_path / "facts.json"), "batch_size": len(ANSWERS)}
+
+
+def test_the_score_rises_and_the_best_model_is_kept(tmp_path, facts):
+    """It gives as many right answers when it is loaded."""
+    held_out = Evaluation(facts, every=30, steps=1, questions=99, generation=SHORT)
+    stage = Stage("a", 2e-2, facts, 90, collate=HIDDEN)
+    settings = run(tmp_path / "run", stages=(stage,), evaluation=held_out, checkpoint_every=30, keep_checkpoints=1)
     _, lines = lines_of(replace(settings, log_every=40))
     found = scores(lines)
-    assert len(found) == 4 and max(found) > 30 >= found[0]
+    assert len(found) == 3 and max(found) > 50
     best = json.loads((tmp_path / "run" / "model-best" / "evaluation.json").read_text())
     assert best["score"] == pytest.approx(max(found) / 100, abs=1e-3)
-    assert best["step"] == 20 * (1 + found.index(max(found)))
+    assert best["step"] == 30 * (1 + found.index(max(found)))
     assert [line.endswith("the best so far") for line in lines] == [
         score > max(found[:number], default=-1) for number, score in enumerate(found)
     ]
     logged = events(tmp_path / "run" / "logs")
     assert logged["evaluation_score"] == pytest.approx([score / 100 for score in found], abs=1e-3)
-
+    assert len(logged["evaluation_loss"]) == len(found)
     model = vidlada.load(tmp_path / "run" / "model-best")
-    from vidlada.training.data.shapes import ShapesSource
-
-    source = ShapesSource(**{name: value for name, value in held_out.data.items() if name != "kind"}, seed=999)
-    dataset = StepDataset(source, Collator(model.processor, CollateSettings()), 0)
-    pairs = [(item, n) for step in range(2) for item in source.plan(step) for n in range(len(item.exchanges))]
-    chosen = [pairs[n * len(pairs) // 12] for n in range(12)]
-    right = [
-        model.ask(dataset.sample(item).videos[0] if item.media[1] else None, item.exchanges[n][0], **SHORT).text
-        == item.exchanges[n][1]
-        for item, n in chosen
-    ]
-    assert sum(right) / 12 == pytest.approx(best["score"])
+    right = [model.ask(None, question, **SHORT).text == answer for question, answer in ANSWERS.items()]
+    assert sum(right) / len(right) == pytest.approx(best["score"])
 
 
 def events(folder):

@@ -99,7 +99,7 @@ def test_lora_trains_adapters_that_load_merge_and_improve(base, tmp_path):
 
     def report(line):
         if line.startswith("evaluation"):
-            losses.append(float(line.split()[-1]))
+            losses.append(float(re.search(r"loss ([\d.]+)", line)[1]))
 
     data, whole = {**EASY, "frames_per_batch": 8}, CollateSettings(force_up_to=99)
     settings = from_base(
