@@ -99,7 +99,7 @@ def test_lora_trains_adapters_that_load_merge_and_improve(base, tmp_path):
 
     def report(line):
         if line.startswith("evaluation"):
-            losses.append(float(line.split()[-1]))
+            losses.append(float(re.search(r"loss ([\d.]+)", line)[1]))
 
     data, whole = {**EASY, "frames_per_batch": 8}, CollateSettings(force_up_to=99)
     settings = from_base(
@@ -117,10 +117,10 @@ def test_lora_trains_adapters_that_load_merge_and_improve(base, tmp_path):
     assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
     question = "What time is it?"
-    told = vidlada.load(adapter).ask(None, question, gen_length=8)
+    answer = vidlada.load(adapter).ask(None, question, gen_length=8)
     result = CliRunner().invoke(main, ["merge", str(adapter), str(tmp_path / "merged")])
     assert result.exit_code == 0, result.output
-    assert vidlada.load(tmp_path / "merged").ask(None, question, gen_length=8).token_ids == told.token_ids
+    assert vidlada.load(tmp_path / "merged").ask(None, question, gen_length=8).token_ids == answer.token_ids
     again = CliRunner().invoke(main, ["merge", str(adapter), str(tmp_path / "merged")])
     assert again.exit_code == 2 and "in use" in again.output
     unmerged = CliRunner().invoke(main, ["convert", str(adapter), str(tmp_path / "converted")])

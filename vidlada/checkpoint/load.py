@@ -26,6 +26,7 @@ from vidlada.checkpoint.tensors import DTYPES, PICKLED, read_entries, read_tenso
 from vidlada.checkpoint.tower import find_tower
 from vidlada.checkpoint.values import ConfigValues
 from vidlada.errors import InputError
+from vidlada.files import write_text
 from vidlada.messages import END_OF_TEXT
 from vidlada.model.config import VidLaDAConfig
 from vidlada.model.hub import is_hub_name, local_folder
@@ -280,7 +281,11 @@ def load_with_adapter(
 
 
 def save_model(
-    model: Any, processor: VidLaDAProcessor, folder: Path, state_dict: dict[str, Tensor] | None = None
+    model: Any,
+    processor: VidLaDAProcessor,
+    folder: Path,
+    state_dict: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Weights (of the adapters alone, if there are any), configuration and processor, as `vidlada.load` reads them.
 
@@ -289,10 +294,28 @@ def save_model(
         processor: of the model.
         folder: new.
         state_dict: the weights, where the model does not hold them whole.
+        dtype: to write them in; by default as they are.
     """
+    if dtype is not None:
+        state_dict = cast(model.state_dict() if state_dict is None else state_dict, dtype)
     model.save_pretrained(folder, state_dict=state_dict)
+    if dtype is not None:  # transformers names the type of the model in memory
+        config = read_json(folder / "config.json").values
+        write_text(folder / "config.json", json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2))
     processor.save_pretrained(folder)
     write_auto_map(folder)
+
+
+def cast(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in another type; those that share memory still do."""
+    done: dict[tuple[int, torch.Size], Tensor] = {}
+    result = {}
+    for name, tensor in state_dict.items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in done:
+            done[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        result[name] = done[place]
+    return result
 
 
 def write_auto_map(folder: Path) -> None:
