@@ -22,7 +22,7 @@ ROWS = [
     ["model"],
     ["fetch", "generation", "images", "shapes", "tiling", "truncation", "video", "video_decoding", "video_index"],
     ["files", "settings"],
-    ["errors", "machine", "markdown", "noise"],
+    ["errors", "letters", "machine", "markdown", "noise", "scores"],
 ]
 ROW = {room: number for number, row in enumerate(ROWS) for room in row}
 

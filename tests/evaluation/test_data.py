@@ -66,17 +66,17 @@ def test_a_missing_video_is_named(root, tmp_path, benchmark):
 def test_check_tells_what_is_missing(root, tmp_path, vidlada_eval):
     for place in ("lmms-eval/LVBench", "sy1998/MLVU_dev", "mlvu"):
         shutil.copytree(root / place, tmp_path / place)
-    code, out, _ = vidlada_eval("--check", "--tasks", "lvbench,mlvu_dev", "--data-root", tmp_path)
+    code, out, _ = vidlada_eval("check", "--tasks", "lvbench,mlvu_dev", "--data-root", tmp_path)
     assert code == 0 and "| lvbench | 2 | 1549 | 1 | 1 |" in out and "lvbench: missing lvbench/clip0.mp4" in out
     assert "hf download lmms-eval/LVBench" in out and "hf download sy1998" not in out
-    code, out, _ = vidlada_eval("--check", "--tasks", "mlvu_dev", "--data-root", tmp_path)
+    code, out, _ = vidlada_eval("check", "--tasks", "mlvu_dev", "--data-root", tmp_path)
     assert "| mlvu_dev | 2 | – | 2 | 0 |" in out and "Everything is there." in out
-    code, out, _ = vidlada_eval("--check", "--tasks", "lvbench", "--data-root", tmp_path / "nowhere")
+    code, out, _ = vidlada_eval("check", "--tasks", "lvbench", "--data-root", tmp_path / "nowhere")
     assert code == 0 and "lmms-eval/LVBench is not below" in out
 
 
 def test_check_as_json(root, vidlada_eval):
-    tasks = json.loads(vidlada_eval("--check", "--json", "--tasks", "paper", "--data-root", root)[1])["tasks"]
+    tasks = json.loads(vidlada_eval("check", "--json", "--tasks", "paper", "--data-root", root)[1])["tasks"]
     assert set(tasks) == {task.name for name in PAPER_TASKS for task in BENCHMARKS[name].tasks}
     assert all(each["complete"] and each["questions"] >= 2 for each in tasks.values())
 
@@ -91,7 +91,7 @@ def test_subtitles_have_to_be_there(root, tmp_path):
 
 def test_hf_home_is_the_root(root, monkeypatch, vidlada_eval):
     monkeypatch.setenv("HF_HOME", str(root))
-    assert "Everything is there." in vidlada_eval("--check", "--tasks", "videomme")[1]
+    assert "Everything is there." in vidlada_eval("check", "--tasks", "videomme")[1]
 
 
 def test_the_hub_s_own_cache(root, tmp_path):

@@ -40,7 +40,7 @@ ALL = ",".join(BENCHMARKS)
 def vidlada_eval(*arguments):
     """The command in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "vidlada", "eval", *map(str, arguments)], capture_output=True, text=True,
+        [sys.executable, "-m", "vidlada", "eval", "run", *map(str, arguments)], capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -460,8 +460,10 @@ def test_an_interrupted_run_goes_on(finished, tmp_path):
     output, _, options = finished
     copy = tmp_path / "again"
     shutil.copytree(output, copy, ignore=shutil.ignore_patterns("lmms-eval", LOG_FILE, "runs"))
-    (copy / "cache/runs/interrupted").mkdir(parents=True)
-    (copy / "cache/cache.db").rename(copy / "cache/runs/interrupted/rank_0.db")  # how lmms-eval leaves them
+    (copy / "cache/answers/runs/interrupted").mkdir(parents=True)
+    (copy / "cache/answers/cache.db").rename(
+        copy / "cache/answers/runs/interrupted/rank_0.db"
+    )  # how lmms-eval leaves them
     vidlada_eval("--tasks", "mlvu_dev,shapes", "--output", copy, *options)
     before, after = read_run(output).samples, read_run(copy).samples
     assert len(after) == 12 and all(sample.answer == before[key].answer for key, sample in after.items())
@@ -482,7 +484,7 @@ def test_two_processes_give_the_answers_of_one(finished, tmp_path):
     output, _, options = finished
     vidlada_eval("--tasks", "mlvu_dev,lvbench", "--output", tmp_path / "two", "--processes", 2, *options)
     one, two = read_run(output).samples, read_run(tmp_path / "two").samples
-    assert len(two) == 8 and {path.name for path in (tmp_path / "two").glob("record-*")} == {
+    assert len(two) == 8 and {path.name for path in (tmp_path / "two/lmms-eval").glob("record-*")} == {
         "record-0.jsonl", "record-1.jsonl"}  # fmt: skip
     for key, sample in two.items():
         assert (sample.answer, sample.points, sample.error) == (one[key].answer, one[key].points, one[key].error)

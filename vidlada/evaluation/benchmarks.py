@@ -225,7 +225,7 @@ def video_of(task: str, document: Document) -> str | None:
     return None
 
 
-def chosen(names: str) -> list[Benchmark]:
+def select_benchmarks(names: str) -> list[Benchmark]:
     """Benchmarks of a comma-separated list; `paper` stands for the eight of the published evaluation."""
     listed = [name.strip() for name in names.split(",") if name.strip()]
     listed = list(dict.fromkeys(each for name in listed for each in (PAPER_TASKS if name == "paper" else (name,))))

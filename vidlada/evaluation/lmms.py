@@ -77,25 +77,25 @@ class VidLaDAChat(lmms):
             text, media = read_messages(messages, self.vidlada.processor)
         except InputError as error:
             return Question(settings=settings, error=str(error))
-        return Question(text, media, settings)
+        return Question(text, media, settings, read_choices(messages))
 
     def document(self, task: str, split: str, doc_id: int) -> dict[str, Any]:
         """A row of the benchmark."""
         return self.task_dict[task][split][doc_id]
 
-    def asked(self, request: Instance) -> Question:
+    def read_request(self, request: Instance) -> Question:
         """The question of a generation request."""
         _, to_messages, arguments, doc_id, task, split = request.args
         document = self.document(task, split, doc_id)
         try:
             messages = to_messages(document)
         except MISSING_VIDEO as error:
-            return without_video(task, document, error, self.settings(arguments))
+            return missing_video(task, document, error, self.settings(arguments))
         return self.question(messages, arguments)
 
     def generate_until(self, requests: Sequence[Instance]) -> Iterator[GenerationResult]:
         """Answers, one by one as they come, so that the response cache holds all of them when a run is interrupted."""
-        questions = [self.asked(request) for request in requests]
+        questions = [self.read_request(request) for request in requests]
         with Record(self._rank) as record, self.bar(len(requests)) as bar:
             replies = self.answerer.replies(questions)
             for request, question, reply in zip(requests, questions, replies, strict=True):
@@ -137,7 +137,7 @@ class VidLaDAChat(lmms):
                     document, round_idx=len(said), previous_output=said, previous_round_info=information
                 )
             except MISSING_VIDEO as failure:
-                question = without_video(task, document, failure)
+                question = missing_video(task, document, failure)
                 yield question, Reply(error=question.error)
                 return
             if finished:
@@ -148,7 +148,7 @@ class VidLaDAChat(lmms):
             error = error or question.error
             if error is None:
                 if question.video_key not in seen:
-                    seen[question.video_key] = (question.media, self.watched(question.media))
+                    seen[question.video_key] = (question.media, self.encode(question.media, question.settings))
                 (reply,) = self.answerer.ask([question], [seen[question.video_key][1]])
                 error = reply.error
             else:
@@ -156,10 +156,10 @@ class VidLaDAChat(lmms):
             yield question, reply
             said = [*said, reply.text]
 
-    def watched(self, media: Media) -> list[EncodedVideo] | str:
+    def encode(self, media: Media, settings: GenerationSettings) -> list[EncodedVideo] | str:
         """Visual tokens, or why there are none."""
         try:
-            return self.vidlada.encode_media(self.answerer.decode(media))
+            return self.vidlada.encode_media(self.answerer.decode(media, settings))
         except InputError as error:
             return str(error)
 
@@ -177,7 +177,7 @@ class VidLaDASimple(VidLaDAChat):
 
     is_simple = True
 
-    def asked(self, request: Instance) -> Question:
+    def read_request(self, request: Instance) -> Question:
         text, arguments, to_visual, doc_id, task, split = request.args
         return self.simple_question(text, to_visual, arguments, self.document(task, split, doc_id), task)
 
@@ -188,7 +188,7 @@ class VidLaDASimple(VidLaDAChat):
         try:
             visuals = to_visual(document) or []
         except MISSING_VIDEO as error:
-            return without_video(task, document, error, self.settings(arguments))
+            return missing_video(task, document, error, self.settings(arguments))
         parts = [{"type": "video" if isinstance(visual, str) else "image", "url": visual} for visual in visuals]
         return self.question([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], arguments)
 
@@ -209,7 +209,9 @@ class VidLaDASimple(VidLaDAChat):
                 text, continuation, to_visual, doc_id, task, split = request.args
                 question = self.simple_question(text, to_visual, {}, self.document(task, split, doc_id), task)
                 if question.video_key not in seen and question.error is None:
-                    seen = {question.video_key: self.watched(question.media)}  # a video's requests come together
+                    seen = {
+                        question.video_key: self.encode(question.media, question.settings)
+                    }  # a video's requests come together
                 video = seen.get(question.video_key, "")
                 value, greedy, error = float("inf"), False, question.error
                 try:
@@ -232,7 +234,7 @@ class VidLaDASimple(VidLaDAChat):
                 yield GenerationResult((value, greedy))
 
 
-def without_video(
+def missing_video(
     task: str, document: dict[str, Any], error: BaseException, settings: GenerationSettings | None = None
 ) -> Question:
     """What becomes of a question whose video the task does not find; some tasks do not say which one."""
@@ -266,6 +268,12 @@ def read_messages(messages: Messages, processor: VidLaDAProcessor) -> tuple[str,
         return text, np.stack([np.asarray(frame) for frame in frames])
     media = tuple(picture(url) if kind == "image" else url for kind, url in shown)
     return text, media[0] if len(media) == 1 else media or None
+
+
+def read_choices(messages: Messages) -> tuple[str, ...] | None:
+    """Answers to choose from, which a part of our own tasks' messages may name."""
+    choices = [part["choices"] for message in messages for part in message["content"] if part.get("choices")]
+    return tuple(choices[0]) if choices else None
 
 
 def picture(image: Any) -> np.ndarray:
@@ -302,5 +310,5 @@ class Record:
             "forward_passes": reply.forward_passes, "seconds": round(reply.seconds, 4), "error": reply.error,
             "time": time.time(),
         }  # fmt: skip
-        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
