@@ -430,8 +430,9 @@ def test_an_output_that_cannot_be_written_is_told(tmp_path, config):
 
 def test_letters():
     replies = {
-        "B": "B", "B.": "B", "The answer is C": "C", "(D) yes": "D", "none": None, "": None, "b) the": "B", "**c**": "C",
-        "A cook waves, so the answer is B": "B", "A cook waves": None, "I think B": "B", "Is it A? No.</think>\n\nB": "B",
+        "B": "B", "B.": "B", "The answer is C": "C", "(D) yes": "D", "none": None, "": None, "b) the": "B",
+        "**c**": "C", "A cook waves, so the answer is B": "B", "A cook waves": None, "I think B": "B",
+        "Is it A? No.</think>\n\nB": "B",
     }  # fmt: skip
     assert {reply: letter_in(reply) for reply in replies} == replies
     candidate = Candidate("Which?", "right", ["w1", "w2", "w3"])

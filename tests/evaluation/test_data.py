@@ -22,6 +22,7 @@ PUBLISHED = {
     "lvbench": "lmms-eval/LVBench/data/train-00000-of-00001.parquet",
     "video_mmmu": "lmms-eval/VideoMMMU/Adaptation/test-00000-of-00001.parquet",
     "longvideobench_val_v": "longvideobench/LongVideoBench/validation-00000-of-00001.parquet",
+    "longvideobench_val_i": "longvideobench/LongVideoBench/validation-00000-of-00001.parquet",
     "mvbench": "OpenGVLab/MVBench/json/action_sequence.json",
     "shapes": "vidlada/shapes/test.jsonl",
 }
@@ -44,7 +45,7 @@ def test_every_question_is_counted_once(root, tmp_path, benchmark, with_readme):
     file = tmp_path / PUBLISHED[benchmark.name]
     assert question_files(tmp_path / benchmark.repository, benchmark.tasks[0].config, benchmark.split) == [file]
     if benchmark.beside:
-        (tmp_path / benchmark.folder / benchmark.beside).mkdir(parents=True)
+        shutil.copytree(root / benchmark.folder / benchmark.beside, tmp_path / benchmark.folder / benchmark.beside)
     assert check_task(tmp_path, benchmark, benchmark.tasks[0]).questions == rows_of(file)
 
 
@@ -87,6 +88,11 @@ def test_subtitles_have_to_be_there(root, tmp_path):
     assert check_task(copy, BENCHMARKS["videomme"], BENCHMARKS["videomme"].tasks[0]).complete
     with_subtitles = BENCHMARKS["videomme_w_subtitle"]
     assert "videomme/subtitle is not there" in check_task(copy, with_subtitles, with_subtitles.tasks[0]).problem
+    (copy / "datasets/longvideobench/subtitles/clip.json").unlink()
+    without, within = BENCHMARKS["longvideobench_val_v"], BENCHMARKS["longvideobench_val_i"]
+    assert check_task(copy, without, without.tasks[0]).complete
+    problem = check_task(copy, within, within.tasks[0]).problem
+    assert problem == "1 of 1 subtitle files are missing (e.g. clip.json)"
 
 
 def test_hf_home_is_the_root(root, monkeypatch, vidlada_eval):

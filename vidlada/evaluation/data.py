@@ -14,6 +14,7 @@ from vidlada.files import read_json, read_json_lines
 from vidlada.markdown import table
 
 SHOWN_MISSING = 3  # videos named in a check
+SUBTITLES = "subtitle_path"  # field of a question
 QUESTION_KINDS = ("parquet", "jsonl", "json")
 
 
@@ -139,6 +140,13 @@ def check_task(root: Path, benchmark: Benchmark, task: Task) -> TaskData:
         return TaskData(task, f"{root / benchmark.folder / benchmark.beside} is not there")
     try:
         rows = documents(folder, task.config, benchmark.split)
+        if benchmark.beside:  # lmms-eval ends where one is missing
+            named = {row[SUBTITLES] for row in rows if row.get(SUBTITLES)}
+            lacking = [
+                name for name in sorted(named) if not (root / benchmark.folder / benchmark.beside / name).exists()
+            ]
+            if lacking:
+                return TaskData(task, f"{len(lacking)} of {len(named)} subtitle files are missing (e.g. {lacking[0]})")
         needed: dict[str, bool] = {}
         for row in rows:
             paths = [f"{benchmark.folder}/{path}" for path in benchmark.videos(row, task.name)]

@@ -25,10 +25,10 @@ from vidlada.evaluation.folder import RECORD_FOLDER, open_record
 from vidlada.evaluation.likelihood import is_greedy, negative_log_likelihood
 from vidlada.generation import GenerationSettings
 from vidlada.images import open_images, to_rgb
-from vidlada.processor import VidLaDAProcessor
+from vidlada.processor import VIDEO_PLACE, VidLaDAProcessor
 
 Messages = list[dict[str, Any]]
-MISSING_VIDEO = (SystemExit, OSError, AssertionError)  # what tasks raise for one
+TASK_ERRORS = (Exception, SystemExit)  # tasks raise whatever they like for a missing or broken video
 
 
 class VidLaDAChat(lmms):
@@ -89,7 +89,7 @@ class VidLaDAChat(lmms):
         document = self.document(task, split, doc_id)
         try:
             messages = to_messages(document)
-        except MISSING_VIDEO as error:
+        except TASK_ERRORS as error:
             return missing_video(task, document, error, self.settings(arguments))
         return self.question(messages, arguments)
 
@@ -136,7 +136,7 @@ class VidLaDAChat(lmms):
                 messages, finished, _, information = to_messages(
                     document, round_idx=len(said), previous_output=said, previous_round_info=information
                 )
-            except MISSING_VIDEO as failure:
+            except TASK_ERRORS as failure:
                 question = missing_video(task, document, failure)
                 yield question, Reply(error=question.error)
                 return
@@ -187,7 +187,7 @@ class VidLaDASimple(VidLaDAChat):
         """Text and visuals as a question."""
         try:
             visuals = to_visual(document) or []
-        except MISSING_VIDEO as error:
+        except TASK_ERRORS as error:
             return missing_video(task, document, error, self.settings(arguments))
         parts = [{"type": "video" if isinstance(visual, str) else "image", "url": visual} for visual in visuals]
         return self.question([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], arguments)
@@ -237,17 +237,17 @@ class VidLaDASimple(VidLaDAChat):
 def missing_video(
     task: str, document: dict[str, Any], error: BaseException, settings: GenerationSettings | None = None
 ) -> Question:
-    """What becomes of a question whose video the task does not find; some tasks do not say which one."""
+    """What becomes of a question whose video the task does not find or cannot read; some do not say which one."""
     path = video_of(task, document)
-    why = str(error) or f"{path or 'its video'} is not there"
+    why = " ".join(str(error).split()) or f"{path or 'its video'} is not there"
     return Question(media=path, settings=settings or GenerationSettings(), error=why)
 
 
 def read_messages(messages: Messages, processor: VidLaDAProcessor) -> tuple[str, Media]:
     """Text and visual part of a task's messages.
 
-    Videos and images stand in front of the text, in the order of the messages. To a model that sees images as
-    frames, several images are the frames of one video.
+    Videos and images stand in front of the text, in the order of the messages, or in the places of as many marks in
+    it. To a model that sees images as frames, several images without such places are the frames of one video.
 
     Raises:
         InputError: sound, a part of a video, or what only a conversation has.
@@ -262,7 +262,8 @@ def read_messages(messages: Messages, processor: VidLaDAProcessor) -> tuple[str,
     strange = [url for kind, url in shown if kind == "video" and not isinstance(url, str)]
     if strange:
         raise InputError(f"the task gives {type(strange[0]).__name__} for a video instead of its path")
-    if shown and processor.tiling.as_frames and all(kind == "image" for kind, _ in shown):
+    images = sum(kind == "image" for kind, _ in shown)
+    if processor.tiling.as_frames and images == len(shown) > 0 and text.count(VIDEO_PLACE) != images:
         size = (processor.image_size,) * 2
         frames = [Image.fromarray(picture(url)).resize(size, Image.Resampling.BICUBIC) for _, url in shown]
         return text, np.stack([np.asarray(frame) for frame in frames])
