@@ -51,9 +51,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
+    """Write a text in UTF-8, whole or not at all; halves of characters, as in names of files, become escapes."""
     with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def lock(file: IO[Any] | int, busy: str, shared: bool = False) -> None:
@@ -101,3 +106,16 @@ def read_json(path: Path, what: str = "JSON") -> Any:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not {what} ({error})") from error
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """What the lines of a file hold, but for empty ones; errors as for `read_json`."""
+    try:
+        # not `splitlines`: it also splits at characters that may stand inside JSON's texts
+        return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not lines of JSON ({error})") from error

@@ -221,7 +221,7 @@ def messages_of(
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     for number, (question, answer) in enumerate(exchanges):
         if media and not marked:
-            question = question.replace(VIDEO_PLACE, "")
+            question = question.replace(VIDEO_PLACE, "").strip()
         here = marks[number] if marked else len(media) if number == 0 else 0
         content = place_media(question, media[:here])
         media = media[here:]
