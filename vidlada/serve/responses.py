@@ -13,7 +13,7 @@ from vidlada.engine.requests import Update
 from vidlada.serve.body import validated
 from vidlada.serve.completions import Reply, event
 from vidlada.serve.errors import RequestError
-from vidlada.serve.refusals import NO_GRAMMAR, unsupported
+from vidlada.serve.refusals import unsupported
 from vidlada.serve.schema import AnswerRequest, ChatRequest, Part, Reference, Strict, Text, as_reference
 from vidlada.serve.service import Submitted
 
@@ -124,9 +124,8 @@ class ResponsesRequest(AnswerRequest):
                 data["logprobs"] = True
         text = data.pop("text", {})
         if isinstance(text, dict):
-            form = text.get("format") or {}
-            if isinstance(form, dict) and form.get("type", "text") != "text":
-                raise unsupported("text.format", f"{str(form.get('type'))[:80]!r} cannot be kept: {NO_GRAMMAR}")
+            if text.get("format"):
+                data["response_format"] = text["format"]
             if text.get("verbosity"):
                 data["verbosity"] = text["verbosity"]
         options = data.get("stream_options")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from vidlada.generation import GenerationSettings, PromptSettings
+from vidlada.serve.json_schema import form_of, schema_of
 from vidlada.serve.refusals import NO_GRAMMAR, drop_neutral, unsupported
 from vidlada.settings import settings_of
 from vidlada.video import Sampling
@@ -177,6 +178,7 @@ class AnswerRequest(Settings):
         logprobs: give each token's confidence when it was committed.
         top_logprobs: with `guided_choice`, so many of the choices; else the committed token at most.
         guided_choice: answer with the likeliest of these.
+        guided_json: a JSON schema of the answer; what `response_format` comes to.
         include_reasoning: give the thought beside the answer.
         diffusing: also tell the draft: in a stream after every step.
         gen_length and all other settings of `Sampling`, `PromptSettings` and `GenerationSettings`: as listed there. By
@@ -193,6 +195,7 @@ class AnswerRequest(Settings):
     top_k: int | None = Field(None, ge=-1, le=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     guided_choice: Annotated[list[StopString], Field(min_length=1, max_length=MOST_GUIDED)] | None = None
+    guided_json: dict[str, Any] | None = None
     include_reasoning: bool = True
     diffusing: bool = False
 
@@ -215,12 +218,18 @@ class AnswerRequest(Settings):
             for name, value in outputs.items():
                 if name == "choice" and value:
                     data.setdefault("guided_choice", value)
+                elif name == "json" and value:
+                    data.setdefault("guided_json", value)
                 elif value:
                     raise unsupported(f"structured_outputs.{name}", NO_GRAMMAR)
-        form = data.pop("response_format", {})
-        kind = form.get("type", "text") if isinstance(form, dict) else form
-        if kind != "text":
-            raise unsupported("response_format", f"{str(kind)[:80]!r} cannot be kept: {NO_GRAMMAR}")
+        schema = schema_of(data.pop("response_format", {}))
+        if schema is not None:
+            data["guided_json"] = schema
+        if not data.get("guided_json"):
+            data.pop("guided_json", None)
+        elif choices := form_of(data["guided_json"])[1]:  # refuses what cannot be kept, too
+            del data["guided_json"]
+            set_once(data, "guided_choice", list(choices), "response_format")
         return data
 
 
