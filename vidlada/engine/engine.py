@@ -126,7 +126,7 @@ class Engine:
         try:
             self._serve()
         except Exception as cause:  # a defect of the engine: nobody may wait for it
-            error = self._explained(cause)
+            error = self._as_vidlada_error(cause)
             self.closing = True
         self._fail_all(error)
 
@@ -183,7 +183,7 @@ class Engine:
         except Exception as error:
             del self.joining[handle]
             self.totals.failed += 1
-            handle.put(self._explained(error))
+            handle.put(self._as_vidlada_error(error))
             return
         handle.seconds["vision"] = handle.seconds.get("vision", 0.0) + time.perf_counter() - started
         if done:
@@ -266,7 +266,7 @@ class Engine:
                 state, stable, scores = turn.step()
             except Exception as error:
                 self.choosing.remove(handle)
-                self._fail(self._explained(error), [handle])
+                self._fail(self._as_vidlada_error(error), [handle])
                 continue
             computed += self._count(handle, state.statistics, earlier)
             if turn.choosing:
@@ -293,7 +293,7 @@ class Engine:
             states = self.denoiser.step()
         except Exception as error:
             self.denoiser.rows = others
-            self._fail(self._explained(error), [self.decoding.pop(number) for number in before])
+            self._fail(self._as_vidlada_error(error), [self.decoding.pop(number) for number in before])
             return 0.0
         self.denoiser.rows += others
         computed = 0.0
@@ -357,7 +357,7 @@ class Engine:
         self._fail(error, handles)
 
     @staticmethod
-    def _explained(error: Exception) -> VidLaDAError:
+    def _as_vidlada_error(error: Exception) -> VidLaDAError:
         if isinstance(error, VidLaDAError):
             return error
         log.exception("the model failed", exc_info=error)

@@ -24,7 +24,7 @@ from vidlada import __version__
 from vidlada.api import VidLaDA
 from vidlada.errors import VidLaDAError
 from vidlada.machine import MEBI
-from vidlada.serve.body import LimitedReceive, parsed
+from vidlada.serve.body import LimitedReceive, parse_in_thread
 from vidlada.serve.completions import ChatReply, Reply, updates_of
 from vidlada.serve.conversation import question_of
 from vidlada.serve.errors import RequestError, disk_errors
@@ -56,7 +56,7 @@ log = logging.getLogger("vidlada.serve")
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What a server is told, besides its limits.
+    """Settings of a server, besides its limits.
 
     Args:
         name: the model is served under.
@@ -110,7 +110,7 @@ class Server:
             body = await stack.enter_async_context(self.arrivals.json_body(request))
             deadline = asyncio.get_running_loop().time() + self.limits.request_seconds
             stack.enter_context(self.service.admit())
-            order = await parsed(body, model, self.vidlada.processor.max_length)
+            order = await parse_in_thread(body, model, self.vidlada.processor.max_length)
             del body
             self.check_model(order.model)
             if isinstance(order, ResponsesRequest):
@@ -189,7 +189,7 @@ class Server:
             body = await stack.enter_async_context(self.arrivals.json_body(request))
             stack.enter_context(self.service.admit())
             model = CompletionRequest if b'"messages"' not in body else ChatRequest
-            order = await parsed(body, model, self.vidlada.processor.max_length)
+            order = await parse_in_thread(body, model, self.vidlada.processor.max_length)
             self.check_model(order.model)
             async with asyncio.timeout(self.limits.request_seconds):
                 jobs, _ = await unless_gone(request, self.service.prepare(order, owner))
@@ -203,7 +203,7 @@ class Server:
         self.owner(request)
         async with AsyncExitStack() as stack:
             body = await stack.enter_async_context(self.arrivals.json_body(request))
-            order = await parsed(body, DetokenizeRequest, self.vidlada.processor.max_length)
+            order = await parse_in_thread(body, DetokenizeRequest, self.vidlada.processor.max_length)
         most = len(self.vidlada.processor.tokenizer)
         if any(token >= most for token in order.tokens):
             raise RequestError(422, f"tokens: the ids of this model are below {most}", "invalid_request", "tokens")
@@ -242,7 +242,7 @@ class Server:
 
         async def take(limited: Request, receive: LimitedReceive) -> Upload:
             async with limited.form(max_files=1, max_fields=20) as form:
-                if not ended(request.headers.get("content-type", ""), receive.tail):
+                if not is_complete_multipart(request.headers.get("content-type", ""), receive.tail):
                     raise RequestError(400, "the upload was cut off: its last boundary is missing", "cut_off")
                 file = form.get("file")
                 if not isinstance(file, UploadFile):
@@ -295,7 +295,7 @@ class Server:
                 raise self.too_slow() from None
 
 
-def ended(content_type: str, tail: bytes) -> bool:
+def is_complete_multipart(content_type: str, tail: bytes) -> bool:
     """Whether a multipart body's last bytes have the boundary that closes it; what is not multipart has none."""
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     return boundary is None or b"--" + boundary + b"--" in tail

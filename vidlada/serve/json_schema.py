@@ -1,4 +1,4 @@
-"""JSON schemas that an answer can be held to: choices, and flat objects of choices, strings and integers.
+"""JSON schemas that an answer can be made to follow: choices, and flat objects of choices, strings and integers.
 
 A masked-diffusion model fills in what stands between fixed texts, so an object is its scaffold with a hole for every
 value (`vidlada.engine.forms`), and a schema of a few values is a choice between them. What cannot be kept that way is
@@ -10,7 +10,7 @@ from typing import Any
 
 from vidlada.engine.forms import Form, Hole
 from vidlada.serve.errors import RequestError
-from vidlada.serve.refusals import unsupported
+from vidlada.serve.refusals import unsupported_error
 
 FIELD = "response_format"
 MOST_VALUES = 100  # of a choice
@@ -29,7 +29,7 @@ SCALARS = "string, integer, boolean, null or enum"
 MOST_CHARACTERS = 20_000  # of a schema
 
 
-def refused(where: str, reason: str) -> RequestError:
+def schema_error(where: str, reason: str) -> RequestError:
     """The refusal of a part of a schema."""
     return RequestError(422, f"{FIELD} (guided_json): {where}: {reason}", "unsupported", FIELD)
 
@@ -46,7 +46,7 @@ def schema_of(given: Any) -> Any:
     schema = given.get("json_schema", given).get("schema") if kind == "json_schema" and isinstance(
         given.get("json_schema", given), dict) else None  # fmt: skip
     if not isinstance(schema, dict):
-        raise unsupported(FIELD, f"{str(kind)[:80]!r} cannot be kept; give a json_schema with a schema")
+        raise unsupported_error(FIELD, f"{str(kind)[:80]!r} cannot be kept; give a json_schema with a schema")
     return schema
 
 
@@ -60,22 +60,22 @@ def form_of(schema: Any) -> tuple[Form, tuple[str, ...]]:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:  # NaN and half characters are no JSON
-        raise refused("the schema", "it is not valid JSON") from error
+        raise schema_error("the schema", "it is not valid JSON") from error
     if not isinstance(schema, dict) or len(text) > MOST_CHARACTERS:
-        raise refused("the schema", f"it must be an object of at most {MOST_CHARACTERS} characters")
-    kind = checked(schema, "the schema")
+        raise schema_error("the schema", f"it must be an object of at most {MOST_CHARACTERS} characters")
+    kind = check_keys(schema, "the schema")
     if kind != "object":
         hole = hole_of(schema, schema, "the schema")
         if not hole.choices:
-            raise refused("the schema", "at its top use an object, an enum, a const or a boolean")
+            raise schema_error("the schema", "at its top use an object, an enum, a const or a boolean")
         return (), hole.choices
     properties = schema.get("properties")
     if not isinstance(properties, dict) or not 0 < len(properties) <= MOST_PROPERTIES:
-        raise refused("the schema", f"an object needs 1 to {MOST_PROPERTIES} properties")
+        raise schema_error("the schema", f"an object needs 1 to {MOST_PROPERTIES} properties")
     required = schema.get("required", [])
     for name in required if isinstance(required, list) else [required]:
         if name not in list(properties):
-            raise refused("the schema", f"it requires {str(name)[:80]!r}, which is no property of it")
+            raise schema_error("the schema", f"it requires {str(name)[:80]!r}, which is no property of it")
     form: list[str | Hole] = []
     for number, (name, each) in enumerate(properties.items()):
         hole = hole_of(schema, each, name)
@@ -91,8 +91,8 @@ def hole_of(root: dict[str, Any], schema: Any, name: str) -> Hole:
     for _ in range(MOST_PROPERTIES):
         if not isinstance(schema, dict) or "$ref" not in schema:
             break
-        schema = referred(root, schema["$ref"], where)
-    kind = checked(schema, where)
+        schema = resolve_reference(root, schema["$ref"], where)
+    kind = check_keys(schema, where)
     values: Any = None
     if "const" in schema:
         values = [schema["const"]]
@@ -107,34 +107,34 @@ def hole_of(root: dict[str, Any], schema: Any, name: str) -> Hole:
         values = range(first, last + 1) if last - first < MOST_VALUES else None
     if values is not None:
         if not isinstance(values, list | range) or not 0 < len(values) <= MOST_VALUES:
-            raise refused(where, f"a choice needs 1 to {MOST_VALUES} values")
+            raise schema_error(where, f"a choice needs 1 to {MOST_VALUES} values")
         return Hole(where, tuple(dict.fromkeys(json.dumps(value, ensure_ascii=False) for value in values)))
     if kind == "string":
         most = schema.get("maxLength")
         if most is not None and not (isinstance(most, int) and most > 0):
-            raise refused(where, "maxLength must be a number above 0")
+            raise schema_error(where, "maxLength must be a number above 0")
         return Hole(where, slots=min(STRING_SLOTS, most or STRING_SLOTS), kind="string", most=most)
     if kind == "integer" and "minimum" not in schema and "maximum" not in schema:
         return Hole(where, slots=INTEGER_SLOTS, kind="integer")
-    raise refused(where, "use an enum, a string, a boolean, or an integer with both bounds or none")
+    raise schema_error(where, "use an enum, a string, a boolean, or an integer with both bounds or none")
 
 
-def referred(root: dict[str, Any], reference: Any, where: str) -> Any:
+def resolve_reference(root: dict[str, Any], reference: Any, where: str) -> Any:
     """A definition of the schema itself."""
     found: Any = root
     for key in str(reference).removeprefix("#/").split("/"):
         found = found.get(key) if isinstance(found, dict) else None
     if found is None or not str(reference).startswith("#/"):
-        raise refused(where, f"there is no {str(reference)[:80]!r} in the schema")
+        raise schema_error(where, f"there is no {str(reference)[:80]!r} in the schema")
     return found
 
 
-def checked(schema: Any, where: str) -> str:
+def check_keys(schema: Any, where: str) -> str:
     """The type of a schema, of which everything is understood; empty where it does not say."""
     kind = schema.get("type", "") if isinstance(schema, dict) else None
     if not isinstance(kind, str) or kind not in KEYS:
-        raise refused(where, f"type {str(kind)[:80]!r} cannot be kept; at the top use object, else {SCALARS}")
+        raise schema_error(where, f"type {str(kind)[:80]!r} cannot be kept; at the top use object, else {SCALARS}")
     unknown = sorted(map(str, set(schema) - REMARKS - KEYS[kind] - {"type"}))
     if unknown:
-        raise refused(where, f"{unknown[0][:80]!r} cannot be kept")
+        raise schema_error(where, f"{unknown[0][:80]!r} cannot be kept")
     return kind

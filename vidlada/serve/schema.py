@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.serve.json_schema import form_of, schema_of
-from vidlada.serve.refusals import NO_GRAMMAR, drop_neutral, unsupported
+from vidlada.serve.refusals import NO_GRAMMAR, drop_neutral, unsupported_error
 from vidlada.settings import settings_of
 from vidlada.video import Sampling
 
@@ -131,7 +131,7 @@ class ChatMessage(Strict):
         data = super().prepare(data)
         for name in ("tool_calls", "function_call", "audio"):
             if data.pop(name, None):
-                raise unsupported(f"messages.{name}", "an assistant's turn here is text alone")
+                raise unsupported_error(f"messages.{name}", "an assistant's turn here is text alone")
         refusal = data.pop("refusal", None)
         if isinstance(refusal, str) and refusal and not data.get("content"):
             data["content"] = refusal
@@ -221,7 +221,7 @@ class AnswerRequest(Settings):
                 elif name == "json" and value:
                     data.setdefault("guided_json", value)
                 elif value:
-                    raise unsupported(f"structured_outputs.{name}", NO_GRAMMAR)
+                    raise unsupported_error(f"structured_outputs.{name}", NO_GRAMMAR)
         schema = schema_of(data.pop("response_format", {}))
         if schema is not None:
             data["guided_json"] = schema
@@ -240,7 +240,7 @@ def map_media(data: dict[str, Any], name: str, given: Any) -> None:
         RequestError: anything else is asked for, or two things at once.
     """
     if not isinstance(given, dict):
-        raise unsupported(name, "it must be an object")
+        raise unsupported_error(name, "it must be an object")
     for key, value in given.items():
         if value is None or key in ("do_sample_frames", "use_audio_in_video"):
             continue
@@ -252,7 +252,7 @@ def map_media(data: dict[str, Any], name: str, given: Any) -> None:
             if value != -1:
                 set_once(data, "fps", value, f"{name}.{key}")
         else:
-            raise unsupported(f"{name}.{str(key)[:80]}", "only fps and num_frames are known here")
+            raise unsupported_error(f"{name}.{str(key)[:80]}", "only fps and num_frames are known here")
 
 
 def map_thinking(data: dict[str, Any]) -> None:
@@ -264,15 +264,15 @@ def map_thinking(data: dict[str, Any]) -> None:
     effort = data.pop("reasoning_effort", None)
     if effort is not None:
         if not isinstance(effort, str) or effort not in EFFORTS:
-            raise unsupported("reasoning_effort", f"it must be one of {', '.join(EFFORTS)}")
+            raise unsupported_error("reasoning_effort", f"it must be one of {', '.join(EFFORTS)}")
         set_once(data, "think", EFFORTS[effort], "reasoning_effort")
     template = data.pop("chat_template_kwargs", {})
     if not isinstance(template, dict):
-        raise unsupported("chat_template_kwargs", "it must be an object")
+        raise unsupported_error("chat_template_kwargs", "it must be an object")
     for key, value in template.items():
         where = f"chat_template_kwargs.{str(key)[:80]}"
         if key not in ("enable_thinking", "thinking"):
-            raise unsupported(where, "only enable_thinking is known here")
+            raise unsupported_error(where, "only enable_thinking is known here")
         if value is not None:
             set_once(data, "think", value, where)
     budget = data.pop("thinking_token_budget", None)
@@ -283,7 +283,7 @@ def map_thinking(data: dict[str, Any]) -> None:
 def set_once(data: dict[str, Any], name: str, value: Any, where: str) -> None:
     """Set a field that may not be something else already."""
     if data.setdefault(name, value) != value:
-        raise unsupported(where, f"{name} says something else")
+        raise unsupported_error(where, f"{name} says something else")
 
 
 class ChatRequest(AnswerRequest):

@@ -23,7 +23,7 @@ from vidlada.serve.json_schema import form_of
 from vidlada.serve.limits import Limits
 from vidlada.serve.loading import LoadedMedia, MediaLoader
 from vidlada.serve.media import MediaReference, MediaSource
-from vidlada.serve.refusals import unsupported
+from vidlada.serve.refusals import unsupported_error
 from vidlada.serve.schema import AnswerRequest, ChatRequest
 from vidlada.serve.threads import LONG_TEXT, TEXT, in_thread
 from vidlada.tiling import MediaShape
@@ -151,7 +151,7 @@ class Service:
             prompts = request.prompts
             texts = await self._encode(sum(map(len, prompts)), lambda: [self.plain_text(prompt) for prompt in prompts])
             jobs = [EngineRequest(each, [], settings, max_tokens, choices, form, continues=True) for each in texts]
-            return [self.checked(job) for job in jobs], LoadedMedia().seconds
+            return [self.check_length(job) for job in jobs], LoadedMedia().seconds
         conversation = conversation_of(request.messages, self.vidlada.model.config.multi_turn)
         prefix = conversation.prefix
         if request.continue_final_message and not prefix:
@@ -171,7 +171,7 @@ class Service:
 
         encoded = await self._encode(size, encode)
         job = EngineRequest(encoded, media.inputs, settings, max_tokens, choices, form, continues=bool(prefix))
-        return [self.checked(job)], media.seconds
+        return [self.check_length(job)], media.seconds
 
     async def _load(
         self, request: ChatRequest, references: Sequence[MediaReference], settings: GenerationSettings, owner: str
@@ -216,7 +216,7 @@ class Service:
     def _form_settings(self, settings: GenerationSettings, form: Form) -> GenerationSettings:
         """Settings with as many slots as a form needs, in one block."""
         if settings.suffix:
-            raise unsupported("suffix", "nothing can follow an answer that response_format describes")
+            raise unsupported_error("suffix", "nothing can follow an answer that response_format describes")
         if not form:
             return settings
         slots = form_slots(form, self.vidlada.processor.text_ids)
@@ -232,7 +232,7 @@ class Service:
         encoded.append(processor.text_ids(text), 0)
         return encoded
 
-    def checked(self, job: EngineRequest) -> EngineRequest:
+    def check_length(self, job: EngineRequest) -> EngineRequest:
         """A job that fits the model; 422 for one that does not."""
         most = self.vidlada.processor.max_length
         if job.tokens > most:
