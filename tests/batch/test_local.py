@@ -123,7 +123,7 @@ def test_killed_and_resumed_nothing_is_lost_or_doubled(folder, small_folder, tmp
     out.write_bytes(out.read_bytes() + b'{"line": half a li')
     assert run(folder / "many.jsonl", out, *options)[0] == 0
 
-    def told(path):
+    def answers_of(path):
         return [(answer["line"], answer["answer"]) for answer in answers(path)]
 
-    assert told(out) == told(whole)
+    assert answers_of(out) == answers_of(whole)

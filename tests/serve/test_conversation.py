@@ -3,7 +3,7 @@
 import pytest
 
 from vidlada.generation import GenerationSettings
-from vidlada.serve.body import validated
+from vidlada.serve.body import validate
 from vidlada.serve.conversation import conversation_of, generation_settings
 from vidlada.serve.errors import RequestError
 from vidlada.serve.schema import ChatRequest
@@ -17,16 +17,16 @@ def text(content):
     return {"type": "text", "text": content}
 
 
-def shown(kind, url):
+def media_part(kind, url):
     return {"type": kind, kind: {"url": url}}
 
 
 AFTER_A_LINE = {"type": "video", "inline": False}
 TURNS = [
     {"role": "developer", "content": "be short"},
-    {"role": "user", "content": [text("what is it ?"), shown("video_url", "a"), text("say more")]},
+    {"role": "user", "content": [text("what is it ?"), media_part("video_url", "a"), text("say more")]},
     {"role": "assistant", "content": "a cross"},
-    {"role": "user", "content": [shown("image_url", "b"), text("and this ?")]},
+    {"role": "user", "content": [media_part("image_url", "b"), text("and this ?")]},
 ]
 
 
@@ -54,7 +54,7 @@ def test_a_model_of_single_questions_gets_the_last_one_and_all_that_was_shown():
 
 @pytest.mark.parametrize("role", ["system", "assistant"])
 def test_only_users_show_videos(role):
-    messages = [{"role": role, "content": [shown("video_url", "a")]}, {"role": "user", "content": "what is it ?"}]
+    messages = [{"role": role, "content": [media_part("video_url", "a")]}, {"role": "user", "content": "what is it ?"}]
     with pytest.raises(RequestError, match="cannot show"):
         conversation_of(request(messages).messages, multi_turn=True)
 
@@ -77,7 +77,13 @@ def test_slots_for_max_tokens(fields, slots, block, bound):
 
 
 def test_several_media_stay_where_they_are():
-    parts = [text("first"), shown("image_url", "a"), text("then"), shown("video_url", "b"), text("what changed ?")]
+    parts = [
+        text("first"),
+        media_part("image_url", "a"),
+        text("then"),
+        media_part("video_url", "b"),
+        text("what changed ?"),
+    ]
     conversation = conversation_of(request([{"role": "user", "content": parts}]).messages, multi_turn=True)
     assert conversation.messages()[0]["content"] == [
         text("first"), AFTER_A_LINE, text("then"), AFTER_A_LINE, text("what changed ?"),
@@ -87,10 +93,10 @@ def test_several_media_stay_where_they_are():
 
 def test_media_stand_in_as_many_marks():
     inline = {"type": "video", "inline": True}
-    parts = [shown("image_url", "a"), shown("video_url", "b"), text("is <image> in <image> ?")]
+    parts = [media_part("image_url", "a"), media_part("video_url", "b"), text("is <image> in <image> ?")]
     conversation = conversation_of(request([{"role": "user", "content": parts}]).messages, multi_turn=True)
     assert conversation.messages()[0]["content"] == [text("is "), inline, text(" in "), inline, text(" ?")]
-    one = [shown("image_url", "a"), text("what is <image> ?")]
+    one = [media_part("image_url", "a"), text("what is <image> ?")]
     assert conversation_of(request([{"role": "user", "content": one}]).messages, True).messages()[0]["content"] == [
         {"type": "video"}, text("what is  ?"),
     ]  # fmt: skip
@@ -233,6 +239,6 @@ def test_media_as_clients_write_them(part, url):
 )  # fmt: skip
 def test_a_refused_part_is_named_as_what_it_is(message, place, words):
     with pytest.raises(RequestError) as refused:
-        validated({"model": "m", "messages": [message]}, ChatRequest)
+        validate({"model": "m", "messages": [message]}, ChatRequest)
     assert refused.value.param == place
     assert words in str(refused.value)

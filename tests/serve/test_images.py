@@ -71,7 +71,7 @@ def ask_http(model, *contents, upload=(), **extra):
     return asyncio.run(run())
 
 
-def said(text=QUESTION):
+def text_part(text=QUESTION):
     return {"type": "text", "text": text}
 
 
@@ -88,7 +88,7 @@ def test_one_image_from_anywhere(model, folder):
     path = folder / "wide.png"
     inline = {"type": "file", "file": {"file_data": data_uri(path)}}
     as_video = part(path, "video_url")
-    contents = [[part(path), said()], [path, said()], [inline, said()], [as_video, said()]]
+    contents = [[part(path), text_part()], [path, text_part()], [inline, text_part()], [as_video, text_part()]]
     found, counts = ask_http(model, *contents, upload=[path])
     wanted = expected(model, path)
     assert seen(found) == [wanted] * 4
@@ -99,27 +99,27 @@ def test_one_image_from_anywhere(model, folder):
 
 def test_several_images_are_not_tiled(model, folder):
     paths = [folder / "wide.png", folder / "tall.webp"]
-    found, counts = ask_http(model, [*map(part, paths), said()], [part(paths[0]), said()])
+    found, counts = ask_http(model, [*map(part, paths), text_part()], [part(paths[0]), text_part()])
     assert seen(found) == [expected(model, paths), expected(model, paths[0])]
     assert counts[0] == 2
 
 
 def test_images_and_videos_mixed(model, folder):
     paths = [folder / "wide.png", folder / "clip.mp4", folder / "tall.webp"]
-    uploads = [*paths, said()]
-    found, _ = ask_http(model, uploads, [part(paths[0]), part(paths[1], "video_url"), said()], upload=paths)
+    uploads = [*paths, text_part()]
+    found, _ = ask_http(model, uploads, [part(paths[0]), part(paths[1], "video_url"), text_part()], upload=paths)
     assert seen(found) == [expected(model, paths), expected(model, paths[:2])]
 
 
 def test_frames_of_a_video_beside_images_as_many_as_fit(model, folder):
     paths = [folder / "wide.png", folder / "clip.mp4"]
-    found, _ = ask_http(model, [*paths, said()], upload=paths, frames="auto", fps=25)
+    found, _ = ask_http(model, [*paths, text_part()], upload=paths, frames="auto", fps=25)
     assert seen(found) == [expected(model, paths, frames="auto", fps=25)]
 
 
 def test_an_animation_is_a_video_unless_the_client_says_otherwise(model, folder):
     path = folder / "moves.webp"
-    found, _ = ask_http(model, [path, said()], [part(path), said()], upload=[path])
+    found, _ = ask_http(model, [path, text_part()], [part(path), text_part()], upload=[path])
     first = np.asarray(Image.open(path).convert("RGB"))
     assert seen(found) == [expected(model, path), expected(model, first)]
 
@@ -127,31 +127,31 @@ def test_an_animation_is_a_video_unless_the_client_says_otherwise(model, folder)
 def test_marks_and_places(model, folder):
     paths = [folder / "wide.png", folder / "tall.webp"]
     marks = "is the star of <image> in <image> too ?"
-    between = [said("first "), part(paths[0]), said(" then"), part(paths[1]), said("which is red ?")]
-    found, _ = ask_http(model, [*map(part, paths), said(marks)], between)
+    between = [text_part("first "), part(paths[0]), text_part(" then"), part(paths[1]), text_part("which is red ?")]
+    found, _ = ask_http(model, [*map(part, paths), text_part(marks)], between)
     assert seen(found)[0] == expected(model, paths, marks)
     pieces = [{"type": "image", "image": str(paths[0])}, {"type": "image", "image": str(paths[1])}]
-    content = [said("first "), pieces[0], said(" then"), pieces[1], said("which is red ?")]
+    content = [text_part("first "), pieces[0], text_part(" then"), pieces[1], text_part("which is red ?")]
     assert found[1][0] == model.complete([{"role": "user", "content": content}], **FAST).text
 
 
 @pytest.mark.parametrize("background", ["black", "white"])
 def test_transparent_places(model, folder, background):
     path = folder / "tall.webp"
-    found, _ = ask_http(model, [part(path), said()], background=background)
+    found, _ = ask_http(model, [part(path), text_part()], background=background)
     assert seen(found) == [expected(model, path, background=background)]
 
 
 @pytest.mark.parametrize("cache", ["mars:window=1", "mars:window=2,anchors=4", "mars:window=0"])
 def test_frame_attention_of_a_single_image_is_full_attention(model, folder, cache):
     path = folder / "wide.png"
-    found, _ = ask_http(model, [part(path), said()], cache=cache)
+    found, _ = ask_http(model, [part(path), text_part()], cache=cache)
     assert found[0][0] == model.ask(path, QUESTION, **{**FAST, "cache": "mars"}).text
 
 
 def test_times_of_the_only_video(model, folder):
     paths = [folder / "wide.png", folder / "clip.mp4"]
-    found, _ = ask_http(model, [part(paths[0]), part(paths[1], "video_url"), said()], time_instruction=True)
+    found, _ = ask_http(model, [part(paths[0]), part(paths[1], "video_url"), text_part()], time_instruction=True)
     assert seen(found) == [expected(model, paths, time_instruction=True)]
 
 
@@ -165,7 +165,7 @@ def test_damaged_images_are_refused(model, folder):
                 body = {
                     "model": "small",
                     **FAST,
-                    "messages": [{"role": "user", "content": [said(), {"type": kind, kind: {"url": broken}}]}],
+                    "messages": [{"role": "user", "content": [text_part(), {"type": kind, kind: {"url": broken}}]}],
                 }
                 response = await http.post("/v1/chat/completions", json=body)
                 assert response.status_code == 422, response.text

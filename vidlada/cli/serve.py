@@ -72,10 +72,11 @@ def serve(
     try:
         import uvicorn
 
-        from vidlada.serve.app import ServerSettings, create_app
+        from vidlada.serve.app import create_app
         from vidlada.serve.connection import drop_idle_readers, impatient_protocol
         from vidlada.serve.draining import DrainingServer
         from vidlada.serve.http import site_rules
+        from vidlada.serve.server import ServerSettings
     except ImportError as error:
         raise InputError(f"the server needs more packages: pip install 'vidlada[serve]' ({error.name})") from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")

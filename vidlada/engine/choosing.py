@@ -22,6 +22,7 @@ class ChoosingTurn:
 
     def __init__(self, vidlada: VidLaDA, request: Request, choices: Sequence[str]):
         self.vidlada, self.request, self.choices = vidlada, request, choices
+        self.statistics, self.choosing = Statistics(), True
 
     def step(self) -> tuple[State, StableText, tuple[float, ...]]:
         """The likeliest choice as a finished answer, and the log-probability of every choice among the choices.
@@ -45,5 +46,6 @@ class ChoosingTurn:
         )
         committed = torch.ones(len(answer), dtype=torch.bool)
         confidence = torch.full((len(answer),), float(scores[best].exp()))
+        self.choosing = False
         state = State(1, answer, committed, confidence, None, True, statistics)
         return state, StableText(self.choices[best], len(answer), "stop"), tuple(scores.tolist())

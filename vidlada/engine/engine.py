@@ -30,6 +30,7 @@ from vidlada.decoding.sampler import Denoiser, State, Statistics
 from vidlada.decoding.thinking import Turn
 from vidlada.engine.choosing import ChoosingTurn
 from vidlada.engine.feature_store import LRUCache
+from vidlada.engine.forms import FormTurn
 from vidlada.engine.limits import EngineLimits
 from vidlada.engine.requests import EngineClosedError, EngineRequest, MediaInput, RequestHandle, Update
 from vidlada.engine.scheduler import Scheduler
@@ -125,7 +126,7 @@ class Engine:
         try:
             self._serve()
         except Exception as cause:  # a defect of the engine: nobody may wait for it
-            error = self._explained(cause)
+            error = self._as_vidlada_error(cause)
             self.closing = True
         self._fail_all(error)
 
@@ -182,7 +183,7 @@ class Engine:
         except Exception as error:
             del self.joining[handle]
             self.totals.failed += 1
-            handle.put(self._explained(error))
+            handle.put(self._as_vidlada_error(error))
             return
         handle.seconds["vision"] = handle.seconds.get("vision", 0.0) + time.perf_counter() - started
         if done:
@@ -225,11 +226,15 @@ class Engine:
         job = handle.job
         known = self.visual.get(job.visual_key) if job.settings.reuse else None
         request = replace(self.vidlada.request(job.encoded, tokens, job.settings), visual=known)
-        if job.choices:
+        if job.form:
+            handle.turn = FormTurn(self.vidlada, request, job.form)
+        elif job.choices:
             handle.turn = ChoosingTurn(self.vidlada, request, job.choices)
-            self.choosing.append(handle)
         else:
             handle.turn = Turn(request, self.vidlada.processor, model, job.max_tokens)
+        if isinstance(handle.turn, ChoosingTurn | FormTurn) and handle.turn.choosing:
+            self.choosing.append(handle)
+        else:
             self._start(handle)
 
     def _start(self, handle: RequestHandle) -> None:
@@ -251,19 +256,28 @@ class Engine:
         self.scheduler.charge(computed)
 
     def _choose(self, handles: Iterable[RequestHandle]) -> float:
-        """Answer requests that have choices; gives the tokens computed."""
+        """One pass of requests that have something to choose; gives the tokens computed."""
         computed = 0.0
         for handle in handles:
-            self.choosing.remove(handle)
-            assert isinstance(handle.turn, ChoosingTurn)
+            turn = handle.turn
+            assert isinstance(turn, ChoosingTurn | FormTurn)
+            earlier = turn.statistics
             try:
-                state, stable, scores = handle.turn.step()
+                state, stable, scores = turn.step()
             except Exception as error:
-                self._fail(self._explained(error), [handle])
+                self.choosing.remove(handle)
+                self._fail(self._as_vidlada_error(error), [handle])
+                continue
+            computed += self._count(handle, state.statistics, earlier)
+            if turn.choosing:
+                continue
+            self.choosing.remove(handle)
+            if stable.finish_reason is None:  # the rest of the form is to be decoded
+                handle.task.restart(handle.job.settings.gen_length)
+                self._start(handle)
                 continue
             handle.turn = None
             self.totals.finished += 1
-            computed += self._count(handle, state.statistics, Statistics())
             handle.put(Update(state, stable, dict(handle.seconds), state.confidence, scores))
         return computed
 
@@ -279,7 +293,7 @@ class Engine:
             states = self.denoiser.step()
         except Exception as error:
             self.denoiser.rows = others
-            self._fail(self._explained(error), [self.decoding.pop(number) for number in before])
+            self._fail(self._as_vidlada_error(error), [self.decoding.pop(number) for number in before])
             return 0.0
         self.denoiser.rows += others
         computed = 0.0
@@ -302,11 +316,16 @@ class Engine:
         """Send a state on; free the place of an answer that is complete."""
         handle = self.decoding[number]
         turn = handle.turn
-        assert isinstance(turn, Turn)
+        assert isinstance(turn, Turn | FormTurn)
         request = turn.request
         if state.visual is not None:
             self.visual.put(handle.job.visual_key, state.visual, state.visual.nbytes)
-        state, stable = turn.take(state)
+        try:
+            state, stable = turn.take(state)
+        except VidLaDAError as error:
+            self.denoiser.remove(number)
+            self._fail(error, [self.decoding.pop(number)])
+            return
         state = replace(state, visual=None)  # readers have no use for it
         if stable.finish_reason is not None or turn.request is not request:
             self.denoiser.remove(number)
@@ -338,7 +357,7 @@ class Engine:
         self._fail(error, handles)
 
     @staticmethod
-    def _explained(error: Exception) -> VidLaDAError:
+    def _as_vidlada_error(error: Exception) -> VidLaDAError:
         if isinstance(error, VidLaDAError):
             return error
         log.exception("the model failed", exc_info=error)

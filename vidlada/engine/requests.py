@@ -13,6 +13,7 @@ from vidlada.decoding.sampler import State
 from vidlada.decoding.streaming import StableText
 from vidlada.decoding.thinking import Turn
 from vidlada.engine.choosing import ChoosingTurn
+from vidlada.engine.forms import Form, FormTurn
 from vidlada.engine.scheduler import Task
 from vidlada.errors import VidLaDAError
 from vidlada.generation import GenerationSettings
@@ -60,6 +61,7 @@ class EngineRequest:
         settings: of decoding.
         max_tokens: most tokens of the answer; the answer's slots by default.
         choices: answer with the likeliest of these instead of decoding.
+        form: answer by filling this in.
         continues: the prompt ends within what the assistant says.
     """
 
@@ -68,6 +70,7 @@ class EngineRequest:
     settings: GenerationSettings
     max_tokens: int | None = None
     choices: Sequence[str] = ()
+    form: Form = ()
     continues: bool = False
 
     @property
@@ -122,7 +125,7 @@ class RequestHandle:
         self.cancelled = False
         self.seconds: dict[str, float] = {}
         self.submitted = time.perf_counter()
-        self.turn: Turn | ChoosingTurn | None = None  # while it runs
+        self.turn: Turn | ChoosingTurn | FormTurn | None = None  # while it runs
         self.confidence: Tensor | None = None
         self.committed: Tensor | None = None
         self.pending: deque[Update | BaseException] = deque(maxlen=MOST_PENDING)

@@ -7,7 +7,7 @@ from vidlada.generation import MAX_SLOTS, GenerationSettings
 from vidlada.messages import VIDEO_PLACE, Message, place_media
 from vidlada.serve.errors import RequestError
 from vidlada.serve.media import MediaReference
-from vidlada.serve.refusals import unsupported
+from vidlada.serve.refusals import unsupported_error
 from vidlada.serve.schema import (
     AnswerRequest,
     ChatMessage,
@@ -192,15 +192,15 @@ def generation_settings(
             raise RequestError(422, message, "too_many_tokens", "think_length")
         settings = replace(settings, think_length=most_thought)
     if settings.think and not isinstance(request, ChatRequest):
-        raise unsupported("think", "a text is continued without a thought; use /v1/chat/completions")
+        raise unsupported_error("think", "a text is continued without a thought; use /v1/chat/completions")
     if getattr(request, "top_logprobs", 0) > 1 and not request.guided_choice:
         reason = "only the committed token's confidence is known; guided_choice tells the probabilities of choices"
-        raise unsupported("top_logprobs", reason)
+        raise unsupported_error("top_logprobs", reason)
     if settings.temperature > 0:  # at 0 the likeliest token is taken, which neither could exclude
         if (request.top_k or 0) > 0:
-            raise unsupported("top_k", "with a temperature above 0 use top_p, or temperature alone")
+            raise unsupported_error("top_k", "with a temperature above 0 use top_p, or temperature alone")
         if request.min_p:
-            raise unsupported("min_p", "with a temperature above 0 use top_p, or temperature alone")
+            raise unsupported_error("min_p", "with a temperature above 0 use top_p, or temperature alone")
     return settings, max_tokens
 
 

@@ -97,7 +97,7 @@ class MediaSource:
                 with self.files.arrival() as count:
                     with disk_errors(), os.fdopen(descriptor, "wb", buffering=0) as file:
                         if scheme == "data":
-                            count(decoded_size(reference, self.limits.max_upload_mb * MEBI))
+                            count(size_of_data_uri(reference, self.limits.max_upload_mb * MEBI))
                             digest, head = await in_thread(FILES, write_data_uri, reference, file)
                         else:
                             digest, head = await self._fetch(reference, file, count)
@@ -203,7 +203,7 @@ class MediaSource:
         return client.build_request("GET", target, headers=headers, extensions={"sni_hostname": name})
 
 
-def decoded_size(uri: str, most: int) -> int:
+def size_of_data_uri(uri: str, most: int) -> int:
     """Bytes that a data URI decodes to, padding included; 413 if there are more than `most`."""
     size = (len(uri) - uri.find(",", 0, MOST_HEAD) - 1) * 3 // 4
     if size > most:

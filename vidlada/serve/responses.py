@@ -10,10 +10,10 @@ from pydantic import BeforeValidator, Field
 
 from vidlada.api import VidLaDA
 from vidlada.engine.requests import Update
-from vidlada.serve.body import validated
+from vidlada.serve.body import validate
 from vidlada.serve.completions import Reply, event
 from vidlada.serve.errors import RequestError
-from vidlada.serve.refusals import NO_GRAMMAR, unsupported
+from vidlada.serve.refusals import unsupported_error
 from vidlada.serve.schema import AnswerRequest, ChatRequest, Part, Reference, Strict, Text, as_reference
 from vidlada.serve.service import Submitted
 
@@ -87,7 +87,7 @@ class Item(Strict):
     def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
         """Only messages can be input."""
         if data.get("type", "message") != "message":
-            raise unsupported("input", f"an item of type {str(data['type'])[:80]!r} cannot be used; use messages")
+            raise unsupported_error("input", f"an item of type {str(data['type'])[:80]!r} cannot be used; use messages")
         return super().prepare(data)
 
 
@@ -114,7 +114,7 @@ class ResponsesRequest(AnswerRequest):
         """Drop or refuse what this interface alone has."""
         for name, reason in REFUSED.items():
             if data.pop(name, None):
-                raise unsupported(name, reason)
+                raise unsupported_error(name, reason)
         data.pop("truncation", None)
         reasoning = data.pop("reasoning", {})
         if isinstance(reasoning, dict) and reasoning.get("effort") is not None:
@@ -124,9 +124,8 @@ class ResponsesRequest(AnswerRequest):
                 data["logprobs"] = True
         text = data.pop("text", {})
         if isinstance(text, dict):
-            form = text.get("format") or {}
-            if isinstance(form, dict) and form.get("type", "text") != "text":
-                raise unsupported("text.format", f"{str(form.get('type'))[:80]!r} cannot be kept: {NO_GRAMMAR}")
+            if text.get("format"):
+                data["response_format"] = text["format"]
             if text.get("verbosity"):
                 data["verbosity"] = text["verbosity"]
         options = data.get("stream_options")
@@ -137,13 +136,13 @@ class ResponsesRequest(AnswerRequest):
     def chat(self) -> ChatRequest:
         """The same as a chat request."""
         if self.n != 1:
-            raise unsupported("n", "this interface gives one answer")
+            raise unsupported_error("n", "this interface gives one answer")
         messages = [{"role": item.role, "content": [part_of(part) for part in item.content]} for item in self.input]
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.instructions}]})
         own = {"input", "instructions", "max_output_tokens"}
         values = self.model_dump(exclude_unset=True, exclude=own)
-        return validated({"max_tokens": self.max_output_tokens, **values, "messages": messages}, ChatRequest)
+        return validate({"max_tokens": self.max_output_tokens, **values, "messages": messages}, ChatRequest)
 
 
 def part_of(part: Any) -> dict[str, Any]:
@@ -270,7 +269,7 @@ class ResponsesReply(Reply):
         ))  # fmt: skip
 
     def events(self, number: int, update: Update) -> bytes:
-        """What became certain; a draft of which nothing is certain yet is told beside the response."""
+        """What became certain; a draft of which nothing is certain yet comes with an event of the response."""
         reasoning, text, tokens = self.news(number, update)
         draft, found = self.draft(number, update), b""
         if reasoning:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from vidlada.api import VidLaDA
 from vidlada.decoding.choices import check_choices
 from vidlada.engine.engine import Engine
+from vidlada.engine.forms import Form, form_slots
 from vidlada.engine.requests import EngineRequest, RequestHandle
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.messages import BOS, time_instruction, with_think_mode
@@ -19,9 +20,11 @@ from vidlada.serve.conversation import conversation_of, generation_settings, wit
 from vidlada.serve.decoder import Decoders
 from vidlada.serve.errors import RequestError
 from vidlada.serve.files import FileStore
+from vidlada.serve.json_schema import form_of
 from vidlada.serve.limits import Limits
 from vidlada.serve.loading import LoadedMedia, MediaLoader
 from vidlada.serve.media import MediaReference, MediaSource
+from vidlada.serve.refusals import unsupported_error
 from vidlada.serve.schema import AnswerRequest, ChatRequest
 from vidlada.serve.threads import LONG_TEXT, TEXT, in_thread
 from vidlada.tiling import MediaShape
@@ -140,12 +143,16 @@ class Service:
         base = self.vidlada.settings()
         settings, max_tokens = generation_settings(request, base, self.limits.max_tokens, self.limits.max_thought)
         check_choices(settings)
-        choices = tuple(request.guided_choice or ())
+        choices: tuple[str, ...] = tuple(request.guided_choice or ())
+        form: Form = ()
+        if request.guided_json is not None:
+            form, _ = form_of(request.guided_json)
+            settings = self._form_settings(settings, form)
         if not isinstance(request, ChatRequest):
             prompts = request.prompts
             texts = await self._encode(sum(map(len, prompts)), lambda: [self.plain_text(prompt) for prompt in prompts])
-            jobs = [EngineRequest(each, [], settings, max_tokens, choices, True) for each in texts]
-            return [self.checked(job) for job in jobs], LoadedMedia().seconds
+            jobs = [EngineRequest(each, [], settings, max_tokens, choices, form, continues=True) for each in texts]
+            return [self.check_length(job) for job in jobs], LoadedMedia().seconds
         conversation = conversation_of(request.messages, self.vidlada.model.config.multi_turn)
         prefix = conversation.prefix
         if request.continue_final_message and not prefix:
@@ -164,8 +171,8 @@ class Service:
             return encoded
 
         encoded = await self._encode(size, encode)
-        job = EngineRequest(encoded, media.inputs, settings, max_tokens, choices, bool(prefix))
-        return [self.checked(job)], media.seconds
+        job = EngineRequest(encoded, media.inputs, settings, max_tokens, choices, form, continues=bool(prefix))
+        return [self.check_length(job)], media.seconds
 
     async def _load(
         self, request: ChatRequest, references: Sequence[MediaReference], settings: GenerationSettings, owner: str
@@ -207,6 +214,18 @@ class Service:
         """Tokenize in a thread; long texts do not hold up short ones."""
         return await in_thread(LONG_TEXT if characters > LONG_TEXT_CHARACTERS else TEXT, encode)
 
+    def _form_settings(self, settings: GenerationSettings, form: Form) -> GenerationSettings:
+        """Settings with as many slots as a form needs, in one block."""
+        if settings.suffix:
+            raise unsupported_error("suffix", "nothing can follow an answer that response_format describes")
+        if not form:
+            return settings
+        slots = form_slots(form, self.vidlada.processor.text_ids)
+        if slots > self.limits.max_tokens:
+            message = f"the form of response_format takes {slots} slots, more than the {self.limits.max_tokens} allowed"
+            raise RequestError(422, message, "too_many_tokens", "response_format")
+        return replace(settings, gen_length=slots, block_length=slots, steps=None, think=None)
+
     def plain_text(self, text: str) -> EncodedConversation:
         """A text without a chat template."""
         encoded, processor = EncodedConversation(), self.vidlada.processor
@@ -214,7 +233,7 @@ class Service:
         encoded.append(processor.text_ids(text), 0)
         return encoded
 
-    def checked(self, job: EngineRequest) -> EngineRequest:
+    def check_length(self, job: EngineRequest) -> EngineRequest:
         """A job that fits the model; 422 for one that does not."""
         most = self.vidlada.processor.max_length
         if job.tokens > most:
