@@ -287,3 +287,24 @@ def promise(text: str) -> tuple[str, float]:
         return name, float(most)
     except ValueError:
         raise InputError(f"--goodput {text}: give ttft, tpot or e2el and milliseconds, as ttft:500") from None
+
+
+@bench.command("train")
+@click.option("--steps", type=click.IntRange(2), default=40, show_default=True, help="Of each loop.")
+@click.option("--packing-steps", type=click.IntRange(2), default=12, show_default=True, help="Of each kind of row.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Conversations a step.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@one_line_errors
+def bench_train(steps: int, packing_steps: int, batch_size: int, as_json: bool) -> None:
+    """A training step against a plain loop's, and packed rows of conversations against padded ones, on the CPU."""
+    from vidlada.bench.training import overhead_figures, overhead_table, packing_figures, packing_table
+
+    def show(what: str) -> None:
+        click.echo(what, err=True)
+
+    overhead = overhead_figures(steps, show)
+    packing = packing_figures(packing_steps, batch_size, show)
+    if as_json:
+        click.echo(json.dumps({"overhead": overhead, "packing": packing}))
+    else:
+        click.echo(f"{overhead_table(overhead)}\n\n{packing_table(packing)}")

@@ -281,10 +281,14 @@ class TrainingConfig:
 
     @property
     def new_model(self) -> dict[str, Any]:
-        """Arguments of a new model, or of what is new beside a Llama-family one: by default no vision."""
+        """Arguments of a new model, or of what is new beside a Llama-family one: by default no vision. The tower has no
+        pooling head unless it is asked for: nothing would ever train it, which DDP takes for a mistake."""
         if self.init_from is not None and not self.model:
             return {"text_only": True}
-        return self.model or {}
+        values = dict(self.model or {})
+        if isinstance(values.get("vision_config"), dict):
+            values["vision_config"] = {"vision_use_head": False, **values["vision_config"]}
+        return values
 
     @property
     def think_tokens(self) -> bool:

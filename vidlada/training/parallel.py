@@ -185,8 +185,8 @@ def lost_peers() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the place in torch's source and the trace that follow."""
-    return SOURCE_PLACE.sub("", str(error).splitlines()[0]).rstrip(". ")
+    """What an error says first, without the place in torch's source before it and the advice behind it."""
+    return SOURCE_PLACE.sub("", str(error).splitlines()[0]).partition(". ")[0].rstrip(". ")
 
 
 @contextmanager
