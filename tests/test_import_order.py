@@ -34,7 +34,7 @@ ROWS = [
         "video_index",
     ],
     ["files", "settings"],
-    ["errors", "machine", "markdown", "noise"],
+    ["errors", "letters", "machine", "markdown", "noise", "scores"],
 ]
 ROW = {room: number for number, row in enumerate(ROWS) for room in row}
 

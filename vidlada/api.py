@@ -78,7 +78,7 @@ class VidLaDA:
         prompt: PromptSettings | None = None,
         fetching: Fetching | None = None,
     ) -> list[EncodedVideo]:
-        """Videos and images of one conversation as visual tokens, one after another.
+        """Encode the videos and images of one conversation into visual tokens, one after another.
 
         Args:
             media: one, or a list in the order of the conversation; each as for `encode_video`. A single image is
@@ -146,7 +146,7 @@ class VidLaDA:
         settings: GenerationSettings,
         prompt: PromptSettings | None = None,
     ) -> int:
-        """Most frames of each of some videos for which context and free memory suffice.
+        """Return the largest number of frames per video that fits the context and the free memory.
 
         Args:
             others: shapes of what else the conversation shows.
@@ -179,7 +179,7 @@ class VidLaDA:
         return min(most, MAX_FRAMES)
 
     def request(self, encoded: EncodedConversation, visual_tokens: Tensor, settings: GenerationSettings) -> Request:
-        """What the decoding loop needs to go on with a conversation.
+        """Build the decoding request for the next answer of a conversation.
 
         Args:
             encoded: as the processor encodes it.
@@ -202,7 +202,7 @@ class VidLaDA:
         )
 
     def draft(self, state: State, reasoning: str = "", thinks: bool = False) -> Draft:
-        """A state as text.
+        """Decode a state to text.
 
         Args:
             state: of the thought or the answer.
@@ -248,7 +248,7 @@ class VidLaDA:
         check_memory(need.working, self.model.device, what, instead)
 
     def settings(self, **generation: Any) -> GenerationSettings:
-        """This checkpoint's generation defaults with some of them changed."""
+        """Return this checkpoint's generation settings with the given ones changed."""
         settings = GenerationSettings.from_dict(self.model.config.generation or {}).replace(**generation)
         check_choices(settings)  # before any work starts
         return settings
@@ -270,11 +270,11 @@ class VidLaDA:
         return self.chat(media, **options).ask(question, choices)
 
     def stream(self, media: Any, question: str, **options: Any) -> Iterator[Draft]:
-        """As `ask`, but yields a draft after every denoising step."""
+        """Answer like `ask`, yielding a draft after every denoising step."""
         return self.chat(media, **options).stream(question)
 
     def chat(self, media: Any, **options: Any) -> "Conversation":
-        """Several questions about videos and images, which are encoded once; options as for `ask`."""
+        """Start a conversation about videos and images, which are encoded once; options as for `ask`."""
         sampling, prompt, fetching, generation = split_options(options)
         settings = self.settings(**generation)
         return Conversation(self, self.encode_media(media, sampling, settings, prompt, fetching), settings, prompt)
@@ -392,8 +392,7 @@ SAMPLING_OPTIONS = {listed.alias or name: name for name, (_, listed, _) in setti
 
 
 def split_options(options: dict[str, Any]) -> tuple[Sampling, PromptSettings, Fetching, dict[str, Any]]:
-    """Options of `ask` as how to sample frames, what to put into the prompt, limits of downloads, and generation
-    settings.
+    """Split the options of `ask` into frame sampling, prompt settings, download limits and generation settings.
 
     Raises:
         InputError: an option is unknown or out of bounds.

@@ -1,4 +1,4 @@
-"""Models by name: the one in the package, a folder, or the Hugging Face hub."""
+"""Load models by name: the one in the package, a folder, or one of the Hugging Face hub."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ SHIPPED = "tiny"
 
 
 def model_folder(name_or_folder: str | Path, revision: str | None = None, what: str = "model") -> Path:
-    """Folder of a model or adapter given by name; `InputError` if there is none.
+    """Return the local folder of a model or adapter, downloading it if needed; `InputError` if there is none.
 
     Args:
         name_or_folder: `tiny`, the model in the package; a folder; or a name of the Hugging Face hub, `owner/name` or
@@ -85,7 +85,7 @@ def load(
 
 
 def usable_device(device: str | None) -> str:
-    """The device asked for, or the first GPU, or the CPU; `InputError` if this machine lacks it."""
+    """Return the requested device, else the first GPU, else the CPU; `InputError` if this machine lacks it."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,4 +1,4 @@
-"""What is said in a conversation: control tokens, the chat template, texts with media in their places, think marks."""
+"""Messages: control tokens, the chat template, where media stand in a text, and think marks."""
 
 import re
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
 
 
 def time_instruction(times: Sequence[float], duration: float) -> str:
-    """The published sentence that tells the model when its frames were taken.
+    """Return the published sentence that states when the frames were taken.
 
     Args:
         times: seconds of each frame.
@@ -53,7 +53,7 @@ def time_instruction(times: Sequence[float], duration: float) -> str:
 
 
 def pieces_of(message: Message) -> list[str | Message]:
-    """What a message says: texts, with the media between them, as its text is rendered.
+    """Split a message into texts and the media between them, as the template renders them.
 
     White space around the whole is stripped, that between texts and media is not.
 
@@ -86,7 +86,8 @@ def place_media(text: str, media: Sequence[Message]) -> str | list[Message]:
     """The content of a turn: a text with media.
 
     They stand in the text's `<image>` marks, if there are as many and more than one; else in front of the text, a line
-    each, as published. Without media a mark is a text like any other.
+    each, as published. Without media a mark is a text like any other. White space around the text goes with a single
+    mark, as published; else it stays.
 
     Args:
         text: said.
@@ -96,8 +97,8 @@ def place_media(text: str, media: Sequence[Message]) -> str | list[Message]:
         return text
     marks = text.count(VIDEO_PLACE)
     if marks != len(media) or marks == 1:
-        text = text.replace(VIDEO_PLACE, "") if marks == len(media) else text
-        return [*media, {"type": "text", "text": text.strip()}]
+        text = text.replace(VIDEO_PLACE, "").strip() if marks == len(media) else text
+        return [*media, {"type": "text", "text": text}]
     texts = text.split(VIDEO_PLACE)
     content: list[Message] = [{"type": "text", "text": texts[0]}]
     for part, after in zip(media, texts[1:], strict=True):
@@ -106,7 +107,8 @@ def place_media(text: str, media: Sequence[Message]) -> str | list[Message]:
 
 
 def with_think_mode(messages: Sequence[Message], think: bool | None) -> list[Message]:
-    """A conversation with `/think` or `/no_think` directly behind the first user turn, as in training.
+    """A conversation with `/think` or `/no_think` directly behind the first user turn, white space at its end included,
+    as published.
 
     Args:
         messages: see `VidLaDAProcessor.encode`.
@@ -118,9 +120,9 @@ def with_think_mode(messages: Sequence[Message], think: bool | None) -> list[Mes
         return found
     content, mark = found[place].get("content") or "", THINK_MODES[think]
     if isinstance(content, str):
-        content = content.rstrip() + mark
+        content += mark
     elif content[-1].get("type") == "text":
-        content = [*content[:-1], {"type": "text", "text": str(content[-1]["text"]).rstrip() + mark}]
+        content = [*content[:-1], {"type": "text", "text": str(content[-1]["text"]) + mark}]
     else:
         content = [*content, {"type": "text", "text": mark}]
     found[place] = {**found[place], "content": content}

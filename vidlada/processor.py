@@ -30,7 +30,7 @@ from vidlada.tiling import ImageShape, MediaShape, MergeType, Tiling
 
 @dataclass
 class EncodedConversation:
-    """Token ids of one conversation and, for every position, what it is.
+    """Token ids of one conversation and the role of every position.
 
     Attributes:
         input_ids: token ids; the stand-in of the model's configuration once per visual token.
@@ -110,7 +110,7 @@ class VidLaDAProcessor(ProcessorMixin):
 
     @classmethod
     def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: VidLaDAConfig) -> "VidLaDAProcessor":
-        """The processor that fits a model."""
+        """Build the processor of a model from its configuration."""
         return cls(
             tokenizer,
             image_size=int(config.vision.image_size),
@@ -127,7 +127,7 @@ class VidLaDAProcessor(ProcessorMixin):
 
     @property
     def tiling(self) -> Tiling:
-        """How images are taken."""
+        """How images are tiled."""
         pinpoints = self.image_grid_pinpoints
         return Tiling(
             self.image_aspect_ratio,
@@ -138,7 +138,7 @@ class VidLaDAProcessor(ProcessorMixin):
         )
 
     def token_id(self, token: str) -> int:
-        """Id of a control token; `InputError` when the tokenizer lacks it."""
+        """Return the id of a control token; `InputError` if the tokenizer lacks it."""
         token_id = self.tokenizer.convert_tokens_to_ids(token)
         if token_id is None or token_id == self.tokenizer.unk_token_id:
             raise InputError(f"the tokenizer has no {token} token; it does not belong to this model family")
@@ -151,7 +151,7 @@ class VidLaDAProcessor(ProcessorMixin):
         return {token: int(self.tokenizer.convert_tokens_to_ids(token)) for token in tokens}
 
     def answer_ids(self, text: str) -> list[int]:
-        """Token ids of what the assistant says: think-mode tags are their own tokens where the tokenizer has them."""
+        """Tokenize an assistant turn; think-mode tags become single tokens where the tokenizer has them."""
         if not self.think_ids:
             return self.text_ids(text)
         ids: list[int] = []
@@ -165,7 +165,7 @@ class VidLaDAProcessor(ProcessorMixin):
         return ids + self.text_ids(pending)
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of plain text; control tokens written inside it stay text."""
+        """Tokenize plain text; control tokens written in it stay text."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def pixel_values(
@@ -199,11 +199,11 @@ class VidLaDAProcessor(ProcessorMixin):
 
     @property
     def most_frames(self) -> int:
-        """Frames whose visual tokens fit in a conversation, without any text."""
+        """Number of frames that fit the context without any text."""
         return max(0, (self.max_length - self.closing_tokens) // self.tokens_per_frame)
 
     def image_pictures(self, image: np.ndarray, alone: bool = True) -> tuple[np.ndarray, MediaShape]:
-        """What of an image passes the vision tower.
+        """Return the pictures of an image that go through the vision tower.
 
         Args:
             image: (height, width, 3) uint8 RGB.
@@ -218,14 +218,14 @@ class VidLaDAProcessor(ProcessorMixin):
         return (image[None], 1) if self.tiling.as_frames else self.tiling.cut(image, alone)
 
     def media_frame_index(self, shape: MediaShape) -> list[int]:
-        """Frame number of each visual token of a medium; an image is one frame."""
+        """Return the frame number of each visual token of a medium; an image is one frame."""
         if isinstance(shape, ImageShape):
             return [0] * self.tiling.tokens(shape)
         index = np.repeat(np.arange(shape), self.tokens_per_frame).tolist()
         return index + [shape - 1] * self.closing_tokens
 
     def with_system_message(self, messages: Sequence[Message]) -> list[Message]:
-        """A conversation with the default system message in front, unless it brings one."""
+        """Return the conversation with the default system message in front, unless it has one."""
         if not messages:
             raise InputError("the conversation is empty; give at least one user message")
         if messages[0].get("role") == "system":
@@ -235,7 +235,7 @@ class VidLaDAProcessor(ProcessorMixin):
     def encode(
         self, messages: Sequence[Message], media: Sequence[MediaShape], add_generation_prompt: bool = True
     ) -> EncodedConversation:
-        """Token ids and position map of one conversation.
+        """Tokenize one conversation and record the role of every position.
 
         Args:
             messages: role and content; content is text or a list of parts of type `text`, `image` or `video`. A
@@ -302,7 +302,7 @@ class VidLaDAProcessor(ProcessorMixin):
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Model inputs of a batch of conversations, left-padded so that all answers start at one place.
+        """Build the model inputs of a batch, left-padded so that all answers start at the same position.
 
         Args:
             conversations: one conversation or several. Video parts hold their frames under `video`: uint8
@@ -341,7 +341,7 @@ class VidLaDAProcessor(ProcessorMixin):
         return BatchFeature(features)
 
     def media_of(self, messages: Sequence[Message]) -> list[tuple[np.ndarray, MediaShape]]:
-        """Pictures and shapes of the media that a conversation's parts hold, in order."""
+        """Return the pictures and shapes of a conversation's media, in order."""
         parts = [piece for message in messages for piece in pieces_of(message) if not isinstance(piece, str)]
         alone = sum(part["type"] == "image" for part in parts) == 1
         found: list[tuple[np.ndarray, MediaShape]] = []
@@ -351,7 +351,7 @@ class VidLaDAProcessor(ProcessorMixin):
         return found
 
     def apply_chat_template(self, conversation: Any, tokenize: bool = False, **kwargs: Any) -> Any:
-        """The prompt as text, or (`tokenize=True`) as model inputs.
+        """Render the prompt as text or, with `tokenize=True`, as model inputs.
 
         Args:
             conversation: one conversation or several, as for `__call__`.
@@ -368,11 +368,11 @@ class VidLaDAProcessor(ProcessorMixin):
         return super().apply_chat_template(batch[0] if alone else batch, tokenize=False, **kwargs)
 
     def tag_ids(self, tag: str) -> list[int]:
-        """Token ids of a think-mode tag: one, if the tokenizer has it."""
+        """Return the token ids of a think-mode tag: a single one if the tokenizer has it."""
         return [self.think_ids[tag]] if tag in self.think_ids else self.text_ids(tag)
 
     def decode(self, token_ids: Any, **kwargs: Any) -> str:
-        """Text of token ids; control tokens are left out, think-mode tags are not."""
+        """Decode token ids without control tokens; think-mode tags are kept."""
         options = {"skip_special_tokens": True, **kwargs}
         if not self.think_ids or not options["skip_special_tokens"]:
             return self.tokenizer.decode(token_ids, **options)

@@ -13,7 +13,7 @@ INT64 = 2**63
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known about a field besides its type and default.
+    """Help text and bounds of a setting.
 
     Attributes:
         help: one sentence, as the command line prints it.
@@ -89,7 +89,7 @@ def check_settings(instance: Any, skip: Container[str] = ()) -> None:
 
 
 def check_number(name: str, value: Any, kind: type, bounds: Setting) -> None:
-    """Refuse what is not a finite number within its bounds."""
+    """Raise an error unless a value is a finite number within its bounds."""
     whole = kind is int
     fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     if fits and bounds.minimum is not None:
@@ -105,7 +105,7 @@ def check_number(name: str, value: Any, kind: type, bounds: Setting) -> None:
 
 
 def limits(bounds: Setting) -> str:
-    """The bounds of a number in words."""
+    """Describe the bounds of a number."""
     lower = "" if bounds.minimum is None else f" of at least {bounds.minimum:g}"
     lower = lower if bounds.above is None else f" above {bounds.above:g}"
     upper = "" if bounds.maximum is None else f" of at most {bounds.maximum:,}"
@@ -113,7 +113,7 @@ def limits(bounds: Setting) -> str:
 
 
 def check_text(name: str, value: Any, bounds: Setting) -> None:
-    """Refuse what is not a text, has half characters, is too long, or is none of the choices."""
+    """Raise an error unless a value is valid Unicode text, not too long, and one of the choices."""
     if not isinstance(value, str):
         raise InputError(f"{name} must be a text, not {format_value(value)}")
     if bounds.choices and value not in bounds.choices:
@@ -124,7 +124,7 @@ def check_text(name: str, value: Any, bounds: Setting) -> None:
 
 
 def check_unicode(name: str, text: str) -> None:
-    """Refuse halves of characters (lone surrogates), which no tokenizer or file can take."""
+    """Raise an error for lone surrogates, which no tokenizer or file can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -134,7 +134,7 @@ def check_unicode(name: str, text: str) -> None:
 
 
 def check_list(name: str, values: Any, bounds: Setting) -> None:
-    """Refuse what is not a list of such texts."""
+    """Raise an error unless a value is a list of such texts."""
     if not isinstance(values, list | tuple):
         raise InputError(f"{name} must be a text or a list of texts, not {format_value(values)}")
     if bounds.max_items is not None and len(values) > bounds.max_items:
@@ -144,6 +144,6 @@ def check_list(name: str, values: Any, bounds: Setting) -> None:
 
 
 def format_value(value: Any) -> str:
-    """A value as an error shows it: short, whatever it is."""
+    """Format any value for an error message, shortened."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:80]}…"

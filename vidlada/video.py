@@ -337,7 +337,9 @@ def _streams(path: Path, container: InputContainer) -> list[VideoStream]:
     """The video streams that can be decoded and are not mere pictures (covers, thumbnails)."""
     streams = [stream for stream in container.streams.video if not stream.disposition & MERE_PICTURES]
     if not streams:
-        kinds = " and ".join(sorted({stream.type for stream in container.streams})) or "no"
+        if not container.streams:
+            raise InputError(f"{path}: there is no video in it, nor anything else; the file is empty or truncated")
+        kinds = " and ".join(sorted({stream.type for stream in container.streams}))
         raise InputError(f"{path}: there is no video in it, only {kinds} streams")
     decodable = [stream for stream in streams if stream.codec_context is not None]
     if not decodable:

@@ -71,7 +71,33 @@ class SharedPrefixMask:
         return torch.cat(mixed, dim=2)
 
 
-AnyMask = Tensor | SharedPrefixMask | None
+@dataclass(frozen=True, eq=False)
+class PackedMask:
+    """One row of several sequences, one after another, that do not see one another.
+
+    Attributes:
+        sizes: tokens of every sequence; padding is one of its own.
+    """
+
+    sizes: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "PackedMask":
+        """The same: it holds no tensor."""
+        return self
+
+    def dense(self) -> Tensor:
+        """(1, 1, tokens, tokens) boolean, True where a query (third axis) may attend to a key (last axis)."""
+        part = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        return (part[None, :] == part[:, None])[None, None]
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention over (1, heads, tokens, head_dim), sequence by sequence."""
+        parts = zip(*(states.split(self.sizes, dim=2) for states in (queries, keys, values)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=2)
+
+
+RowMask = SharedPrefixMask | PackedMask
+AnyMask = Tensor | RowMask | None
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
@@ -138,15 +164,20 @@ def add_product(residual: Tensor, linear: nn.Module, states: Tensor) -> Tensor:
     return torch.addmm(residual, states, cast(Tensor, linear.weight).t())
 
 
-def pack(module: nn.Module, packed: str, names: Sequence[str]) -> None:
+def pack(module: nn.Module, packed: str, names: Sequence[str]) -> bool:
     """Replace linear layers of the same input by one, in place. State dicts keep the names of the parts.
 
     Args:
         module: that holds them.
         packed: name of the new layer.
         names: of the layers it replaces, none with a bias.
+
+    Returns:
+        Whether it was done; not where their weights are kept elsewhere for lack of memory.
     """
     weights = [cast(nn.Linear, module.get_submodule(name)).weight for name in names]
+    if any(weight.is_meta for weight in weights):
+        return False
     sizes = [len(weight) for weight in weights]
     whole = nn.Linear(weights[0].shape[1], sum(sizes), bias=False, device="meta")
     whole.weight = nn.Parameter(torch.cat([weight.detach() for weight in weights]), requires_grad=False)
@@ -165,15 +196,16 @@ def pack(module: nn.Module, packed: str, names: Sequence[str]) -> None:
 
     module.register_state_dict_post_hook(split)
     module.register_load_state_dict_pre_hook(join)
+    return True
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | SharedPrefixMask | None) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, attention_mask: AnyMask) -> Tensor:
     """Scaled dot-product attention over (batch, heads, tokens, head_dim)."""
     if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         # the backward pass of the fused kernel is 1.5 to 5 times slower in bfloat16 than in float32 on a CPU
         with torch.autocast("cpu", enabled=False):
             return attend(queries.float(), keys.float(), values.float(), attention_mask)
-    if isinstance(attention_mask, SharedPrefixMask):
+    if isinstance(attention_mask, RowMask):
         return attention_mask.attend(queries, keys, values)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=attention_mask)
 
@@ -240,12 +272,9 @@ class Attention(nn.Module):
 
     def pack(self) -> None:
         """One product instead of three."""
-        pack(self, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
-        self.packed = True
+        self.packed = pack(self, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
 
-    def mix(
-        self, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | SharedPrefixMask | None
-    ) -> Tensor:
+    def mix(self, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: AnyMask) -> Tensor:
         """What every position sees of the others: (batch, tokens, width)."""
         if self.groups > 1:
             keys, values = (states.repeat_interleave(self.groups, dim=1) for states in (keys, values))
@@ -273,8 +302,7 @@ class MLP(nn.Module):
 
     def pack(self) -> None:
         """One product instead of two."""
-        pack(self, "gate_up_proj", ("gate_proj", "up_proj"))
-        self.packed = True
+        self.packed = pack(self, "gate_up_proj", ("gate_proj", "up_proj"))
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(self.gated(hidden))
@@ -370,7 +398,8 @@ class LanguageModel(nn.Module):
             hidden: (batch, tokens, width) embeddings.
             position_ids: (batch or 1, tokens); counts from 0 by default.
             attention_mask: boolean, True where attention is allowed: (batch, tokens) over keys, or
-                (batch, 1, tokens, tokens) over pairs; or of rows with a shared prefix; None when nothing is padded.
+                (batch, 1, tokens, tokens) over pairs; or of rows that share a prefix or are packed; None when
+                nothing is padded.
 
         Returns:
             (batch, tokens, width) normed hidden states.

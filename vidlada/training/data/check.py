@@ -139,7 +139,7 @@ def check_entry(
         tiling.shape_of(info.height, info.width, alone) if image and not tiling.as_frames else len(times)
         for image, (times, info) in zip(images, videos, strict=True)
     ]
-    messages = messages_of(shapes, source.told(source.item(number), videos), entry.system)
+    messages = messages_of(shapes, source.exchanges_of(source.item(number), videos), entry.system)
     try:
         encoded = processor.encode(messages, shapes, add_generation_prompt=False)
     except InputError as error:

@@ -1,6 +1,7 @@
 """Conversations as data files have them: LLaVA's form and its relatives, each with one meaning."""
 
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from gzip import decompress
@@ -17,6 +18,8 @@ IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 MEDIA_KEYS = ("video", "videos", "image", "images")
 TURN_KEYS = ("conversations", "conversation", "messages")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TEXT_PARTS, MEDIA_PARTS = ("text", "input_text", "output_text"), ("image", "video", "image_url", "video_url")
+ADDRESS = re.compile(r"(?i)https?://|data:[^/]*/[^/]*[;,]")
 BLANK = " \t\r\n"
 
 
@@ -43,8 +46,9 @@ def entry_of(found: Value, folder: Path, file: str, attached: Sequence[TarMember
 
     Args:
         found: `{"id", "video" or "image", "conversations", "process"}`. Turns name their speaker as `from` or `role`
-            (human or user, gpt or assistant, system) and what is said as `value` or `content`. An opening turn of the
-            assistant and a last one of the user are dropped; `<video>` marks are `<image>` marks.
+            (human or user, gpt or assistant, system) and what is said as `value` or `content`: a text, or a list of
+            parts as of OpenAI's interface, whose paths follow those of the entry. An opening turn of the assistant
+            and a last one of the user are dropped; `<video>` marks are `<image>` marks.
         folder: where relative paths start.
         file: for messages.
         attached: media that came with it in a tar, in the order of their names; if the entry names all of them, its
@@ -64,7 +68,7 @@ def _entry_of(value: Any, folder: Path, origin: str, attached: Sequence[TarMembe
         raise Malformed(f"expected a mapping, got {format_value(value)}")
     paths = media_paths(value)
     key = next((key for key in TURN_KEYS if value.get(key)), TURN_KEYS[0])
-    system, turns = turns_of(value.get(key), key)
+    system, turns = turns_of(value.get(key), key, paths)
     process = value.get("process") or ""
     if not isinstance(process, str):
         raise Malformed(f"process must be a text, not {format_value(process)}")
@@ -85,18 +89,30 @@ def media_paths(value: dict[str, Any]) -> list[str]:
     paths = []
     for key in MEDIA_KEYS:
         named = value.get(key) or []
-        for path in named if isinstance(named, list) else [named]:
-            if not isinstance(path, str) or not path.strip():
-                raise Malformed(f"{key} must be a path or a list of paths, not {format_value(named)}")
-            check_text(key, path)
-            if "\0" in path:
-                raise Malformed(f"{key} has a NUL in its path {format_value(path)}")
-            paths.append(path)
+        paths += [check_path(key, path) for path in (named if isinstance(named, list) else [named])]
     return paths
 
 
-def turns_of(turns: Any, key: str) -> tuple[str | None, list[str]]:
-    """The system turn, if there is one, and the texts of user and assistant in turn, of whole exchanges."""
+def check_path(name: str, path: Any) -> str:
+    """A path, if it can be one."""
+    if not isinstance(path, str) or not path.strip():
+        raise Malformed(f"{name} must be a path or a list of paths, not {format_value(path)}")
+    check_text(name, path)
+    if "\0" in path:
+        raise Malformed(f"{name} has a NUL in its path {format_value(path)}")
+    if ADDRESS.match(path):
+        raise Malformed(f"{name} must be the path of a file, not the address {format_value(path)}")
+    return path.removeprefix("file://")
+
+
+def turns_of(turns: Any, key: str, paths: list[str]) -> tuple[str | None, list[str]]:
+    """The system turn, if there is one, and the texts of user and assistant in turn, of whole exchanges.
+
+    Args:
+        turns: as the entry has them.
+        key: where, for messages.
+        paths: of media; those that stand in parts of the turns are appended.
+    """
     if not isinstance(turns, list) or not turns:
         raise Malformed(f"{key} must be a list of turns, not {format_value(turns)}")
     said: list[tuple[str, str]] = []
@@ -108,6 +124,8 @@ def turns_of(turns: Any, key: str) -> tuple[str | None, list[str]]:
         if role is None:
             raise Malformed(f"{key}[{number}] is said by {format_value(speaker)}; known are {', '.join(ROLES)}")
         text = turn.get("value", turn.get("content"))
+        if isinstance(text, list) and text:
+            text = text_of_parts(text, f"{key}[{number}]", paths if role == "user" else None)
         if not isinstance(text, str):
             raise Malformed(f"{key}[{number}] needs a text as its value, not {format_value(text)}")
         check_text(f"{key}[{number}]", text)
@@ -121,6 +139,33 @@ def turns_of(turns: Any, key: str) -> tuple[str | None, list[str]]:
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise Malformed(f"{key} must alternate user and assistant, got {format_value(roles)}")
     return system, [text for _, text in said]
+
+
+def text_of_parts(parts: list[Any], name: str, paths: list[str] | None) -> str:
+    """What a list of parts says, with a mark and a line's end in the place of each video and image, as at inference.
+
+    Args:
+        parts: `{"type": "text", "text": …}`; `{"type": "image_url", "image_url": {"url": …}}`, or without a path where
+            the entry names it: `{"type": "image"}`; the same of videos.
+        name: of the turn, for messages.
+        paths: get those of the parts; None where the speaker shows nothing.
+    """
+    text = ""
+    for number, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in TEXT_PARTS and isinstance(part.get("text"), str):
+            text += part["text"]
+        elif kind in MEDIA_PARTS and paths is not None:
+            place = part.get(kind)
+            path = place.get("url") if isinstance(place, dict) else place
+            if path is not None:
+                paths.append(check_path(f"{name}[{number}]", path))
+            text += IMAGE_MARK + "\n"
+        else:
+            raise Malformed(
+                f"{name}[{number}] must be a part with a text, or of the user with media, not {format_value(part)}"
+            )
+    return text
 
 
 def check_text(name: str, text: str) -> None:

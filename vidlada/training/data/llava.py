@@ -107,9 +107,9 @@ class LlavaSource:
                         arrays.append(frames.images)
             except (InputError, OSError) as error:
                 raise BrokenMedia(problem_with(media, error)) from error
-        return Sample(arrays, self.told(item, videos), system=entry.system)
+        return Sample(arrays, self.exchanges_of(item, videos), system=entry.system)
 
-    def told(self, item: Item, videos: Sequence[tuple[Sequence[float], VideoInfo]]) -> list[tuple[str, str]]:
+    def exchanges_of(self, item: Item, videos: Sequence[tuple[Sequence[float], VideoInfo]]) -> list[tuple[str, str]]:
         """The exchanges of an item, with the times of its frames if the model is to know them.
 
         Args:
