@@ -14,6 +14,7 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, P
 
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig
+from vidlada.settings import check_unicode
 from vidlada.tiling import ImageShape, MediaShape, MergeType, Tiling
 
 Message = dict[str, Any]
@@ -276,7 +277,8 @@ class VidLaDAProcessor(ProcessorMixin):
         return ids + self.text_ids(pending)
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of plain text; control tokens written inside it stay text."""
+        """Token ids of plain text; control tokens written inside it stay text. Halves of characters are refused."""
+        check_unicode("the text", text)
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def pixel_values(self, images: np.ndarray) -> Tensor:
