@@ -1,4 +1,4 @@
-"""Checkpoint folders: what they hold, loading and saving them."""
+"""Describe, load and save checkpoint folders."""
 
 import json
 import re
@@ -27,11 +27,12 @@ from vidlada.checkpoint.tower import find_tower
 from vidlada.checkpoint.values import ConfigValues
 from vidlada.errors import InputError
 from vidlada.files import write_text
+from vidlada.messages import END_OF_TEXT
 from vidlada.model.config import VidLaDAConfig
 from vidlada.model.hub import is_hub_name, local_folder
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.noise import quiet_libraries
-from vidlada.processor import END_OF_TEXT, VidLaDAProcessor
+from vidlada.processor import VidLaDAProcessor
 
 ADAPTER_CONFIG = "adapter_config.json"
 REMOTE_CODE = "modeling_vidlada.py"
@@ -48,7 +49,7 @@ LOADING_REPORT = "transformers.modeling_utils"  # the logger that lists tensors 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds, read from its headers.
+    """A checkpoint folder, described by its headers.
 
     Attributes:
         folder: the folder.
@@ -74,7 +75,7 @@ class Checkpoint:
 
 
 def base_of(folder: Path) -> Path:
-    """Folder of the model an adapter was trained on, from the hub if it is there; `InputError` if it is nowhere."""
+    """Return the folder of the base model of an adapter, from the hub if needed."""
     named = read_json(folder / ADAPTER_CONFIG).text("base_model_name_or_path")
     if not named:
         raise InputError(f"{folder}: {ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
@@ -133,7 +134,7 @@ def _token_ids(folder: Path) -> dict[str, int]:
 
 
 def sources(checkpoint: Checkpoint) -> dict[str, tuple[str, Entry]]:
-    """For every tensor of our model, the name and place of its values.
+    """Map every tensor of our model to the name and place of its values.
 
     Raises:
         InputError: keys are missing, left over, or have another shape than the configuration says.
@@ -172,7 +173,7 @@ def sources(checkpoint: Checkpoint) -> dict[str, tuple[str, Entry]]:
 
 
 def weights_type(dtype: str | torch.dtype) -> torch.dtype | None:
-    """A type of weights by its name; None for `auto`, the stored one; `InputError` if there is no such type."""
+    """Return the dtype of a name; None for `auto`; `InputError` if there is no such type."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in ("auto", *WEIGHT_TYPES):
@@ -181,7 +182,7 @@ def weights_type(dtype: str | torch.dtype) -> torch.dtype | None:
 
 
 def stored_type(checkpoint: Checkpoint) -> torch.dtype:
-    """The type a checkpoint's weights keep; `InputError` if it is none that weights are loaded in."""
+    """Return the dtype a checkpoint is stored in; `InputError` if it cannot be loaded."""
     dtype = DTYPES.get(checkpoint.dtype)
     if dtype is None or not dtype.is_floating_point:
         raise InputError(
@@ -235,7 +236,7 @@ def load_model(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer stored beside the weights.
+    """Load the tokenizer stored beside the weights.
 
     Raises:
         InputError: there is none, or it is damaged.
@@ -254,7 +255,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load_with_adapter(
     folder: Path, dtype: str | torch.dtype = "auto", base_folder: Path | None = None, **places: Any
 ) -> VidLaDAForMaskedDiffusion:
-    """The base model with an adapter merged into its weights: as fast as the base model.
+    """Load the base model with an adapter merged into its weights.
 
     Args:
         folder: of the adapter.

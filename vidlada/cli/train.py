@@ -8,7 +8,7 @@ import click
 from vidlada.cli.options import one_line_errors, without_progress_bars
 
 
-@click.command()
+@click.command(short_help="Train a model as a YAML file says.")
 @click.argument("config")
 @click.option("--output", help="Folder of checkpoints, logs and the model, instead of the config's.")
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in the output folder.")

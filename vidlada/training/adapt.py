@@ -9,9 +9,10 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from vidlada.errors import InputError
+from vidlada.messages import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER
 from vidlada.model.config import VidLaDAConfig
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
-from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, VidLaDAProcessor
+from vidlada.processor import VidLaDAProcessor
 from vidlada.training.origin import gguf_file
 from vidlada.training.vocabulary import add_rows
 

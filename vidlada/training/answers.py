@@ -10,8 +10,9 @@ from vidlada.decoding.sampler import Request, denoise
 from vidlada.decoding.thinking import split_thought
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
+from vidlada.messages import pieces_of
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
-from vidlada.processor import VidLaDAProcessor, pieces_of
+from vidlada.processor import VidLaDAProcessor
 from vidlada.training.data.collate import StepDataset, messages_of
 from vidlada.training.data.samples import Item, Sample
 

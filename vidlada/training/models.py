@@ -15,7 +15,7 @@ from vidlada.model.hub import is_hub_name
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.noise import quiet_libraries
 from vidlada.processor import VidLaDAProcessor
-from vidlada.settings import shown
+from vidlada.settings import format_value
 from vidlada.shapes.questions import vocabulary
 from vidlada.training.config import Lora, TrainingConfig
 from vidlada.training.growth import insert_layers
@@ -141,7 +141,7 @@ def build_config(arguments: dict[str, Any]) -> VidLaDAConfig:
     for place, kind in parts:
         values = arguments.get(place) or {} if place else arguments
         if not isinstance(values, dict):
-            raise InputError(f"model: {place} must be a mapping, not {shown(values)}")
+            raise InputError(f"model: {place} must be a mapping, not {format_value(values)}")
         known = {entry.name for entry in fields(kind)} - NOT_DESCRIBED
         for name in values:  # transformers' configurations keep whatever they are given
             if name not in known:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from vidlada.errors import InputError
-from vidlada.settings import check_unicode, shown
+from vidlada.settings import check_unicode, format_value
 
 Built = TypeVar("Built")
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
@@ -97,14 +97,14 @@ def check_texts(value: Any, where: str) -> None:
     if isinstance(value, dict):
         for name, entry in value.items():
             check_texts(name, where)
-            check_texts(entry, f"{where}: {shown(name) if not str(name).isprintable() else name}")
+            check_texts(entry, f"{where}: {format_value(name) if not str(name).isprintable() else name}")
     elif isinstance(value, list):
         for entry in value:
             check_texts(entry, where)
     elif isinstance(value, str):
         check_unicode(where, value)
         if "\0" in value:
-            raise InputError(f"{where} has a NUL in {shown(value)}; remove it")
+            raise InputError(f"{where} has a NUL in {format_value(value)}; remove it")
 
 
 def expand_variables(value: Any, where: str) -> Any:

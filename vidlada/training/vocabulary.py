@@ -4,8 +4,9 @@ import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
+from vidlada.messages import THINK_TOKENS
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
-from vidlada.processor import THINK_TOKENS, VidLaDAProcessor
+from vidlada.processor import VidLaDAProcessor
 
 
 def add_think_tokens(model: VidLaDAForMaskedDiffusion, processor: VidLaDAProcessor) -> VidLaDAProcessor:

@@ -18,7 +18,7 @@ from trainings import MODEL, batch
 
 from vidlada.cli import main
 from vidlada.errors import InputError
-from vidlada.processor import VIDEO_PLACE
+from vidlada.messages import VIDEO_PLACE
 from vidlada.training.config import CollateSettings
 from vidlada.training.data.check import check_source
 from vidlada.training.data.collate import Collator, Part, StepDataset, messages_of

@@ -11,7 +11,8 @@ import numpy as np
 
 from vidlada.errors import InputError
 from vidlada.images import open_images
-from vidlada.processor import VIDEO_PLACE, VidLaDAProcessor
+from vidlada.messages import VIDEO_PLACE
+from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import MediaShape
 from vidlada.training.data.collate import messages_of
 from vidlada.training.data.entries import Media, as_path, is_image, problem_with

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vidlada.errors import InputError
+from vidlada.messages import END_OF_TEXT, END_OF_TURN, MASK, VIDEO_PLACE, Message, place_media
 from vidlada.model.language_model import PackedMask, RowMask, SharedPrefixMask
-from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK, VIDEO_PLACE, Message, VidLaDAProcessor, place_media
+from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import ImageShape, MediaShape
 from vidlada.training.config import CollateSettings
 from vidlada.training.data.samples import Item, Sample, Source
@@ -220,7 +221,7 @@ def messages_of(
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     for number, (question, answer) in enumerate(exchanges):
         if media and not marked:
-            question = question.replace(VIDEO_PLACE, "")
+            question = question.replace(VIDEO_PLACE, "").strip()
         here = marks[number] if marked else len(media) if number == 0 else 0
         content = place_media(question, media[:here])
         media = media[here:]

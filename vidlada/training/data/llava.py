@@ -116,7 +116,7 @@ class LlavaSource:
             item: from `plan`.
             videos: seconds of the frames of each of its videos, and what it is; images may be among them.
         """
-        from vidlada.processor import VIDEO_PLACE, time_instruction  # imports torch, which reading a config must not
+        from vidlada.messages import VIDEO_PLACE, time_instruction  # imports torch, which reading a config must not
 
         exchanges = list(item.exchanges)
         videos = [(times, info) for times, info in videos if info.codec != "image"]
