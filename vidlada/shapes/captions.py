@@ -1,4 +1,4 @@
-"""What is true of a clip, in whole sentences: scenes, motions, captions, timelines, and how much of them a text tells."""
+"""What is true of a clip, in whole sentences: scenes, captions, timelines, and how much of them a text tells."""
 
 from vidlada.shapes.world import PLACES, Clip, Event, Thing
 
