@@ -17,8 +17,9 @@ from ray import serve
 def build() -> FastAPI:
     """Called in every replica, with the GPU that Ray has given to it."""
     import vidlada
-    from vidlada.serve.app import ServerSettings, create_app
+    from vidlada.serve.app import create_app
     from vidlada.serve.limits import Limits
+    from vidlada.serve.server import ServerSettings
 
     model = os.environ.get("VIDLADA_MODEL", "tiny")
     keys = [key for key in os.environ.get("VIDLADA_API_KEYS", "").split(",") if key]

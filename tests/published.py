@@ -1,6 +1,7 @@
 """Small models with random weights in the published namings, written without the package's own tables."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -58,7 +59,8 @@ def published_json(config, **changes):
         "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_patch_merge_type": "spatial_unpad",
         "mm_resampler_type": None, "mm_spatial_pool_mode": "bilinear", "mm_spatial_pool_stride": None,
         "mm_newline_position": "grid", "image_aspect_ratio": "anyres_max_4",
-        "image_grid_pinpoints": [[36 * i, 36 * j] for i in (1, 2) for j in (1, 2)], "image_crop_resolution": None,
+        "image_grid_pinpoints": [[config.vision.image_size * n for n in sides] for sides in product((1, 2), (1, 2))],
+        "image_crop_resolution": None,
         "tokenizer_padding_side": "right", "tokenizer_model_max_length": 32768, "add_faster_video": False,
         "faster_token_stride": 10, "add_time_instruction": True, "force_sample": True, "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False, "mm_vision_tower_lr": 2e-06, "use_pos_skipping": False,

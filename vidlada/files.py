@@ -1,8 +1,9 @@
-"""Files: written whole or not at all, locked, read as JSON."""
+"""File helpers: atomic writes, locks, JSON."""
 
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` to fill; in the end it becomes `folder`, which must be missing or empty.
+
+    Raises:
+        InputError: `folder` is in use, or a run that was killed left a partial one.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is in use; give a new folder")
+    partial = folder.with_name(folder.name + PARTIAL)
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError as error:
+        raise InputError(f"{partial} is left from an interrupted run; remove it and try again") from error
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
@@ -55,7 +80,7 @@ def lock(file: IO[Any] | int, busy: str, shared: bool = False) -> None:
 
 @contextmanager
 def open_folder(folder: Path) -> Iterator[int]:
-    """A descriptor of a folder, to lock it."""
+    """Open a descriptor of a folder, to lock it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield descriptor
@@ -70,7 +95,7 @@ def json_line(value: Any) -> str:
 
 
 def read_json(path: Path, what: str = "JSON") -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Args:
         path: of the file.

@@ -1,5 +1,4 @@
-"""Settings of prompts and of decoding: the one list of them, which the command line, the server
-and the docs follow."""
+"""Settings of prompts and decoding, listed once; the command line, the server and the docs follow this list."""
 
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, fields, is_dataclass, replace
@@ -7,7 +6,7 @@ from types import NoneType
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from vidlada.errors import InputError
-from vidlada.settings import INT64, check_settings, setting, shown
+from vidlada.settings import INT64, check_settings, format_value, setting
 
 Remasking = Literal["low_confidence", "random"]
 MAX_SLOTS = 2**17  # more answer slots or steps than any model of the family has positions
@@ -15,7 +14,7 @@ MAX_SLOTS = 2**17  # more answer slots or steps than any model of the family has
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """What is put into the prompt beside the video and the question."""
+    """What the prompt contains besides the video and the question."""
 
     time_instruction: bool = setting(False, "Tell the model when its frames were taken.")
     system: str | None = setting(None, "System message instead of the checkpoint's own.", max_length=100_000)
@@ -26,15 +25,15 @@ class PromptSettings:
 
 @runtime_checkable
 class CachePolicy(Protocol):
-    """What a cache policy looks like from here; see `vidlada.decoding.policies.base.Policy`."""
+    """Interface of a cache policy; see `vidlada.decoding.policies.base.Policy`."""
 
     name: ClassVar[str]
 
     def plan(self, context: Any) -> Any:
-        """The plan of a step."""
+        """Return the plan of a step."""
 
     def entries(self, layers: int) -> list[int]:
-        """Layers above 0 at which segments may join."""
+        """Return the layers above 0 at which segments may join."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,8 @@ class GenerationSettings:
     seed: int = setting(0, "Of every random choice of this answer.", minimum=-INT64, maximum=INT64 - 1, essential=True)
     cache: str | CachePolicy = setting(
         "none",
-        "What is reused between steps: none, prefix, dual, frozen, interval, sparse or mars, with settings after a "
-        "colon, e.g. mars:text=8,ratio=2.",
+        "What is reused between steps: none, prefix, dual, frozen, interval, dllm, dkv, elastic, sparse or mars, "
+        "with settings after a colon, e.g. mars:text=8,ratio=2.",
         max_length=200,
         essential=True,
         metavar="POLICY",
@@ -144,7 +143,7 @@ class GenerationSettings:
             object.__setattr__(self, "stop", tuple(self.stop))
         check_settings(self, skip=() if isinstance(self.cache, str | NoneType) else ("cache",))
         if not isinstance(self.cache, str | CachePolicy):
-            raise InputError(f"cache must be a text or a cache policy, not {shown(self.cache)}")
+            raise InputError(f"cache must be a text or a cache policy, not {format_value(self.cache)}")
         if self.gen_length % self.block_length:
             raise InputError(
                 f"block_length {self.block_length} does not divide gen_length {self.gen_length}; "
@@ -169,21 +168,21 @@ class GenerationSettings:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks the answer is decoded in."""
+        """Number of blocks of the answer."""
         return self.gen_length // self.block_length
 
     @property
     def steps_per_block(self) -> int:
-        """Steps each block may take; one token a step unless `steps` says otherwise."""
+        """Denoising steps per block; one token a step unless `steps` is set."""
         return self.block_length if self.steps is None else self.steps // self.num_blocks
 
     @property
     def slots(self) -> int:
-        """Slots of the answer, and of its thought if there is one."""
+        """Slots of the answer and of its thought, if there is one."""
         return self.gen_length + (self.think_length if self.think else 0)
 
     def of_thought(self) -> "GenerationSettings":
-        """How the thought is decoded: as the answer and at its pace, in slots of its own."""
+        """Return the settings for decoding the thought: the same pace, in its own slots."""
         length = self.think_length
         block = max(n for n in range(1, min(self.block_length, length) + 1) if length % n == 0)
         steps = self.steps
@@ -194,11 +193,11 @@ class GenerationSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GenerationSettings":
-        """Settings from a mapping; an unknown name is an `InputError` that lists the known ones."""
-        return cls().updated(**values)
+        """Build settings from a mapping; an unknown name raises an `InputError` that lists the known ones."""
+        return cls().replace(**values)
 
-    def updated(self, **changes: Any) -> "GenerationSettings":
-        """A copy with some settings changed; None leaves a setting as it is.
+    def replace(self, **changes: Any) -> "GenerationSettings":
+        """Return a copy with some settings changed; None leaves a setting unchanged.
 
         A `gen_length` that the default `block_length` does not divide takes the largest block that does, unless
         `block_length` is given too. `commit`, `threshold`, `factor` and `steps` replace each other.
@@ -217,12 +216,12 @@ class GenerationSettings:
         return replace(self, **given)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for JSON; a cache policy as its text."""
+        """Return plain values, ready for JSON; a cache policy becomes its text."""
         return {**asdict(self), "cache": policy_text(self.cache)}
 
 
 def policy_text(cache: str | CachePolicy) -> str:
-    """A cache as the command line takes it: `name:setting=value,…` with the settings that are not defaults."""
+    """Format a cache policy as the command line takes it: `name:setting=value,…`, without default settings."""
     if isinstance(cache, str):
         return cache
     entries: tuple[Field[Any], ...] = fields(cache) if is_dataclass(cache) else ()

@@ -1,4 +1,4 @@
-"""What a checkpoint is, how much memory a run needs, what this machine can do."""
+"""Facts about a checkpoint, the memory a run needs, and this machine."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Estimated bytes of one run.
+    """Estimated memory of one run, in bytes.
 
     Attributes:
         tokens: of the whole sequence.
@@ -43,12 +43,12 @@ class MemoryNeed:
 
     @property
     def working(self) -> int:
-        """Bytes at the peak besides the weights: the two phases do not overlap."""
+        """Peak bytes besides the weights; the two phases do not overlap."""
         return max(self.vision, self.denoising + self.cache)
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """Peak bytes."""
         return self.weights + self.working
 
 
@@ -93,7 +93,7 @@ def memory_need(
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device; None where the system does not tell."""
+    """Return the free memory of a device in bytes; None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     listing = Path("/proc/meminfo")
@@ -104,7 +104,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def check_memory(need: int, device: torch.device, what: str, instead: str) -> None:
-    """Refuse what cannot fit before it starts.
+    """Raise an error before a run that cannot fit.
 
     Args:
         need: bytes.
@@ -123,12 +123,12 @@ def check_memory(need: int, device: torch.device, what: str, instead: str) -> No
 
 
 def parameter_count(checkpoint: Checkpoint) -> int:
-    """Weights of a checkpoint, its tower's included."""
+    """Number of parameters of a checkpoint, including its vision tower."""
     return sum(torch.Size(e.shape).numel() for e in (*checkpoint.entries.values(), *checkpoint.tower.values()))
 
 
 def check_memory_of_weights(checkpoint: Checkpoint, dtype: str | torch.dtype, device: torch.device) -> None:
-    """Refuse to load what cannot fit.
+    """Raise an error before loading weights that cannot fit.
 
     Args:
         checkpoint: to be loaded.
@@ -143,13 +143,13 @@ def check_memory_of_weights(checkpoint: Checkpoint, dtype: str | torch.dtype, de
 
 
 def loaded_bytes(checkpoint: Checkpoint, dtype: str | torch.dtype) -> int:
-    """Of one weight, once loaded in a type; `auto` is the stored one."""
+    """Bytes of one weight once it is loaded as a type; `auto` is the stored type."""
     loaded = weights_type(dtype)
     return STORED_BYTES.get(checkpoint.dtype, 4) if loaded is None else loaded.itemsize
 
 
 def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto", cache: str = "none") -> dict[str, Any]:
-    """Plain values that describe a checkpoint and its memory need."""
+    """Describe a checkpoint and its memory need as plain values."""
     config = checkpoint.config
     text = config.text
     entries = [*checkpoint.entries.values(), *checkpoint.tower.values()]
@@ -189,7 +189,7 @@ def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto", c
 
 
 def machine_facts() -> dict[str, Any]:
-    """Plain values that describe this machine."""
+    """Describe this machine as plain values."""
     devices = [
         {
             "name": torch.cuda.get_device_name(number),

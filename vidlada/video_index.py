@@ -17,7 +17,7 @@ from vidlada.truncation import is_cut
 
 UNKNOWN = -(2**63)  # a time stamp that is not there
 KEY, HIDDEN, CORRUPT = 1, 2, 4  # flags of packets
-MOST_MISSING = 0.02  # share of the announced length a readable file may lack before it counts as truncated
+MOST_MISSING = 0.02  # share of the promised length a readable file may lack before it counts as truncated
 STATES_ITS_LENGTH = frozenset({"mov", "matroska", "avi", "asf"})  # a file that `is_cut` denies is whole
 HEADERLESS = frozenset({"mpegts", "mpeg"})
 RESTARTING_CLOCKS = frozenset({"mpegts", "mpeg", "flv", "matroska"})  # joined recordings begin again at 0
@@ -109,7 +109,7 @@ class Timeline:
     ordered: bool
     begins_anywhere: bool
 
-    def counted(self) -> "Timeline":
+    def in_decoder_order(self) -> "Timeline":
         """The same for a file whose time stamps, taken together, are right, but not for each packet: frames are
         shown in the order in which they leave the decoder."""
         nothing = np.zeros(0, np.int64)
@@ -349,21 +349,21 @@ def _refuse_truncated(
     elif known - len(packets) > MOST_MISSING * known:
         reason = f"{len(packets)} of {known} frames are there"
     else:
-        announced = _announced(container, stream)
+        promised = _header_duration(container, stream)
         seconds = timeline.seconds
         seen = seconds[-1] if timeline.ordered else _span(packets) * float(stream.time_base or 1)
         # how long the last picture is shown, nobody may have written down
-        longest = float(np.diff(seconds).max()) if len(seconds) > 1 else announced
-        if announced - seen <= max(1.0, MOST_MISSING * announced, 2 * longest):
+        longest = float(np.diff(seconds).max()) if len(seconds) > 1 else promised
+        if promised - seen <= max(1.0, MOST_MISSING * promised, 2 * longest):
             return
-        reason, there = "it ends early", f"{there} of {announced:.1f}"
+        reason, there = "it ends early", f"{there} of {promised:.1f}"
     raise InputError(
         f"{path}: the file is truncated ({reason}): {there} can be used; to do so, copy them into a new file "
         f"(ffmpeg -i FILE -c copy NEW)"
     )
 
 
-def _announced(container: InputContainer, stream: VideoStream) -> float:
+def _header_duration(container: InputContainer, stream: VideoStream) -> float:
     """Seconds the header promises; 0 if there is no header, or it promises nothing."""
     if container.format.name in HEADERLESS:  # what FFmpeg says of them, it saw at their ends
         return 0.0

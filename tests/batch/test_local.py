@@ -58,6 +58,21 @@ def test_answers_are_those_of_ask(folder, small, small_folder, tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
+def test_thoughts_stand_beside_the_answers(folder, small, small_folder, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    lines = [{"question": "is it red ?"}, {"question": "is it red ?", "think": False},
+             {"question": "is it red ?", "think_length": 8}]  # fmt: skip
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"gen_length": 8, "think": True, "think_length": 12}
+    given = ("--model", small_folder, "--gen-length", 8, "--think", "--think-length", 12)
+    assert run(questions, tmp_path / "out.jsonl", *given)[0] == 0
+    for line, answer in zip(lines, answers(tmp_path / "out.jsonl"), strict=True):
+        expected = small.ask(None, **{**options, **line})
+        assert answer["answer"] == expected.text
+        assert answer.get("reasoning", "") == expected.reasoning
+        assert ("reasoning" in answer) == (line.get("think") is not False)
+
+
 def test_errors_are_lines(folder, small_folder, tmp_path):
     bad = [
         "{", "[]", "", '{"video": "0.mp4"}', '{"question": "is it red ?", "video": "none.mp4"}',
@@ -108,7 +123,7 @@ def test_killed_and_resumed_nothing_is_lost_or_doubled(folder, small_folder, tmp
     out.write_bytes(out.read_bytes() + b'{"line": half a li')
     assert run(folder / "many.jsonl", out, *options)[0] == 0
 
-    def told(path):
+    def answers_of(path):
         return [(answer["line"], answer["answer"]) for answer in answers(path)]
 
-    assert told(out) == told(whole)
+    assert answers_of(out) == answers_of(whole)

@@ -57,11 +57,11 @@ def expected(start, tmp_path_factory):
     """What one machine says."""
     out = tmp_path_factory.mktemp("expected") / "out.jsonl"
     process = start(out)
-    assert (process.wait(300), told(out)[7][2]) == (1, True)
-    return told(out)
+    assert (process.wait(300), answers_of(out)[7][2]) == (1, True)
+    return answers_of(out)
 
 
-def told(path):
+def answers_of(path):
     answers = [json.loads(line) for line in path.read_text().splitlines()]
     return [(answer["line"], answer.get("answer"), "error" in answer) for answer in answers]
 
@@ -96,7 +96,7 @@ def test_a_death_midway_loses_and_doubles_nothing(cluster, start, expected, tmp_
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1  # a line could not be answered
     assert f"{LINES} lines answered, 0 before; 1 of all {LINES} are errors" in err
-    assert told(tmp_path / "out.jsonl") == expected
+    assert answers_of(tmp_path / "out.jsonl") == expected
 
 
 def test_a_run_killed_midway_is_resumed(start, expected, tmp_path):
@@ -109,7 +109,7 @@ def test_a_run_killed_midway_is_resumed(start, expected, tmp_path):
     process = start(out, "--ray", "--workers", 1)
     _, err = process.communicate(timeout=300)
     assert f"; {done} before" in err
-    assert told(out) == expected
+    assert answers_of(out) == expected
 
 
 def test_refusals_are_one_line(start, tmp_path):

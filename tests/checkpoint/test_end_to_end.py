@@ -6,15 +6,17 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
 from hub import running_hub, use_hub
 from media import write_video
+from PIL import Image
 from published import llada_json, llada_state, published_json, published_state, write_folder, write_tower_config
 from safetensors.torch import load_file
-from serve.running import KEY, RunningServer
+from serve.running import KEY, running_server
 
 import vidlada
 from vidlada.checkpoint.tower import TOWER_FOLDER_VARIABLE
@@ -69,6 +71,14 @@ def clip(tmp_path_factory):
     return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=50)
 
 
+@pytest.fixture(scope="module")
+def picture(clip):
+    """An image that is cut into tiles."""
+    pixels = np.random.default_rng(4).integers(0, 255, (90, 200, 3), np.uint8)
+    Image.fromarray(pixels).save(clip.parent / "picture.png")
+    return clip.parent / "picture.png"
+
+
 def run(*arguments):
     """A command in this process, which must succeed; its standard output."""
     done = CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="vidlada")
@@ -91,19 +101,33 @@ def test_info_and_ask(checkpoint, clip):
         assert vidlada.load(folder, device="cpu").ask(None, "is it red ?", gen_length=8).finish_reason
 
 
-def test_serve(checkpoint):
-    folder, _ = checkpoint
-    server = RunningServer("--model", folder, VIDLADA_API_KEYS=KEY, OMP_NUM_THREADS="1")
-    try:
-        with server.http() as http:
-            message = {"role": "user", "content": "is it red ?"}
-            answer = http.post("/v1/chat/completions",
-                               json={"model": folder.name, "messages": [message], "gen_length": 8})  # fmt: skip
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["choices"][0]["finish_reason"] in ("stop", "length")
-    finally:
-        server.process.terminate()
-        server.process.wait()
+def test_serve(checkpoint, clip, picture):
+    """Text, a thought, a video and an image by HTTP: what `vidlada.ask` answers."""
+    folder, sees = checkpoint
+    options = {"gen_length": 8, "block_length": 8}
+    model = vidlada.load(folder, device="cpu")
+    with running_server("--model", folder, "--allow-dir", clip.parent, VIDLADA_API_KEYS=KEY,
+                        OMP_NUM_THREADS="1") as server, server.http() as http:  # fmt: skip
+
+        def ask(*shown, **extra):
+            kinds = {".mp4": "video_url", ".png": "image_url"}
+            parts = [{"type": kinds[path.suffix], kinds[path.suffix]: {"url": path.as_uri()}} for path in shown]
+            content = [*parts, {"type": "text", "text": "is it red ?"}]
+            body = {"model": folder.name, "messages": [{"role": "user", "content": content}], **options, **extra}
+            answer = http.post("/v1/chat/completions", json=body)
+            assert answer.status_code == (200 if sees or not shown else 422), answer.text
+            if answer.status_code == 422:
+                assert "text-only" in answer.json()["error"]["message"]
+                return None
+            return answer.json()["choices"][0]["message"]
+
+        assert ask()["content"] == model.ask(None, "is it red ?", **options).text
+        thought, expected = ask(think=True, think_length=8), {"think": True, "think_length": 8, **options}
+        assert thought.get("reasoning_content", "") == model.ask(None, "is it red ?", **expected).reasoning
+        for shown in ([clip], [picture], [picture, clip]):
+            message = ask(*shown)
+            if sees:
+                assert message["content"] == model.ask(shown, "is it red ?", **options).text
 
 
 def test_train_adapters_and_merge(checkpoint, tmp_path, clip):

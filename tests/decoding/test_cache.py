@@ -56,7 +56,7 @@ def layout(before, frames, after):
 def request(model, frame_index, seed=0, **changes):
     width = model.config.text_config.hidden_size
     prompt = torch.randn(len(frame_index), width, generator=torch.Generator().manual_seed(seed)) * 0.2
-    settings = GenerationSettings(gen_length=16, block_length=8).updated(**changes)
+    settings = GenerationSettings(gen_length=16, block_length=8).replace(**changes)
     return Request(prompt, settings, frame_index=frame_index)
 
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vidlada.engine.engine import Engine, EngineRequest, MediaInput
+from vidlada.engine.engine import Engine
 from vidlada.engine.feature_store import LRUCache
+from vidlada.engine.requests import EngineRequest, MediaInput
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.serve.limits import Limits
 from vidlada.tiling import Tiling
@@ -270,6 +271,78 @@ def test_a_thought_precedes_its_answer(small):
     assert (update.stable.text, update.stable.reasoning) == (asked.text, asked.reasoning)
     assert update.state.statistics.steps == asked.statistics.steps > 8
     assert update.stable.reasoning_tokens > 0
+
+
+CHOICES = ("red", "a blue square", "it moves left")
+
+
+def choice_of(model, question="is it red ?", choices=CHOICES, **options):
+    return replace(job_of(model, question, **options), choices=choices)
+
+
+def test_a_choice_is_that_of_ask(small):
+    with engine_of(small) as engine:
+        update = asyncio.run(answer(engine, choice_of(small, frames=3, gen_length=8)))
+    expected = small.ask(frames_of(3), "is it red ?", choices=CHOICES, gen_length=8)
+    assert (update.stable.text, update.stable.finish_reason) == (expected.text, "stop")
+    chances = dict(zip(CHOICES, np.exp(update.choices), strict=True))
+    assert chances == pytest.approx(expected.choices, abs=1e-4)
+
+
+def test_choices_count_as_requests_of_one_step(small):
+    """They take a place, are charged for what they compute, and are counted."""
+    running = []
+
+    async def run(engine):
+        charge = engine.scheduler.charge
+
+        def charged(computed):
+            running.append((len(engine.running), computed))
+            charge(computed)
+
+        engine.scheduler.charge = charged
+        jobs = [choice_of(small, gen_length=8) for _ in range(3)]
+        return await asyncio.gather(*(answer(engine, job) for job in jobs)), jobs
+
+    with engine_of(small, max_running=1) as engine:
+        updates, jobs = asyncio.run(run(engine))
+        totals = engine.totals
+    assert len({update.stable.text for update in updates}) == 1
+    assert [number for number, _ in running] == [0, 0, 0]  # one after the other, each in a turn of its own
+    assert [computed for _, computed in running] == [job.tokens for job in jobs]
+    assert (totals.steps, totals.turns_with_steps, totals.finished, totals.failed) == (3, 3, 3, 0)
+    assert totals.tokens == 3 * updates[0].stable.tokens
+
+
+def test_a_choice_goes_before_long_answers(small):
+    async def run(engine):
+        long = engine.submit(job_of(small, gen_length=1024, block_length=8)).updates()
+        await anext(long)
+        await answer(engine, choice_of(small))
+        return engine.totals.finished
+
+    with engine_of(small, max_running=2) as engine:
+        assert asyncio.run(run(engine)) == 1
+
+
+def test_choices_that_do_not_fit_or_are_given_up(small):
+    async def run(engine):
+        with pytest.raises(InputError, match="none of them empty"):
+            await answer(engine, choice_of(small, choices=("", "red")))
+        long = engine.submit(job_of(small, gen_length=256, block_length=8)).updates()
+        await anext(long)
+        waiting = engine.submit(choice_of(small))
+        waiting.cancel()
+        with pytest.raises(VidLaDAError, match="cancelled"):
+            async for _ in waiting.updates():
+                pass
+        await long.aclose()
+        assert (await answer(engine, choice_of(small))).stable.text
+
+    with engine_of(small, max_running=1) as engine:
+        asyncio.run(run(engine))
+        assert (engine.totals.failed, engine.totals.finished) == (1, 1)
+        assert not engine.running
 
 
 def test_tiled_images_are_encoded_piece_by_piece(small, monkeypatch):

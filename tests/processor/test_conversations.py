@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vidlada.processor import (
+from vidlada.messages import (
     BOS,
     END_HEADER,
     END_OF_TEXT,
@@ -15,10 +15,10 @@ from vidlada.processor import (
     MASK,
     START_HEADER,
     THINK_TOKENS,
-    VidLaDAProcessor,
     place_media,
     with_think_mode,
 )
+from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import ImageShape
 
 CONTROL = (BOS, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN, MASK)

@@ -6,8 +6,9 @@ from contextlib import asynccontextmanager
 
 import httpx2
 
-from vidlada.serve.app import ServerSettings, create_app
+from vidlada.serve.app import create_app
 from vidlada.serve.limits import Limits
+from vidlada.serve.server import ServerSettings
 
 QUESTION = {"model": "small", "gen_length": 4, "messages": [{"role": "user", "content": "is it red ?"}]}
 

@@ -9,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def shown(clip, question="what color is it ?"):
+def question_about(clip, question="what color is it ?"):
     return [{"role": "user", "content": [{"type": "text", "text": question}, video(clip)]}]
 
 
@@ -24,25 +24,26 @@ def ask(client, messages, **fields):
 
 @pytest.mark.parametrize("dump", [lambda message: message, lambda message: message.model_dump()])
 def test_an_answer_is_sent_back(client, clip, dump):
-    messages = shown(clip)
+    messages = question_about(clip)
     messages.append(dump(ask(client, messages, gen_length=16).choices[0].message))
     messages.append({"role": "user", "content": "is it red ?"})
     assert ask(client, messages, gen_length=16).choices[0].message.content
 
 
 def test_several_answers(client, clip):
-    found = ask(client, shown(clip, "describe the video ."), gen_length=16, temperature=1.5, top_p=0.95, n=3, seed=5)
+    found = ask(
+        client, question_about(clip, "describe the video ."), gen_length=16, temperature=1.5, top_p=0.95, n=3, seed=5
+    )
     texts = [choice.message.content for choice in found.choices]
     assert [choice.index for choice in found.choices] == [0, 1, 2]
-    alone = [ask(client, shown(clip, "describe the video ."), gen_length=16, temperature=1.5, top_p=0.95, seed=seed)
-             for seed in (5, 6, 7)]  # fmt: skip
+    sampled = {"gen_length": 16, "temperature": 1.5, "top_p": 0.95}
+    alone = [ask(client, question_about(clip, "describe the video ."), seed=seed, **sampled) for seed in (5, 6, 7)]
     assert texts == [each.choices[0].message.content for each in alone]
     assert len(set(texts)) > 1
     assert found.usage.completion_tokens == sum(each.usage.completion_tokens for each in alone)
     assert found.usage.prompt_tokens == alone[0].usage.prompt_tokens
     parts = {0: "", 1: "", 2: ""}
-    stream = ask(client, shown(clip, "describe the video ."), gen_length=16, temperature=1.5, top_p=0.95, n=3, seed=5,
-                 stream=True)  # fmt: skip
+    stream = ask(client, question_about(clip, "describe the video ."), n=3, seed=5, stream=True, **sampled)
     for event in stream:
         for choice in event.choices:
             parts[choice.index] += choice.delta.content or ""
@@ -50,7 +51,7 @@ def test_several_answers(client, clip):
 
 
 def test_logprobs_are_the_confidence_at_commit(client, clip):
-    found = ask(client, shown(clip, "describe the video ."), gen_length=16, logprobs=True, top_logprobs=1)
+    found = ask(client, question_about(clip, "describe the video ."), gen_length=16, logprobs=True, top_logprobs=1)
     tokens = found.choices[0].logprobs.content
     assert "".join(token.token for token in tokens).strip() == found.choices[0].message.content
     assert len(tokens) == found.usage.completion_tokens
@@ -58,7 +59,7 @@ def test_logprobs_are_the_confidence_at_commit(client, clip):
     assert any(token.logprob < 0 for token in tokens)
     assert [token.top_logprobs[0].token for token in tokens] == [token.token for token in tokens]
     streamed = []
-    for event in ask(client, shown(clip, "describe the video ."), gen_length=16, logprobs=True, stream=True):
+    for event in ask(client, question_about(clip, "describe the video ."), gen_length=16, logprobs=True, stream=True):
         for choice in event.choices:
             streamed += choice.logprobs.content if choice.logprobs else []
     assert [(each.token, each.logprob) for each in streamed] == [(each.token, each.logprob) for each in tokens]
@@ -66,20 +67,20 @@ def test_logprobs_are_the_confidence_at_commit(client, clip):
 
 def test_given_choices_have_a_distribution(client, clip):
     choices = ["red", "green", "blue", "a yellow cross"]
-    found = ask(client, shown(clip), guided_choice=choices, logprobs=True, top_logprobs=4).choices[0]
+    found = ask(client, question_about(clip), guided_choice=choices, logprobs=True, top_logprobs=4).choices[0]
     assert found.message.content in choices
     ranked = found.logprobs.content[0].top_logprobs
     assert sorted(each.token for each in ranked) == sorted(choices)
     assert ranked[0].token == found.message.content
     assert sum(math.exp(each.logprob) for each in ranked) == pytest.approx(1, abs=1e-4)
-    streamed = ask(client, shown(clip), guided_choice=choices, stream=True)
+    streamed = ask(client, question_about(clip), guided_choice=choices, stream=True)
     assert "".join(e.choices[0].delta.content or "" for e in streamed) == found.message.content
 
 
 def test_the_assistants_last_message_is_continued(client, clip):
-    whole = ask(client, shown(clip, "describe the video ."), gen_length=32).choices[0].message.content
+    whole = ask(client, question_about(clip, "describe the video ."), gen_length=32).choices[0].message.content
     begun = " ".join(whole.split()[:3])
-    messages = [*shown(clip, "describe the video ."), {"role": "assistant", "content": begun}]
+    messages = [*question_about(clip, "describe the video ."), {"role": "assistant", "content": begun}]
     rest = ask(client, messages, gen_length=32).choices[0].message.content
     assert rest
     assert not rest.startswith(begun)
@@ -90,7 +91,10 @@ def test_a_file_in_the_request(client, clip):
     for data in (content, f"data:video/mp4;base64,{content}"):
         part = {"type": "file", "file": {"filename": "clip.mp4", "file_data": data}}
         inline = ask(client, [{"role": "user", "content": [part, {"type": "text", "text": "is it red ?"}]}])
-        assert inline.choices[0].message.content == ask(client, shown(clip, "is it red ?")).choices[0].message.content
+        assert (
+            inline.choices[0].message.content
+            == ask(client, question_about(clip, "is it red ?")).choices[0].message.content
+        )
 
 
 def test_refusals_name_the_field(client):
@@ -105,7 +109,7 @@ def test_responses(client, clip):
     inline = f"data:video/mp4;base64,{base64.b64encode(clip.read_bytes()).decode()}"
     content = [{"type": "input_text", "text": "describe the video ."}, {"type": "input_file", "file_data": inline}]
     given = [{"role": "user", "content": content}]
-    chat = ask(client, shown(clip, "describe the video ."), max_tokens=32)
+    chat = ask(client, question_about(clip, "describe the video ."), max_tokens=32)
     found = client.responses.create(model="tiny", input=given, max_output_tokens=32)
     assert found.output_text == chat.choices[0].message.content
     assert found.usage.input_tokens == chat.usage.prompt_tokens
@@ -149,7 +153,7 @@ def test_legacy_completions(client):
 
 def test_the_tokenizer(server, client, clip):
     with server.http() as http:
-        messages = shown(clip)
+        messages = question_about(clip)
         counted = http.post("/tokenize", json={"model": "tiny", "messages": messages}).json()
         assert counted["count"] == len(counted["tokens"]) == ask(client, messages).usage.prompt_tokens
         plain = http.post("/tokenize", json={"model": "tiny", "prompt": "the red star"}).json()

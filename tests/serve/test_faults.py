@@ -43,7 +43,7 @@ def test_a_client_that_hangs_up_frees_its_place(tireless, stream):
     assert tireless.metric("vidlada_cancelled_answers_total") == cancelled + 1
 
 
-def test_a_crowd_is_answered_or_told_to_wait(server):
+def test_a_crowd_is_answered_or_refused(server):
     async def crowd():
         async with httpx2.AsyncClient(
             base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=300,
@@ -107,7 +107,7 @@ def test_sigterm_lets_answers_end_and_leaves_nothing_behind(tireless_folder, tmp
             server.http().get("/health")
 
 
-def test_answers_that_do_not_end_in_time_are_told_so(tireless_folder, tmp_path):
+def test_answers_that_do_not_end_in_time_get_an_error(tireless_folder, tmp_path):
     with (
         running_server("--model", tireless_folder, "--drain-seconds", 1, TMPDIR=str(tmp_path)) as server,
         server.connect() as streaming,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from serve.inside import QUESTION, running_app
 
 from vidlada.errors import InputError
-from vidlada.serve.body import validated
+from vidlada.serve.body import validate
 from vidlada.serve.errors import RequestError
 from vidlada.serve.limits import Limits
 from vidlada.serve.schema import ChatRequest
@@ -34,7 +34,7 @@ def ask(small):
     context = running_app(small, {"max_tokens": MAX_SLOTS, "max_thought": MAX_SLOTS, "max_frames": 8})
     app, http = loop.run_until_complete(context.__aenter__())
 
-    def asked(body):
+    def post_body(body):
         content = json.dumps(body).encode()
         tracemalloc.start()
         response = loop.run_until_complete(
@@ -44,8 +44,8 @@ def ask(small):
         tracemalloc.stop()
         return response, peak
 
-    asked.engine = app.state.server.service.engine
-    yield asked
+    post_body.engine = app.state.server.service.engine
+    yield post_body
     loop.run_until_complete(context.__aexit__(None, None, None))
     loop.close()
 
@@ -125,7 +125,7 @@ def test_guidance_that_leaves_no_numbers_is_refused(ask, scale):
 @given(st.dictionaries(st.text(max_size=20), VALUES, max_size=5), VALUES)
 def test_any_object_is_refused_in_one_short_sentence(extra, messages):
     try:
-        validated({"model": "x", "messages": messages, **extra}, ChatRequest)
+        validate({"model": "x", "messages": messages, **extra}, ChatRequest)
     except RequestError as error:
         assert len(str(error)) < 500
         assert error.status == 422

@@ -44,7 +44,7 @@ def requests_of(clip):
     return [*found, *({**found[0], **change} for change in HOSTILE)]
 
 
-def told(response):
+def outcome(response):
     """Status, and the answer or the refusal."""
     if response.headers["content-type"].startswith("text/event-stream"):
         lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
@@ -70,7 +70,7 @@ def test_crowds_of_mixed_requests_beside_dawdlers(small_folder, allowed, tmp_pat
             limits=httpx2.Limits(max_connections=220),
         ) as http:  # fmt: skip
             bodies = requests_of(clip)
-            alone = [told(await http.post(CHAT, json=body)) for body in bodies]
+            alone = [outcome(await http.post(CHAT, json=body)) for body in bodies]
             assert [status for status, *_ in alone] == [200] * 22 + [422] * 7 + [404]
             probes = 0
             for _ in range(3):
@@ -80,7 +80,7 @@ def test_crowds_of_mixed_requests_beside_dawdlers(small_folder, allowed, tmp_pat
                     assert (await http.get("/health")).status_code == 200
                     probes += 1
                     await asyncio.sleep(0.1)
-                answers = [told(response) for response in await crowd]
+                answers = [outcome(response) for response in await crowd]
                 assert answers == [alone[number] for number in chosen]
             return probes
 

@@ -35,7 +35,7 @@ def browser():
 
 
 @contextmanager
-def opened(browser, server):
+def open_page(browser, server):
     """The page with its key given; whatever goes to another host, or wrong in a script, fails the test."""
     context = browser.new_context(viewport={"width": 1100, "height": 900})
     page = context.new_page()
@@ -55,13 +55,13 @@ def opened(browser, server):
 
 @pytest.fixture
 def page(browser, server):
-    with opened(browser, server) as page:
+    with open_page(browser, server) as page:
         yield page
 
 
 @pytest.fixture
 def tireless_page(browser, tireless):
-    with opened(browser, tireless) as page:
+    with open_page(browser, tireless) as page:
         yield page
 
 
@@ -87,7 +87,7 @@ def settings(page, place=0, **values):
             field.fill(str(value))
 
 
-def said(page, place=-1):
+def answer_text(page, place=-1):
     return page.locator("article .text").nth(place)
 
 
@@ -116,7 +116,7 @@ def test_upload_ask_and_watch(page, clip):
     seen = page.evaluate("[...window.seen]")
     assert any("final" in name for name in seen)
     assert any("sure-" in name for name in seen)
-    answer = said(page).inner_text()
+    answer = answer_text(page).inner_text()
     assert page.get_by_text(answer, exact=True).locator("visible=true").count() == 1  # it stands there once
     assert page.evaluate("window.spoken") == ["Answering …", f"Answer: {answer}"]
     summary = page.locator(".cost summary").inner_text()
@@ -161,11 +161,12 @@ def event(content):
     return f"data: {json.dumps(content)}\n\n"
 
 
-TEXT = "<think>let me see</think>It turns at 4.5 s and <b>again</b> at 0:07."
+TEXT = "It turns at 4.5 s and <b>again</b> at 0:07."
 DRAFT = {"step": 1, "slots": 16, "tokens": [], "statistics": {
     "steps": 1, "tokens": 16, "forward_passes": 1, "layer_tokens": [10], "seconds": {"denoising": 0.1}}}  # fmt: skip
 ANSWER = (
-    event({"choices": [{"delta": {"content": TEXT}}], "diffusion": DRAFT})
+    event({"choices": [{"delta": {"reasoning_content": "let me see"}}], "diffusion": {**DRAFT, "thinking": True}})
+    + event({"choices": [{"delta": {"content": TEXT}}], "diffusion": DRAFT})
     + event({"choices": [], "usage": {"prompt_tokens": 10}}) + "data: [DONE]\n\n"
 )  # fmt: skip
 
@@ -180,7 +181,7 @@ def test_two_settings(page, clip):
     page.locator("#ask").click()
     playwright.expect(page.locator(".cost:visible")).to_have_count(2, timeout=SECONDS)
     assert page.locator("article").count() == 2
-    assert said(page, 0).inner_text() == said(page, 1).inner_text() or page.locator("mark").count() > 0
+    assert answer_text(page, 0).inner_text() == answer_text(page, 1).inner_text() or page.locator("mark").count() > 0
     picture(page, "compare")
 
 
@@ -214,24 +215,24 @@ def test_stop(tireless_page, tireless):
     assert page.locator("#ask").is_disabled()
     page.locator("#stop").click()
     playwright.expect(page.locator("#ask")).to_be_enabled(timeout=SECONDS)
-    playwright.expect(said(page)).to_have_text("Stopped.")
+    playwright.expect(answer_text(page)).to_have_text("Stopped.")
     playwright.expect(page.locator("#stop")).to_be_disabled()
     assert page.locator("#error").is_hidden()
     wait_for(lambda: tireless.metric("vidlada_cancelled_answers_total") == cancelled + 1)
 
 
 def test_a_question_waits_for_its_video(page, clip):
-    held = []
-    page.route("**/v1/files", lambda route: held.append(route))
+    waiting = []
+    page.route("**/v1/files", lambda route: waiting.append(route))
     page.locator("#question").fill("is it red ?")
     page.locator("#file").set_input_files(clip)
     playwright.expect(page.locator("#facts")).to_have_text("Sending clip.mp4 …", timeout=SECONDS)
     assert page.locator("#ask").is_disabled()
     page.locator("#question").press("Enter")
     assert page.locator("article").count() == 0
-    while not held:
+    while not waiting:
         page.wait_for_timeout(20)  # milliseconds, in which Playwright tells of requests
-    held[0].continue_()
+    waiting[0].continue_()
     playwright.expect(page.locator("#ask")).to_be_enabled(timeout=SECONDS)
     assert page.locator(".strip li").count() == 4
 
@@ -256,7 +257,7 @@ def test_a_drop_beside_the_box_stays_on_the_page(page):
     playwright.expect(page.locator("#error")).to_contain_text("cannot be used", timeout=SECONDS)
 
 
-def test_errors_are_told(page, clip, tmp_path):
+def test_errors_are_shown(page, clip, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"not a video at all")
     choose(page, clip)
     page.locator("#file").set_input_files(tmp_path / "bad.mp4")
@@ -270,14 +271,14 @@ def test_errors_are_told(page, clip, tmp_path):
     picture(page, "error")
 
 
-def test_a_server_that_is_gone_is_told(page):
+def test_a_server_that_is_gone_is_reported(page):
     page.route("**/v1/chat/completions", lambda route: route.abort())
     page.locator("#question").fill("is it red ?")
     page.locator("#ask").click()
     playwright.expect(page.locator("#error")).to_contain_text("cannot be reached", timeout=SECONDS)
 
 
-def test_what_is_not_the_servers_answer_is_told(page, clip):
+def test_what_is_not_the_servers_answer_is_reported(page, clip):
     """A proxy in between may refuse an upload in words of its own."""
     page.route("**/v1/files", lambda route: route.fulfill(status=413, content_type="text/html", body="<p>too large"))
     page.locator("#file").set_input_files(clip)
@@ -304,7 +305,7 @@ def test_sizes_and_accessibility(page, clip, width, scheme):
     settings(page, gen_length=16)
     page.locator("#settings > summary").click()
     ask(page)
-    playwright.expect(said(page)).to_be_in_viewport()
+    playwright.expect(answer_text(page)).to_be_in_viewport()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     small = page.evaluate("""() => [...document.querySelectorAll("button, input, summary, textarea, select")]
         .filter((each) => each.offsetParent && !each.closest(".time, .check")

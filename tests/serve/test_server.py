@@ -197,8 +197,8 @@ def test_refusals(server, extra, status, word):
 
 def test_time_instruction(client, clip):
     plain = ask(client, text(), video(f"file://{clip}"))
-    told = ask(client, text(), video(f"file://{clip}"), extra={"time_instruction": True})
-    assert told.usage.prompt_tokens > plain.usage.prompt_tokens + 30
+    instructed = ask(client, text(), video(f"file://{clip}"), extra={"time_instruction": True})
+    assert instructed.usage.prompt_tokens > plain.usage.prompt_tokens + 30
 
 
 def test_keys(server, clip):

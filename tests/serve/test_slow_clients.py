@@ -19,7 +19,7 @@ def connect():
         yield lambda server, buffer=None: stack.enter_context(server.connect(buffer))
 
 
-def ended(connection):
+def has_ended(connection):
     try:
         return connection.recv(4096) == b""
     except ConnectionResetError:
@@ -54,7 +54,7 @@ def test_heads_that_never_end(server, connect):
     assert SECONDS - 2 < drip(connections, HEAD.encode() * 10, server) < SECONDS + 60
     for connection in [*connections, silent]:
         connection.settimeout(60)
-        assert ended(connection)
+        assert has_ended(connection)
     assert idle(server)
 
 
@@ -66,7 +66,7 @@ def test_a_second_head_that_never_ends(server, connect):
     assert response.status == 200
     response.read()
     assert SECONDS - 2 < drip([connection], HEAD.encode() * 10, server) < SECONDS + 60
-    assert ended(connection)
+    assert has_ended(connection)
 
 
 def test_bodies_that_never_end(server, connect):

@@ -10,7 +10,7 @@ from media import number_of, picture, write_video
 from vidlada.errors import InputError
 from vidlada.evaluation.answering import Answerer, Question
 from vidlada.generation import GenerationSettings
-from vidlada.video import Sampling, oriented, sample_frames, sample_indices
+from vidlada.video import Sampling, orient, sample_frames, sample_indices
 from vidlada.video_decoding import Reader
 
 H264 = {"codec": "libx264", "options": {"bf": "2"}}
@@ -99,7 +99,7 @@ def test_display_matrix_moves_pixels_as_defined():
     straight = [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)]
     across = [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
     for a, b, c, d in straight + across:
-        found = oriented(image, 65536 * np.array([a, b, 0, c, d, 0, 0, 0, 0]))
+        found = orient(image, 65536 * np.array([a, b, 0, c, d, 0, 0, 0, 0]))
         for y in range(2):
             for x in range(3):
                 right, down = a * x + c * y, b * x + d * y

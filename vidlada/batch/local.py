@@ -5,7 +5,6 @@ bad file costs one line. What is in the output is never done again: a run that w
 """
 
 import asyncio
-import fcntl
 import json
 import tempfile
 from collections import deque
@@ -20,6 +19,7 @@ from pydantic import ValidationError
 from vidlada.api import VidLaDA, split_options
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.fetch import is_url
+from vidlada.files import lock
 from vidlada.media import media_list
 from vidlada.serve.limits import Limits
 from vidlada.serve.schema import ChatRequest
@@ -45,7 +45,7 @@ class Line:
     error: str | None = None
 
     def echo(self) -> dict[str, Any]:
-        """What the output repeats, so that it can be told which line it answers."""
+        """What the output repeats of a line."""
         return {"line": self.number, **{name: self.content.get(name) for name in ECHOED[1:]}}
 
 
@@ -218,14 +218,11 @@ class Output:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Output]:
+def open_output(path: Path) -> Iterator[Output]:
     """The output, for one run at a time."""
     try:
         with path.open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InputError(f"{path}: another run is writing to it") from error
+            lock(file, f"{path}: another run is writing to it")
             file.seek(0)
             yield Output(file, path)
     except OSError as error:

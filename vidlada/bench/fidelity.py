@@ -18,6 +18,7 @@ from vidlada.bench.decoding import BASELINE, CACHES
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.sampler import Denoiser, Request, RunningRequest
 from vidlada.errors import InputError
+from vidlada.markdown import table
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.shapes.dataset import question_of
 from vidlada.shapes.questions import LONG_FAMILIES
@@ -61,7 +62,7 @@ def follow(
     """
 
     def row(number: int, cache: str) -> RunningRequest:
-        return RunningRequest(number, replace(request, settings=request.settings.updated(cache=cache)), model)
+        return RunningRequest(number, replace(request, settings=request.settings.replace(cache=cache)), model)
 
     leader, followers = row(0, BASELINE), [row(number, cache) for number, cache in enumerate(caches, start=1)]
     denoiser, layers = Denoiser(model), model.language_model.config.num_hidden_layers
@@ -133,14 +134,12 @@ def fidelity_figures(
 
 def fidelity_table(figures: dict[str, Any]) -> str:
     """Markdown of `fidelity_figures`."""
-    lines = [
-        f"{figures['model']}, {figures['questions']} captions and timelines; predictions in every open slot of a block",
-        "",
-        "| cache | divergence, millinats | same first choice, % | work, % of none |",
-        "|---|---|---|---|",
+    title = (
+        f"{figures['model']}, {figures['questions']} captions and timelines; predictions in every open slot of a block"
+    )
+    head = ("cache", "divergence, millinats", "same first choice, %", "work, % of none")
+    rows = [
+        [row["cache"], f"{row['millinats']:.2f}", f"{row['same_percent']:.2f}", f"{row['work_percent']:.1f}"]
+        for row in figures["rows"]
     ]
-    for row in figures["rows"]:
-        lines.append(
-            f"| {row['cache']} | {row['millinats']:.2f} | {row['same_percent']:.2f} | {row['work_percent']:.1f} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([title, "", *table(head, rows)])

@@ -22,7 +22,7 @@ from vidlada.files import json_line
 from vidlada.generation import GenerationSettings
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, short_help="Ask a question about videos and images.")
 @click.argument("media", nargs=-1, required=True, metavar="MEDIA...")
 @click.argument("question")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: answer, model, frames, statistics.")
@@ -59,7 +59,7 @@ def ask(
 
 
 def watch(media: tuple[str, ...], source: ModelSource, options: dict[str, Any]) -> tuple[Any, Any]:
-    """The model, and a conversation about media it has seen."""
+    """Load the model and encode the media."""
     given = given_options(options)
     vidlada = source.load()
     with download_progress() as vidlada.progress, progress(f"watching {', '.join(media)}"):
@@ -67,7 +67,7 @@ def watch(media: tuple[str, ...], source: ModelSource, options: dict[str, Any]) 
 
 
 def answer_object(model: str, media: tuple[str, ...], question: str, conversation: Any) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Build the object that `--json` prints."""
     answer = conversation.last
     shown = [
         {
@@ -118,7 +118,7 @@ def show_drafts(conversation: Any, question: str) -> None:
         live.update(thought.append(f"{answer.text}\n", style="not dim").append(counts, style="dim"))
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, short_help="Ask several questions about the same videos and images.")
 @click.argument("media", nargs=-1, required=True, metavar="MEDIA...")
 @click.option("--show", is_flag=True, help="Draw the answers denoising live.")
 @setting_options(GenerationSettings, "Decoding", only=("reuse",))

@@ -21,7 +21,7 @@ from vidlada.cli.options import (
 from vidlada.errors import InputError
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, short_help="Answer a file of questions.")
 @click.argument("questions", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="Answers; a run that was ended goes on where it stopped.")
 @click.option("--videos", type=click.Path(), help="Folder that paths start from; that of QUESTIONS by default.")
@@ -43,20 +43,20 @@ def batch(
     gives a line with "error". The exit code is 1 if the whole output has such a line, earlier runs' included.
     """
     try:
-        from vidlada.batch.local import Answerer, answer_all, opened, read_lines
+        from vidlada.batch.local import Answerer, answer_all, open_output, read_lines
     except ImportError as error:
         raise InputError(f"batches need more packages: pip install 'vidlada[serve]' ({error.name})") from error
     if workers is not None and not ray:
         raise InputError("--workers are those of a cluster; add --ray")
     given = given_options(options)
     folder = Path(videos) if videos is not None else Path(questions).parent
-    with readable(questions) as file, opened(Path(out)) as output:
+    with readable(questions) as file, open_output(Path(out)) as output:
         lines = read_lines(file)
         output.resume(lines)
         done = output.written
         if ray:
-            from vidlada.api import SHIPPED, model_folder
             from vidlada.batch.ray_data import answer_on_cluster
+            from vidlada.loading import SHIPPED, model_folder
 
             if source.model != SHIPPED:
                 source = replace(source, model=str(model_folder(source.model).absolute()))

@@ -157,8 +157,8 @@ def run_settings(source: ModelSource, adapter: Path | None, options: dict[str, A
     """The options as settings of a run."""
     import yaml
 
-    from vidlada.api import model_folder
     from vidlada.evaluation.run import RunSettings
+    from vidlada.loading import model_folder
 
     model = {
         "adapter": None if adapter is None else str(model_folder(adapter, what="adapter").absolute()),

@@ -31,7 +31,7 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, short_help="Serve a model with an OpenAI-compatible API and a page.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--name", help="Name the model is served under; its folder's name by default.")
@@ -72,10 +72,11 @@ def serve(
     try:
         import uvicorn
 
-        from vidlada.serve.app import ServerSettings, create_app
+        from vidlada.serve.app import create_app
         from vidlada.serve.connection import drop_idle_readers, impatient_protocol
         from vidlada.serve.draining import DrainingServer
         from vidlada.serve.http import site_rules
+        from vidlada.serve.server import ServerSettings
     except ImportError as error:
         raise InputError(f"the server needs more packages: pip install 'vidlada[serve]' ({error.name})") from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")

@@ -12,7 +12,7 @@ from vidlada.errors import InputError
 from vidlada.files import write_json
 
 
-@click.group()
+@click.group(short_help="Write and evaluate data of the shapes world.")
 def shapes() -> None:
     """The synthetic world the shipped model was trained on: write its clips and questions, score a model."""
 

@@ -24,7 +24,7 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.files import lock
 from vidlada.training.data.mixture import VIDEO_SUFFIXES
 from vidlada.training.data.samples import STRICT
-from vidlada.training.settings import build, expanded, read_yaml
+from vidlada.training.settings import build, expand_variables, read_yaml
 from vidlada.video import Frames, Sampling, sample_frames
 
 TRANSPORT = ("url", "key_variable", "timeout", "tries")  # how an endpoint is called does not change what it says
@@ -99,7 +99,7 @@ class BuildConfig:
 
 def load_build(path: Path) -> BuildConfig:
     """Read a build from YAML; `InputError` names what is wrong in it."""
-    return build(BuildConfig, expanded(read_yaml(path), str(path)), str(path))
+    return build(BuildConfig, expand_variables(read_yaml(path), str(path)), str(path))
 
 
 def judge(candidate: Candidate, config: BuildConfig, segment: Segment, seed: Sequence[int]) -> None:

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass as plain_dataclass
 from fractions import Fraction
 from functools import cache, cached_property
@@ -162,7 +162,7 @@ def client_of(endpoint: Endpoint, key: str) -> Any:
     def bound(response: Any) -> None:
         response.stream = bounded_stream(response.stream, response.request.extensions["deadline"], endpoint.timeout)
 
-    hooks: dict[str, list[Callable[..., Any]]] = {"request": [start], "response": [bound]}
+    hooks: dict[str, list[Any]] = {"request": [start], "response": [bound]}
     client = openai.OpenAI(
         base_url=endpoint.url,
         api_key=key or "none",

@@ -11,34 +11,41 @@ from vidlada.decoding.scoring import score_answers
 from vidlada.decoding.streaming import StableText
 
 
-def choose(vidlada: VidLaDA, request: Request, choices: Sequence[str]) -> tuple[State, StableText, tuple[float, ...]]:
-    """The likeliest choice as a finished answer.
+class ChoosingTurn:
+    """An answer that takes one step.
 
     Args:
         vidlada: the model.
         request: whose prompt and slots count.
         choices: texts.
-
-    Returns:
-        State, text, and the log-probability of every choice among the choices.
-
-    Raises:
-        InputError: a choice has no tokens, or is too long.
     """
-    started = time.perf_counter()
-    ids = [vidlada.processor.text_ids(choice) for choice in choices]
-    scores = score_answers(vidlada.model, request.prompt, ids, request.settings.gen_length).log_softmax(-1)
-    best = int(scores.argmax())
-    answer = torch.tensor(ids[best])
-    layers = vidlada.model.language_model.config.num_hidden_layers
-    statistics = Statistics(
-        steps=1,
-        forward_passes=1,
-        tokens=len(answer),
-        layer_tokens=(len(request.prompt) + max(request.settings.gen_length, len(answer)),) * layers,
-        seconds={"denoising": time.perf_counter() - started},
-    )
-    committed = torch.ones(len(answer), dtype=torch.bool)
-    confidence = torch.full((len(answer),), float(scores[best].exp()))
-    state = State(1, answer, committed, confidence, None, True, statistics)
-    return state, StableText(choices[best], len(answer), "stop"), tuple(scores.tolist())
+
+    def __init__(self, vidlada: VidLaDA, request: Request, choices: Sequence[str]):
+        self.vidlada, self.request, self.choices = vidlada, request, choices
+        self.statistics, self.choosing = Statistics(), True
+
+    def step(self) -> tuple[State, StableText, tuple[float, ...]]:
+        """The likeliest choice as a finished answer, and the log-probability of every choice among the choices.
+
+        Raises:
+            InputError: a choice has no tokens, or is too long.
+        """
+        started = time.perf_counter()
+        vidlada, request = self.vidlada, self.request
+        ids = [vidlada.processor.text_ids(choice) for choice in self.choices]
+        scores = score_answers(vidlada.model, request.prompt, ids, request.settings.gen_length).log_softmax(-1)
+        best = int(scores.argmax())
+        answer = torch.tensor(ids[best])
+        layers = vidlada.model.language_model.config.num_hidden_layers
+        statistics = Statistics(
+            steps=1,
+            forward_passes=1,
+            tokens=len(answer),
+            layer_tokens=(len(request.prompt) + max(request.settings.gen_length, len(answer)),) * layers,
+            seconds={"denoising": time.perf_counter() - started},
+        )
+        committed = torch.ones(len(answer), dtype=torch.bool)
+        confidence = torch.full((len(answer),), float(scores[best].exp()))
+        self.choosing = False
+        state = State(1, answer, committed, confidence, None, True, statistics)
+        return state, StableText(self.choices[best], len(answer), "stop"), tuple(scores.tolist())

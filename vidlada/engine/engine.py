@@ -7,6 +7,7 @@ What is special about it:
 - an answer is the same as alone: requests share steps, not settings, blocks or random numbers;
 - vision features are kept, bounded, under a key made from the video's content; so are the frames' keys and values
   where a request's settings say `reuse`;
+- an answer chosen from given ones is a request like any other, of one step;
 - a cancelled request is gone before the next step.
 
 It knows nothing of HTTP. Whoever submits a job gets a handle, and reads updates from it in an asyncio event loop.
@@ -17,7 +18,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,106 +26,20 @@ from torch import Tensor
 
 from vidlada.api import VidLaDA
 from vidlada.decoding.cache import VisualCache
-from vidlada.decoding.sampler import Denoiser, State
-from vidlada.decoding.streaming import StableText
+from vidlada.decoding.sampler import Denoiser, State, Statistics
 from vidlada.decoding.thinking import Turn
-from vidlada.engine.choosing import choose
+from vidlada.engine.choosing import ChoosingTurn
 from vidlada.engine.feature_store import LRUCache
+from vidlada.engine.forms import FormTurn
 from vidlada.engine.limits import EngineLimits
-from vidlada.engine.scheduler import Scheduler, Task
+from vidlada.engine.requests import EngineClosedError, EngineRequest, MediaInput, RequestHandle, Update
+from vidlada.engine.scheduler import Scheduler
 from vidlada.errors import VidLaDAError
-from vidlada.generation import GenerationSettings
 from vidlada.machine import MEBI
-from vidlada.processor import EncodedConversation
-from vidlada.tiling import ImageShape, MediaShape
-from vidlada.video import Frames
 
 FRAMES_PER_TURN = 8  # through the vision tower between two steps; always the same, so that features are too
-MOST_PENDING = 64  # updates a slow reader may be behind; older ones are dropped, the last one never
 
 log = logging.getLogger("vidlada.engine")
-
-
-class EngineClosedError(VidLaDAError):
-    """The engine is closing, and the request with it."""
-
-    def __init__(self) -> None:
-        super().__init__("the server is shutting down")
-
-
-@dataclass(frozen=True)
-class MediaInput:
-    """A video or an image of a job.
-
-    Attributes:
-        key: of its content and of how it was sampled.
-        frames: sampled at the model's size; of an image, its tiles.
-        image: its shape, where it is tiled.
-    """
-
-    key: Hashable
-    frames: Frames
-    image: ImageShape | None = None
-
-    @property
-    def shape(self) -> MediaShape:
-        """What the layout of its visual tokens depends on."""
-        return len(self.frames.images) if self.image is None else self.image
-
-
-@dataclass(frozen=True)
-class EngineRequest:
-    """A question.
-
-    Attributes:
-        encoded: the conversation.
-        videos: what it shows, in order.
-        settings: of decoding.
-        max_tokens: most tokens of the answer; the answer's slots by default.
-        choices: answer with the likeliest of these instead of decoding.
-        continues: the prompt ends within what the assistant says.
-    """
-
-    encoded: EncodedConversation
-    videos: Sequence[MediaInput]
-    settings: GenerationSettings
-    max_tokens: int | None = None
-    choices: Sequence[str] = ()
-    continues: bool = False
-
-    @property
-    def visual_key(self) -> Hashable:
-        """Under which the frames' keys and values may be taken over; the decoding loop checks that they fit."""
-        return (
-            *(shown.key for shown in self.videos),
-            self.settings.cache,
-            self.settings.reuse,
-            self.settings.visual_keep,
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Prompt tokens, slots of a thought and answer slots."""
-        return len(self.encoded.input_ids) + self.settings.slots
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a step brought.
-
-    Attributes:
-        state: after the step.
-        stable: the part of the answer that can no longer change; the last update's is the whole answer.
-        seconds: waiting in the queue, and in the vision tower.
-        confidence: (gen_length,) probability with which each final slot was committed; 1 where it was given.
-        choices: log-probabilities of the job's choices among each other.
-    """
-
-    state: State
-    stable: StableText
-    seconds: dict[str, float]
-    confidence: Tensor
-    choices: tuple[float, ...] = ()
 
 
 @dataclass
@@ -142,78 +57,6 @@ class Totals:
     stepping_seconds: float = 0.0
 
 
-class RequestHandle:
-    """A submitted job, seen from the event loop that submitted it."""
-
-    def __init__(self, job: EngineRequest, loop: asyncio.AbstractEventLoop):
-        self.job, self.loop = job, loop
-        settings = job.settings
-        self.task = Task(
-            tokens=job.tokens,
-            slots=settings.slots,
-            pace=settings.block_length / min(settings.steps_per_block, settings.block_length),
-            passes=2 if settings.cfg_scale > 0 else 1,
-            frames=sum(len(shown.frames.times) for shown in job.videos),
-        )
-        self.cancelled = False
-        self.seconds: dict[str, float] = {}
-        self.submitted = time.perf_counter()
-        self.turn: Turn | None = None  # while it runs
-        self.confidence: Tensor | None = None
-        self.committed: Tensor | None = None
-        self.pending: deque[Update | BaseException] = deque(maxlen=MOST_PENDING)
-        self.news = asyncio.Event()
-
-    def cancel(self) -> None:
-        """Give up; the place is free before the next step. Harmless once it is done."""
-        self.cancelled = True
-
-    async def updates(self, deadline: float | None = None) -> AsyncIterator[Update]:
-        """Updates until the answer is complete.
-
-        Args:
-            deadline: time of the event loop's clock after which to give up.
-
-        Raises:
-            VidLaDAError: the request turned out not to fit, or the model failed.
-            TimeoutError: the deadline has passed.
-        """
-        try:
-            while True:
-                async with asyncio.timeout_at(deadline):
-                    await self.news.wait()
-                self.news.clear()
-                while self.pending:
-                    update = self.pending.popleft()
-                    if isinstance(update, BaseException):
-                        raise update
-                    yield update
-                    if update.stable.finish_reason is not None:
-                        return
-                    await asyncio.sleep(0)  # a reader that never waits must not keep the loop from others
-        finally:
-            self.cancel()
-
-    def confidence_after(self, state: State) -> Tensor:
-        """Probability with which each final slot was committed; a state tells it of those of its step alone."""
-        before = self.committed if self.committed is not None else torch.zeros_like(state.committed)
-        known = self.confidence if self.confidence is not None else state.confidence
-        self.confidence, self.committed = torch.where(before, known, state.confidence), state.committed
-        return self.confidence
-
-    def put(self, update: "Update | BaseException") -> None:
-        """Called by the engine's thread."""
-
-        def deliver() -> None:
-            self.pending.append(update)
-            self.news.set()
-
-        try:
-            self.loop.call_soon_threadsafe(deliver)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            self.cancelled = True
-
-
 class Engine:
     """The thread and its queue.
 
@@ -229,7 +72,8 @@ class Engine:
         self.visual: LRUCache[VisualCache] = LRUCache(limits.visual_store_mb * MEBI)
         self.totals = Totals()
         self.waiting: deque[RequestHandle] = deque()
-        self.running: dict[int, RequestHandle] = {}
+        self.decoding: dict[int, RequestHandle] = {}  # by their numbers in the denoiser
+        self.choosing: list[RequestHandle] = []  # to be answered in one step
         self.joining: dict[RequestHandle, Iterator[None]] = {}  # being prepared, in order of their places
         self.parts: dict[Hashable, list[Tensor]] = {}  # features of videos being encoded, shared by who waits for them
         self.scheduler = Scheduler(limits)
@@ -261,6 +105,11 @@ class Engine:
         self.thread.join()
 
     @property
+    def running(self) -> list[RequestHandle]:
+        """Requests that take steps."""
+        return [*self.decoding.values(), *self.choosing]
+
+    @property
     def queued(self) -> int:
         """Requests that wait or are being prepared."""
         return len(self.waiting) + len(self.joining)
@@ -277,7 +126,7 @@ class Engine:
         try:
             self._serve()
         except Exception as cause:  # a defect of the engine: nobody may wait for it
-            error = self._explained(cause)
+            error = self._as_vidlada_error(cause)
             self.closing = True
         self._fail_all(error)
 
@@ -290,13 +139,14 @@ class Engine:
                     break
             self._drop_cancelled()
             self._prepare()
-            if self.denoiser.rows:
+            if self.running:
                 self._step()
 
     def _drop_cancelled(self) -> None:
-        gone = [handle for handle in [*self.running.values(), *self.joining] if handle.cancelled]
-        self.running = {number: handle for number, handle in self.running.items() if not handle.cancelled}
-        self.denoiser.rows = [row for row in self.denoiser.rows if row.number in self.running]
+        gone = [handle for handle in [*self.running, *self.joining] if handle.cancelled]
+        self.decoding = {number: handle for number, handle in self.decoding.items() if not handle.cancelled}
+        self.choosing = [handle for handle in self.choosing if not handle.cancelled]
+        self.denoiser.rows = [row for row in self.denoiser.rows if row.number in self.decoding]
         self.joining = {handle: pieces for handle, pieces in self.joining.items() if not handle.cancelled}
         with self.condition:
             gone += [handle for handle in self.waiting if handle.cancelled]
@@ -310,7 +160,7 @@ class Engine:
         while True:
             with self.condition:
                 waiting = {handle.task: handle for handle in self.waiting}
-                taken = [handle.task for handle in [*self.running.values(), *self.joining]]
+                taken = [handle.task for handle in [*self.running, *self.joining]]
                 task = self.scheduler.admit(list(waiting), taken)
                 if task is None:
                     return
@@ -333,7 +183,7 @@ class Engine:
         except Exception as error:
             del self.joining[handle]
             self.totals.failed += 1
-            handle.put(self._explained(error))
+            handle.put(self._as_vidlada_error(error))
             return
         handle.seconds["vision"] = handle.seconds.get("vision", 0.0) + time.perf_counter() - started
         if done:
@@ -376,64 +226,110 @@ class Engine:
         job = handle.job
         known = self.visual.get(job.visual_key) if job.settings.reuse else None
         request = replace(self.vidlada.request(job.encoded, tokens, job.settings), visual=known)
-        if job.choices:
-            self.totals.finished += 1
-            chosen, stable, scores = choose(self.vidlada, request, job.choices)
-            handle.put(Update(chosen, stable, dict(handle.seconds), chosen.confidence, scores))
-            return
-        handle.turn = Turn(request, self.vidlada.processor, model, job.max_tokens)
-        self._start(handle)
+        if job.form:
+            handle.turn = FormTurn(self.vidlada, request, job.form)
+        elif job.choices:
+            handle.turn = ChoosingTurn(self.vidlada, request, job.choices)
+        else:
+            handle.turn = Turn(request, self.vidlada.processor, model, job.max_tokens)
+        if isinstance(handle.turn, ChoosingTurn | FormTurn) and handle.turn.choosing:
+            self.choosing.append(handle)
+        else:
+            self._start(handle)
 
     def _start(self, handle: RequestHandle) -> None:
         """Let what is to be decoded now join."""
         assert handle.turn is not None
         number, state = self.denoiser.add(handle.turn.request)
-        self.running[number] = handle
+        self.decoding[number] = handle
         if state is not None:
             self._deliver(number, state)
 
     def _step(self) -> None:
         """One step of the requests whose turn it is."""
         started = time.perf_counter()
-        chosen = set(self.scheduler.turn(self.running[row.number].task for row in self.denoiser.rows))
-        others = [row for row in self.denoiser.rows if self.running[row.number].task not in chosen]
-        rows = [row for row in self.denoiser.rows if self.running[row.number].task in chosen]
+        chosen = set(self.scheduler.turn(handle.task for handle in self.running))
+        computed = self._choose([handle for handle in self.choosing if handle.task in chosen])
+        computed += self._denoise({number for number, handle in self.decoding.items() if handle.task in chosen})
+        self.totals.turns_with_steps += 1
+        self.totals.stepping_seconds += time.perf_counter() - started
+        self.scheduler.charge(computed)
+
+    def _choose(self, handles: Iterable[RequestHandle]) -> float:
+        """One pass of requests that have something to choose; gives the tokens computed."""
+        computed = 0.0
+        for handle in handles:
+            turn = handle.turn
+            assert isinstance(turn, ChoosingTurn | FormTurn)
+            earlier = turn.statistics
+            try:
+                state, stable, scores = turn.step()
+            except Exception as error:
+                self.choosing.remove(handle)
+                self._fail(self._as_vidlada_error(error), [handle])
+                continue
+            computed += self._count(handle, state.statistics, earlier)
+            if turn.choosing:
+                continue
+            self.choosing.remove(handle)
+            if stable.finish_reason is None:  # the rest of the form is to be decoded
+                handle.task.restart(handle.job.settings.gen_length)
+                self._start(handle)
+                continue
+            handle.turn = None
+            self.totals.finished += 1
+            handle.put(Update(state, stable, dict(handle.seconds), state.confidence, scores))
+        return computed
+
+    def _denoise(self, numbers: set[int]) -> float:
+        """One denoising step of some requests; gives the tokens computed."""
+        rows = [row for row in self.denoiser.rows if row.number in numbers]
+        others = [row for row in self.denoiser.rows if row.number not in numbers]
+        if not rows:
+            return 0.0
         before = {row.number: row.statistics for row in rows}
         self.denoiser.rows = rows
         try:
             states = self.denoiser.step()
         except Exception as error:
             self.denoiser.rows = others
-            self._fail(self._explained(error), [self.running.pop(number) for number in before])
-            return
+            self._fail(self._as_vidlada_error(error), [self.decoding.pop(number) for number in before])
+            return 0.0
         self.denoiser.rows += others
-        totals, computed = self.totals, 0.0
-        totals.turns_with_steps += 1
-        totals.stepping_seconds += time.perf_counter() - started
+        computed = 0.0
         for number, state in states:
-            statistics, earlier = state.statistics, before[number]
-            totals.steps += 1
-            totals.tokens += statistics.tokens - earlier.tokens
-            for segment, count in statistics.refreshes.items():
-                totals.refreshes[segment] += count - earlier.refreshes.get(segment, 0)
-            mean = sum(statistics.layer_tokens) / max(1, len(statistics.layer_tokens))
-            computed += self.running[number].task.update(statistics.steps, statistics.tokens, mean)
+            computed += self._count(self.decoding[number], state.statistics, before[number])
             self._deliver(number, state)
-        self.scheduler.charge(computed)
+        return computed
+
+    def _count(self, handle: RequestHandle, statistics: Statistics, earlier: Statistics) -> float:
+        """Take note of a step of a request; gives the tokens it computed."""
+        totals = self.totals
+        totals.steps += 1
+        totals.tokens += statistics.tokens - earlier.tokens
+        for segment, count in statistics.refreshes.items():
+            totals.refreshes[segment] += count - earlier.refreshes.get(segment, 0)
+        mean = sum(statistics.layer_tokens) / max(1, len(statistics.layer_tokens))
+        return handle.task.update(statistics.steps, statistics.tokens, mean)
 
     def _deliver(self, number: int, state: State) -> None:
         """Send a state on; free the place of an answer that is complete."""
-        handle = self.running[number]
+        handle = self.decoding[number]
         turn = handle.turn
-        assert turn is not None
+        assert isinstance(turn, Turn | FormTurn)
         request = turn.request
         if state.visual is not None:
             self.visual.put(handle.job.visual_key, state.visual, state.visual.nbytes)
-        state, stable = turn.take(state)
+        try:
+            state, stable = turn.take(state)
+        except VidLaDAError as error:
+            self.denoiser.remove(number)
+            self._fail(error, [self.decoding.pop(number)])
+            return
         state = replace(state, visual=None)  # readers have no use for it
         if stable.finish_reason is not None or turn.request is not request:
             self.denoiser.remove(number)
-            del self.running[number]
+            del self.decoding[number]
         if stable.finish_reason is not None:
             handle.turn = None
             self.totals.finished += 1
@@ -452,15 +348,16 @@ class Engine:
     def _fail_all(self, error: VidLaDAError) -> None:
         """Tell every request that there will be no answer."""
         with self.condition:
-            handles = [*self.running.values(), *self.joining, *self.waiting]
-            self.running.clear()
+            handles = [*self.running, *self.joining, *self.waiting]
+            self.decoding.clear()
+            self.choosing.clear()
             self.joining.clear()
             self.waiting.clear()
             self.denoiser.rows = []
         self._fail(error, handles)
 
     @staticmethod
-    def _explained(error: Exception) -> VidLaDAError:
+    def _as_vidlada_error(error: Exception) -> VidLaDAError:
         if isinstance(error, VidLaDAError):
             return error
         log.exception("the model failed", exc_info=error)

@@ -6,7 +6,7 @@ Short answers do not wait for long ones, and long ones do not starve:
 - half of the places that become free go to the request with the least work, the other half to the one that has waited
   longest, and a quarter more places than `max_running` are for requests much shorter than what runs.
 
-Work is counted in tokens computed, not in seconds, so that the order can be foretold.
+Work is counted in tokens computed, not in seconds, so that the order does not depend on the machine.
 """
 
 from collections.abc import Iterable, Sequence

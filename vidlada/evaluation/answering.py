@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vidlada.api import EncodedVideo, VidLaDA
+from vidlada.api import VidLaDA
+from vidlada.conversation import EncodedVideo
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.media import is_image, media_list

@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from vidlada.api import EncodedVideo, load
+from vidlada.conversation import EncodedVideo
 from vidlada.errors import InputError
 from vidlada.evaluation.answering import Answerer, Media, Question, Reply
 from vidlada.evaluation.arguments import ModelArguments, generation_settings
@@ -25,7 +25,9 @@ from vidlada.evaluation.folder import RECORD_FOLDER, open_record
 from vidlada.evaluation.likelihood import is_greedy, negative_log_likelihood
 from vidlada.generation import GenerationSettings
 from vidlada.images import open_images, to_rgb
-from vidlada.processor import VIDEO_PLACE, VidLaDAProcessor
+from vidlada.loading import load
+from vidlada.messages import VIDEO_PLACE
+from vidlada.processor import VidLaDAProcessor
 
 Messages = list[dict[str, Any]]
 TASK_ERRORS = (Exception, SystemExit)  # tasks raise whatever they like for a missing or broken video

@@ -22,7 +22,6 @@ from typing import Any
 
 import yaml
 
-from vidlada.api import SHIPPED, model_folder
 from vidlada.checkpoint.load import ADAPTER_CONFIG, base_of
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation.arguments import PACES, ModelArguments, generation_settings
@@ -42,6 +41,7 @@ from vidlada.evaluation.presets import PresetName, generation_arguments, model_a
 from vidlada.evaluation.submission import write_submission
 from vidlada.files import read_json, write_json, write_text
 from vidlada.generation import GenerationSettings
+from vidlada.loading import SHIPPED, model_folder
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 PACKAGES = ("vidlada", "lmms-eval", "torch", "transformers", "av", "datasets")
@@ -101,7 +101,7 @@ class RunSettings:
         if arguments.get("temperature"):
             arguments.setdefault("do_sample", True)  # tasks say false
         decoding = ModelArguments.from_dict(self.model_arguments(benchmark)).decoding
-        generation_settings(GenerationSettings().updated(**decoding), arguments, decoding)
+        generation_settings(GenerationSettings().replace(**decoding), arguments, decoding)
         return arguments
 
     def to_dict(self) -> dict[str, Any]:

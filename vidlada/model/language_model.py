@@ -68,7 +68,33 @@ class SharedPrefixMask:
         return torch.cat(mixed, dim=2)
 
 
-AnyMask = Tensor | SharedPrefixMask | None
+@dataclass(frozen=True, eq=False)
+class PackedMask:
+    """One row of several sequences, one after another, that do not see one another.
+
+    Attributes:
+        sizes: tokens of every sequence; padding is one of its own.
+    """
+
+    sizes: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "PackedMask":
+        """The same: it holds no tensor."""
+        return self
+
+    def dense(self) -> Tensor:
+        """(1, 1, tokens, tokens) boolean, True where a query (third axis) may attend to a key (last axis)."""
+        part = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        return (part[None, :] == part[:, None])[None, None]
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention over (1, heads, tokens, head_dim), sequence by sequence."""
+        parts = zip(*(states.split(self.sizes, dim=2) for states in (queries, keys, values)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=2)
+
+
+RowMask = SharedPrefixMask | PackedMask
+AnyMask = Tensor | RowMask | None
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
@@ -96,13 +122,13 @@ def rotate(states: Tensor, rotation: Rotation) -> Tensor:
     return states * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | SharedPrefixMask | None) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, attention_mask: AnyMask) -> Tensor:
     """Scaled dot-product attention over (batch, heads, tokens, head_dim)."""
     if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         # the backward pass of the fused kernel is 1.5 to 5 times slower in bfloat16 than in float32 on a CPU
         with torch.autocast("cpu", enabled=False):
             return attend(queries.float(), keys.float(), values.float(), attention_mask)
-    if isinstance(attention_mask, SharedPrefixMask):
+    if isinstance(attention_mask, RowMask):
         return attention_mask.attend(queries, keys, values)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=attention_mask)
 
@@ -143,9 +169,7 @@ class Attention(nn.Module):
         keys = rotate(self.heads(self.k_proj(hidden)), rotation)
         return queries, keys, self.heads(self.v_proj(hidden))
 
-    def mix(
-        self, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | SharedPrefixMask | None
-    ) -> Tensor:
+    def mix(self, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: AnyMask) -> Tensor:
         """What every position sees of the others: (batch, tokens, width)."""
         if self.groups > 1:
             keys, values = (states.repeat_interleave(self.groups, dim=1) for states in (keys, values))
@@ -228,7 +252,8 @@ class LanguageModel(nn.Module):
             hidden: (batch, tokens, width) embeddings.
             position_ids: (batch or 1, tokens); counts from 0 by default.
             attention_mask: boolean, True where attention is allowed: (batch, tokens) over keys, or
-                (batch, 1, tokens, tokens) over pairs; or of rows with a shared prefix; None when nothing is padded.
+                (batch, 1, tokens, tokens) over pairs; or of rows that share a prefix or are packed; None when
+                nothing is padded.
 
         Returns:
             (batch, tokens, width) normed hidden states.

@@ -129,8 +129,8 @@ class Vision(nn.Module):
         grid = grid.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)  # (rows, columns, width)
         if not unpad:
             return torch.cat((whole, grid.flatten(0, 1)))
-        grid = grid[tiling.unpadded(shape)]
-        size = tiling.shrunk(grid.shape[0], grid.shape[1])
+        grid = grid[tiling.content_region(shape)]
+        size = tiling.shrunk_size(grid.shape[0], grid.shape[1])
         if size != grid.shape[:2]:
             grid = F.interpolate(grid.permute(2, 0, 1)[None], size=size, mode="bilinear")[0].permute(1, 2, 0)
         grid = torch.cat((grid, newline.expand(grid.shape[0], 1, -1)), dim=1)

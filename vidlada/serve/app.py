@@ -1,305 +1,28 @@
-"""The HTTP interface: OpenAI's routes for models, chat and files, health, metrics, and the page."""
+"""The application: routes, errors, the page, and what lives as long as it does."""
 
-import asyncio
-import hashlib
-import hmac
-import logging
-import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import Response
 from fastapi.staticfiles import StaticFiles
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from vidlada import __version__
 from vidlada.api import VidLaDA
 from vidlada.errors import VidLaDAError
-from vidlada.machine import MEBI
-from vidlada.serve.body import LimitedReceive, parsed
-from vidlada.serve.completions import ChatReply, Reply, updates_of
-from vidlada.serve.conversation import MediaReference, question_of
-from vidlada.serve.errors import RequestError, disk_errors
-from vidlada.serve.files import Upload, too_large
-from vidlada.serve.http import (
-    EventStream,
-    Outermost,
-    SiteRules,
-    answer_head,
-    as_request_error,
-    error_body,
-    error_response,
-    unless_gone,
-)  # fmt: skip
-from vidlada.serve.legacy import TextReply
+from vidlada.serve.errors import RequestError
+from vidlada.serve.http import Outermost, answer_head, as_request_error, error_response
 from vidlada.serve.limits import Limits
-from vidlada.serve.metrics import Metrics
-from vidlada.serve.previews import strip
-from vidlada.serve.responses import ResponsesReply, ResponsesRequest
-from vidlada.serve.schema import AnswerRequest, ChatRequest, CompletionRequest, DetokenizeRequest
+from vidlada.serve.routes import router
+from vidlada.serve.server import Server, ServerSettings
 from vidlada.serve.service import Service
 from vidlada.serve.temporary import temporary_folder
-from vidlada.serve.threads import FILES, PICTURES, in_thread
 
 PAGE = Path(__file__).parent / "page"
-MULTIPART_BYTES = 2**16  # an upload's envelope may add
-log = logging.getLogger("vidlada.serve")
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """What a server is told, besides its limits.
-
-    Args:
-        name: the model is served under.
-        api_keys: one of them must be given as a bearer token; empty for no check.
-        allowed: folder that local paths (`file:///…`) must lie in; None refuses them.
-        private_urls: also fetch from addresses that are not public.
-        log_content: log questions and answers too.
-        site_rules: which web pages may use it.
-    """
-
-    name: str
-    api_keys: Sequence[str] = ()
-    allowed: Path | None = None
-    private_urls: bool = False
-    log_content: bool = False
-    site_rules: SiteRules = SiteRules()
-
-
-class Server:
-    """One model behind the routes."""
-
-    def __init__(self, vidlada: VidLaDA, settings: ServerSettings, service: Service):
-        self.vidlada, self.settings, self.service = vidlada, settings, service
-        self.limits = service.limits
-        self.arrivals = service.arrivals
-        self.metrics = Metrics(service)
-
-    def owner(self, request: Request) -> str:
-        """Who asks; 401 without a valid key."""
-        if not self.settings.api_keys:
-            return ""
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        valid = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in self.settings.api_keys]
-        if kind.lower() != "bearer" or not any(valid):
-            raise RequestError(401, "give a valid API key: Authorization: Bearer KEY", "invalid_api_key")
-        return hashlib.sha256(given.strip().encode()).hexdigest()
-
-    # --- answers ---
-
-    async def answer(self, request: Request, model: type[AnswerRequest], reply_type: type[Reply]) -> Response:
-        """Answer a request of any interface.
-
-        Args:
-            request: of the client.
-            model: what its body has to be.
-            reply_type: what the interface answers.
-        """
-        owner, started = self.owner(request), time.perf_counter()
-        async with AsyncExitStack() as stack:
-            self.service.refuse_if_full()
-            body = await stack.enter_async_context(self.arrivals.json_body(request))
-            deadline = asyncio.get_running_loop().time() + self.limits.request_seconds
-            stack.enter_context(self.service.admit())
-            order = await parsed(body, model, self.vidlada.processor.max_length)
-            del body
-            self.check_model(order.model)
-            if isinstance(order, ResponsesRequest):
-                order = order.chat()
-            for _ in range(order.answers - 1):
-                stack.enter_context(self.service.admit())
-            try:
-                async with asyncio.timeout_at(deadline):
-                    submitted = await unless_gone(request, self.service.submit(order, owner))
-                    for each in submitted:
-                        stack.callback(each.handle.cancel)
-                    reply = reply_type(self.vidlada, self.settings.name, order, submitted)
-                    if not order.stream:
-                        return await unless_gone(request, self.whole(reply, started))
-            except TimeoutError:
-                raise self.too_slow() from None
-            events = self.stream(reply, started, deadline)
-            return EventStream(events, stack.pop_all(), deadline + self.limits.reader_seconds)
-        raise AssertionError("unreachable")
-
-    def check_model(self, name: str) -> None:
-        """404 for another model's name."""
-        if name != self.settings.name:
-            message = f"the model {name[:80]!r} is not served here; use {self.settings.name!r}"
-            raise RequestError(404, message, "model_not_found", "model")
-
-    def too_slow(self) -> RequestError:
-        """The refusal after the deadline."""
-        return RequestError(504, f"the request took longer than {self.limits.request_seconds:g} s", "timeout")
-
-    async def whole(self, reply: Reply, started: float) -> Response:
-        """The answers at once."""
-        async for number, update in updates_of([each.handle for each in reply.submitted]):
-            reply.last[number] = update
-        self.finish(reply, started)
-        return JSONResponse(reply.whole())
-
-    async def stream(self, reply: Reply, started: float, deadline: float) -> AsyncIterator[bytes]:
-        """The answers as they settle."""
-        yield reply.opening()
-        try:
-            async with aclosing(updates_of([each.handle for each in reply.submitted], deadline)) as updates:
-                async for number, update in updates:
-                    events = reply.events(number, update)
-                    if events:
-                        yield events
-        except TimeoutError:
-            yield reply.failure(error_body(self.too_slow()))
-            return
-        except VidLaDAError as error:
-            yield reply.failure(error_body(as_request_error(error)))
-            return
-        self.finish(reply, started)
-        options = reply.order.stream_options
-        yield reply.closing(options is not None and options.include_usage)
-
-    def finish(self, reply: Reply, started: float) -> None:
-        """Count and log answers."""
-        total = time.perf_counter() - started
-        for number, update in enumerate(reply.finished):
-            self.metrics.observe({**reply.seconds(number, update), "total": total})
-            line = (
-                f"{reply.id} prompt={reply.submitted[number].prompt_tokens} completion={update.stable.tokens} "
-                f"steps={update.state.step} finish={update.stable.finish_reason} seconds={total:.3f}"
-            )
-            if self.settings.log_content:
-                line += f" question={question_of(reply.order)!r} answer={reply.text(number, update)!r}"
-            log.info(line)
-
-    # --- the tokenizer ---
-
-    async def tokenize(self, request: Request) -> Response:
-        """`POST /tokenize`: the token ids of a chat request or of a text, as the model gets them."""
-        owner = self.owner(request)
-        async with AsyncExitStack() as stack:
-            body = await stack.enter_async_context(self.arrivals.json_body(request))
-            stack.enter_context(self.service.admit())
-            model = CompletionRequest if b'"messages"' not in body else ChatRequest
-            order = await parsed(body, model, self.vidlada.processor.max_length)
-            self.check_model(order.model)
-            async with asyncio.timeout(self.limits.request_seconds):
-                jobs, _ = await unless_gone(request, self.service.prepare(order, owner))
-            ids = jobs[0].encoded.input_ids
-            most = self.vidlada.processor.max_length
-            return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": None})
-        raise AssertionError("unreachable")
-
-    async def detokenize(self, request: Request) -> Response:
-        """`POST /detokenize`: the text of token ids."""
-        self.owner(request)
-        async with AsyncExitStack() as stack:
-            body = await stack.enter_async_context(self.arrivals.json_body(request))
-            order = await parsed(body, DetokenizeRequest, self.vidlada.processor.max_length)
-        most = len(self.vidlada.processor.tokenizer)
-        if any(token >= most for token in order.tokens):
-            raise RequestError(422, f"tokens: the ids of this model are below {most}", "invalid_request", "tokens")
-        return JSONResponse({"prompt": self.vidlada.processor.decode(order.tokens, skip_special_tokens=False)})
-
-    # --- models ---
-
-    def model(self) -> dict[str, Any]:
-        """What `/v1/models` says, and what the page needs to know."""
-        config, settings = self.vidlada.model.config, self.vidlada.settings()
-        return {
-            "id": self.settings.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "vidlada",
-            "vidlada": {
-                "version": __version__,
-                "gen_length": settings.gen_length,
-                "block_length": settings.block_length,
-                "max_length": config.max_length,
-                "tokens_per_frame": config.tokens_per_frame(),
-                "max_tokens": self.limits.max_tokens,
-                "max_frames": self.limits.max_frames,
-                "max_upload_mb": self.limits.max_upload_mb,
-                "text_only": config.text_only,
-                "multi_turn": config.multi_turn,
-            },
-        }
-
-    # --- files ---
-
-    async def upload(self, request: Request) -> Response:
-        """`POST /v1/files`, multipart with `file` and `purpose`."""
-        owner, files = self.owner(request), self.service.files
-        mebibytes = self.limits.max_upload_mb
-
-        async def take(limited: Request, receive: LimitedReceive) -> Upload:
-            async with limited.form(max_files=1, max_fields=20) as form:
-                if not ended(request.headers.get("content-type", ""), receive.tail):
-                    raise RequestError(400, "the upload was cut off: its last boundary is missing", "cut_off")
-                file = form.get("file")
-                if not isinstance(file, UploadFile):
-                    message = "send multipart/form-data with the file in the field 'file'"
-                    raise RequestError(422, message, "missing_file", "file")
-                if not file.size:
-                    raise RequestError(422, "the file is empty", "empty_file", "file")
-                if file.size > mebibytes * MEBI:
-                    raise too_large(mebibytes)
-                purpose = str(form.get("purpose") or "user_data")[:64]
-                name = (file.filename or "video")[:255]
-                return await in_thread(FILES, files.write, file.file, name, purpose, owner)
-
-        with files.arrival() as count, disk_errors():
-            most = mebibytes * MEBI + MULTIPART_BYTES
-            upload = await self.arrivals.receive(request, most, mebibytes, take, count)
-        files.add(upload)
-        return JSONResponse(self.file_object(upload))
-
-    def file_object(self, upload: Upload) -> dict[str, Any]:
-        """An upload as OpenAI describes one."""
-        return {
-            "id": upload.id,
-            "object": "file",
-            "bytes": upload.size,
-            "created_at": int(upload.created),
-            "expires_at": int(upload.created + self.limits.upload_seconds),
-            "filename": upload.name,
-            "purpose": upload.purpose,
-            "status": "processed",
-        }
-
-    async def frames(
-        self, request: Request, file_id: str, frames: int | None, fps: float | None, force_sample: bool
-    ) -> Response:
-        """`GET /v1/files/{id}/frames`: what the model sees of an upload."""
-        owner = self.owner(request)
-        sampling = self.service.sampling(frames, fps, force_sample)
-
-        async def preview() -> dict[str, Any]:
-            reference = MediaReference(file_id, is_image=False)
-            async with self.service.previews:
-                shown = await self.service.show(reference, sampling, owner, {"fetch": 0.0, "video": 0.0})
-            return await in_thread(PICTURES, strip, shown.frames)
-
-        with self.service.admit_preview():
-            try:
-                async with asyncio.timeout(self.limits.request_seconds):
-                    return JSONResponse(await unless_gone(request, preview()))
-            except TimeoutError:
-                raise self.too_slow() from None
-
-
-def ended(content_type: str, tail: bytes) -> bool:
-    """Whether a multipart body's last bytes have the boundary that closes it; what is not multipart has none."""
-    boundary = parse_options_header(content_type)[1].get(b"boundary")
-    return boundary is None or b"--" + boundary + b"--" in tail
 
 
 def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> FastAPI:
@@ -324,26 +47,6 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
     app = FastAPI(
         title="vidlada", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
-
-    def server() -> Server:
-        found: Server = app.state.server
-        return found
-
-    async def on_vidlada_error(request: Request, error: Exception) -> Response:
-        return error_response(as_request_error(error))
-
-    async def on_http_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        response = error_response(RequestError(error.status_code, str(error.detail), "http_error"))
-        response.headers.update(error.headers or {})
-        return response
-
-    async def on_bad_parameter(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return error_response(RequestError(422, f"{where}: {first['msg']}", "invalid_request", where))
-
     app.add_exception_handler(VidLaDAError, on_vidlada_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_bad_parameter)
@@ -353,96 +56,28 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
             allow_headers=["*"],
         )  # fmt: skip
     app.add_middleware(Outermost, rules=settings.site_rules)
-
-    @app.get("/health")
-    async def health() -> Response:
-        alive = server().service.engine.alive
-        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
-
-    @app.get("/metrics")
-    async def metrics(request: Request) -> Response:
-        server().owner(request)
-        return PlainTextResponse(server().metrics.text())
-
-    @app.get("/openapi.json", include_in_schema=False)
-    async def openapi(request: Request) -> Response:
-        server().owner(request)
-        return JSONResponse(app.openapi())
-
-    @app.get("/v1/models")
-    async def models(request: Request) -> Response:
-        server().owner(request)
-        return JSONResponse({"object": "list", "data": [server().model()]})
-
-    @app.get("/v1/models/{name:path}")
-    async def model(request: Request, name: str) -> Response:
-        server().owner(request)
-        if name != settings.name:
-            raise RequestError(404, f"the model {name[:80]!r} is not served here", "model_not_found", "model")
-        return JSONResponse(server().model())
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await server().answer(request, ChatRequest, ChatReply)
-
-    @app.post("/v1/responses")
-    async def responses(request: Request) -> Response:
-        return await server().answer(request, ResponsesRequest, ResponsesReply)
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await server().answer(request, CompletionRequest, TextReply)
-
-    @app.post("/tokenize")
-    async def tokenize(request: Request) -> Response:
-        return await server().tokenize(request)
-
-    @app.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        return await server().detokenize(request)
-
-    @app.get("/version")
-    async def version() -> Response:
-        return JSONResponse({"version": __version__})
-
-    @app.post("/v1/files")
-    async def upload(request: Request) -> Response:
-        return await server().upload(request)
-
-    @app.get("/v1/files")
-    async def files(
-        request: Request,
-        after: str | None = None,
-        limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
-        order: Literal["asc", "desc"] = "desc",
-        purpose: str | None = None,
-    ) -> Response:
-        owner = server().owner(request)
-        uploads, has_more = server().service.files.page(owner, after, limit, order == "desc", purpose)
-        ids = [upload.id for upload in uploads]
-        page = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None, "has_more": has_more}
-        return JSONResponse({"object": "list", "data": [server().file_object(each) for each in uploads], **page})
-
-    @app.get("/v1/files/{file_id}")
-    async def file(request: Request, file_id: str) -> Response:
-        return JSONResponse(server().file_object(server().service.files.get(file_id, server().owner(request))))
-
-    @app.get("/v1/files/{file_id}/content")
-    async def content(request: Request, file_id: str) -> Response:
-        found = server().service.files.get(file_id, server().owner(request))
-        return FileResponse(found.path, filename=found.name, media_type="application/octet-stream")
-
-    @app.get("/v1/files/{file_id}/frames")
-    async def frames(
-        request: Request, file_id: str, frames: int | None = None, fps: float | None = None, force_sample: bool = False
-    ) -> Response:
-        return await server().frames(request, file_id, frames, fps, force_sample)
-
-    @app.delete("/v1/files/{file_id}")
-    async def delete(request: Request, file_id: str) -> Response:
-        server().service.files.delete(file_id, server().owner(request))
-        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
-
+    app.include_router(router)
     answer_head(app)
     app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
     return app
+
+
+async def on_vidlada_error(request: Request, error: Exception) -> Response:
+    """Ours, with the status they have."""
+    return error_response(as_request_error(error))
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """The framework's: no such route or method."""
+    assert isinstance(error, HTTPException)
+    response = error_response(RequestError(error.status_code, str(error.detail), "http_error"))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def on_bad_parameter(request: Request, error: Exception) -> Response:
+    """A parameter of a path or query that cannot be used."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return error_response(RequestError(422, f"{where}: {first['msg']}", "invalid_request", where))

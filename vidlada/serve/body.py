@@ -211,7 +211,7 @@ def busy() -> RequestError:
     return RequestError(503, "too many requests are being received; try later", "busy")
 
 
-async def parsed(body: bytes, model: type[Model], max_length: int) -> Model:
+async def parse_in_thread(body: bytes, model: type[Model], max_length: int) -> Model:
     """What a JSON body says, parsed and validated in a thread.
 
     Args:
@@ -232,7 +232,7 @@ def parse(body: bytes, model: type[Model], max_length: int) -> Model:
         content = json.loads(body.decode())
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the request is not valid JSON: {error}", "invalid_json") from error
-    return validated(content, model)
+    return validate(content, model)
 
 
 def scan(body: bytes, most_text: int) -> None:
@@ -263,7 +263,7 @@ def structure(body: bytes, start: int, end: int) -> int:
     return sum(body.count(mark, start, end) for mark in (b",", b"[", b"{"))
 
 
-def validated(content: Any, model: type[Model]) -> Model:
+def validate(content: Any, model: type[Model]) -> Model:
     """JSON as a model; the first thing wrong is named."""
     try:
         return model.model_validate(content)

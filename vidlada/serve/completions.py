@@ -1,7 +1,8 @@
 """Updates of the engine as OpenAI's objects.
 
-`delta.content` carries stable text only, so that a client that knows nothing of diffusion shows the right answer. With
-`diffusing` every event also has a `diffusion` object: the draft as it stands.
+`delta.content` carries stable text only, so that a client that knows nothing of diffusion shows the right answer;
+`delta.reasoning_content` likewise the thought before it. With `diffusing` every event also has a `diffusion` object:
+the draft as it stands.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from vidlada.api import VidLaDA
-from vidlada.engine.engine import RequestHandle, Update
+from vidlada.engine.requests import RequestHandle, Update
 from vidlada.serve.schema import AnswerRequest
 from vidlada.serve.service import Submitted
 
@@ -59,6 +60,7 @@ class Reply:
         self.id = f"{self.identity}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.sent = [0] * len(submitted)  # characters of each stable text
+        self.sent_thought = [0] * len(submitted)  # characters of each stable thought
         self.sent_tokens = [0] * len(submitted)
         self.last: list[Update | None] = [None] * len(submitted)
 
@@ -80,15 +82,21 @@ class Reply:
             text = raw[: len(raw) - len(raw.lstrip())] + text
         return text + suffix
 
+    def reasoning(self, update: Update) -> str:
+        """What of the thought is certain, if the client wants it."""
+        return update.stable.reasoning if self.order.include_reasoning else ""
+
     def seconds(self, number: int, update: Update) -> dict[str, float]:
         """By phase."""
         return {**self.submitted[number].seconds, **update.seconds, **update.state.statistics.seconds}
 
     def usage(self) -> dict[str, Any]:
-        """Token counts; visual tokens are part of the prompt's, and a prompt counts once for all its answers."""
+        """Token counts; visual tokens are part of the prompt's, which counts once for all its answers, and those of a
+        thought part of the completion's."""
         each = self.submitted[:: self.order.n]
         prompt = sum(submitted.prompt_tokens for submitted in each)
-        completion = sum(update.stable.tokens for update in self.finished)
+        reasoning = sum(update.stable.reasoning_tokens for update in self.finished)
+        completion = sum(update.stable.tokens for update in self.finished) + reasoning
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -97,6 +105,7 @@ class Reply:
                 "cached_tokens": 0,
                 "visual_tokens": sum(submitted.visual_tokens for submitted in each),
             },
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
 
     def token_logprobs(self, number: int, update: Update, first: int = 0) -> list[dict[str, Any]]:
@@ -135,7 +144,7 @@ class Reply:
         ]
         while tokens and tokens[-1]["text"] is None:
             tokens.pop()
-        draft = {"step": state.step, "slots": len(pieces), "tokens": tokens}
+        draft = {"step": state.step, "slots": len(pieces), "thinking": update.stable.thinking, "tokens": tokens}
         if update.stable.finish_reason is not None:
             job = self.submitted[number].handle.job
             draft["frame_times"] = [round(time, 3) for video in job.videos for time in video.frames.times]
@@ -167,17 +176,19 @@ class Reply:
         """An error after the stream began."""
         return event(body)
 
-    def news(self, number: int, update: Update) -> tuple[str, list[dict[str, Any]]]:
-        """Text and tokens that were not sent yet."""
+    def news(self, number: int, update: Update) -> tuple[str, str, list[dict[str, Any]]]:
+        """Thought, text and the text's tokens that were not sent yet."""
         self.last[number] = update
-        text = self.text(number, update)
+        text, reasoning = self.text(number, update), self.reasoning(update)
+        new_reasoning = reasoning[self.sent_thought[number] :]
+        self.sent_thought[number] = max(self.sent_thought[number], len(reasoning))
         new = text[self.sent[number] :]
         tokens = []
         if getattr(self.order, "logprobs", None) not in (None, False) and new:
             tokens = self.token_logprobs(number, update, self.sent_tokens[number])
             self.sent_tokens[number] = update.stable.tokens
         self.sent[number] = max(self.sent[number], len(text))
-        return new, tokens
+        return new_reasoning, new, tokens
 
     def draft(self, number: int, update: Update) -> dict[str, Any]:
         """The draft as a field of the object, if the client asked for it."""
@@ -194,6 +205,8 @@ class ChatReply(Reply):
         choices = []
         for number, update in enumerate(self.finished):
             message = {"role": "assistant", "content": self.text(number, update), "refusal": None}
+            if reasoning := self.reasoning(update):
+                message["reasoning_content"] = reasoning
             logprobs = None
             if getattr(self.order, "logprobs", False):
                 logprobs = {"content": self.token_logprobs(number, update), "refusal": None}
@@ -211,11 +224,13 @@ class ChatReply(Reply):
 
     def events(self, number: int, update: Update) -> bytes:
         """What became certain, and the end."""
-        text, tokens = self.news(number, update)
+        reasoning, text, tokens = self.news(number, update)
         logprobs = {"content": tokens, "refusal": None} if tokens else None
         draft, parts = self.draft(number, update), []
-        if text or draft:
-            parts.append(self.chunk(number, {"content": text} if text else {}, None, logprobs, draft))
+        delta = {"reasoning_content": reasoning, "content": text}
+        if reasoning or text or draft:
+            new = {name: value for name, value in delta.items() if value}
+            parts.append(self.chunk(number, new, None, logprobs, draft))
         if update.stable.finish_reason is not None:
             parts.append(self.chunk(number, {}, update.stable.finish_reason))
         return b"".join(parts)

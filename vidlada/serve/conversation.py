@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vidlada.generation import MAX_SLOTS, GenerationSettings
-from vidlada.processor import Message
+from vidlada.messages import VIDEO_PLACE, Message, place_media
 from vidlada.serve.errors import RequestError
-from vidlada.serve.refusals import unsupported
+from vidlada.serve.media import MediaReference
+from vidlada.serve.refusals import unsupported_error
 from vidlada.serve.schema import (
     AnswerRequest,
     ChatMessage,
@@ -22,15 +23,8 @@ from vidlada.settings import INT64, settings_of
 SETTINGS = settings_of(GenerationSettings).keys() - {"gen_length", "stop"}
 
 
-@dataclass(frozen=True)
-class MediaReference:
-    """A video or an image of a conversation, by reference."""
-
-    url: str
-    is_image: bool
-
-
 Piece = str | MediaReference
+Turn = tuple[str, list[Piece]]
 
 
 @dataclass(frozen=True)
@@ -38,28 +32,45 @@ class PreparedConversation:
     """What a client's messages come to.
 
     Attributes:
-        messages: for the processor.
-        media: what its video parts are, in order.
+        turns: role, texts and media of each.
         prefix: beginning of the answer, where the last message is the assistant's; else empty.
     """
 
-    messages: list[Message]
-    media: list[MediaReference]
+    turns: list[Turn]
     prefix: str = ""
+
+    @property
+    def media(self) -> list[MediaReference]:
+        """Everything that is shown, in order."""
+        return [piece for _, pieces in self.turns for piece in pieces if isinstance(piece, MediaReference)]
+
+    def messages(self, instruction: str = "") -> list[Message]:
+        """For the processor.
+
+        Args:
+            instruction: a text in front of the first question about what is shown.
+        """
+        found: list[Message] = []
+        for role, pieces in self.turns:
+            if instruction and any(isinstance(piece, MediaReference) for piece in pieces):
+                first = next((n for n, piece in enumerate(pieces) if isinstance(piece, str)), len(pieces))
+                pieces, instruction = [*pieces[:first], instruction, *pieces[first:]], ""
+            found.append({"role": role, "content": content_of(pieces)})
+        return found
 
 
 def conversation_of(messages: Sequence[ChatMessage], multi_turn: bool) -> PreparedConversation:
     """A conversation for the processor.
 
     One video or image of a message stands before its text, wherever the client put it, as in training; several stand
-    where the client put them. A model that was not trained on conversations gets the last question and everything
-    shown so far, without the earlier turns.
+    in as many `<image>` marks of its text, or else where the client put them. A model that was not trained on
+    conversations gets the last question and everything shown so far, without the earlier turns.
 
     Args:
         messages: at least one; the last is the user's, or the beginning of the assistant's answer.
         multi_turn: the model was trained on conversations.
     """
-    turns = [(role_of(message), pieces_of(message)) for message in messages]
+    turns: list[Turn] = [(role_of(message), in_marks(pieces_of(message))) for message in messages]
     prefix = ""
     if turns[-1][0] == "assistant":
         prefix = "".join(piece for piece in turns.pop()[1] if isinstance(piece, str))
@@ -70,13 +81,11 @@ def conversation_of(messages: Sequence[ChatMessage], multi_turn: bool) -> Prepar
     if not multi_turn:
         system = [turn for turn in turns if turn[0] == "system"]
         earlier = [piece for role, pieces in turns[:-1] if role == "user" for piece in pieces]
-        shown = [piece for piece in earlier if isinstance(piece, MediaReference)]
+        shown = [replace(piece, inline=False) for piece in earlier if isinstance(piece, MediaReference)]
         turns = [*system[:1], ("user", [*shown, *turns[-1][1]])]
     if not text_of(turns[-1][1]):
         raise RequestError(422, "the question is empty", "bad_messages", "messages")
-    conversation: list[Message] = [{"role": role, "content": content_of(pieces)} for role, pieces in turns]
-    media = [piece for _, pieces in turns for piece in pieces if isinstance(piece, MediaReference)]
-    return PreparedConversation(conversation, media, prefix)
+    return PreparedConversation(turns, prefix)
 
 
 def question_of(request: AnswerRequest) -> str:
@@ -101,7 +110,7 @@ def pieces_of(message: ChatMessage) -> list[Piece]:
             case RefusalPart():
                 pieces.append(part.refusal)
             case VideoPart():
-                pieces.append(MediaReference(part.video_url.url, is_image=False))
+                pieces.append(MediaReference(part.video_url.url))
             case ImagePart():
                 pieces.append(MediaReference(part.image_url.url, is_image=True))
             case FilePart():
@@ -120,24 +129,32 @@ def text_of(pieces: Sequence[Piece]) -> str:
     return "\n".join(filter(None, texts))
 
 
-def content_of(pieces: Sequence[Piece]) -> str | list[Message]:
-    """The content of a turn for the processor."""
+def in_marks(pieces: list[Piece]) -> list[Piece]:
+    """The pieces of a turn, with several media in the text's `<image>` marks if there are as many of them."""
     shown = [piece for piece in pieces if isinstance(piece, MediaReference)]
-    if not shown:
-        return text_of(pieces)
-    if len(shown) == 1:
-        return [{"type": "video"}, {"type": "text", "text": text_of(pieces)}]
+    texts = "\n".join(piece for piece in pieces if isinstance(piece, str)).split(VIDEO_PLACE)
+    if len(shown) < 2 or len(texts) != len(shown) + 1:
+        return pieces
+    placed: list[Piece] = [texts[0]]
+    for reference, text in zip(shown, texts[1:], strict=True):
+        placed += [replace(reference, inline=True), text]
+    return placed
+
+
+def content_of(pieces: Sequence[Piece]) -> str | list[Message]:
+    """The content of a turn for the processor, which only needs to know where something is shown."""
+    shown = [piece for piece in pieces if isinstance(piece, MediaReference)]
+    if len(shown) < 2:
+        return place_media(text_of(pieces), [{"type": "video"} for _ in shown])
     content: list[Message] = []
-    texts: list[Piece] = []
-    for piece in [*pieces, shown[0]]:  # the last closes what texts there are
-        if isinstance(piece, str):
-            texts.append(piece)
-            continue
-        if said := text_of(texts):
-            content.append({"type": "text", "text": said})
-        content.append({"type": "video"})
-        texts = []
-    return content[:-1]
+    for piece in pieces:
+        if isinstance(piece, MediaReference):
+            content.append({"type": "video", "inline": piece.inline})
+        elif content and content[-1]["type"] == "text":
+            content[-1] = {"type": "text", "text": f"{content[-1]['text']}\n{piece}"}
+        else:
+            content.append({"type": "text", "text": piece})
+    return content
 
 
 def generation_settings(
@@ -165,7 +182,7 @@ def generation_settings(
         gen_length = -(-max_tokens // block) * block
         given["block_length"] = block
     stop = [request.stop] if isinstance(request.stop, str) else request.stop
-    settings = base.updated(gen_length=gen_length, stop=tuple(stop) if stop else None, **given)
+    settings = base.replace(gen_length=gen_length, stop=tuple(stop) if stop else None, **given)
     if settings.gen_length > most:
         message = f"{settings.gen_length} answer slots are more than the {most} allowed"
         raise RequestError(422, message, "too_many_tokens", "max_tokens")
@@ -174,14 +191,16 @@ def generation_settings(
             message = f"think_length {settings.think_length} is more than the {most_thought} slots allowed"
             raise RequestError(422, message, "too_many_tokens", "think_length")
         settings = replace(settings, think_length=most_thought)
+    if settings.think and not isinstance(request, ChatRequest):
+        raise unsupported_error("think", "a text is continued without a thought; use /v1/chat/completions")
     if getattr(request, "top_logprobs", 0) > 1 and not request.guided_choice:
         reason = "only the committed token's confidence is known; guided_choice tells the probabilities of choices"
-        raise unsupported("top_logprobs", reason)
+        raise unsupported_error("top_logprobs", reason)
     if settings.temperature > 0:  # at 0 the likeliest token is taken, which neither could exclude
         if (request.top_k or 0) > 0:
-            raise unsupported("top_k", "with a temperature above 0 use top_p, or temperature alone")
+            raise unsupported_error("top_k", "with a temperature above 0 use top_p, or temperature alone")
         if request.min_p:
-            raise unsupported("min_p", "with a temperature above 0 use top_p, or temperature alone")
+            raise unsupported_error("min_p", "with a temperature above 0 use top_p, or temperature alone")
     return settings, max_tokens
 
 

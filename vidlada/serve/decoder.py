@@ -16,7 +16,7 @@ from vidlada.machine import MEBI
 from vidlada.serve.errors import RequestError
 from vidlada.serve.limits import Limits
 from vidlada.tiling import ImageShape, Tiling
-from vidlada.video import MAX_FRAMES, Frames, Sampling, VideoInfo
+from vidlada.video import IMAGE_SUFFIXES, MAX_FRAMES, Frames, Sampling, VideoInfo
 
 MOST_HEADER_BYTES = 2**20
 MOST_TILES = 1 + 36 * 36  # of an image, whatever its pinpoints
@@ -50,21 +50,34 @@ class Decoders:
         Raises:
             RequestError: see `run`.
         """
-        frames, _ = await self.run(path, sampling)
-        return frames
+        return frames_of(*await self.run(path, sampling))
 
-    async def tile(self, path: Path, tiling: Tiling, alone: bool) -> tuple[Frames, ImageShape]:
+    async def is_image(self, path: Path) -> bool:
+        """Whether a file is a single picture, as Python judges it (`vidlada.media`); its suffix may rule it out.
+
+        Raises:
+            RequestError: see `run`.
+        """
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            return False
+        header, _ = await self.run(path, Sampling(), {"probe": True})
+        return bool(header["frames"] == 1)
+
+    async def tile(self, path: Path, tiling: Tiling, alone: bool, background: str) -> tuple[Frames, ImageShape]:
         """An image's tiles, as frames, and its shape.
 
         Args:
             path: of the file.
             tiling: how the model takes images.
             alone: it is the only image of its conversation.
+            background: what transparent places are laid on.
 
         Raises:
             RequestError: see `run`.
         """
-        frames, header = await self.run(path, Sampling(max_frames=1), {"tiling": asdict(tiling), "alone": alone})
+        more = {"tiling": asdict(tiling), "alone": alone}
+        header, pixels = await self.run(path, Sampling(max_frames=1, background=background), more)
+        frames = frames_of(header, pixels)
         shape = ImageShape(**header["image"])
         if len(frames.images) != shape.tiles or shape != tiling.shape_of(shape.height, shape.width, alone):
             raise RequestError(422, "the image cannot be decoded", "undecodable_video")
@@ -72,8 +85,8 @@ class Decoders:
 
     async def run(
         self, path: Path, sampling: Sampling, more: dict[str, Any] | None = None
-    ) -> tuple[Frames, dict[str, Any]]:
-        """Have a worker process decode a file; frames, and what else it says about it.
+    ) -> tuple[dict[str, Any], bytes]:
+        """Have a worker process open a file; what it says about it, and pixels.
 
         Args:
             path: of the file.
@@ -115,9 +128,7 @@ class Decoders:
             self.idle.put_nowait(process if process is not None and process.returncode is None else None)
         if "error" in header:
             raise RequestError(422, f"the video cannot be used: {header['error']}", "unusable_video")
-        images = np.frombuffer(pixels, np.uint8).reshape(header["shape"])
-        frames = Frames(images, tuple(header["times"]), tuple(header["indices"]), VideoInfo(**header["info"]))
-        return frames, header
+        return header, pixels
 
     async def _exchange(self, process: Process, order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         assert process.stdin is not None
@@ -129,7 +140,7 @@ class Decoders:
             if not line.endswith(b"\n"):
                 raise WorkerDeathError
             header = json.loads(line)
-            if "error" in header:
+            if "error" in header or "probe" in order:
                 return header, b""
             frames, height, width, channels = header["shape"]
             most = MOST_TILES if "tiling" in order else order["sampling"]["max_frames"]
@@ -162,3 +173,9 @@ class Decoders:
         """End all processes."""
         for process in list(self.processes):
             await self._kill(process)
+
+
+def frames_of(header: dict[str, Any], pixels: bytes) -> Frames:
+    """A worker's answer as frames."""
+    images = np.frombuffer(pixels, np.uint8).reshape(header["shape"])
+    return Frames(images, tuple(header["times"]), tuple(header["indices"]), VideoInfo(**header["info"]))

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import uvicorn
 
-LAST_WORDS_SECONDS = 5  # to send what requests are told that did not end in time; then connections are broken off
+LAST_WORDS_SECONDS = 5  # to send errors to requests that did not end in time; then connections are broken off
 
 
 class DrainingServer(uvicorn.Server):
-    """Uvicorn, but requests that run for too long after SIGTERM or Ctrl-C are told so.
+    """Uvicorn, but requests that run for too long after SIGTERM or Ctrl-C get an error.
 
     Args:
         config: of Uvicorn; how long it waits is set here.

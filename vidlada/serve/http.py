@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vidlada.engine.engine import EngineClosedError
+from vidlada.engine.requests import EngineClosedError
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.serve.errors import RequestError, shutting_down
 

@@ -3,7 +3,7 @@
 from itertools import accumulate
 from typing import Any
 
-from vidlada.engine.engine import Update
+from vidlada.engine.requests import Update
 from vidlada.serve.completions import DONE, Reply, event
 from vidlada.serve.schema import CompletionRequest
 
@@ -35,7 +35,7 @@ class TextReply(Reply):
     def events(self, number: int, update: Update) -> bytes:
         """What became certain, and the end."""
         offset = len(self.prompt(number)) + self.sent[number]
-        text, tokens = self.news(number, update)
+        _, text, tokens = self.news(number, update)
         draft, reason = self.draft(number, update), update.stable.finish_reason
         if not (text or draft or reason):
             return b""

@@ -29,6 +29,21 @@ MOST_HEAD = 1000  # characters of a data URI before its content
 
 
 @dataclass(frozen=True)
+class MediaReference:
+    """A video or an image of a conversation, by reference.
+
+    Attributes:
+        url: of it, or the id of an upload.
+        is_image: the client says that it is an image; else its content tells.
+        inline: no line break follows it: it stands in the place of a mark within a text.
+    """
+
+    url: str
+    is_image: bool = False
+    inline: bool = False
+
+
+@dataclass(frozen=True)
 class Medium:
     """A file to be decoded.
 
@@ -82,7 +97,7 @@ class MediaSource:
                 with self.files.arrival() as count:
                     with disk_errors(), os.fdopen(descriptor, "wb", buffering=0) as file:
                         if scheme == "data":
-                            count(decoded_size(reference, self.limits.max_upload_mb * MEBI))
+                            count(size_of_data_uri(reference, self.limits.max_upload_mb * MEBI))
                             digest, head = await in_thread(FILES, write_data_uri, reference, file)
                         else:
                             digest, head = await self._fetch(reference, file, count)
@@ -188,7 +203,7 @@ class MediaSource:
         return client.build_request("GET", target, headers=headers, extensions={"sni_hostname": name})
 
 
-def decoded_size(uri: str, most: int) -> int:
+def size_of_data_uri(uri: str, most: int) -> int:
     """Bytes that a data URI decodes to, padding included; 413 if there are more than `most`."""
     size = (len(uri) - uri.find(",", 0, MOST_HEAD) - 1) * 3 // 4
     if size > most:

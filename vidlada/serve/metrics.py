@@ -26,7 +26,7 @@ class ServiceCollector(Collector):
             "admitted_requests": ("Requests being answered or waiting", service.admitted),
             "queued_requests": ("Requests waiting for the model", engine.queued),
             "running_requests": ("Requests being denoised", len(engine.running)),
-            "frame_store_bytes": ("Decoded frames kept", service.frames.nbytes),
+            "frame_store_bytes": ("Decoded frames kept", service.loader.store.nbytes),
             "feature_store_bytes": ("Vision features kept", engine.features.nbytes),
             "visual_store_bytes": ("Keys and values of frames kept", engine.visual.nbytes),
             "upload_bytes": ("Uploads and fetched files", service.files.nbytes),

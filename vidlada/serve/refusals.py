@@ -15,8 +15,7 @@ from vidlada.serve.errors import RequestError
 ACCEPTED = frozenset({
     "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
     "prediction", "parallel_tool_calls", "request_id", "priority", "cache_salt", "add_generation_prompt",
-    "reasoning_effort", "include_reasoning", "return_tokens_as_token_ids", "include_stop_str_in_output",
-    "add_special_tokens", "max_tool_calls",
+    "return_tokens_as_token_ids", "include_stop_str_in_output", "add_special_tokens", "max_tool_calls",
 })  # fmt: skip
 
 
@@ -31,7 +30,7 @@ def one_of(*values: Any) -> Callable[[Any], bool]:
 
 
 NO_TOOLS = "the model cannot call tools"
-NO_GRAMMAR = "answers cannot be held to a grammar; guided_choice chooses between given answers"
+NO_GRAMMAR = "answers cannot be made to follow a grammar; use guided_choice, or response_format with a simple schema"
 # Fields whose values change nothing as long as the test says so, and what is said of all other values.
 NEUTRAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tools": (nothing, NO_TOOLS),
@@ -56,7 +55,6 @@ NEUTRAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt_logprobs": (nothing, "the prompt's tokens have no probabilities here"),
     "truncate_prompt_tokens": (nothing, "prompts are not truncated; shorten it, or use fewer frames"),
     "logits_processors": (nothing, "they cannot be run here"),
-    "guided_json": (nothing, NO_GRAMMAR),
     "guided_regex": (nothing, NO_GRAMMAR),
     "guided_grammar": (nothing, NO_GRAMMAR),
     "audio": (nothing, "the model cannot speak"),
@@ -88,11 +86,11 @@ def drop_neutral(data: dict[str, Any]) -> dict[str, Any]:
             continue
         is_neutral, reason = NEUTRAL[name]
         if not is_neutral(value):
-            raise unsupported(name, reason)
+            raise unsupported_error(name, reason)
     return kept
 
 
-def unsupported(name: str, reason: str) -> RequestError:
+def unsupported_error(name: str, reason: str) -> RequestError:
     """The refusal of a field."""
     return RequestError(422, f"{name}: {reason}", "unsupported", name)
 

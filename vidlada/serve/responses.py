@@ -4,16 +4,16 @@ Nothing is stored between requests, so an earlier response cannot be named; its 
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from vidlada.api import VidLaDA
-from vidlada.engine.engine import Update
-from vidlada.serve.body import validated
+from vidlada.engine.requests import Update
+from vidlada.serve.body import validate
 from vidlada.serve.completions import Reply, event
 from vidlada.serve.errors import RequestError
-from vidlada.serve.refusals import NO_GRAMMAR, unsupported
+from vidlada.serve.refusals import unsupported_error
 from vidlada.serve.schema import AnswerRequest, ChatRequest, Part, Reference, Strict, Text, as_reference
 from vidlada.serve.service import Submitted
 
@@ -87,7 +87,7 @@ class Item(Strict):
     def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
         """Only messages can be input."""
         if data.get("type", "message") != "message":
-            raise unsupported("input", f"an item of type {str(data['type'])[:80]!r} cannot be used; use messages")
+            raise unsupported_error("input", f"an item of type {str(data['type'])[:80]!r} cannot be used; use messages")
         return super().prepare(data)
 
 
@@ -114,17 +114,18 @@ class ResponsesRequest(AnswerRequest):
         """Drop or refuse what this interface alone has."""
         for name, reason in REFUSED.items():
             if data.pop(name, None):
-                raise unsupported(name, reason)
-        for name in ("truncation", "reasoning"):
-            data.pop(name, None)
+                raise unsupported_error(name, reason)
+        data.pop("truncation", None)
+        reasoning = data.pop("reasoning", {})
+        if isinstance(reasoning, dict) and reasoning.get("effort") is not None:
+            data["reasoning_effort"] = reasoning["effort"]
         for name in data.pop("include", []):
             if name == "message.output_text.logprobs":
                 data["logprobs"] = True
         text = data.pop("text", {})
         if isinstance(text, dict):
-            form = text.get("format") or {}
-            if isinstance(form, dict) and form.get("type", "text") != "text":
-                raise unsupported("text.format", f"{str(form.get('type'))[:80]!r} cannot be kept: {NO_GRAMMAR}")
+            if text.get("format"):
+                data["response_format"] = text["format"]
             if text.get("verbosity"):
                 data["verbosity"] = text["verbosity"]
         options = data.get("stream_options")
@@ -135,13 +136,13 @@ class ResponsesRequest(AnswerRequest):
     def chat(self) -> ChatRequest:
         """The same as a chat request."""
         if self.n != 1:
-            raise unsupported("n", "this interface gives one answer")
+            raise unsupported_error("n", "this interface gives one answer")
         messages = [{"role": item.role, "content": [part_of(part) for part in item.content]} for item in self.input]
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.instructions}]})
         own = {"input", "instructions", "max_output_tokens"}
         values = self.model_dump(exclude_unset=True, exclude=own)
-        return validated({"max_tokens": self.max_output_tokens, **values, "messages": messages}, ChatRequest)
+        return validate({"max_tokens": self.max_output_tokens, **values, "messages": messages}, ChatRequest)
 
 
 def part_of(part: Any) -> dict[str, Any]:
@@ -164,31 +165,30 @@ def part_of(part: Any) -> dict[str, Any]:
 
 
 class ResponsesReply(Reply):
-    """An answer of this interface."""
+    """An answer of this interface: an item for the thought, if there is one, and one for the message."""
 
     identity = "resp"
+    parts: ClassVar[dict[str, str]] = {"reasoning": "reasoning_text", "message": "output_text"}  # of each item
 
     def __init__(self, vidlada: VidLaDA, name: str, order: AnswerRequest, submitted: Sequence[Submitted]):
         super().__init__(vidlada, name, order, submitted)
-        self.item = f"msg_{self.id.removeprefix('resp-')}"
         self.number = 0  # of the next event
-        self.tokens: list[dict[str, Any]] = []
+        self.begun: list[str] = []  # items of the stream so far
 
     def whole(self) -> dict[str, Any]:
-        """One object with one message."""
+        """One object with all items."""
         (update,) = self.finished
-        tokens = self.token_logprobs(0, update) if getattr(self.order, "logprobs", False) else []
         complete = update.stable.finish_reason == "stop"
-        message = self.message(self.content(self.text(0, update), tokens), "completed" if complete else "incomplete")
+        status = "completed" if complete else "incomplete"
         usage = self.usage()
         return {
-            **self.body("completed" if complete else "incomplete", [message]),
+            **self.body(status, self.items(update, status)),
             "incomplete_details": None if complete else {"reason": "max_output_tokens"},
             "usage": {
                 "input_tokens": usage["prompt_tokens"],
                 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                 "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": usage["completion_tokens_details"],
                 "total_tokens": usage["total_tokens"],
             },
             **self.draft(0, update),
@@ -206,14 +206,31 @@ class ResponsesReply(Reply):
             "text": {"format": {"type": "text"}}, "usage": None,
         }  # fmt: skip
 
-    def content(self, text: str, tokens: list[dict[str, Any]]) -> dict[str, Any]:
-        """A part of the message."""
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": tokens}
+    def items(self, update: Update, status: str) -> list[dict[str, Any]]:
+        """The output of a finished answer."""
+        tokens = self.token_logprobs(0, update) if getattr(self.order, "logprobs", False) else []
+        message = self.item("message", self.part("message", self.text(0, update), tokens), status)
+        thought = self.reasoning(update)
+        return [*([self.item("reasoning", self.part("reasoning", thought))] if thought else []), message]
 
-    def message(self, content: dict[str, Any] | None, status: str) -> dict[str, Any]:
-        """The output item."""
-        parts = [] if content is None else [content]
-        return {"id": self.item, "type": "message", "role": "assistant", "status": status, "content": parts}
+    def part(self, kind: str, text: str, tokens: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """The content of an item."""
+        part = {"type": self.parts[kind], "text": text}
+        return {**part, "annotations": [], "logprobs": list(tokens)} if kind == "message" else part
+
+    def item(self, kind: str, part: dict[str, Any] | None, status: str = "completed") -> dict[str, Any]:
+        """An output item."""
+        more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
+        content = [] if part is None else [part]
+        return {"id": self.place(kind)["item_id"], "type": kind, "status": status, **more, "content": content}
+
+    def place(self, kind: str) -> dict[str, Any]:
+        """Which item an event is about."""
+        index = self.begun.index(kind) if kind in self.begun else len(self.begun)
+        prefix = "msg" if kind == "message" else "rs"
+        return {"output_index": index, "item_id": f"{prefix}_{self.id.removeprefix('resp-')}", "content_index": 0}
+
+    # --- the stream ---
 
     def event(self, kind: str, **fields: Any) -> bytes:
         """The next event."""
@@ -222,37 +239,62 @@ class ResponsesReply(Reply):
         return event(content, kind)
 
     def opening(self) -> bytes:
-        """The events before the first text."""
-        place: dict[str, Any] = {"output_index": 0, "item_id": self.item, "content_index": 0}
+        """The events before the first item."""
+        return b"".join(
+            self.event(kind, response=self.body("in_progress", []))
+            for kind in ("response.created", "response.in_progress")
+        )
+
+    def begin(self, kind: str) -> bytes:
+        """The events before an item's first text, if it has not begun."""
+        if kind in self.begun:
+            return b""
+        self.begun.append(kind)
+        place = self.place(kind)
+        item = self.item(kind, None, "in_progress")
         return b"".join((
-            self.event("response.created", response=self.body("in_progress", [])),
-            self.event("response.in_progress", response=self.body("in_progress", [])),
-            self.event("response.output_item.added", output_index=0, item=self.message(None, "in_progress")),
-            self.event("response.content_part.added", **place, part=self.content("", [])),
+            self.event("response.output_item.added", output_index=place["output_index"], item=item),
+            self.event("response.content_part.added", **place, part=self.part(kind, "")),
+        ))  # fmt: skip
+
+    def end(self, item: dict[str, Any]) -> bytes:
+        """The events after an item's last text."""
+        kind, (part,) = item["type"], item["content"]
+        place = self.place(kind)
+        text = {name: part[name] for name in ("text", "logprobs") if name in part}
+        return b"".join((
+            self.event(f"response.{self.parts[kind]}.done", **place, **text),
+            self.event("response.content_part.done", **place, part=part),
+            self.event("response.output_item.done", output_index=place["output_index"], item=item),
         ))  # fmt: skip
 
     def events(self, number: int, update: Update) -> bytes:
-        """What became certain."""
-        text, tokens = self.news(number, update)
-        draft = self.draft(number, update)
-        if not (text or draft):
-            return b""
-        place = {"output_index": 0, "item_id": self.item, "content_index": 0}
-        return self.event("response.output_text.delta", **place, delta=text, logprobs=tokens, **draft)
+        """What became certain; a draft of which nothing is certain yet comes with an event of the response."""
+        reasoning, text, tokens = self.news(number, update)
+        draft, found = self.draft(number, update), b""
+        if reasoning:
+            found += self.begin("reasoning")
+            found += self.event("response.reasoning_text.delta", **self.place("reasoning"), delta=reasoning, **draft)
+            draft = {}
+        if text:
+            if "reasoning" in self.begun and "message" not in self.begun:
+                found += self.end(self.item("reasoning", self.part("reasoning", self.reasoning(update))))
+            found += self.begin("message")
+            place = self.place("message")
+            found += self.event("response.output_text.delta", **place, delta=text, logprobs=tokens, **draft)
+            draft = {}
+        if draft:
+            found += self.event("response.in_progress", response=self.body("in_progress", []), **draft)
+        return found
 
     def closing(self, include_usage: bool) -> bytes:
         """The events after the last text; usage is part of them."""
         response = self.whole()
-        (message,) = response["output"]
-        (content,) = message["content"]
-        place: dict[str, Any] = {"output_index": 0, "item_id": self.item, "content_index": 0}
-        text = {"text": content["text"], "logprobs": content["logprobs"]}
-        return b"".join((
-            self.event("response.output_text.done", **place, **text),
-            self.event("response.content_part.done", **place, part=content),
-            self.event("response.output_item.done", output_index=0, item=message),
-            self.event(f"response.{response['status']}", response=response),
-        ))  # fmt: skip
+        *thoughts, message = response["output"]
+        found = b""
+        if "message" not in self.begun:
+            found = b"".join(map(self.end, thoughts)) + self.begin("message")
+        return found + self.end(message) + self.event(f"response.{response['status']}", response=response)
 
     def failure(self, body: dict[str, Any]) -> bytes:
         """An error after the stream began."""

@@ -7,13 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from vidlada.generation import GenerationSettings, PromptSettings
-from vidlada.serve.refusals import NO_GRAMMAR, drop_neutral, unsupported
+from vidlada.serve.json_schema import form_of, schema_of
+from vidlada.serve.refusals import NO_GRAMMAR, drop_neutral, unsupported_error
 from vidlada.settings import settings_of
 from vidlada.video import Sampling
 
 MOST_CHOICES = 16  # answers to one request
 MOST_GUIDED = 100  # answers to choose between
 MOST_LOGPROBS = 20
+EFFORTS = {"none": False, "minimal": False, **dict.fromkeys(("low", "medium", "high", "xhigh", "max"), True)}
 
 Text = Annotated[str, Field(max_length=1_000_000)]
 StopString = Annotated[str, Field(max_length=1000)]  # every step looks for every one of them
@@ -129,7 +131,7 @@ class ChatMessage(Strict):
         data = super().prepare(data)
         for name in ("tool_calls", "function_call", "audio"):
             if data.pop(name, None):
-                raise unsupported(f"messages.{name}", "an assistant's turn here is text alone")
+                raise unsupported_error(f"messages.{name}", "an assistant's turn here is text alone")
         refusal = data.pop("refusal", None)
         if isinstance(refusal, str) and refusal and not data.get("content"):
             data["content"] = refusal
@@ -176,6 +178,8 @@ class AnswerRequest(Settings):
         logprobs: give each token's confidence when it was committed.
         top_logprobs: with `guided_choice`, so many of the choices; else the committed token at most.
         guided_choice: answer with the likeliest of these.
+        guided_json: a JSON schema of the answer; what `response_format` comes to.
+        include_reasoning: give the thought beside the answer.
         diffusing: also tell the draft: in a stream after every step.
         gen_length and all other settings of `Sampling`, `PromptSettings` and `GenerationSettings`: as listed there. By
             default there are as many slots as `max_tokens` needs, and no more frames than allowed.
@@ -191,6 +195,8 @@ class AnswerRequest(Settings):
     top_k: int | None = Field(None, ge=-1, le=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     guided_choice: Annotated[list[StopString], Field(min_length=1, max_length=MOST_GUIDED)] | None = None
+    guided_json: dict[str, Any] | None = None
+    include_reasoning: bool = True
     diffusing: bool = False
 
     @property
@@ -206,20 +212,24 @@ class AnswerRequest(Settings):
         video = data.pop("media_io_kwargs", {})
         if isinstance(video, dict):
             map_media(data, "media_io_kwargs.video", video.get("video", {}))
-        template = data.pop("chat_template_kwargs", {})
-        if isinstance(template, dict) and template.get("enable_thinking"):
-            raise unsupported("chat_template_kwargs.enable_thinking", "this server has no think mode")
+        map_thinking(data)
         outputs = data.pop("structured_outputs", {})
         if isinstance(outputs, dict):
             for name, value in outputs.items():
                 if name == "choice" and value:
                     data.setdefault("guided_choice", value)
+                elif name == "json" and value:
+                    data.setdefault("guided_json", value)
                 elif value:
-                    raise unsupported(f"structured_outputs.{name}", NO_GRAMMAR)
-        form = data.pop("response_format", {})
-        kind = form.get("type", "text") if isinstance(form, dict) else form
-        if kind != "text":
-            raise unsupported("response_format", f"{str(kind)[:80]!r} cannot be kept: {NO_GRAMMAR}")
+                    raise unsupported_error(f"structured_outputs.{name}", NO_GRAMMAR)
+        schema = schema_of(data.pop("response_format", {}))
+        if schema is not None:
+            data["guided_json"] = schema
+        if not data.get("guided_json"):
+            data.pop("guided_json", None)
+        elif choices := form_of(data["guided_json"])[1]:  # refuses what cannot be kept, too
+            del data["guided_json"]
+            set_once(data, "guided_choice", list(choices), "response_format")
         return data
 
 
@@ -230,7 +240,7 @@ def map_media(data: dict[str, Any], name: str, given: Any) -> None:
         RequestError: anything else is asked for, or two things at once.
     """
     if not isinstance(given, dict):
-        raise unsupported(name, "it must be an object")
+        raise unsupported_error(name, "it must be an object")
     for key, value in given.items():
         if value is None or key in ("do_sample_frames", "use_audio_in_video"):
             continue
@@ -242,13 +252,38 @@ def map_media(data: dict[str, Any], name: str, given: Any) -> None:
             if value != -1:
                 set_once(data, "fps", value, f"{name}.{key}")
         else:
-            raise unsupported(f"{name}.{str(key)[:80]}", "only fps and num_frames are known here")
+            raise unsupported_error(f"{name}.{str(key)[:80]}", "only fps and num_frames are known here")
+
+
+def map_thinking(data: dict[str, Any]) -> None:
+    """Take how other servers' clients ask for a thought into a request: `think`, and `think_length` in slots.
+
+    Raises:
+        RequestError: anything else is asked for, or two things at once.
+    """
+    effort = data.pop("reasoning_effort", None)
+    if effort is not None:
+        if not isinstance(effort, str) or effort not in EFFORTS:
+            raise unsupported_error("reasoning_effort", f"it must be one of {', '.join(EFFORTS)}")
+        set_once(data, "think", EFFORTS[effort], "reasoning_effort")
+    template = data.pop("chat_template_kwargs", {})
+    if not isinstance(template, dict):
+        raise unsupported_error("chat_template_kwargs", "it must be an object")
+    for key, value in template.items():
+        where = f"chat_template_kwargs.{str(key)[:80]}"
+        if key not in ("enable_thinking", "thinking"):
+            raise unsupported_error(where, "only enable_thinking is known here")
+        if value is not None:
+            set_once(data, "think", value, where)
+    budget = data.pop("thinking_token_budget", None)
+    if budget is not None:
+        set_once(data, "think_length", budget, "thinking_token_budget")
 
 
 def set_once(data: dict[str, Any], name: str, value: Any, where: str) -> None:
     """Set a field that may not be something else already."""
     if data.setdefault(name, value) != value:
-        raise unsupported(where, f"{name} says something else")
+        raise unsupported_error(where, f"{name} says something else")
 
 
 class ChatRequest(AnswerRequest):

@@ -1,7 +1,6 @@
 """From a client's request to a handle of the engine: fetch, decode, encode the text, queue."""
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,21 +9,26 @@ from typing import TypeVar
 
 from vidlada.api import VidLaDA
 from vidlada.decoding.choices import check_choices
-from vidlada.engine.engine import Engine, EngineRequest, MediaInput, RequestHandle
-from vidlada.engine.feature_store import LRUCache
+from vidlada.engine.engine import Engine
+from vidlada.engine.forms import Form, form_slots
+from vidlada.engine.requests import EngineRequest, RequestHandle
 from vidlada.generation import GenerationSettings, PromptSettings
-from vidlada.machine import MEBI
-from vidlada.processor import BOS, EncodedConversation, time_instruction, with_think_mode
+from vidlada.messages import BOS, time_instruction, with_think_mode
+from vidlada.processor import EncodedConversation
 from vidlada.serve.body import Arrivals
-from vidlada.serve.conversation import MediaReference, conversation_of, generation_settings, with_seed
+from vidlada.serve.conversation import conversation_of, generation_settings, with_seed
 from vidlada.serve.decoder import Decoders
 from vidlada.serve.errors import RequestError
 from vidlada.serve.files import FileStore
+from vidlada.serve.json_schema import form_of
 from vidlada.serve.limits import Limits
-from vidlada.serve.media import MediaSource
+from vidlada.serve.loading import LoadedMedia, MediaLoader
+from vidlada.serve.media import MediaReference, MediaSource
+from vidlada.serve.refusals import unsupported_error
 from vidlada.serve.schema import AnswerRequest, ChatRequest
 from vidlada.serve.threads import LONG_TEXT, TEXT, in_thread
-from vidlada.video import Frames, Sampling
+from vidlada.tiling import MediaShape
+from vidlada.video import Sampling
 
 LONG_TEXT_CHARACTERS = 2**13
 MOST_PREVIEWS = 32
@@ -72,9 +76,8 @@ class Service:
         self.engine = Engine(vidlada, limits)
         self.decoders = Decoders(limits, vidlada.processor.image_size, vidlada.processor.most_frames)
         self.files = FileStore(folder, limits)
-        self.media = MediaSource(folder, limits, self.files, allowed, private_urls)
-        self.frames: LRUCache[Frames] = LRUCache(limits.frame_store_mb * MEBI)
-        self.decoding: dict[object, asyncio.Task[Frames]] = {}
+        source = MediaSource(folder, limits, self.files, allowed, private_urls)
+        self.loader = MediaLoader(source, self.decoders, vidlada.processor.tiling, limits)
         self.arrivals = Arrivals(limits)
         self.admitted = self.previewing = 0
         self.previews = asyncio.Semaphore(max(1, limits.decode_workers - 1))  # questions wait for one of them at most
@@ -140,58 +143,88 @@ class Service:
         base = self.vidlada.settings()
         settings, max_tokens = generation_settings(request, base, self.limits.max_tokens, self.limits.max_thought)
         check_choices(settings)
-        seconds = {"fetch": 0.0, "video": 0.0}
-        choices = tuple(request.guided_choice or ())
+        choices: tuple[str, ...] = tuple(request.guided_choice or ())
+        form: Form = ()
+        if request.guided_json is not None:
+            form, _ = form_of(request.guided_json)
+            settings = self._form_settings(settings, form)
         if not isinstance(request, ChatRequest):
             prompts = request.prompts
-            size = sum(map(len, prompts))
-            encoded_all = await self._encode(size, lambda: [self.plain_text(prompt) for prompt in prompts])
-            return [
-                self.checked(EngineRequest(each, [], settings, max_tokens, choices, True)) for each in encoded_all
-            ], seconds
+            texts = await self._encode(sum(map(len, prompts)), lambda: [self.plain_text(prompt) for prompt in prompts])
+            jobs = [EngineRequest(each, [], settings, max_tokens, choices, form, continues=True) for each in texts]
+            return [self.check_length(job) for job in jobs], LoadedMedia().seconds
         conversation = conversation_of(request.messages, self.vidlada.model.config.multi_turn)
-        messages, references, prefix = conversation.messages, conversation.media, conversation.prefix
+        prefix = conversation.prefix
         if request.continue_final_message and not prefix:
             message = "there is nothing to continue: the last message is not the assistant's"
             raise RequestError(422, message, "bad_messages", "continue_final_message")
-        if len(references) > self.limits.max_media:
-            message = f"{len(references)} videos and images are more than the {self.limits.max_media} allowed"
-            raise RequestError(422, message, "too_many_media", "messages")
-        if references and self.vidlada.model.config.text_only:
-            raise RequestError(422, "this model is text-only; it cannot see videos", "text_only", "messages")
-        if request.time_instruction and len(references) != 1:
-            message = f"time_instruction needs exactly one video, not {len(references)}"
-            raise RequestError(422, message, "bad_time_instruction", "time_instruction")
-        most = self.vidlada.processor.max_length
-        if len(references) * self.vidlada.model.config.tokens_per_frame() > most:  # before any is fetched
-            message = f"{len(references)} videos and images cannot fit into the model's {most} tokens"
-            raise RequestError(422, message, "context_length_exceeded", "messages")
-        frames_asked = request.frames
-        if frames_asked == "auto":
-            frames_asked = self.frames_that_fit(references, settings, request.time_instruction)
-        sampling = self.sampling(frames_asked, request.fps, request.force_sample, request.background)
-        alone = sum(reference.is_image for reference in references) == 1
-        videos = [await self.show(reference, sampling, owner, seconds, alone) for reference in references]
-        if request.time_instruction:
-            frames = videos[0].frames
-            (shown,) = [m for m in messages if isinstance(m["content"], list)]
-            text = shown["content"][-1]
-            text["text"] = f"{time_instruction(frames.times, frames.info.duration)}\n{text['text']}"
+        media = await self._load(request, conversation.media, settings, owner)
+        messages = conversation.messages(self._times(media) if request.time_instruction else "")
         messages = with_think_mode(messages, settings.think)
-        counts = [video.shape for video in videos]
+        if prefix:  # the answer has begun: it is too late for a thought
+            settings = replace(settings, think=None)
         size = sum(len(str(message["content"])) for message in messages) + len(prefix)
 
         def encode() -> EncodedConversation:
-            encoded = self.vidlada.processor.encode(messages, counts)
+            encoded = self.vidlada.processor.encode(messages, [shown.shape for shown in media.inputs])
             encoded.append(self.vidlada.processor.answer_ids(prefix), encoded.turn[-1], answer=True)
             return encoded
 
         encoded = await self._encode(size, encode)
-        return [self.checked(EngineRequest(encoded, videos, settings, max_tokens, choices, bool(prefix)))], seconds
+        job = EngineRequest(encoded, media.inputs, settings, max_tokens, choices, form, continues=bool(prefix))
+        return [self.check_length(job)], media.seconds
+
+    async def _load(
+        self, request: ChatRequest, references: Sequence[MediaReference], settings: GenerationSettings, owner: str
+    ) -> LoadedMedia:
+        """Everything that a conversation shows, unless it is too much."""
+        config = self.vidlada.model.config
+        if len(references) > self.limits.max_media:
+            message = f"{len(references)} videos and images are more than the {self.limits.max_media} allowed"
+            raise RequestError(422, message, "too_many_media", "messages")
+        if references and config.text_only:
+            raise RequestError(422, "this model is text-only; it cannot see videos", "text_only", "messages")
+        most = self.vidlada.processor.max_length
+        if len(references) * config.tokens_per_frame() > most:  # before any is fetched
+            message = f"{len(references)} videos and images cannot fit into the model's {most} tokens"
+            raise RequestError(422, message, "context_length_exceeded", "messages")
+        if request.frames != "auto":
+            self.sampling(request.frames, request.fps, request.force_sample)  # refuses before any is fetched, too
+        prompt = PromptSettings(time_instruction=bool(request.time_instruction))
+
+        def sampling_for(images: Sequence[MediaShape], videos: int) -> Sampling:
+            frames = request.frames
+            if frames == "auto":
+                frames = min(self.vidlada.frames_that_fit(images, videos, settings, prompt), self.limits.max_frames)
+            return self.sampling(frames, request.fps, request.force_sample, request.background)
+
+        background = request.background or Sampling().background
+        return await self.loader.load(references, owner, background, sampling_for)
+
+    def _times(self, media: LoadedMedia) -> str:
+        """The sentence that tells when the frames of a conversation's only video were taken."""
+        videos = [shown for number, shown in enumerate(media.inputs) if number not in media.images]
+        if len(videos) != 1:
+            message = f"time_instruction needs exactly one video, not {len(videos)}"
+            raise RequestError(422, message, "bad_time_instruction", "time_instruction")
+        frames = videos[0].frames
+        return time_instruction(frames.times, frames.info.duration)
 
     async def _encode(self, characters: int, encode: Callable[[], Result]) -> Result:
         """Tokenize in a thread; long texts do not hold up short ones."""
         return await in_thread(LONG_TEXT if characters > LONG_TEXT_CHARACTERS else TEXT, encode)
+
+    def _form_settings(self, settings: GenerationSettings, form: Form) -> GenerationSettings:
+        """Settings with as many slots as a form needs, in one block."""
+        if settings.suffix:
+            raise unsupported_error("suffix", "nothing can follow an answer that response_format describes")
+        if not form:
+            return settings
+        slots = form_slots(form, self.vidlada.processor.text_ids)
+        if slots > self.limits.max_tokens:
+            message = f"the form of response_format takes {slots} slots, more than the {self.limits.max_tokens} allowed"
+            raise RequestError(422, message, "too_many_tokens", "response_format")
+        return replace(settings, gen_length=slots, block_length=slots, steps=None, think=None)
 
     def plain_text(self, text: str) -> EncodedConversation:
         """A text without a chat template."""
@@ -200,12 +233,14 @@ class Service:
         encoded.append(processor.text_ids(text), 0)
         return encoded
 
-    def checked(self, job: EngineRequest) -> EngineRequest:
+    def check_length(self, job: EngineRequest) -> EngineRequest:
         """A job that fits the model; 422 for one that does not."""
         most = self.vidlada.processor.max_length
         if job.tokens > most:
-            message = f"prompt and answer slots take {job.tokens} tokens, more than the model's {most}"
-            raise RequestError(422, f"{message}; use fewer frames or a smaller max_tokens", "context_length_exceeded")
+            slots, smaller = ("thought and answer", "think_length or ") if job.settings.think else ("answer", "")
+            message = f"prompt and {slots} slots take {job.tokens} tokens, more than the model's {most}"
+            instead = f"use fewer frames or a smaller {smaller}max_tokens"
+            raise RequestError(422, f"{message}; {instead}", "context_length_exceeded")
         return job
 
     def sampling(
@@ -219,49 +254,3 @@ class Service:
             raise RequestError(422, f"{frames} frames are more than the {most} allowed", "too_many_frames", "frames")
         default = Sampling()
         return Sampling(fps or default.fps, frames, bool(force_sample), background or default.background)
-
-    def frames_that_fit(
-        self, references: Sequence[MediaReference], settings: GenerationSettings, time_instruction: bool | None
-    ) -> int:
-        """Frames of `auto`, within the limits. Images count as many tokens as any can have: they are not read yet."""
-        images = sum(reference.is_image for reference in references)
-        largest = self.vidlada.processor.tiling.most_tokens(alone=images == 1)
-        others = -(-images * largest // self.vidlada.processor.tokens_per_frame)
-        videos = max(1, len(references) - images)
-        prompt = PromptSettings(time_instruction=bool(time_instruction))
-        most = self.vidlada.frames_that_fit([others] if others else [], videos, settings, prompt)
-        return min(most, self.limits.max_frames)
-
-    async def show(
-        self, reference: MediaReference, sampling: Sampling, owner: str, seconds: dict[str, float], alone: bool = True
-    ) -> MediaInput:
-        """Sampled frames or tiles of a reference; decoded once, however many ask for them at the same time."""
-        tiling = self.vidlada.processor.tiling
-        if reference.is_image:
-            sampling = Sampling(max_frames=1, background=sampling.background)
-        started = time.perf_counter()
-        async with self.media.open(reference.url, owner) as medium:
-            fetched = time.perf_counter()
-            seconds["fetch"] += fetched - started
-            if reference.is_image and not tiling.as_frames:
-                frames, shape = await self.decoders.tile(medium.path, tiling, alone)
-                seconds["video"] += time.perf_counter() - fetched
-                return MediaInput((medium.key, "image", alone), frames, shape)
-            key = (medium.key, sampling)
-            frames = self.frames.get(key) or await self._decode(key, medium.path, sampling)
-            seconds["video"] += time.perf_counter() - fetched
-        return MediaInput(key, frames)
-
-    async def _decode(self, key: tuple[str, Sampling], path: Path, sampling: Sampling) -> Frames:
-        while (other := self.decoding.get(key)) is not None:
-            await asyncio.wait([other])
-            if not other.cancelled():  # else its client has gone, and it is our turn
-                return other.result()
-        task = asyncio.ensure_future(self.decoders.decode(path, sampling))
-        self.decoding[key] = task
-        try:
-            frames = await task
-        finally:
-            del self.decoding[key]
-        self.frames.put(key, frames, frames.images.nbytes)
-        return frames

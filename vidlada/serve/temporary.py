@@ -1,11 +1,13 @@
 """The server's temporary folder: gone when the server ends, and after a crash when the next one starts."""
 
-import fcntl
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from vidlada.errors import InputError
+from vidlada.files import lock
 
 PREFIX = "vidlada-serve-"
 LOCK = "lock"  # held by the folder's server for as long as it lives
@@ -19,8 +21,8 @@ def temporary_folder() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
         unlocked = Path(name, f"{LOCK}.new")
-        with unlocked.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with unlocked.open("w") as file:
+            lock(file, f"{unlocked}: it is locked")
             unlocked.rename(Path(name, LOCK))  # under this name it is never seen without its holder
             files = Path(name, "files")
             files.mkdir()
@@ -28,10 +30,10 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether nobody holds a folder's lock."""
+    """Whether the server of a folder has ended."""
     try:
-        with (folder / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with (folder / LOCK).open() as file:
+            lock(file, f"{folder}: its server runs")
             return True
-    except OSError:
+    except (OSError, InputError):
         return False

@@ -38,6 +38,8 @@ def answer(order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     path = order["path"]
     try:
         limits = {name: order[name] for name in ("max_duration", "max_pixels", "max_frames")}
+        if order.get("probe"):
+            return {"frames": probe(path).frames}, b""
         if order.get("tiling") is not None:
             check(probe(path), 1, **limits)
             return tiles(path, order)
@@ -61,7 +63,7 @@ def answer(order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
 
 def tiles(path: str, order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """Header and pixels of an image's tiles."""
-    image = open_images(path)[0]
+    image = open_images(path, order["sampling"]["background"])[0]
     pictures, shape = Tiling(**order["tiling"]).cut(image, order["alone"])
     info = VideoInfo("", 1, 1.0, 0.0, shape.width, shape.height, "image")
     header = {"shape": pictures.shape, "times": [0.0], "indices": [0], "info": asdict(info), "image": asdict(shape)}

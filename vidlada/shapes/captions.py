@@ -1,4 +1,4 @@
-"""What is true of a clip, in whole sentences: scenes, captions, timelines, and how much of them a text tells."""
+"""True sentences about a clip: scenes, motions, captions, timelines, and how many of them a text recovers."""
 
 from vidlada.shapes.world import PLACES, Clip, Event, Thing
 

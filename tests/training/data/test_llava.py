@@ -9,7 +9,7 @@ from media import number_of, write_video
 from trainings import MODEL, SIZE, batch
 
 from vidlada.errors import InputError
-from vidlada.processor import END_OF_TURN, MASK
+from vidlada.messages import END_OF_TURN, MASK
 from vidlada.training.config import CollateSettings
 from vidlada.training.data.collate import Collator, Part, StepDataset
 from vidlada.training.data.llava import LlavaSource

@@ -56,8 +56,8 @@ class Mars:
 
     name: ClassVar[str] = "mars"
     presets: ClassVar[dict[str, dict[str, int]]] = {
-        # What the paper gives, and for the text interval, which it does not give, our own; anchors too are not given.
-        "paper": {"text": 4, "ratio": 2, "group": 4, "pyramid": 2, "window": 1, "anchors": 64, "queries": 32}
+        # What the paper gives; the text interval and the number of anchors, which it does not give, are our own.
+        "paper": {"text": 4, "ratio": 2, "group": 4, "pyramid": 2, "window": 1, "queries": 32}
     }
     text: int = setting(4, "Steps between refreshes of text in the deepest group.", minimum=1, maximum=MAX_STEPS)
     ratio: int = setting(8, "Frames are refreshed so many times less often.", minimum=1, maximum=MAX_STEPS)
@@ -103,10 +103,10 @@ class Mars:
         return Plan(start, chunked=self.chunks, probes=probes)
 
     def attention(self, frames: FrameMap, prompt: Tensor) -> AttentionPattern:
-        """Chunk attention where there are frames and a window; else full attention.
+        """Chunk attention where there are several frames and a window; else full attention.
 
         Raises:
-            InputError: more anchors than visual tokens, or a window larger than the video.
+            InputError: more anchors than visual tokens, or a window larger than a video of several frames.
         """
         sizes = frames.valid.sum(1).tolist()
         visual, count = sum(sizes), len(sizes)
@@ -115,7 +115,9 @@ class Mars:
         anchors = min(DEFAULT_ANCHORS, visual) if self.anchors is None else self.anchors
         if anchors > visual:
             raise InputError(f"cache mars: {anchors} anchors are more than the {visual} visual tokens; use fewer")
-        if self.window and self.window >= count:
+        if count == 1:  # a single image: its queries see all of it with any window
+            return AttentionPattern()
+        if self.window >= count:
             raise InputError(
                 f"cache mars: a window of {self.window} is larger than the video of {count} frames; "
                 f"use a smaller one, or -1 for full attention"

@@ -258,6 +258,7 @@ function settingsOf(fieldset) {
   const fields = Object.fromEntries([...fieldset.querySelectorAll("[name]")].map((field) => [field.name, field]));
   const settings = { cache: fields.cache.value.trim() || undefined, remasking: fields.remasking.value };
   for (const name of ["gen_length", "block_length", "temperature", "seed", "frames"]) settings[name] = number(fields, name);
+  if (fields.think.value) settings.think = fields.think.value === "yes";
   if (fields.pace.value) settings[fields.pace.value] = number(fields, "pace_value");
   return settings;
 }
@@ -273,25 +274,32 @@ function messagesFor(question, fresh) {
   return [...messages, { role: "user", content: [...fresh.map(partOf), { type: "text", text: question }] }];
 }
 
-// The draft, in the place where the answer will stand.
+// The draft, in the place where the answer or its thought will stand.
 function draw(article, draft) {
-  article.querySelector(".text").replaceChildren(...draft.tokens.map(({ text, final, confidence }) => {
+  const thought = article.querySelector(".thought");
+  if (draft.thinking) {
+    thought.hidden = false;
+    thought.querySelector("summary").textContent = "Thinking …";
+  }
+  article.querySelector(draft.thinking ? ".thought p" : ".text").replaceChildren(...draft.tokens.map(({ text, final, confidence }) => {
     const sure = Math.min(SURE - 1, Math.floor(confidence * SURE));
     const kind = text === null ? "open" : final ? "final" : `sure-${sure}`;
     return make("span", { className: `token ${kind}`, textContent: text ?? " ·" });
   }));
 }
 
-// The finished answer: times seek the video, reasoning is folded.
+// The thought, once it is complete: folded.
+function settleThought(article, text) {
+  const box = article.querySelector(".thought");
+  box.hidden = !text;
+  box.querySelector("summary").textContent = "Thought";
+  box.querySelector("p").textContent = text;
+}
+
+// The finished answer: times seek the video.
 function settle(article, text, differs) {
   const box = article.querySelector(".text");
   box.classList.add("settled");
-  const think = /^\s*<think>(.*?)<\/think>\s*(?:<answer>)?(.*?)(?:<\/answer>)?\s*$/s.exec(text);
-  if (think) {
-    article.querySelector(".thought").hidden = false;
-    article.querySelector(".thought p").textContent = think[1].trim();
-    text = think[2];
-  }
   box.replaceChildren(...(differs ? marked(text, differs) : withTimes(text || "(the model said nothing)")));
 }
 
@@ -348,12 +356,14 @@ async function answer(article, messages, settings, signal) {
   const body = { model: model.id, stream: true, diffusing: true, logprobs: true, stream_options: { include_usage: true },
                  ...settings, messages };
   const started = performance.now();
-  let text = "", latest = null, usage = null, drawn = true;
+  let text = "", reasoning = "", latest = null, usage = null, drawn = true;
   const confidence = [];
   for await (const event of events(body, signal)) {
     signal.throwIfAborted(); // of several events that came together, too
     const [choice] = event.choices;
     text += choice?.delta.content ?? "";
+    reasoning += choice?.delta.reasoning_content ?? "";
+    if (choice?.delta.content) settleThought(article, reasoning);
     for (const { token, logprob } of choice?.logprobs?.content ?? []) confidence.push({ text: token, share: Math.exp(logprob) });
     usage = event.usage ?? usage;
     if (event.diffusion) {
@@ -368,6 +378,7 @@ async function answer(article, messages, settings, signal) {
     }
   }
   article.dataset.done = "yes";
+  settleThought(article, reasoning);
   settle(article, text);
   statistics(article, latest, usage, confidence, (performance.now() - started) / 1000);
   return text;

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from vidlada.errors import InputError
-from vidlada.settings import shown
+from vidlada.settings import format_value
 from vidlada.training.data.entries import Entry, Media, TarMember
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -65,13 +65,13 @@ def entry_of(found: Value, folder: Path, file: str, attached: Sequence[TarMember
 
 def _entry_of(value: Any, folder: Path, origin: str, attached: Sequence[TarMember]) -> Entry:
     if not isinstance(value, dict):
-        raise Malformed(f"expected a mapping, got {shown(value)}")
+        raise Malformed(f"expected a mapping, got {format_value(value)}")
     paths = media_paths(value)
     key = next((key for key in TURN_KEYS if value.get(key)), TURN_KEYS[0])
     system, turns = turns_of(value.get(key), key, paths)
     process = value.get("process") or ""
     if not isinstance(process, str):
-        raise Malformed(f"process must be a text, not {shown(process)}")
+        raise Malformed(f"process must be a text, not {format_value(process)}")
     check_text("process", process)
     media: tuple[Media, ...] = tuple(attached) or tuple(folder / path for path in paths)
     by_name = {PurePosixPath(member.name).name: member for member in attached}
@@ -96,12 +96,12 @@ def media_paths(value: dict[str, Any]) -> list[str]:
 def check_path(name: str, path: Any) -> str:
     """A path, if it can be one."""
     if not isinstance(path, str) or not path.strip():
-        raise Malformed(f"{name} must be a path or a list of paths, not {shown(path)}")
+        raise Malformed(f"{name} must be a path or a list of paths, not {format_value(path)}")
     check_text(name, path)
     if "\0" in path:
-        raise Malformed(f"{name} has a NUL in its path {shown(path)}")
+        raise Malformed(f"{name} has a NUL in its path {format_value(path)}")
     if ADDRESS.match(path):
-        raise Malformed(f"{name} must be the path of a file, not the address {shown(path)}")
+        raise Malformed(f"{name} must be the path of a file, not the address {format_value(path)}")
     return path.removeprefix("file://")
 
 
@@ -114,20 +114,20 @@ def turns_of(turns: Any, key: str, paths: list[str]) -> tuple[str | None, list[s
         paths: of media; those that stand in parts of the turns are appended.
     """
     if not isinstance(turns, list) or not turns:
-        raise Malformed(f"{key} must be a list of turns, not {shown(turns)}")
+        raise Malformed(f"{key} must be a list of turns, not {format_value(turns)}")
     said: list[tuple[str, str]] = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
-            raise Malformed(f"{key}[{number}] must be a mapping, not {shown(turn)}")
+            raise Malformed(f"{key}[{number}] must be a mapping, not {format_value(turn)}")
         speaker = turn.get("from", turn.get("role"))
         role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
         if role is None:
-            raise Malformed(f"{key}[{number}] is said by {shown(speaker)}; known are {', '.join(ROLES)}")
+            raise Malformed(f"{key}[{number}] is said by {format_value(speaker)}; known are {', '.join(ROLES)}")
         text = turn.get("value", turn.get("content"))
         if isinstance(text, list) and text:
             text = text_of_parts(text, f"{key}[{number}]", paths if role == "user" else None)
         if not isinstance(text, str):
-            raise Malformed(f"{key}[{number}] needs a text as its value, not {shown(text)}")
+            raise Malformed(f"{key}[{number}] needs a text as its value, not {format_value(text)}")
         check_text(f"{key}[{number}]", text)
         said.append((role, text))
     system = said.pop(0)[1] if said[0][0] == "system" else None
@@ -137,7 +137,7 @@ def turns_of(turns: Any, key: str, paths: list[str]) -> tuple[str | None, list[s
         said.pop()
     roles = [role for role, _ in said]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise Malformed(f"{key} must alternate user and assistant, got {shown(roles)}")
+        raise Malformed(f"{key} must alternate user and assistant, got {format_value(roles)}")
     return system, [text for _, text in said]
 
 
@@ -163,7 +163,7 @@ def text_of_parts(parts: list[Any], name: str, paths: list[str] | None) -> str:
             text += IMAGE_MARK + "\n"
         else:
             raise Malformed(
-                f"{name}[{number}] must be a part with a text, or of the user with media, not {shown(part)}"
+                f"{name}[{number}] must be a part with a text, or of the user with media, not {format_value(part)}"
             )
     return text
 
@@ -266,6 +266,6 @@ def _list_values(path: Path, text: str) -> Iterator[Value]:
             yield Value(f"entry {number}, line {line}", value)
             number, here = number + 1, skip(end)
         if rest := text[here + 1 :].strip():
-            raise json.JSONDecodeError(f"{shown(rest)} follows the list", text, here + 1)
+            raise json.JSONDecodeError(f"{format_value(rest)} follows the list", text, here + 1)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid json: {error}") from error

@@ -1,0 +1,163 @@
+"""The routes: OpenAI's for models, answers and files; the tokenizer, health and metrics."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+
+from vidlada import __version__
+from vidlada.serve.completions import ChatReply
+from vidlada.serve.legacy import TextReply
+from vidlada.serve.responses import ResponsesReply, ResponsesRequest
+from vidlada.serve.schema import ChatRequest, CompletionRequest
+from vidlada.serve.server import Server
+
+router = APIRouter()
+
+
+async def server_of(request: Request) -> Server:
+    """The application's server."""
+    found: Server = request.app.state.server
+    return found
+
+
+Serving = Annotated[Server, Depends(server_of)]
+
+
+async def owner_of(server: Serving, authorization: Annotated[str, Header()] = "") -> str:
+    """Who asks; 401 without a valid key."""
+    return server.owner(authorization)
+
+
+Owner = Annotated[str, Depends(owner_of)]
+
+
+@router.get("/health")
+async def health(server: Serving) -> Response:
+    """Whether the engine runs."""
+    alive = server.service.engine.alive
+    return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+
+
+@router.get("/version")
+async def version() -> Response:
+    """The package's version."""
+    return JSONResponse({"version": __version__})
+
+
+@router.get("/metrics")
+async def metrics(server: Serving, owner: Owner) -> Response:
+    """Figures in Prometheus' format."""
+    return PlainTextResponse(server.metrics.text())
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request, owner: Owner) -> Response:
+    """The description of the interface."""
+    return JSONResponse(request.app.openapi())
+
+
+@router.get("/v1/models")
+async def models(server: Serving, owner: Owner) -> Response:
+    """The model, as a list."""
+    return JSONResponse({"object": "list", "data": [server.model()]})
+
+
+@router.get("/v1/models/{name:path}")
+async def model(server: Serving, owner: Owner, name: str) -> Response:
+    """The model."""
+    server.check_model(name)
+    return JSONResponse(server.model())
+
+
+# --- answers; their bodies are parsed in a thread, within bounds ---
+
+
+@router.post("/v1/chat/completions")
+async def chat(request: Request, server: Serving, owner: Owner) -> Response:
+    """The answer to a conversation."""
+    return await server.answer(request, owner, ChatRequest, ChatReply)
+
+
+@router.post("/v1/responses")
+async def responses(request: Request, server: Serving, owner: Owner) -> Response:
+    """The same in OpenAI's newer interface."""
+    return await server.answer(request, owner, ResponsesRequest, ResponsesReply)
+
+
+@router.post("/v1/completions")
+async def completions(request: Request, server: Serving, owner: Owner) -> Response:
+    """A text continued."""
+    return await server.answer(request, owner, CompletionRequest, TextReply)
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request, server: Serving, owner: Owner) -> Response:
+    """The token ids of a request or a text."""
+    return await server.tokenize(request, owner)
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request, server: Serving, owner: Owner) -> Response:
+    """The text of token ids."""
+    return await server.detokenize(request)
+
+
+# --- files ---
+
+
+@router.post("/v1/files")
+async def upload(request: Request, server: Serving, owner: Owner) -> Response:
+    """A file sent as multipart/form-data."""
+    return await server.upload(request, owner)
+
+
+@router.get("/v1/files")
+async def files(
+    server: Serving,
+    owner: Owner,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: str | None = None,
+) -> Response:
+    """A page of uploads."""
+    uploads, has_more = server.service.files.page(owner, after, limit, order == "desc", purpose)
+    ids = [upload.id for upload in uploads]
+    page: dict[str, Any] = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
+    data = [server.file_object(each) for each in uploads]
+    return JSONResponse({"object": "list", "data": data, **page, "has_more": has_more})
+
+
+@router.get("/v1/files/{file_id}")
+async def file(server: Serving, owner: Owner, file_id: str) -> Response:
+    """An upload."""
+    return JSONResponse(server.file_object(server.service.files.get(file_id, owner)))
+
+
+@router.get("/v1/files/{file_id}/content")
+async def content(server: Serving, owner: Owner, file_id: str) -> Response:
+    """What was uploaded."""
+    found = server.service.files.get(file_id, owner)
+    return FileResponse(found.path, filename=found.name, media_type="application/octet-stream")
+
+
+@router.get("/v1/files/{file_id}/frames")
+async def frames(
+    request: Request,
+    server: Serving,
+    owner: Owner,
+    file_id: str,
+    frames: int | None = None,
+    fps: float | None = None,
+    force_sample: bool = False,
+) -> Response:
+    """The frames that the model sees of an upload."""
+    return await server.frames(request, owner, file_id, server.service.sampling(frames, fps, force_sample))
+
+
+@router.delete("/v1/files/{file_id}")
+async def delete(server: Serving, owner: Owner, file_id: str) -> Response:
+    """Remove an upload."""
+    server.service.files.delete(file_id, owner)
+    return JSONResponse({"id": file_id, "object": "file", "deleted": True})
