@@ -236,8 +236,8 @@ def _timeline(path: Path, container: InputContainer, stream: VideoStream, packet
     )
     # program streams time few of their packets; begun between those, the first guesses run into the first true times
     if container.format.name == "mpeg" and not ordered and (np.diff(seconds) <= 0).any():
-        return _on_grid(found.counted(), _stated_rates(stream))
-    return found.counted() if container.format.name in GUESSED_TIMES else found
+        return _on_grid(found.in_decoder_order(), _stated_rates(stream))
+    return found.in_decoder_order() if container.format.name in GUESSED_TIMES else found
 
 
 def _on_grid(timeline: Timeline, rates: Sequence[float]) -> Timeline:
