@@ -134,7 +134,7 @@ class VidLaDA:
         decoded = time.perf_counter()
         self._check_memory([*others, pictures.shape], settings)
         with torch.inference_mode():
-            pixels = self.processor.pixel_values(pictures.images).to(self.model.device, self.model.dtype)
+            pixels = self.processor.pixel_values(pictures.images, self.model.device, self.model.dtype)
             (tokens,) = self.model.encode_media(pixels, [pictures.shape])
         seconds = {"video": decoded - started, "vision": time.perf_counter() - decoded}
         return EncodedVideo(tokens, pictures.times, pictures.info, seconds, pictures.shape, is_image)
@@ -299,7 +299,7 @@ class VidLaDA:
         if last.get("role") != "user":
             raise InputError("the last message must be the user's")
         conversation.messages += earlier
-        for _ in conversation.drafts(last):
+        for _ in conversation.states(last):
             pass
         return conversation.last
 

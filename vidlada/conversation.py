@@ -143,7 +143,8 @@ class Conversation:
         self.vidlada._check_memory(shapes, self.settings)
         messages = with_think_mode([*self.messages, message], self.settings.think)
         encoded = self.vidlada.processor.encode(messages, shapes)
-        empty = torch.empty(0, self.vidlada.model.language_model.config.hidden_size, device=self.vidlada.model.device)
+        model = self.vidlada.model
+        empty = torch.empty(0, model.language_model.config.hidden_size, device=model.device, dtype=model.dtype)
         tokens = torch.cat([empty, *(medium.visual_tokens for medium in self.media)])
         return replace(self.vidlada.request(encoded, tokens, self.settings), visual=self.visual)
 
@@ -172,10 +173,16 @@ class Conversation:
 
     def drafts(self, message: Message) -> Iterator[Draft]:
         """Answer a message without adding it to the history, yielding a draft after every step."""
+        for state, stable in self.states(message):
+            yield self.vidlada.draft(state, "" if stable.thinking else stable.reasoning, stable.thinking)
+
+    def states(self, message: Message) -> Iterator[tuple[State, StableText]]:
+        """Answer a message without adding it to the history: the state and certain text after every step. Drafts
+        cost time; where nobody sees them, none are built."""
         for _, state, stable in self.vidlada.decode([self.request_for(message)]):
             if stable.finish_reason is not None:
                 self.last, self.visual = self.answer(state, stable), state.visual
-            yield self.vidlada.draft(state, "" if stable.thinking else stable.reasoning, stable.thinking)
+            yield state, stable
 
     def ask(self, question: str, choices: Sequence[str] | None = None) -> Answer:
         """Answer the next question; with `choices`, by the most likely of them."""
@@ -183,8 +190,10 @@ class Conversation:
             self.last = self.choose(question, choices)
             self._remember(self._user(question))
             return self.last
-        for _ in self.stream(question):
+        message = self._user(question)
+        for _ in self.states(message):
             pass
+        self._remember(message)
         return self.last
 
     def choose(self, question: str, choices: Sequence[str]) -> Answer:

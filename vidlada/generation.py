@@ -16,6 +16,7 @@ SPEEDS: dict[str, dict[str, str | None]] = {
     "fast": {"cache": "dual", "commit": "factor:factor=1"},
 }
 PACES = ("commit", "threshold", "factor", "steps")  # settings that replace each other
+Noise = Literal["auto", "torch", "counter"]
 MAX_SLOTS = 2**17  # more answer slots or steps than any model of the family has positions
 
 
@@ -110,6 +111,12 @@ class GenerationSettings:
         "", "Fixed text after the answer slots, visible from the first step and returned.", max_length=10_000
     )
     seed: int = setting(0, "Of every random choice of this answer.", minimum=-INT64, maximum=INT64 - 1, essential=True)
+    noise: Noise = setting(
+        "auto",
+        "Random numbers: torch, drawn on the CPU in the published order; counter, computed from seed and place where "
+        "the model is, much faster on a GPU; auto, torch on a CPU and counter elsewhere.",
+        choices=("auto", "torch", "counter"),
+    )
     cache: str | CachePolicy = setting(
         "none",
         "What is reused between steps: none, prefix, dual, frozen, interval, dllm, dkv, elastic, sparse or mars, "

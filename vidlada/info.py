@@ -16,6 +16,7 @@ from vidlada.errors import InputError
 from vidlada.generation import CachePolicy
 from vidlada.machine import processor
 from vidlada.model.config import VidLaDAConfig
+from vidlada.model.vision import FRAMES_PER_PASS
 from vidlada.tiling import MediaShape, pictures_of
 
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -80,7 +81,7 @@ def memory_need(
     visual = sum(map(config.visual_tokens, shapes))
     tokens = round(visual_keep * visual) + PROMPT_TOKENS + gen_length
     layer = max(4 * width, 3 * mlp) * value_bytes + 2 * width * value_bytes + 4 * width
-    patches = max(map(pictures_of, shapes), default=0) * config.patches_per_side**2
+    pictures, cells = max(map(pictures_of, shapes), default=0), config.patches_per_side**2
     tower_width, tower_mlp = vision.hidden_size, vision.intermediate_size
     tower = max(4 * tower_width, 2 * tower_mlp, 2 * width) * value_bytes + 2 * tower_width * value_bytes
     logits = gen_length * text.vocab_size * (4 + 8)
@@ -89,13 +90,16 @@ def memory_need(
     if policy is not None:
         states = 2 + len(policy.entries(text.num_hidden_layers))  # entering the first layer, leaving the last
         kept = key_value_bytes(text, tokens, value_bytes) + states * tokens * width * value_bytes
-    return MemoryNeed(tokens, parameters * value_bytes, patches * tower, tokens * layer + logits, kept)
+    through = min(pictures, FRAMES_PER_PASS) * cells * tower + pictures * cells * width * value_bytes
+    return MemoryNeed(tokens, parameters * value_bytes, through, tokens * layer + logits, kept)
 
 
 def free_memory(device: torch.device) -> int | None:
     """Return the free memory of a device in bytes; None where the system does not report it."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # what PyTorch's allocator keeps of freed tensors can be had again
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     listing = Path("/proc/meminfo")
     if device.type != "cpu" or not listing.exists():
         return None

@@ -37,6 +37,7 @@ def load(
     device_map: Any = None,
     quantization: Quantization | None = None,
     compiled: bool = False,
+    graphs: bool | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
 ) -> VidLaDA:
@@ -50,6 +51,8 @@ def load(
         device_map: as in transformers, to spread a model over devices.
         quantization: of the language model's projections; see `vidlada.model.quantization`.
         compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
+        graphs: replay repeated cached passes as CUDA graphs; by default on a GPU. Elsewhere they run over the same
+            fixed buffers without one, which is of use only in tests.
         adapter: folder or name of a LoRA adapter for this model, to be merged into it. (An adapter may also be loaded
             by its own name; its base is then the one it names.)
         revision: of a name of the hub: a branch, tag or commit.
@@ -71,6 +74,8 @@ def load(
     else:
         model = load_with_adapter(model_folder(adapter, what="adapter"), dtype, folder, **places)
     model.eval()
+    model.language_model.pack()
+    model.language_model.static = graphs
     if quantization is not None:
         quantize(model.language_model, quantization)
     if compiled:

@@ -35,7 +35,7 @@ def processor() -> str:
 def now(device: str) -> float:
     """Return a time in seconds after synchronising the device."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

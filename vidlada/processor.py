@@ -170,14 +170,18 @@ class VidLaDAProcessor(ProcessorMixin):
         check_unicode("the text", text)
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    def pixel_values(self, images: np.ndarray) -> Tensor:
+    def pixel_values(
+        self, images: np.ndarray, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Resize (bicubic, aspect not kept), scale and normalise frames.
 
         Args:
             images: (frames, height, width, 3) uint8 RGB.
+            device: where the values are wanted. Bytes are sent there, a quarter of what their values take.
+            dtype: of the result; the values are computed in float32.
 
         Returns:
-            (frames, 3, image_size, image_size) float32.
+            (frames, 3, image_size, image_size).
         """
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
@@ -187,9 +191,13 @@ class VidLaDAProcessor(ProcessorMixin):
         size = (self.image_size, self.image_size)
         if images.shape[1:3] != size:
             images = np.stack([np.asarray(Image.fromarray(i).resize(size, Image.Resampling.BICUBIC)) for i in images])
-        scaled = (images * (1 / 255)).astype(np.float32)
-        pixels = (scaled - np.float32(self.pixel_mean)) / np.float32(self.pixel_std)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+        scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
+        values = torch.from_numpy((scaled - np.float32(self.pixel_mean)) / np.float32(self.pixel_std))  # of every byte
+        both = values.to(dtype), torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        if torch.device(device).type == "cuda":
+            both = both[0].pin_memory(), both[1].pin_memory()
+        values, pixels = (tensor.to(device, non_blocking=True) for tensor in both)
+        return values.index_select(0, pixels.flatten().int()).view(pixels.shape)
 
     @property
     def most_frames(self) -> int:

@@ -66,15 +66,20 @@ def follow(
 
     leader, followers = row(0, BASELINE), [row(number, cache) for number, cache in enumerate(caches, start=1)]
     denoiser, layers = Denoiser(model), model.language_model.config.num_hidden_layers
-    suppressed = torch.tensor(model.config.suppressed_token_ids, dtype=torch.long, device=leader.ids.device)
-    allowed = ~torch.isin(torch.arange(model.language_model.config.vocab_size, device=suppressed.device), suppressed)
+    allowed = torch.ones(model.language_model.config.vocab_size, dtype=torch.bool)
+    allowed[list(model.config.suppressed_token_ids)] = False
     while not leader.done:
         logits = denoiser.block_logits([leader])  # (block, vocabulary)
         open_slots = leader.open_slots()[leader.slots]
         found = denoiser.block_logits(followers).split(len(logits)) if followers else ()
         for cache, predicted in zip(caches, found, strict=True):
             distances[cache].add(logits[open_slots][:, allowed], predicted[open_slots][:, allowed])
-        leader.commit(logits, suppressed, 1, layers)
+        for own in (own for follower in followers for own in follower.caches):
+            drift = own.measure_drift()
+            if drift is not None:
+                own.take_drift(drift.tolist())
+        (proposals,) = denoiser.predict([leader], [logits])
+        leader.commit(proposals, 1, layers)
         leader.next_block()
         for follower in followers:
             follower.ids, follower.masked, follower.block = leader.ids.clone(), leader.masked.clone(), leader.block

@@ -139,6 +139,24 @@ def bench_scaling(device: str | None, dtype: str, as_json: bool, **options: Any)
     click.echo(json.dumps(figures) if as_json else scaling_table(figures))
 
 
+@bench.command("count")
+@click.option("--size", type=click.Choice(["mid", "8b"]), default="8b", show_default=True, help="Shape of the model.")
+@click.option("--frames", type=click.IntRange(1), help="Of the video: 30 of 200 tokens (mid), 64 of 210 (8b).")
+@click.option("--cache", "caches", multiple=True, help="May be repeated; all policies by default.")
+@click.option("--gen-length", type=click.IntRange(1), default=128, show_default=True, help="Answer tokens.")
+@click.option("--block-length", type=click.IntRange(1), default=32, show_default=True, help="Decoded together.")
+@click.option("--steps", type=click.IntRange(2), default=40, show_default=True, help="Counted of each answer.")
+@click.option("--requests", "rows", type=click.IntRange(1), default=1, show_default=True, help="That run together.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@one_line_errors
+def bench_count(caches: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Kernels, host waits, bytes and arithmetic of a step on a GPU, counted on a machine without one."""
+    from vidlada.bench.count import CACHES, count_figures, count_table
+
+    figures = count_figures(caches=caches or CACHES, progress=lambda what: click.echo(what, err=True), **options)
+    click.echo(json.dumps(figures) if as_json else count_table(figures))
+
+
 @bench.command("weights")
 @click.option("--frames", type=click.IntRange(1), help="Of the video, as for decode.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Interleaved repeats.")

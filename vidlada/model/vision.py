@@ -10,6 +10,8 @@ from transformers import SiglipVisionModel
 from vidlada.model.config import VidLaDAConfig
 from vidlada.tiling import ImageShape, MediaShape, pictures_of
 
+FRAMES_PER_PASS = 16  # through the tower at once, where no gradients are needed: bounds the memory of long videos
+
 
 def pool(features: Tensor, side: int, stride: int, mode: str) -> Tensor:
     """Pool each frame's grid.
@@ -74,6 +76,8 @@ class Vision(nn.Module):
 
     def project(self, pixel_values: Tensor) -> Tensor:
         """Patch features in the language model's space, not pooled: (pictures, patches, language width)."""
+        if not torch.is_grad_enabled() and len(pixel_values) > FRAMES_PER_PASS:
+            return torch.cat([self.project(part) for part in pixel_values.split(FRAMES_PER_PASS)])
         return self.projector(self.features(pixel_values))
 
     def pool(self, projected: Tensor) -> Tensor:
