@@ -18,7 +18,7 @@ ask: $(VENV)/ready
 
 # The fast tests, two files at a time: no network, no browser, no compiler.
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --durations 10
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --durations 10
 
 # The same, two files at a time, with DeepSpeed, trackers and SmolLM2, which are else skipped; DeepSpeed's need a C++
 # compiler.

@@ -20,9 +20,11 @@ from typing import Any
 import click
 import torch
 
-from vidlada.api import EncodedVideo, VidLaDA, load
+from vidlada.api import VidLaDA
 from vidlada.cli.options import one_line_errors
+from vidlada.conversation import EncodedVideo
 from vidlada.errors import InputError
+from vidlada.loading import load
 from vidlada.shapes.benchmark import points, read_questions
 from vidlada.shapes.dataset import question_of
 from vidlada.shapes.questions import BENCHMARK_FAMILIES

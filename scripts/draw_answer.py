@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import vidlada
-from vidlada.api import Draft
+from vidlada.conversation import Draft
 from vidlada.video import Sampling, sample_frames
 
 WIDTH, MARGIN, FRAME, LINE, SIZE = 960, 24, 104, 30, 19

@@ -38,11 +38,11 @@ unset RANK  # torchrun gives every process its own
 if [[ $nodes == 1 && $devices == 1 ]]; then
     exec "$python" -m vidlada train "$@"
 fi
-"$python" -m vidlada train "$@" --dry-run >/dev/null  # a mistake is told once, and without torchrun's own report
+"$python" -m vidlada train "$@" --dry-run >/dev/null  # a mistake is reported once, and and not by every process
 
 # seconds that torchrun gives processes to save after SIGTERM, before it kills them; it would be 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
-exec "$python" -m torch.distributed.run \
+exec "$python" -m vidlada.training.launch \
     --nnodes "$nodes" --node-rank "$node" --nproc-per-node "$devices" \
     --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$port" \
     -m vidlada train "$@"

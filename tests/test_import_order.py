@@ -15,14 +15,26 @@ ROWS = [
     ["serve"],
     ["engine", "bench", "evaluation"],
     ["__init__"],
+    ["loading"],
     ["api"],
     ["conversation", "data_engine", "info", "training"],
     ["checkpoint", "media"],
     ["decoding", "processor"],
     ["model"],
-    ["fetch", "generation", "images", "shapes", "tiling", "truncation", "video", "video_decoding", "video_index"],
+    [
+        "fetch",
+        "generation",
+        "images",
+        "messages",
+        "shapes",
+        "tiling",
+        "truncation",
+        "video",
+        "video_decoding",
+        "video_index",
+    ],
     ["files", "settings"],
-    ["errors", "machine", "markdown", "noise"],
+    ["errors", "letters", "machine", "markdown", "noise", "scores"],
 ]
 ROW = {room: number for number, row in enumerate(ROWS) for room in row}
 

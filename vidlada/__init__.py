@@ -5,13 +5,21 @@
 >>> print(model.ask("examples/shapes.mp4", "how many shapes are there ?"))
 """
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from vidlada.errors import InputError, VidLaDAError
 
 if TYPE_CHECKING:
-    from vidlada.api import Answer, Conversation, EncodedVideo, VidLaDA, load
+    from vidlada.api import VidLaDA
+    from vidlada.conversation import Answer, Conversation, EncodedVideo
+    from vidlada.loading import load
+
+LAZY = {
+    "Answer": "conversation", "Conversation": "conversation", "EncodedVideo": "conversation", "VidLaDA": "api",
+    "load": "loading",
+}  # fmt: skip
 
 __version__ = version("vidlada")
 __all__ = ["Answer", "Conversation", "EncodedVideo", "InputError", "VidLaDA", "VidLaDAError", "__version__", "load"]
@@ -19,11 +27,9 @@ __all__ = ["Answer", "Conversation", "EncodedVideo", "InputError", "VidLaDA", "V
 
 def __getattr__(name: str) -> Any:
     """Import torch and the model only when they are asked for, so that `vidlada --help` answers at once."""
-    if name in __all__:
+    if name in LAZY:
         from vidlada.noise import quiet_libraries
 
         with quiet_libraries():
-            from vidlada import api
-
-        return getattr(api, name)
+            return getattr(import_module(f"vidlada.{LAZY[name]}"), name)
     raise AttributeError(f"module 'vidlada' has no attribute {name!r}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidlada.checkpoint.load import describe, load_model, load_tokenizer, save_model
+from vidlada.checkpoint.load import save_model
 from vidlada.checkpoint.publish import upload
 from vidlada.conversation import Answer, Conversation, Draft, EncodedVideo
 from vidlada.decoding.choices import check_choices
@@ -23,23 +23,15 @@ from vidlada.decoding.token_reduction import reduce_visual
 from vidlada.errors import InputError
 from vidlada.fetch import Fetching, Progress
 from vidlada.generation import GenerationSettings, PromptSettings
-from vidlada.info import PROMPT_TOKENS, check_memory, check_memory_of_weights, free_memory, memory_need
+from vidlada.info import PROMPT_TOKENS, check_memory, free_memory, memory_need
 from vidlada.media import Pictures, is_image, local, media_list, read_image, read_video
-from vidlada.model.hub import local_folder, with_revision
-from vidlada.model.quantization import Quantization, quantize
+from vidlada.messages import THINK, Message, pieces_of
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
-from vidlada.processor import (
-    THINK,
-    EncodedConversation,
-    Message,
-    VidLaDAProcessor,
-    pieces_of,
-)
+from vidlada.processor import EncodedConversation, VidLaDAProcessor
 from vidlada.settings import settings_of
 from vidlada.tiling import MediaShape, pictures_of
 from vidlada.video import MAX_FRAMES, Sampling
 
-SHIPPED = "tiny"
 TOKENS_OF_A_TIME = 12  # at most, of a frame's time in the time instruction
 PIECE_CONTEXT = 8  # tokens before a token that may change its text
 
@@ -86,7 +78,7 @@ class VidLaDA:
         prompt: PromptSettings | None = None,
         fetching: Fetching | None = None,
     ) -> list[EncodedVideo]:
-        """Videos and images of one conversation as visual tokens, one after another.
+        """Encode the videos and images of one conversation into visual tokens, one after another.
 
         Args:
             media: one, or a list in the order of the conversation; each as for `encode_video`. A single image is
@@ -142,7 +134,7 @@ class VidLaDA:
         decoded = time.perf_counter()
         self._check_memory([*others, pictures.shape], settings)
         with torch.inference_mode():
-            pixels = self.processor.pixel_values(pictures.images).to(self.model.device, self.model.dtype)
+            pixels = self.processor.pixel_values(pictures.images, self.model.device, self.model.dtype)
             (tokens,) = self.model.encode_media(pixels, [pictures.shape])
         seconds = {"video": decoded - started, "vision": time.perf_counter() - decoded}
         return EncodedVideo(tokens, pictures.times, pictures.info, seconds, pictures.shape, is_image)
@@ -154,7 +146,7 @@ class VidLaDA:
         settings: GenerationSettings,
         prompt: PromptSettings | None = None,
     ) -> int:
-        """Most frames of each of some videos for which context and free memory suffice.
+        """Return the largest number of frames per video that fits the context and the free memory.
 
         Args:
             others: shapes of what else the conversation shows.
@@ -187,7 +179,7 @@ class VidLaDA:
         return min(most, MAX_FRAMES)
 
     def request(self, encoded: EncodedConversation, visual_tokens: Tensor, settings: GenerationSettings) -> Request:
-        """What the decoding loop needs to go on with a conversation.
+        """Build the decoding request for the next answer of a conversation.
 
         Args:
             encoded: as the processor encodes it.
@@ -210,7 +202,7 @@ class VidLaDA:
         )
 
     def draft(self, state: State, reasoning: str = "", thinks: bool = False) -> Draft:
-        """A state as text.
+        """Decode a state to text.
 
         Args:
             state: of the thought or the answer.
@@ -256,8 +248,8 @@ class VidLaDA:
         check_memory(need.working, self.model.device, what, instead)
 
     def settings(self, **generation: Any) -> GenerationSettings:
-        """This checkpoint's generation defaults with some of them changed."""
-        settings = GenerationSettings.from_dict(self.model.config.generation or {}).updated(**generation)
+        """Return this checkpoint's generation settings with the given ones changed."""
+        settings = GenerationSettings.from_dict(self.model.config.generation or {}).replace(**generation)
         check_choices(settings)  # before any work starts
         return settings
 
@@ -278,11 +270,11 @@ class VidLaDA:
         return self.chat(media, **options).ask(question, choices)
 
     def stream(self, media: Any, question: str, **options: Any) -> Iterator[Draft]:
-        """As `ask`, but yields a draft after every denoising step."""
+        """Answer like `ask`, yielding a draft after every denoising step."""
         return self.chat(media, **options).stream(question)
 
     def chat(self, media: Any, **options: Any) -> "Conversation":
-        """Several questions about videos and images, which are encoded once; options as for `ask`."""
+        """Start a conversation about videos and images, which are encoded once; options as for `ask`."""
         sampling, prompt, fetching, generation = split_options(options)
         settings = self.settings(**generation)
         return Conversation(self, self.encode_media(media, sampling, settings, prompt, fetching), settings, prompt)
@@ -307,7 +299,7 @@ class VidLaDA:
         if last.get("role") != "user":
             raise InputError("the last message must be the user's")
         conversation.messages += earlier
-        for _ in conversation.drafts(last):
+        for _ in conversation.states(last):
             pass
         return conversation.last
 
@@ -400,8 +392,7 @@ SAMPLING_OPTIONS = {listed.alias or name: name for name, (_, listed, _) in setti
 
 
 def split_options(options: dict[str, Any]) -> tuple[Sampling, PromptSettings, Fetching, dict[str, Any]]:
-    """Options of `ask` as how to sample frames, what to put into the prompt, limits of downloads, and generation
-    settings.
+    """Split the options of `ask` into frame sampling, prompt settings, download limits and generation settings.
 
     Raises:
         InputError: an option is unknown or out of bounds.
@@ -418,79 +409,3 @@ def split_options(options: dict[str, Any]) -> tuple[Sampling, PromptSettings, Fe
             f"unknown option {', '.join(unknown)}; known: {', '.join(sorted([*SAMPLING_OPTIONS, *others]))}"
         )
     return Sampling(**sampling), PromptSettings(**prompt), Fetching(**fetching), options
-
-
-def model_folder(name_or_folder: str | Path, revision: str | None = None, what: str = "model") -> Path:
-    """Folder of a model or adapter given by name; `InputError` if there is none.
-
-    Args:
-        name_or_folder: `tiny`, the model in the package; a folder; or a name of the Hugging Face hub, `owner/name` or
-            `owner/name@revision`, which is downloaded into the hub's cache.
-        revision: of a name of the hub: a branch, tag or commit.
-        what: is looked for, for messages.
-    """
-    if str(name_or_folder) == SHIPPED and revision is None:
-        return Path(__file__).parent / "weights" / SHIPPED
-    return local_folder(with_revision(str(name_or_folder), revision), what)
-
-
-def load(
-    name_or_folder: str | Path = SHIPPED,
-    dtype: str | torch.dtype = "auto",
-    device: str | None = None,
-    device_map: Any = None,
-    quantization: Quantization | None = None,
-    compiled: bool = False,
-    adapter: str | Path | None = None,
-    revision: str | None = None,
-) -> VidLaDA:
-    """Load a model.
-
-    Args:
-        name_or_folder: `tiny`, the model in the package; a folder in our, the published or the text-only layout; or a
-            name of the Hugging Face hub, `owner/name` or `owner/name@revision`.
-        dtype: of the weights; `auto` is float32 on a CPU, and the stored type elsewhere.
-        device: `cuda`, `cpu`, …; the first GPU by default, else the CPU.
-        device_map: as in transformers, to spread a model over devices.
-        quantization: of the language model's projections; see `vidlada.model.quantization`.
-        compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
-        adapter: folder or name of a LoRA adapter for this model, to be merged into it. (An adapter may also be loaded
-            by its own name; its base is then the one it names.)
-        revision: of a name of the hub: a branch, tag or commit.
-
-    Raises:
-        InputError: there is no such folder, or it is not a checkpoint of this family.
-        VidLaDAError: the hub cannot be reached.
-    """
-    device = usable_device(device)
-    folder = model_folder(name_or_folder, revision)
-    if dtype == "auto" and device == "cpu":
-        dtype = torch.float32
-    checkpoint = describe(folder)
-    if device_map is None:
-        check_memory_of_weights(checkpoint, dtype, torch.device(device))
-    places = {"device": device, "device_map": device_map, "checkpoint": checkpoint}
-    if adapter is None:
-        model = load_model(folder, dtype, **places)
-    else:
-        from vidlada.checkpoint.load import load_with_adapter
-
-        model = load_with_adapter(model_folder(adapter, what="adapter"), dtype, folder, **places)
-    model.eval()
-    if quantization is not None:
-        quantize(model.language_model, quantization)
-    if compiled:
-        model.language_model.compile_layers()
-    processor = VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
-    return VidLaDA(model, processor, with_revision(str(name_or_folder), revision))
-
-
-def usable_device(device: str | None) -> str:
-    """The device asked for, or the first GPU, or the CPU; `InputError` if this machine lacks it."""
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device

@@ -1,4 +1,4 @@
-"""Questions and answers about videos and images: what has been seen, drafts and answers, and the conversation."""
+"""Conversations about videos and images: encoded media, drafts and answers."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from vidlada.decoding.scoring import score_answers
 from vidlada.decoding.streaming import StableText
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings, PromptSettings
-from vidlada.processor import Message, place_media, time_instruction, with_think_mode
+from vidlada.messages import Message, place_media, time_instruction, with_think_mode
 from vidlada.settings import check_unicode
 from vidlada.tiling import MediaShape
 from vidlada.video import VideoInfo
@@ -42,7 +42,7 @@ class EncodedVideo:
 
     @property
     def duration(self) -> float:
-        """Seconds the video lasts; for an array of frames, up to the last frame."""
+        """Duration in seconds; for an array of frames, the time of the last frame."""
         if self.info is not None:
             return self.info.duration
         return self.times[-1] if self.times else 0.0
@@ -50,7 +50,7 @@ class EncodedVideo:
 
 @dataclass(frozen=True)
 class Draft:
-    """An answer in the making.
+    """A partial answer after a denoising step.
 
     Attributes:
         state: the decoding loop's snapshot.
@@ -67,7 +67,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said.
+    """An answer and how it was decoded.
 
     Attributes:
         text: the answer.
@@ -93,12 +93,12 @@ class Answer:
         return self.text
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, ready for JSON."""
         return asdict(self)
 
 
 class Conversation:
-    """Questions and answers about videos and images.
+    """A conversation about videos and images, which are encoded once.
 
     Args:
         vidlada: the model.
@@ -124,26 +124,27 @@ class Conversation:
 
     @property
     def times(self) -> tuple[float, ...]:
-        """Seconds of all frames, of all media in order."""
+        """Time of every frame in seconds, over all media in order."""
         return tuple(time for medium in self.media for time in medium.times)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Time spent on all media, by phase."""
+        """Seconds spent on all media, by phase."""
         phases = dict.fromkeys(phase for medium in self.media for phase in medium.seconds)
         return {phase: sum(medium.seconds.get(phase, 0.0) for medium in self.media) for phase in phases}
 
     def request(self, question: str) -> Request:
-        """What the decoding loop needs to answer the next question."""
+        """Build the decoding request for the next question."""
         return self.request_for(self._user(question))
 
     def request_for(self, message: Message) -> Request:
-        """The same for a message of the user with parts."""
+        """Build the decoding request for a user message with content parts."""
         shapes = [medium.shape for medium in self.media]
         self.vidlada._check_memory(shapes, self.settings)
         messages = with_think_mode([*self.messages, message], self.settings.think)
         encoded = self.vidlada.processor.encode(messages, shapes)
-        empty = torch.empty(0, self.vidlada.model.language_model.config.hidden_size, device=self.vidlada.model.device)
+        model = self.vidlada.model
+        empty = torch.empty(0, model.language_model.config.hidden_size, device=model.device, dtype=model.dtype)
         tokens = torch.cat([empty, *(medium.visual_tokens for medium in self.media)])
         return replace(self.vidlada.request(encoded, tokens, self.settings), visual=self.visual)
 
@@ -157,7 +158,7 @@ class Conversation:
             videos = [medium for medium in self.media if not medium.is_image]
             if len(videos) != 1:
                 raise InputError(f"time_instruction tells the times of one video, not of {len(videos)}")
-            question = f"{time_instruction(videos[0].times, videos[0].duration)}\n{question.strip()}"
+            question = f"{time_instruction(videos[0].times, videos[0].duration)}\n{question}"
         parts = [{"type": "image" if medium.is_image else "video"} for medium in self.media]
         return {"role": "user", "content": place_media(question, parts)}
 
@@ -171,24 +172,32 @@ class Conversation:
         self._remember(message)
 
     def drafts(self, message: Message) -> Iterator[Draft]:
-        """Answer a message, which is not remembered, yielding a draft after every step."""
+        """Answer a message without adding it to the history, yielding a draft after every step."""
+        for state, stable in self.states(message):
+            yield self.vidlada.draft(state, "" if stable.thinking else stable.reasoning, stable.thinking)
+
+    def states(self, message: Message) -> Iterator[tuple[State, StableText]]:
+        """Answer a message without adding it to the history: the state and certain text after every step. Drafts
+        cost time; where nobody sees them, none are built."""
         for _, state, stable in self.vidlada.decode([self.request_for(message)]):
             if stable.finish_reason is not None:
                 self.last, self.visual = self.answer(state, stable), state.visual
-            yield self.vidlada.draft(state, "" if stable.thinking else stable.reasoning, stable.thinking)
+            yield state, stable
 
     def ask(self, question: str, choices: Sequence[str] | None = None) -> Answer:
-        """Answer the next question, with one of the choices if there are any."""
+        """Answer the next question; with `choices`, by the most likely of them."""
         if choices is not None:
             self.last = self.choose(question, choices)
             self._remember(self._user(question))
             return self.last
-        for _ in self.stream(question):
+        message = self._user(question)
+        for _ in self.states(message):
             pass
+        self._remember(message)
         return self.last
 
     def choose(self, question: str, choices: Sequence[str]) -> Answer:
-        """The likeliest of several answers, found in one pass; of the settings only `gen_length` matters.
+        """Score the given answers in one forward pass and return the most likely; uses `gen_length` only.
 
         Raises:
             InputError: there is no choice, an empty one, or one twice.
@@ -212,12 +221,12 @@ class Conversation:
         )
 
     def _remember(self, message: Message) -> None:
-        """Models trained on conversations see the earlier turns."""
+        """Add the turn to the history if the model was trained on conversations."""
         if self.vidlada.model.config.multi_turn:
             self.messages += [message, {"role": "assistant", "content": self.last.text}]
 
     def answer(self, state: State, stable: StableText) -> Answer:
-        """A finished state and its text as an answer."""
+        """Build the answer from a finished state and its text."""
         return Answer(
             text=stable.text + self.settings.suffix,
             token_ids=state.answer_ids()[: stable.tokens],

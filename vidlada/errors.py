@@ -2,12 +2,12 @@
 
 
 class VidLaDAError(Exception):
-    """Something went wrong that a message explains; the command line prints it as one line."""
+    """Base of all errors raised on purpose; the command line prints them as one line."""
 
     exit_code = 1
 
 
 class InputError(VidLaDAError):
-    """What the user gave cannot be used: a file, an option, a configuration value."""
+    """Invalid input: a file, an option or a configuration value that cannot be used."""
 
     exit_code = 2

@@ -1,4 +1,4 @@
-"""Videos and images at http(s) addresses that the user names, as temporary files."""
+"""Download videos and images from http(s) URLs into temporary files."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int | None], Any]  # address, bytes so far, bytes
 
 @dataclass(frozen=True)
 class Fetching:
-    """How much is downloaded."""
+    """Limits of downloads."""
 
     max_download_mb: int = setting(
         2048, "Largest video or image taken from a web address, in MiB.", minimum=1, maximum=2**30, metavar="MIB"
@@ -34,13 +34,13 @@ class Fetching:
 
 
 def is_url(source: Any) -> bool:
-    """Whether a medium is named by its address on the web."""
+    """Return whether a medium is given by an http(s) URL."""
     return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
 
 
 @contextmanager
-def fetched(url: str, fetching: Fetching | None = None, progress: Progress | None = None) -> Iterator[Path]:
-    """A temporary file with what is at an address, for as long as the context is open.
+def download(url: str, fetching: Fetching | None = None, progress: Progress | None = None) -> Iterator[Path]:
+    """Download a URL into a temporary file, which is deleted when the context ends.
 
     Proxies of the environment are used. Unlike the server's clients, who are strangers, the user may name any address.
 
@@ -94,7 +94,7 @@ def fetched(url: str, fetching: Fetching | None = None, progress: Progress | Non
 
 
 def picture_suffix(path: Path) -> str | None:
-    """The suffix of a picture file by its first bytes; None if it seems to be none."""
+    """Return the suffix of an image file from its first bytes, or None if it is not an image."""
     with path.open("rb") as file:
         head = file.read(16)
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
@@ -103,7 +103,7 @@ def picture_suffix(path: Path) -> str | None:
 
 
 def _suffix(url: str) -> str:
-    """How the name at the end of an address ends."""
+    """Return the file suffix of a URL."""
     try:
         suffix = Path(unquote(urlsplit(url).path)).suffix
     except ValueError:  # half an IPv6 address; the client refuses it by name

@@ -1,8 +1,9 @@
-"""Files: written whole or not at all, locked, read as JSON."""
+"""File helpers: atomic writes, locks, JSON."""
 
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +26,39 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` to fill; in the end it becomes `folder`, which must be missing or empty.
+
+    Raises:
+        InputError: `folder` is in use, or a run that was killed left a partial one.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is in use; give a new folder")
+    partial = folder.with_name(folder.name + PARTIAL)
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError as error:
+        raise InputError(f"{partial} is left from an interrupted run; remove it and try again") from error
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8, whole or not at all."""
+    """Write a text in UTF-8, whole or not at all; halves of characters, as in names of files, become escapes."""
     with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def lock(file: IO[Any] | int, busy: str, shared: bool = False) -> None:
@@ -50,7 +80,7 @@ def lock(file: IO[Any] | int, busy: str, shared: bool = False) -> None:
 
 @contextmanager
 def open_folder(folder: Path) -> Iterator[int]:
-    """A descriptor of a folder, to lock it."""
+    """Open a descriptor of a folder, to lock it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield descriptor
@@ -58,8 +88,14 @@ def open_folder(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def json_line(value: Any) -> str:
+    """A value as JSON on one line, readable where UTF-8 holds it: names of files may hold halves of characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isascii() or text.encode("utf-8", "ignore").decode() == text else json.dumps(value)
+
+
 def read_json(path: Path, what: str = "JSON") -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Args:
         path: of the file.
@@ -76,3 +112,16 @@ def read_json(path: Path, what: str = "JSON") -> Any:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not {what} ({error})") from error
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """What the lines of a file hold, but for empty ones; errors as for `read_json`."""
+    try:
+        # not `splitlines`: it also splits at characters that may stand inside JSON's texts
+        return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not lines of JSON ({error})") from error

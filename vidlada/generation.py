@@ -1,5 +1,4 @@
-"""Settings of prompts and of decoding: the one list of them, which the command line, the server
-and the docs follow."""
+"""Settings of prompts and decoding, listed once; the command line, the server and the docs follow this list."""
 
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, fields, is_dataclass, replace
@@ -7,15 +6,23 @@ from types import NoneType
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from vidlada.errors import InputError
-from vidlada.settings import INT64, check_settings, setting, shown
+from vidlada.settings import INT64, check_settings, format_value, setting
 
 Remasking = Literal["low_confidence", "random"]
+# Cache and commit rule of each speed: on the frontier of `vidlada bench quality` (docs/benchmarks.md)
+SPEEDS: dict[str, dict[str, str | None]] = {
+    "exact": {"cache": "none", "commit": None},
+    "balanced": {"cache": "mars", "commit": "threshold:confidence=0.9"},
+    "fast": {"cache": "dual", "commit": "factor:factor=1"},
+}
+PACES = ("commit", "threshold", "factor", "steps")  # settings that replace each other
+Noise = Literal["auto", "torch", "counter"]
 MAX_SLOTS = 2**17  # more answer slots or steps than any model of the family has positions
 
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """What is put into the prompt beside the video and the question."""
+    """What the prompt contains besides the video and the question."""
 
     time_instruction: bool = setting(False, "Tell the model when its frames were taken.")
     system: str | None = setting(None, "System message instead of the checkpoint's own.", max_length=100_000)
@@ -26,15 +33,15 @@ class PromptSettings:
 
 @runtime_checkable
 class CachePolicy(Protocol):
-    """What a cache policy looks like from here; see `vidlada.decoding.policies.base.Policy`."""
+    """Interface of a cache policy; see `vidlada.decoding.policies.base.Policy`."""
 
     name: ClassVar[str]
 
     def plan(self, context: Any) -> Any:
-        """The plan of a step."""
+        """Return the plan of a step."""
 
     def entries(self, layers: int) -> list[int]:
-        """Layers above 0 at which segments may join."""
+        """Return the layers above 0 at which segments may join."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +111,25 @@ class GenerationSettings:
         "", "Fixed text after the answer slots, visible from the first step and returned.", max_length=10_000
     )
     seed: int = setting(0, "Of every random choice of this answer.", minimum=-INT64, maximum=INT64 - 1, essential=True)
+    noise: Noise = setting(
+        "auto",
+        "Random numbers: torch, drawn on the CPU in the published order; counter, computed from seed and place where "
+        "the model is, much faster on a GPU; auto, torch on a CPU and counter elsewhere.",
+        choices=("auto", "torch", "counter"),
+    )
     cache: str | CachePolicy = setting(
         "none",
-        "What is reused between steps: none, prefix, dual, frozen, interval, sparse or mars, with settings after a "
-        "colon, e.g. mars:text=8,ratio=2.",
+        "What is reused between steps: none, prefix, dual, frozen, interval, dllm, dkv, elastic, sparse or mars, "
+        "with settings after a colon, e.g. mars:text=8,ratio=2.",
         max_length=200,
         essential=True,
         metavar="POLICY",
+    )
+    speed: Literal["exact", "balanced", "fast"] | None = setting(
+        None,
+        "Chooses cache and commit rule where they are not given.",
+        choices=tuple(SPEEDS),
+        essential=True,
     )
     reuse: int = setting(
         0,
@@ -144,7 +163,7 @@ class GenerationSettings:
             object.__setattr__(self, "stop", tuple(self.stop))
         check_settings(self, skip=() if isinstance(self.cache, str | NoneType) else ("cache",))
         if not isinstance(self.cache, str | CachePolicy):
-            raise InputError(f"cache must be a text or a cache policy, not {shown(self.cache)}")
+            raise InputError(f"cache must be a text or a cache policy, not {format_value(self.cache)}")
         if self.gen_length % self.block_length:
             raise InputError(
                 f"block_length {self.block_length} does not divide gen_length {self.gen_length}; "
@@ -169,21 +188,21 @@ class GenerationSettings:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks the answer is decoded in."""
+        """Number of blocks of the answer."""
         return self.gen_length // self.block_length
 
     @property
     def steps_per_block(self) -> int:
-        """Steps each block may take; one token a step unless `steps` says otherwise."""
+        """Denoising steps per block; one token a step unless `steps` is set."""
         return self.block_length if self.steps is None else self.steps // self.num_blocks
 
     @property
     def slots(self) -> int:
-        """Slots of the answer, and of its thought if there is one."""
+        """Slots of the answer and of its thought, if there is one."""
         return self.gen_length + (self.think_length if self.think else 0)
 
     def of_thought(self) -> "GenerationSettings":
-        """How the thought is decoded: as the answer and at its pace, in slots of its own."""
+        """Return the settings for decoding the thought: the same pace, in its own slots."""
         length = self.think_length
         block = max(n for n in range(1, min(self.block_length, length) + 1) if length % n == 0)
         steps = self.steps
@@ -194,35 +213,41 @@ class GenerationSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GenerationSettings":
-        """Settings from a mapping; an unknown name is an `InputError` that lists the known ones."""
-        return cls().updated(**values)
+        """Build settings from a mapping; an unknown name raises an `InputError` that lists the known ones."""
+        return cls().replace(**values)
 
-    def updated(self, **changes: Any) -> "GenerationSettings":
-        """A copy with some settings changed; None leaves a setting as it is.
+    def replace(self, **changes: Any) -> "GenerationSettings":
+        """Return a copy with some settings changed; None leaves a setting unchanged.
 
         A `gen_length` that the default `block_length` does not divide takes the largest block that does, unless
-        `block_length` is given too. `commit`, `threshold`, `factor` and `steps` replace each other.
+        `block_length` is given too. `commit`, `threshold`, `factor` and `steps` replace each other. `speed` sets cache
+        and commit rule, as far as they are not among the changes.
         """
         known = {entry.name for entry in fields(self)}
         unknown = sorted(set(changes) - known)
         if unknown:
             raise InputError(f"unknown generation setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         given = {name: value for name, value in changes.items() if value is not None}
-        paces = {"commit", "threshold", "factor", "steps"}
-        if paces & set(given):
-            given = dict.fromkeys(paces) | given
+        speed = given.get("speed")
+        preset = SPEEDS.get(speed, {}) if isinstance(speed, str) else {}
+        if any(pace in given for pace in PACES):
+            given = dict.fromkeys(PACES) | given
+        elif preset:
+            given = dict.fromkeys(PACES) | {"commit": preset["commit"]} | given
+        if preset:
+            given = {"cache": preset["cache"]} | given
         gen_length = given.get("gen_length")
         if "block_length" not in given and isinstance(gen_length, int) and gen_length > 0:
             given["block_length"] = max(n for n in range(1, self.block_length + 1) if gen_length % n == 0)
         return replace(self, **given)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for JSON; a cache policy as its text."""
+        """Return plain values, ready for JSON; a cache policy becomes its text."""
         return {**asdict(self), "cache": policy_text(self.cache)}
 
 
 def policy_text(cache: str | CachePolicy) -> str:
-    """A cache as the command line takes it: `name:setting=value,…` with the settings that are not defaults."""
+    """Format a cache policy as the command line takes it: `name:setting=value,…`, without default settings."""
     if isinstance(cache, str):
         return cache
     entries: tuple[Field[Any], ...] = fields(cache) if is_dataclass(cache) else ()

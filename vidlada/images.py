@@ -21,13 +21,13 @@ SUBFILE_TYPE, REDUCED, MASK = 254, 1, 4  # TIFF pages that are a smaller copy or
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """What to sort names by, so that 2 comes before 10."""
+    """Sort key of file names by which 2 comes before 10."""
     return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in re.findall(r"[0-9]+|[^0-9]+", name)]
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What a picture file holds.
+    """Size and frame times of an image file.
 
     Attributes:
         width, height: pixels, upright.
@@ -46,7 +46,7 @@ class ImageInfo:
 
 
 def open_images(source: str | Path | bytes, background: str = "white") -> list[np.ndarray]:
-    """All pictures of a file: one of a still picture, several of an animation or a paged TIFF.
+    """Read all images of a file: one of a still image, several of an animation or a paged TIFF.
 
     Args:
         source: path or content of the file.
@@ -63,12 +63,12 @@ def open_images(source: str | Path | bytes, background: str = "white") -> list[n
 
 
 def image_info(source: str | Path | bytes) -> ImageInfo:
-    """What a picture file holds; of an animation, the times of its pictures.
+    """Read the size of an image file and, for an animation, the times of its frames.
 
     Raises:
         InputError: it is not a picture Pillow can open, and why.
     """
-    with _opened(source) as image:
+    with _open(source) as image:
         name = (image.format or "image").lower()
         pages = _pages(image)
         seconds, duration = None, 0.0
@@ -82,7 +82,7 @@ def image_info(source: str | Path | bytes) -> ImageInfo:
 def read_images(
     source: str | Path | bytes, pages: Sequence[int], background: str = "white"
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Some pictures of a file.
+    """Read some images of a file.
 
     Args:
         source: path or content of the file.
@@ -95,15 +95,15 @@ def read_images(
     Raises:
         InputError: it cannot be read, and why.
     """
-    with _opened(source) as image:
+    with _open(source) as image:
         for page in pages:
             image.seek(page)
             yield page, to_rgb(ImageOps.exif_transpose(image), BACKGROUNDS[background])
 
 
 @contextmanager
-def _opened(source: str | Path | bytes) -> Iterator[Image.Image]:
-    """The opened picture; Pillow's errors become ours."""
+def _open(source: str | Path | bytes) -> Iterator[Image.Image]:
+    """Open an image, turning Pillow's errors into ours."""
     name = "the image" if isinstance(source, bytes) else str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -117,7 +117,7 @@ def _opened(source: str | Path | bytes) -> Iterator[Image.Image]:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height once turned as EXIF says, without decoding."""
+    """Return width and height after the EXIF rotation, without decoding."""
     sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     if sideways and image.format != "TIFF":  # whose reader has turned the size already
         return image.height, image.width
@@ -141,14 +141,14 @@ def _pages(image: Image.Image) -> list[int]:
 
 
 def _shown_seconds(image: Image.Image, page: int) -> float:
-    """How long a picture of an animation is shown."""
+    """Return how long a frame of an animation is shown, in seconds."""
     image.seek(page)
     image.load()  # WebP knows it only then
     return float(image.info.get("duration") or 1000 * UNTIMED_SECONDS) / 1000
 
 
 def to_rgb(image: Image.Image, background: int = 255) -> np.ndarray:
-    """A Pillow image of any mode as (height, width, 3) uint8 RGB.
+    """Convert a Pillow image of any mode to (height, width, 3) uint8 RGB.
 
     More than 8 bits: 0 stays black, and white is the largest number of as many bits as the brightest place needs (a
     12-bit camera's pictures come in 16 bits). Floating point: 0 to 1 is black to white, likewise. Pictures with
@@ -171,7 +171,7 @@ def to_rgb(image: Image.Image, background: int = 255) -> np.ndarray:
 
 
 def grey_levels(values: np.ndarray) -> np.ndarray:
-    """Numbers of any range as uint8; see `to_rgb`."""
+    """Scale values of any range to uint8; see `to_rgb`."""
     wide = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(wide.min()), float(wide.max())
     if low < 0:

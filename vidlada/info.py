@@ -1,4 +1,4 @@
-"""What a checkpoint is, how much memory a run needs, what this machine can do."""
+"""Facts about a checkpoint, the memory a run needs, and this machine."""
 
 import os
 import platform
@@ -16,6 +16,7 @@ from vidlada.errors import InputError
 from vidlada.generation import CachePolicy
 from vidlada.machine import processor
 from vidlada.model.config import VidLaDAConfig
+from vidlada.model.vision import FRAMES_PER_PASS
 from vidlada.tiling import MediaShape, pictures_of
 
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -25,7 +26,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Estimated bytes of one run.
+    """Estimated memory of one run, in bytes.
 
     Attributes:
         tokens: of the whole sequence.
@@ -43,12 +44,12 @@ class MemoryNeed:
 
     @property
     def working(self) -> int:
-        """Bytes at the peak besides the weights: the two phases do not overlap."""
+        """Peak bytes besides the weights; the two phases do not overlap."""
         return max(self.vision, self.denoising + self.cache)
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """Peak bytes."""
         return self.weights + self.working
 
 
@@ -80,7 +81,7 @@ def memory_need(
     visual = sum(map(config.visual_tokens, shapes))
     tokens = round(visual_keep * visual) + PROMPT_TOKENS + gen_length
     layer = max(4 * width, 3 * mlp) * value_bytes + 2 * width * value_bytes + 4 * width
-    patches = max(map(pictures_of, shapes), default=0) * config.patches_per_side**2
+    pictures, cells = max(map(pictures_of, shapes), default=0), config.patches_per_side**2
     tower_width, tower_mlp = vision.hidden_size, vision.intermediate_size
     tower = max(4 * tower_width, 2 * tower_mlp, 2 * width) * value_bytes + 2 * tower_width * value_bytes
     logits = gen_length * text.vocab_size * (4 + 8)
@@ -89,13 +90,16 @@ def memory_need(
     if policy is not None:
         states = 2 + len(policy.entries(text.num_hidden_layers))  # entering the first layer, leaving the last
         kept = key_value_bytes(text, tokens, value_bytes) + states * tokens * width * value_bytes
-    return MemoryNeed(tokens, parameters * value_bytes, patches * tower, tokens * layer + logits, kept)
+    through = min(pictures, FRAMES_PER_PASS) * cells * tower + pictures * cells * width * value_bytes
+    return MemoryNeed(tokens, parameters * value_bytes, through, tokens * layer + logits, kept)
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device; None where the system does not tell."""
+    """Return the free memory of a device in bytes; None where the system does not report it."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # what PyTorch's allocator keeps of freed tensors can be had again
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     listing = Path("/proc/meminfo")
     if device.type != "cpu" or not listing.exists():
         return None
@@ -104,7 +108,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def check_memory(need: int, device: torch.device, what: str, instead: str) -> None:
-    """Refuse what cannot fit before it starts.
+    """Raise an error before a run that cannot fit.
 
     Args:
         need: bytes.
@@ -123,12 +127,12 @@ def check_memory(need: int, device: torch.device, what: str, instead: str) -> No
 
 
 def parameter_count(checkpoint: Checkpoint) -> int:
-    """Weights of a checkpoint, its tower's included."""
+    """Number of parameters of a checkpoint, including its vision tower."""
     return sum(torch.Size(e.shape).numel() for e in (*checkpoint.entries.values(), *checkpoint.tower.values()))
 
 
 def check_memory_of_weights(checkpoint: Checkpoint, dtype: str | torch.dtype, device: torch.device) -> None:
-    """Refuse to load what cannot fit.
+    """Raise an error before loading weights that cannot fit.
 
     Args:
         checkpoint: to be loaded.
@@ -143,13 +147,13 @@ def check_memory_of_weights(checkpoint: Checkpoint, dtype: str | torch.dtype, de
 
 
 def loaded_bytes(checkpoint: Checkpoint, dtype: str | torch.dtype) -> int:
-    """Of one weight, once loaded in a type; `auto` is the stored one."""
+    """Bytes of one weight once it is loaded as a type; `auto` is the stored type."""
     loaded = weights_type(dtype)
     return STORED_BYTES.get(checkpoint.dtype, 4) if loaded is None else loaded.itemsize
 
 
 def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto", cache: str = "none") -> dict[str, Any]:
-    """Plain values that describe a checkpoint and its memory need."""
+    """Describe a checkpoint and its memory need as plain values."""
     config = checkpoint.config
     text = config.text
     entries = [*checkpoint.entries.values(), *checkpoint.tower.values()]
@@ -189,7 +193,7 @@ def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto", c
 
 
 def machine_facts() -> dict[str, Any]:
-    """Plain values that describe this machine."""
+    """Describe this machine as plain values."""
     devices = [
         {
             "name": torch.cuda.get_device_name(number),

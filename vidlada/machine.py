@@ -1,4 +1,4 @@
-"""The machine a figure was measured on: its name, its clock, its memory."""
+"""The machine a benchmark runs on: name, clock, memory."""
 
 import ctypes
 import platform
@@ -17,14 +17,14 @@ RESET_PEAK = "5"  # proc(5): resets the peak resident set size
 
 
 def machine(device: str) -> str:
-    """Name of what computes."""
+    """Return the name of the GPU or processor."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def processor() -> str:
-    """The processor's name; Linux keeps it where Python does not look."""
+    """Return the processor's name, on Linux from /proc/cpuinfo."""
     listing = Path("/proc/cpuinfo")
     names = (
         [line for line in listing.read_text().splitlines() if line.startswith("model name")] if listing.exists() else []
@@ -33,14 +33,14 @@ def processor() -> str:
 
 
 def now(device: str) -> float:
-    """Seconds, once all that was asked of the device is done."""
+    """Return a time in seconds after synchronising the device."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def reset_peak_memory(device: str) -> None:
-    """Forget the peak so far, where the system can."""
+    """Reset the peak memory, where the system supports it."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR_REFS.exists():
@@ -48,7 +48,7 @@ def reset_peak_memory(device: str) -> None:
 
 
 def peak_memory(device: str) -> int:
-    """Most bytes held since the reset, or since the start where the system knows no reset: allocated on a GPU, else
+    """Most bytes in use since the reset, or since the start where the system knows no reset: allocated on a GPU, else
     resident of the process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
@@ -60,12 +60,12 @@ def peak_memory(device: str) -> int:
 
 
 def resident_memory() -> int:
-    """Bytes of memory this process has now; 0 where the system does not say."""
+    """Return the resident memory of this process in bytes; 0 where the system does not report it."""
     return int(MAPPED.read_text().split()[1]) * resource.getpagesize() if MAPPED.exists() else 0
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, where it is glibc.
+    """Let glibc keep freed memory.
 
     By default every large activation is mapped anew and given back, and its pages are zeroed each time they are
     touched: a fifth of a training step on a CPU.
@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
 
 
 def return_free_memory() -> None:
-    """Give the system what the C library keeps of freed memory, where it is glibc.
+    """Return the memory that glibc keeps to the system.
 
     oneDNN keeps a compiled kernel for every shape it has met, up to 1024. Between those small blocks, which stay, the
     holes left by activations of one shape do not fit the next: without this the heap grows for hours.

@@ -1,4 +1,4 @@
-"""What the user names as videos and images, as pictures for the vision tower."""
+"""Turn the videos and images a user gives into pictures for the vision tower."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vidlada.errors import InputError
-from vidlada.fetch import Fetching, Progress, fetched, is_url
+from vidlada.fetch import Fetching, Progress, download, is_url
 from vidlada.images import BACKGROUNDS, open_images, to_rgb
 from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import MediaShape
@@ -19,7 +19,7 @@ from vidlada.video import IMAGE_SUFFIXES, Frames, Sampling, VideoInfo, probe, sa
 
 @dataclass(frozen=True)
 class Pictures:
-    """What of a medium passes the vision tower.
+    """The pictures of a medium that go through the vision tower.
 
     Attributes:
         images: (pictures, height, width, 3) uint8.
@@ -35,14 +35,14 @@ class Pictures:
 
 
 def media_list(media: Any) -> list[Any]:
-    """One medium, several, or none, as a list."""
+    """Return one medium, several, or none as a list."""
     if media is None:
         return []
     return list(media) if isinstance(media, list | tuple) else [media]
 
 
 def is_image(medium: Any) -> bool:
-    """Whether a medium is one picture: an image, an array (height, width, 3), or a file of a single one.
+    """Return whether a medium is one image: a Pillow image, an array (height, width, 3), or an image file.
 
     Raises:
         InputError: the file is missing or cannot be read.
@@ -57,13 +57,13 @@ def is_image(medium: Any) -> bool:
 
 @contextmanager
 def local(media: Sequence[Any], fetching: Fetching, progress: Progress | None) -> Iterator[list[Any]]:
-    """The media with those on the web as temporary files, for as long as the context is open; errors name both."""
+    """Replace URLs by temporary files for as long as the context is open; errors name the URL."""
     names: dict[str, str] = {}
     with ExitStack() as stack:
         found = []
         for medium in media:
             if is_url(medium):
-                path = stack.enter_context(fetched(medium, fetching, progress))
+                path = stack.enter_context(download(medium, fetching, progress))
                 names[str(path)] = medium
                 medium = path
             found.append(medium)
@@ -77,7 +77,7 @@ def local(media: Sequence[Any], fetching: Fetching, progress: Progress | None) -
 
 
 def read_image(medium: Any, processor: VidLaDAProcessor, alone: bool, background: str = "white") -> Pictures:
-    """A picture, tiled as the model takes it.
+    """Read an image, tiled as the model expects.
 
     Args:
         medium: for which `is_image` holds.
@@ -99,7 +99,7 @@ def read_image(medium: Any, processor: VidLaDAProcessor, alone: bool, background
 
 
 def read_video(medium: Any, sampling: Sampling, size: int, check: Callable[[int], Any]) -> Pictures:
-    """Frames of a video.
+    """Read the sampled frames of a video.
 
     Args:
         medium: a file or folder, frames already sampled, or an array (frames, height, width, 3) taken at the

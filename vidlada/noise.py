@@ -1,4 +1,4 @@
-"""What libraries tell their own developers stays away from who uses this package; their errors do not."""
+"""Silence warnings that libraries address to their own developers; errors stay visible."""
 
 import logging
 import warnings
@@ -13,7 +13,7 @@ RENAMED = "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprec
 
 @contextmanager
 def quiet_libraries(*more: str) -> Iterator[None]:
-    """Drop such messages for as long as this lasts; for where those libraries are imported and peft is called.
+    """Drop such messages while the context is open; used where those libraries are imported or called.
 
     Args:
         more: names of further loggers to silence but for errors.

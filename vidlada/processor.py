@@ -1,6 +1,5 @@
 """Conversations and frames to tensors: chat template, tokens, pixel values, and the map of which position is what."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,44 +12,26 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from vidlada.errors import InputError
+from vidlada.messages import (
+    BOS,
+    CHAT_TEMPLATE,
+    END_HEADER,
+    END_OF_ANSWER,
+    END_OF_TURN,
+    START_HEADER,
+    TAGS,
+    THINK_TOKENS,
+    Message,
+    pieces_of,
+)
 from vidlada.model.config import VidLaDAConfig
+from vidlada.settings import check_unicode
 from vidlada.tiling import ImageShape, MediaShape, MergeType, Tiling
-
-Message = dict[str, Any]
-
-BOS, START_HEADER, END_HEADER, END_OF_TURN = (
-    "<|startoftext|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
-MASK, END_OF_TEXT = "<|mdm_mask|>", "<|endoftext|>"
-VIDEO_PLACE = "<image>"
-THINK, END_OF_THINK, STOP_THINK, ANSWER, END_OF_ANSWER = (
-    "<think>", "</think>", "<stop_think>", "<answer>", "</answer>",
-)  # fmt: skip
-THINK_TOKENS = (THINK, END_OF_THINK, STOP_THINK, ANSWER)  # those that the think-mode stage adds to the vocabulary
-THINK_MODES = {True: "/think", False: "/no_think"}
-TAGS = re.compile("(" + "|".join(map(re.escape, (*THINK_TOKENS, END_OF_ANSWER))) + ")")
-PARTS = ("text", "video", "image")
-
-# Messages that say nothing are left out; of the others, the white space around, not that between texts and media.
-CHAT_TEMPLATE = (
-    "{{ '" + BOS + "' }}{% for message in messages %}"
-    "{% set content %}{% if message['content'] is string %}{{ message['content'] }}"
-    "{% elif message['content'] %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% else %}{{ '" + VIDEO_PLACE + "' }}{% if not part['inline'] %}{{ '\n' }}{% endif %}{% endif %}"
-    "{% endfor %}{% endif %}{% endset %}{% if content %}"
-    "{{ '" + START_HEADER + "' + message['role'] + '" + END_HEADER + "\n\n' + content | trim + '" + END_OF_TURN + "' }}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '" + START_HEADER + "assistant" + END_HEADER + "\n\n' }}{% endif %}"
-)
 
 
 @dataclass
 class EncodedConversation:
-    """Token ids of one conversation and, for every position, what it is.
+    """Token ids of one conversation and the role of every position.
 
     Attributes:
         input_ids: token ids; the stand-in of the model's configuration once per visual token.
@@ -79,95 +60,6 @@ class EncodedConversation:
         """Add the places of the visual tokens of a video or an image."""
         self.append([stand_in] * len(frame_index), turn)
         self.frame_index[len(self.frame_index) - len(frame_index) :] = frame_index
-
-
-def time_instruction(times: Sequence[float], duration: float) -> str:
-    """The published sentence that tells the model when its frames were taken.
-
-    Args:
-        times: seconds of each frame.
-        duration: seconds the video lasts.
-    """
-    stamps = ",".join(f"{time:.2f}s" for time in times)
-    return (
-        f"The video lasts for {duration:.2f} seconds, and {len(times)} frames are uniformly sampled from it. "
-        f"These frames are located at {stamps}. Please answer the following questions related to this video."
-    )
-
-
-def pieces_of(message: Message) -> list[str | Message]:
-    """What a message says: texts, with the media between them, as its text is rendered.
-
-    White space around the whole is stripped, that between texts and media is not.
-
-    Returns:
-        Texts and media parts in turn, beginning and ending with a text; empty if the message says nothing.
-
-    Raises:
-        InputError: its role or a part is unknown.
-    """
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant"):
-        raise InputError(f"unknown role {role!r}; use system, user or assistant")
-    pieces: list[str | Message] = [""]
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or ():
-        kind = part.get("type")
-        if kind not in PARTS:
-            raise InputError(f"unknown content part {kind!r}; use text, image or video")
-        if kind == "text":
-            pieces[-1] = str(pieces[-1]) + str(part["text"])
-        else:
-            pieces += [part, "" if part.get("inline") else "\n"]
-    if pieces == [""]:
-        return []
-    pieces[0] = str(pieces[0]).lstrip()
-    pieces[-1] = str(pieces[-1]).rstrip()
-    return pieces
-
-
-def place_media(text: str, media: Sequence[Message]) -> str | list[Message]:
-    """The content of a turn: a text with media.
-
-    They stand in the text's `<image>` marks, if there are as many and more than one; else in front of the text, a line
-    each, as published. Without media a mark is a text like any other.
-
-    Args:
-        text: said.
-        media: parts of type `video` or `image`, in order.
-    """
-    if not media:
-        return text
-    marks = text.count(VIDEO_PLACE)
-    if marks != len(media) or marks == 1:
-        text = text.replace(VIDEO_PLACE, "") if marks == len(media) else text
-        return [*media, {"type": "text", "text": text.strip()}]
-    texts = text.split(VIDEO_PLACE)
-    content: list[Message] = [{"type": "text", "text": texts[0]}]
-    for part, after in zip(media, texts[1:], strict=True):
-        content += [{**part, "inline": True}, {"type": "text", "text": after}]
-    return content
-
-
-def with_think_mode(messages: Sequence[Message], think: bool | None) -> list[Message]:
-    """A conversation with `/think` or `/no_think` directly behind the first user turn, as in training.
-
-    Args:
-        messages: see `VidLaDAProcessor.encode`.
-        think: None leaves them as they are.
-    """
-    found = list(messages)
-    place = next((i for i, message in enumerate(found) if message.get("role") == "user"), None)
-    if think is None or place is None:
-        return found
-    content, mark = found[place].get("content") or "", THINK_MODES[think]
-    if isinstance(content, str):
-        content = content.rstrip() + mark
-    elif content[-1].get("type") == "text":
-        content = [*content[:-1], {"type": "text", "text": str(content[-1]["text"]).rstrip() + mark}]
-    else:
-        content = [*content, {"type": "text", "text": mark}]
-    found[place] = {**found[place], "content": content}
-    return found
 
 
 class VidLaDAProcessor(ProcessorMixin):
@@ -219,7 +111,7 @@ class VidLaDAProcessor(ProcessorMixin):
 
     @classmethod
     def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: VidLaDAConfig) -> "VidLaDAProcessor":
-        """The processor that fits a model."""
+        """Build the processor of a model from its configuration."""
         return cls(
             tokenizer,
             image_size=int(config.vision.image_size),
@@ -236,7 +128,7 @@ class VidLaDAProcessor(ProcessorMixin):
 
     @property
     def tiling(self) -> Tiling:
-        """How images are taken."""
+        """How images are tiled."""
         pinpoints = self.image_grid_pinpoints
         return Tiling(
             self.image_aspect_ratio,
@@ -247,7 +139,7 @@ class VidLaDAProcessor(ProcessorMixin):
         )
 
     def token_id(self, token: str) -> int:
-        """Id of a control token; `InputError` when the tokenizer lacks it."""
+        """Return the id of a control token; `InputError` if the tokenizer lacks it."""
         token_id = self.tokenizer.convert_tokens_to_ids(token)
         if token_id is None or token_id == self.tokenizer.unk_token_id:
             raise InputError(f"the tokenizer has no {token} token; it does not belong to this model family")
@@ -260,7 +152,7 @@ class VidLaDAProcessor(ProcessorMixin):
         return {token: int(self.tokenizer.convert_tokens_to_ids(token)) for token in tokens}
 
     def answer_ids(self, text: str) -> list[int]:
-        """Token ids of what the assistant says: think-mode tags are their own tokens where the tokenizer has them."""
+        """Tokenize an assistant turn; think-mode tags become single tokens where the tokenizer has them."""
         if not self.think_ids:
             return self.text_ids(text)
         ids: list[int] = []
@@ -274,17 +166,22 @@ class VidLaDAProcessor(ProcessorMixin):
         return ids + self.text_ids(pending)
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of plain text; control tokens written inside it stay text."""
+        """Tokenize plain text; control tokens written in it stay text. Lone surrogates raise an `InputError`."""
+        check_unicode("the text", text)
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    def pixel_values(self, images: np.ndarray) -> Tensor:
+    def pixel_values(
+        self, images: np.ndarray, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Resize (bicubic, aspect not kept), scale and normalise frames.
 
         Args:
             images: (frames, height, width, 3) uint8 RGB.
+            device: where the values are wanted. Bytes are sent there, a quarter of what their values take.
+            dtype: of the result; the values are computed in float32.
 
         Returns:
-            (frames, 3, image_size, image_size) float32.
+            (frames, 3, image_size, image_size).
         """
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
@@ -294,17 +191,21 @@ class VidLaDAProcessor(ProcessorMixin):
         size = (self.image_size, self.image_size)
         if images.shape[1:3] != size:
             images = np.stack([np.asarray(Image.fromarray(i).resize(size, Image.Resampling.BICUBIC)) for i in images])
-        scaled = (images * (1 / 255)).astype(np.float32)
-        pixels = (scaled - np.float32(self.pixel_mean)) / np.float32(self.pixel_std)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+        scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
+        values = torch.from_numpy((scaled - np.float32(self.pixel_mean)) / np.float32(self.pixel_std))  # of every byte
+        both = values.to(dtype), torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        if torch.device(device).type == "cuda":
+            both = both[0].pin_memory(), both[1].pin_memory()
+        values, pixels = (tensor.to(device, non_blocking=True) for tensor in both)
+        return values.index_select(0, pixels.flatten().int()).view(pixels.shape)
 
     @property
     def most_frames(self) -> int:
-        """Frames whose visual tokens fit in a conversation, without any text."""
+        """Number of frames that fit the context without any text."""
         return max(0, (self.max_length - self.closing_tokens) // self.tokens_per_frame)
 
     def image_pictures(self, image: np.ndarray, alone: bool = True) -> tuple[np.ndarray, MediaShape]:
-        """What of an image passes the vision tower.
+        """Return the pictures of an image that go through the vision tower.
 
         Args:
             image: (height, width, 3) uint8 RGB.
@@ -319,14 +220,14 @@ class VidLaDAProcessor(ProcessorMixin):
         return (image[None], 1) if self.tiling.as_frames else self.tiling.cut(image, alone)
 
     def media_frame_index(self, shape: MediaShape) -> list[int]:
-        """Frame number of each visual token of a medium; an image is one frame."""
+        """Return the frame number of each visual token of a medium; an image is one frame."""
         if isinstance(shape, ImageShape):
             return [0] * self.tiling.tokens(shape)
         index = np.repeat(np.arange(shape), self.tokens_per_frame).tolist()
         return index + [shape - 1] * self.closing_tokens
 
-    def completed(self, messages: Sequence[Message]) -> list[Message]:
-        """A conversation with the default system message in front, unless it brings one."""
+    def with_system_message(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the conversation with the default system message in front, unless it has one."""
         if not messages:
             raise InputError("the conversation is empty; give at least one user message")
         if messages[0].get("role") == "system":
@@ -336,7 +237,7 @@ class VidLaDAProcessor(ProcessorMixin):
     def encode(
         self, messages: Sequence[Message], media: Sequence[MediaShape], add_generation_prompt: bool = True
     ) -> EncodedConversation:
-        """Token ids and position map of one conversation.
+        """Tokenize one conversation and record the role of every position.
 
         Args:
             messages: role and content; content is text or a list of parts of type `text`, `image` or `video`. A
@@ -362,7 +263,7 @@ class VidLaDAProcessor(ProcessorMixin):
             if role == "assistant":
                 encoded.append(self.text_ids("\n\n"), turn, control=True)
 
-        for message in self.completed(messages):
+        for message in self.with_system_message(messages):
             pieces = pieces_of(message)
             if not pieces:
                 continue
@@ -403,7 +304,7 @@ class VidLaDAProcessor(ProcessorMixin):
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Model inputs of a batch of conversations, left-padded so that all answers start at one place.
+        """Build the model inputs of a batch, left-padded so that all answers start at the same position.
 
         Args:
             conversations: one conversation or several. Video parts hold their frames under `video`: uint8
@@ -442,17 +343,17 @@ class VidLaDAProcessor(ProcessorMixin):
         return BatchFeature(features)
 
     def media_of(self, messages: Sequence[Message]) -> list[tuple[np.ndarray, MediaShape]]:
-        """Pictures and shapes of the media that a conversation's parts hold, in order."""
+        """Return the pictures and shapes of a conversation's media, in order."""
         parts = [piece for message in messages for piece in pieces_of(message) if not isinstance(piece, str)]
         alone = sum(part["type"] == "image" for part in parts) == 1
         found: list[tuple[np.ndarray, MediaShape]] = []
         for part in parts:
-            held = np.asarray(part[part["type"]])
-            found.append((held, len(held)) if part["type"] == "video" else self.image_pictures(held, alone))
+            pixels = np.asarray(part[part["type"]])
+            found.append((pixels, len(pixels)) if part["type"] == "video" else self.image_pictures(pixels, alone))
         return found
 
     def apply_chat_template(self, conversation: Any, tokenize: bool = False, **kwargs: Any) -> Any:
-        """The prompt as text, or (`tokenize=True`) as model inputs.
+        """Render the prompt as text or, with `tokenize=True`, as model inputs.
 
         Args:
             conversation: one conversation or several, as for `__call__`.
@@ -462,18 +363,18 @@ class VidLaDAProcessor(ProcessorMixin):
         if tokenize:
             return self(conversation, add_generation_prompt=kwargs.get("add_generation_prompt", False))
         alone = bool(conversation) and isinstance(conversation[0], dict)
-        batch = [self.completed(messages) for messages in ([conversation] if alone else conversation)]
+        batch = [self.with_system_message(messages) for messages in ([conversation] if alone else conversation)]
         for messages in batch:
             for message in messages:
                 pieces_of(message)  # refuses unknown roles and parts
         return super().apply_chat_template(batch[0] if alone else batch, tokenize=False, **kwargs)
 
     def tag_ids(self, tag: str) -> list[int]:
-        """Token ids of a think-mode tag: one, if the tokenizer has it."""
+        """Return the token ids of a think-mode tag: a single one if the tokenizer has it."""
         return [self.think_ids[tag]] if tag in self.think_ids else self.text_ids(tag)
 
     def decode(self, token_ids: Any, **kwargs: Any) -> str:
-        """Text of token ids; control tokens are left out, think-mode tags are not."""
+        """Decode token ids without control tokens; think-mode tags are kept."""
         options = {"skip_special_tokens": True, **kwargs}
         if not self.think_ids or not options["skip_special_tokens"]:
             return self.tokenizer.decode(token_ids, **options)

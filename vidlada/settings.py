@@ -13,7 +13,7 @@ INT64 = 2**63
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known about a field besides its type and default.
+    """Help text and bounds of a setting.
 
     Attributes:
         help: one sentence, as the command line prints it.
@@ -80,16 +80,16 @@ def check_settings(instance: Any, skip: Container[str] = ()) -> None:
             check_text(name, value, bounds)
         elif bounds.choices and isinstance(value, str):
             if value not in bounds.choices:
-                raise InputError(f"{name} must be a number or {' or '.join(bounds.choices)}, not {shown(value)}")
+                raise InputError(f"{name} must be a number or {' or '.join(bounds.choices)}, not {format_value(value)}")
         elif kind is bool:
             if not isinstance(value, bool):
-                raise InputError(f"{name} must be true or false, not {shown(value)}")
+                raise InputError(f"{name} must be true or false, not {format_value(value)}")
         else:
             check_number(name, value, kind, bounds)
 
 
 def check_number(name: str, value: Any, kind: type, bounds: Setting) -> None:
-    """Refuse what is not a finite number within its bounds."""
+    """Raise an error unless a value is a finite number within its bounds."""
     whole = kind is int
     fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     if fits and bounds.minimum is not None:
@@ -100,12 +100,12 @@ def check_number(name: str, value: Any, kind: type, bounds: Setting) -> None:
         fits = value <= (INT64 if bounds.maximum is None else bounds.maximum) and value == value
     if not fits:
         raise InputError(
-            f"{name} must be {'a whole number' if whole else 'a number'}{limits(bounds)}, not {shown(value)}"
+            f"{name} must be {'a whole number' if whole else 'a number'}{limits(bounds)}, not {format_value(value)}"
         )
 
 
 def limits(bounds: Setting) -> str:
-    """The bounds of a number in words."""
+    """Describe the bounds of a number."""
     lower = "" if bounds.minimum is None else f" of at least {bounds.minimum:g}"
     lower = lower if bounds.above is None else f" above {bounds.above:g}"
     upper = "" if bounds.maximum is None else f" of at most {bounds.maximum:,}"
@@ -113,18 +113,18 @@ def limits(bounds: Setting) -> str:
 
 
 def check_text(name: str, value: Any, bounds: Setting) -> None:
-    """Refuse what is not a text, has half characters, is too long, or is none of the choices."""
+    """Raise an error unless a value is valid Unicode text, not too long, and one of the choices."""
     if not isinstance(value, str):
-        raise InputError(f"{name} must be a text, not {shown(value)}")
+        raise InputError(f"{name} must be a text, not {format_value(value)}")
     if bounds.choices and value not in bounds.choices:
-        raise InputError(f"{name} must be {' or '.join(bounds.choices)}, not {shown(value)}")
+        raise InputError(f"{name} must be {' or '.join(bounds.choices)}, not {format_value(value)}")
     if bounds.max_length is not None and len(value) > bounds.max_length:
         raise InputError(f"{name} may have at most {bounds.max_length:,} characters, not {len(value):,}")
     check_unicode(name, value)
 
 
 def check_unicode(name: str, text: str) -> None:
-    """Refuse halves of characters (lone surrogates), which no tokenizer or file can take."""
+    """Raise an error for lone surrogates, which no tokenizer or file can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -134,16 +134,16 @@ def check_unicode(name: str, text: str) -> None:
 
 
 def check_list(name: str, values: Any, bounds: Setting) -> None:
-    """Refuse what is not a list of such texts."""
+    """Raise an error unless a value is a list of such texts."""
     if not isinstance(values, list | tuple):
-        raise InputError(f"{name} must be a text or a list of texts, not {shown(values)}")
+        raise InputError(f"{name} must be a text or a list of texts, not {format_value(values)}")
     if bounds.max_items is not None and len(values) > bounds.max_items:
         raise InputError(f"{name} may have at most {bounds.max_items} entries, not {len(values)}")
     for value in values:
         check_text(name, value, bounds)
 
 
-def shown(value: Any) -> str:
-    """A value as an error shows it: short, whatever it is."""
+def format_value(value: Any) -> str:
+    """Format any value for an error message, shortened."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:80]}…"

@@ -125,7 +125,7 @@ class Tiling:
         shape = self.shape_of(image.shape[0], image.shape[1], alone)
         picture = Image.fromarray(image)
         if shape.tiles == 1:
-            return self._resized(_square(picture))[None], shape
+            return self._resize(_square(picture))[None], shape
         target = self.resolution_for(shape.width, shape.height)
         scale = min(target[0] / shape.width, target[1] / shape.height)
         fitted = [min(math.ceil(side * scale), most) for side, most in zip(picture.size, target, strict=True)]
@@ -134,9 +134,9 @@ class Tiling:
         canvas.paste(picture.resize((fitted[0], fitted[1]), Image.Resampling.BICUBIC), place)
         rows, columns = target[1] // self.tile, target[0] // self.tile
         tiles = np.asarray(canvas).reshape(rows, self.tile, columns, self.tile, 3).swapaxes(1, 2)
-        return np.concatenate((self._resized(picture)[None], tiles.reshape(-1, self.tile, self.tile, 3))), shape
+        return np.concatenate((self._resize(picture)[None], tiles.reshape(-1, self.tile, self.tile, 3))), shape
 
-    def _resized(self, picture: Image.Image) -> np.ndarray:
+    def _resize(self, picture: Image.Image) -> np.ndarray:
         return np.asarray(picture.resize((self.tile, self.tile), Image.Resampling.BICUBIC))
 
     # --- the grid of visual tokens ---
@@ -146,14 +146,14 @@ class Tiling:
         width, height = self.resolution_for(shape.width, shape.height)
         return height // self.tile * self.patches, width // self.tile * self.patches
 
-    def unpadded(self, shape: ImageShape) -> tuple[slice, slice]:
+    def content_region(self, shape: ImageShape) -> tuple[slice, slice]:
         """Rows and columns of the grid that show the image and not its padding."""
         rows, columns = self.grid(shape)
         if shape.width / shape.height > columns / rows:
             return _middle(rows, int(shape.height * (columns / shape.width))), slice(0, columns)
         return slice(0, rows), _middle(columns, int(shape.width * (rows / shape.height)))
 
-    def shrunk(self, rows: int, columns: int) -> tuple[int, int]:
+    def shrunk_size(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns of an unpadded grid once it is shrunk, where it is too large."""
         found = ASPECT_RATIO.fullmatch(self.aspect_ratio)
         if found is None or found[1] is None:
@@ -177,8 +177,8 @@ class Tiling:
             return whole * shape.tiles
         if shape.tiles == 1:
             return whole + 1
-        rows, columns = (part.stop - part.start for part in self.unpadded(shape))
-        rows, columns = self.shrunk(rows, columns)
+        rows, columns = (part.stop - part.start for part in self.content_region(shape))
+        rows, columns = self.shrunk_size(rows, columns)
         return whole + rows * (columns + 1)
 
 

@@ -162,7 +162,7 @@ def sample_frames(
             pages of a paged TIFF count as a folder of images.
         sampling: which frames; one a second and at most 64 by default.
         size: resize each frame to this many pixels on both sides (bicubic, aspect not kept), so that no full-size
-            frame is held; None keeps the video's size.
+            frame is in memory; None keeps the video's size.
         check: called with what the source is and how many frames will be taken, before the first is decoded; it may
             raise.
 
@@ -184,7 +184,7 @@ def sample_frames(
         try:
             return _frames(timeline.info, timeline.seconds, wanted, read, size, check)
         except WrongTimesError:
-            timeline = timeline.counted()
+            timeline = timeline.in_decoder_order()
         except LateStartError as late:
             timeline = timeline.starting_at(late.number)
 
@@ -209,7 +209,7 @@ def _frames(
     if check is not None:
         check(info, len(wanted))
     each = sorted(set(wanted))
-    found = {number: (shown, _resized(image, size)) for number, (shown, image) in zip(each, read(each), strict=True)}
+    found = {number: (shown, _resize(image, size)) for number, (shown, image) in zip(each, read(each), strict=True)}
     images = [found[number][1] for number in wanted]
     if len({image.shape for image in images}) > 1:
         raise InputError(f"{info.path}: its pictures differ in size; give a size to resize them to")
@@ -252,7 +252,7 @@ def _existing(source: str | Path) -> Path:
     return path
 
 
-def _resized(picture: np.ndarray, size: int | None) -> np.ndarray:
+def _resize(picture: np.ndarray, size: int | None) -> np.ndarray:
     """(height, width, 3), resized if asked."""
     if size is None or picture.shape[:2] == (size, size):
         return picture
@@ -337,7 +337,9 @@ def _streams(path: Path, container: InputContainer) -> list[VideoStream]:
     """The video streams that can be decoded and are not mere pictures (covers, thumbnails)."""
     streams = [stream for stream in container.streams.video if not stream.disposition & MERE_PICTURES]
     if not streams:
-        kinds = " and ".join(sorted({stream.type for stream in container.streams})) or "no"
+        if not container.streams:
+            raise InputError(f"{path}: there is no video in it, nor anything else; the file is empty or truncated")
+        kinds = " and ".join(sorted({stream.type for stream in container.streams}))
         raise InputError(f"{path}: there is no video in it, only {kinds} streams")
     decodable = [stream for stream in streams if stream.codec_context is not None]
     if not decodable:
@@ -388,10 +390,10 @@ def upright(frame: av.VideoFrame, background: int = 255) -> np.ndarray:
         picture = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
     side_data: Iterable[Any] = frame.side_data
     matrices = [bytes(data) for data in side_data if data.type == Type.DISPLAYMATRIX]
-    return oriented(picture, np.frombuffer(matrices[0], np.int32)) if matrices else picture
+    return orient(picture, np.frombuffer(matrices[0], np.int32)) if matrices else picture
 
 
-def oriented(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+def orient(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Turn or mirror a picture as a display matrix says, to the nearest of the eight upright orientations.
 
     Args:

@@ -18,9 +18,9 @@ def test_warnings_are_dropped_and_errors_told(caplog):
 
 
 def test_other_warnings_are_told():
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with quiet_libraries():
             warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
             warnings.warn("something else", FutureWarning, stacklevel=1)
-    assert [str(warning.message) for warning in told] == ["something else"]
+    assert [str(warning.message) for warning in caught] == ["something else"]

@@ -19,7 +19,7 @@ FRAME_INDEX = [-1, -1, *[0] * 6, *[1] * 6, *[2] * 6, -1]
 def request(small, **changes):
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randn(len(FRAME_INDEX), 32, generator=generator) * 0.2
-    settings = GenerationSettings(gen_length=8, block_length=8).updated(**changes)
+    settings = GenerationSettings(gen_length=8, block_length=8).replace(**changes)
     return Request(prompt, settings, frame_index=FRAME_INDEX)
 
 

@@ -161,8 +161,9 @@ def test_evaluate(checkpoint, tmp_path):
     if not sees:
         pytest.skip("a text-only model sees no videos")
     done = subprocess.run(
-        [sys.executable, "-m", "vidlada", "eval", "--tasks", "shapes", "--limit", "1", "--shapes-clips", "1", "--model",
-         str(folder), "--frames", "2", "--data-root", str(tmp_path / "data"), "--output", str(tmp_path / "run")],
+        [sys.executable, "-m", "vidlada", "eval", "run", "--tasks", "shapes", "--limit", "1", "--shapes-clips", "1",
+         "--model", str(folder), "--frames", "2", "--data-root", str(tmp_path / "data"),
+         "--output", str(tmp_path / "run")],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -183,7 +183,7 @@ def test_bad_videos_are_one_line(name, clip, small_folder, tmp_path):
         (["info", "nowhere"], "no such model folder"),
         (["convert", "nowhere", "there"], "no such model folder"),
         (["train", "nowhere.yaml"], "cannot be read"),
-        (["shapes", "evaluate", "nowhere.json"], "cannot be read"),
+        (["shapes", "evaluate", "nowhere.json"], "no such file"),
         (["swim"], "No such command"),
     ],
 )

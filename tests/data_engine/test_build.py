@@ -14,6 +14,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+import openai
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -48,6 +49,7 @@ class Stub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests, self.fail_at, self.fail_with, self.raw = [], None, 401, None
+        self.headers = {}
         self.refuses, self.wait = lambda body: False, lambda body: None
 
     def answer(self, body):
@@ -68,13 +70,15 @@ class Handler(BaseHTTPRequestHandler):
         stub.requests.append((self.path, self.headers.get("Authorization"), body))
         stub.wait(body)
         failed = stub.fail_at is not None and len(stub.requests) >= stub.fail_at
-        if failed and stub.fail_with == 503:
+        if failed and stub.fail_with in (429, 503):
             stub.fail_at = None
         refused = stub.refuses(body)
         reply = None if stub.raw else {"choices": [{"message": {"content": stub.answer(body)}}]}
         content = stub.raw or json.dumps({"error": "no"} if failed or refused else reply, indent=1).encode()
         self.send_response(stub.fail_with if failed else 400 if refused else 200)
         self.send_header("Content-Length", str(len(content)))
+        for name, value in stub.headers.items():
+            self.send_header(name, value)
         self.end_headers()
         with suppress(ConnectionError):  # it may have heard enough
             self.wfile.write(content)
@@ -295,10 +299,22 @@ def test_what_no_other_request_would_fare_better_with_ends_the_build(tmp_path, s
     assert result.exit_code == 1 and f"status {status}" in result.output and len(stub.requests) == 1
 
 
-def test_a_busy_server_is_asked_again(stub, config, tmp_path):
-    stub.fail_at, stub.fail_with = 1, 503
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again_when_it_says(stub, config, tmp_path, monkeypatch, status):
+    waits = []
+    monkeypatch.setattr(openai._base_client.time, "sleep", waits.append)
+    stub.fail_at, stub.fail_with, stub.headers = 1, status, {"Retry-After": "7"}
     assert build(config).exit_code == 0
     assert len(read_llava(tmp_path / "out" / "long.jsonl")) == 2
+    assert [wait for wait in waits if wait != 0.1] == [7]
+
+
+def test_no_key_no_header(stub, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_ORG_ID", "org")
+    stub.raw = b'{"choices": [{"message": {"content": "A"}}]}'
+    assert complete(Endpoint(f"http://127.0.0.1:{stub.server_port}/v1", "m"), "hello") == "A"
+    assert [authorization for _, authorization, _ in stub.requests] == [None]
 
 
 def test_wrong_builds_are_named(tmp_path, config):
@@ -341,7 +357,7 @@ def test_questions_after_other_brackets():
     [(b"{", "not a chat completion"), (b"[" * 10**5, "not a chat completion"), (b'{"choices": []}', "not a chat"),
      (b'{"choices": [{"message": {"content": ["A"]}}]}', "not a chat completion"), (b" " * 2**25, "no whole reply")],
 )  # fmt: skip
-def test_what_is_no_completion_is_told(stub, raw, match):
+def test_what_is_no_completion_is_named(stub, raw, match):
     stub.raw = raw
     with pytest.raises(VidLaDAError, match=match):
         complete(Endpoint(f"http://127.0.0.1:{stub.server_port}/v1", "m", tries=1), "hello")
@@ -404,7 +420,7 @@ def test_two_builds_do_not_share_an_output(tmp_path, stub, config):
     assert result.exit_code == 2 and "another build" in result.output and not stub.requests
 
 
-def test_an_output_that_cannot_be_written_is_told(tmp_path, config):
+def test_an_output_that_cannot_be_written_is_named(tmp_path, config):
     (tmp_path / "file").touch()
     values = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({**values, "output": str(tmp_path / "file" / "long.jsonl")}))
@@ -414,8 +430,9 @@ def test_an_output_that_cannot_be_written_is_told(tmp_path, config):
 
 def test_letters():
     replies = {
-        "B": "B", "B.": "B", "The answer is C": "C", "(D) yes": "D", "none": "", "": "", "b) the": "B", "**c**": "C",
-        "A cook waves, so the answer is B": "B", "A cook waves": "", "I think B": "B", "Is it A? No.</think>\n\nB": "B",
+        "B": "B", "B.": "B", "The answer is C": "C", "(D) yes": "D", "none": None, "": None, "b) the": "B",
+        "**c**": "C", "A cook waves, so the answer is B": "B", "A cook waves": None, "I think B": "B",
+        "Is it A? No.</think>\n\nB": "B",
     }  # fmt: skip
     assert {reply: letter_in(reply) for reply in replies} == replies
     candidate = Candidate("Which?", "right", ["w1", "w2", "w3"])

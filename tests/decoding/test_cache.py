@@ -18,7 +18,7 @@ from vidlada.decoding.policies.mars import Mars
 from vidlada.decoding.sampler import Denoiser, Request, denoise
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings, policy_text
-from vidlada.model.language_model import rotary_angles, rotate
+from vidlada.model.language_model import rotary_angles
 
 # Every policy as a way to recompute everything in every step.
 EXACT = [
@@ -56,7 +56,7 @@ def layout(before, frames, after):
 def request(model, frame_index, seed=0, **changes):
     width = model.config.text_config.hidden_size
     prompt = torch.randn(len(frame_index), width, generator=torch.Generator().manual_seed(seed)) * 0.2
-    settings = GenerationSettings(gen_length=16, block_length=8).updated(**changes)
+    settings = GenerationSettings(gen_length=16, block_length=8).replace(**changes)
     return Request(prompt, settings, frame_index=frame_index)
 
 
@@ -106,11 +106,7 @@ def naive_pass(model, embeddings, memory, active):
     rotation = rotary_angles(active[None], config.head_dim, config.rope_theta, hidden.dtype)
     for number, layer in enumerate(model.language_model.layers):
         attention, normed = layer.self_attn, layer.input_layernorm(hidden)[None]
-        queries = rotate(attention.heads(attention.q_proj(normed)), rotation)[0]
-        fresh = (
-            rotate(attention.heads(attention.k_proj(normed)), rotation)[0],
-            attention.heads(attention.v_proj(normed))[0],
-        )
+        queries, *fresh = (states[0] for states in attention.project(normed, rotation))
         keys, values = memory.setdefault(
             number, tuple(f.new_zeros(f.shape[0], len(embeddings), f.shape[2]) for f in fresh)
         )
@@ -305,7 +301,7 @@ def test_the_default_fits_any_video(frames):
 
 def test_scenes_are_cut_where_frames_change_abruptly():
     frames = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [-1.0, 0.0]])
-    sizes = torch.tensor([2, 1, 3, 1, 2])
+    sizes = [2, 1, 3, 1, 2]
     assert [scene.tolist() for scene in scenes_of(frames, sizes, 0.5)] == [[0, 1, 2], [3, 4, 5, 6], [7, 8]]
     assert [scene.tolist() for scene in scenes_of(frames, sizes, 0.0)] == [list(range(9))]
     assert [scene.tolist() for scene in scenes_of(frames[:1], sizes[:1], 0.5)] == [[0, 1]]
@@ -343,7 +339,8 @@ def test_a_further_question_reuses_the_frames(cache):
     kv_cache = denoiser.rows[0].caches[0].kv_cache
     probed = 8 if "drift" in cache else 0
     assert kv_cache.computed == [len(index) + 16 - 15 + probed] * len(kv_cache.computed)
-    kept = (kv_cache.keys[:, :, 3:18] == left.visual.keys).all(-1).all(0).all(0)
+    own = torch.stack([states[:, 3:18] for states in kv_cache.layers])
+    kept = (own == torch.stack(left.visual.layers)).all(-1).all(0).all(0)
     assert kept.sum() >= 15 - probed
 
 
@@ -404,10 +401,10 @@ def test_a_further_question_reuses_the_frames_of_some_layers(cache):
     model, index = load_reference_model("gqa"), layout(3, [5, 5, 5], 4)
     first = request(model, index, cache=cache, reuse=1)
     (left,) = decode(model, first)
-    assert left.visual is not None and len(left.visual.keys) == 1
+    assert left.visual is not None and len(left.visual.layers) == 1
     denoiser = Denoiser(model)
     denoiser.add(replace(first, visual=left.visual))
     denoiser.step()
     kv_cache, everything = denoiser.rows[0].caches[0].kv_cache, len(index) + 16
     assert kv_cache.computed == [everything - 15, *[everything] * (len(kv_cache.computed) - 1)]
-    assert torch.equal(kv_cache.keys[0][:, 3:18], left.visual.keys[0])
+    assert torch.equal(kv_cache.layers[0][:, 3:18], left.visual.layers[0])

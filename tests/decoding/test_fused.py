@@ -109,7 +109,7 @@ def test_answers_are_the_same(small):
     answers = []
     for fused in ("true", "false"):
         cache = f"mars:text=2,ratio=1,group=1,window=1,anchors=16,fused={fused}"
-        settings = GenerationSettings(gen_length=16, block_length=8).updated(cache=cache)
+        settings = GenerationSettings(gen_length=16, block_length=8).replace(cache=cache)
         *_, (_, last) = denoise(small.model, [Request(prompt, settings, frame_index=frame_index.tolist())])
         answers.append(last)
     assert torch.equal(answers[0].proposed, answers[1].proposed)

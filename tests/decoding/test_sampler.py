@@ -23,7 +23,7 @@ def decode(small, *requests):
 
 
 def settings(**changes):
-    return GenerationSettings(gen_length=16, block_length=8).updated(**changes)
+    return GenerationSettings(gen_length=16, block_length=8).replace(**changes)
 
 
 MIXED = [

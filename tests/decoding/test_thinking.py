@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from vidlada.decoding.sampler import Denoiser, State, Statistics
 from vidlada.decoding.thinking import Turn, split_thought
 from vidlada.errors import InputError
-from vidlada.processor import THINK, VidLaDAProcessor
+from vidlada.messages import THINK
+from vidlada.processor import VidLaDAProcessor
 
 FAST = {"gen_length": 8, "block_length": 4, "think_length": 12}
 

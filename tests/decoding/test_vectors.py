@@ -17,7 +17,7 @@ def variant(request):
 def decode(variant, settings, **arguments):
     """Final state and ids of one request about the recorded prompt."""
     prompt = torch.from_numpy(arrays(variant)["splice.embeds"])[0]
-    request = Request(prompt, GenerationSettings(gen_length=32).updated(**settings), **arguments)
+    request = Request(prompt, GenerationSettings(gen_length=32).replace(**settings), **arguments)
     *_, (_, state) = denoise(load_reference_model(variant), [request])
     return state
 

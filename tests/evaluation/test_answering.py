@@ -2,12 +2,14 @@
 
 import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from media import write_video
 
 from vidlada.conversation import EncodedVideo
+from vidlada.errors import InputError
 from vidlada.evaluation.answering import VIDEOS_AHEAD, Answerer, Question, batches_of
 from vidlada.generation import GenerationSettings
 from vidlada.video import Sampling
@@ -55,7 +57,9 @@ def test_batches_share_their_forward_passes(small, clips, monkeypatch, cache):
 def test_a_video_is_decoded_and_encoded_once(small, clips, monkeypatch):
     decoded, encoded = Counter(), Counter()
     decode, encode = Answerer.decode, type(small).encode_media
-    monkeypatch.setattr(Answerer, "decode", lambda self, media: (decoded.update([media]), decode(self, media))[1])
+    monkeypatch.setattr(
+        Answerer, "decode", lambda self, media, *rest: (decoded.update([media]), decode(self, media, *rest))[1]
+    )
 
     def noting(self, media, *rest):
         encoded.update(medium.info.path for medium in media if not isinstance(medium, EncodedVideo))
@@ -71,10 +75,10 @@ def test_the_next_videos_are_decoded_meanwhile_but_not_all(small, clips, monkeyp
     decoded, threads = [], set()
     decode = Answerer.decode
 
-    def noting(self, media):
+    def noting(self, media, settings):
         decoded.append(media)
         threads.add(threading.current_thread())
-        return decode(self, media)
+        return decode(self, media, settings)
 
     monkeypatch.setattr(Answerer, "decode", noting)
     replies = Answerer(small, Sampling(max_frames=2)).replies(
@@ -127,3 +131,43 @@ def test_frames_and_no_video(small):
     frames = np.full((3, 40, 40, 3), 200, np.uint8)
     with_frames, without = ask(small, [Question("is it red ?", frames, SETTINGS), Question("hello", None, SETTINGS)])
     assert with_frames.error is None and without.error is None
+
+
+def test_what_stands_before_the_think_mode_is_as_published(small, clips, monkeypatch):
+    """The published evaluation appends it to the task's text, whose last line may be empty."""
+    encode, seen = type(small.processor).encode, []
+    monkeypatch.setattr(
+        type(small.processor), "encode", lambda self, m, *rest, **k: (seen.append(m), encode(self, m, *rest, **k))[1]
+    )
+    for text in ("is it red ?\n", " is it red ?"):
+        for think in (False, None):
+            seen.clear()
+            ask(small, [Question(text, clips[0], GenerationSettings(gen_length=4, block_length=4, think=think))])
+            (prompt,) = {small.processor.apply_chat_template(messages) for messages in seen}
+            published = f"<image>\n{text}{'/no_think' if think is False else ''}".strip()
+            assert f"\n\n{published}<|eot_id|>" in prompt
+
+
+@pytest.mark.parametrize("kind", ["cut", "long"])
+def test_what_ask_refuses_costs_its_question(small, clips, tmp_path, monkeypatch, kind):
+    """A truncated file, and more frames than the model takes, which is known before one is decoded."""
+    path, frames = tmp_path / "clip.mp4", 4
+    data = Path(clips[0]).read_bytes()
+    path.write_bytes(data if kind == "long" else data[: len(data) * 2 // 3])
+    if kind == "long":
+        frames = 99_999
+        monkeypatch.setattr("vidlada.video.decode_frames", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(InputError) as refused:
+        small.ask(path, "is it red ?", frames=frames, force_sample=True)
+    answerer = Answerer(small, Sampling(max_frames=frames, force_sample=True))
+    (reply,) = answerer.replies([Question("is it red ?", str(path), SETTINGS)])
+    assert reply.error == str(refused.value) and ("truncated" if kind == "cut" else "99999 frames") in reply.error
+
+
+def test_choices_are_answered_by_the_likeliest(small, clips):
+    choices = ("red circle", "blue square")
+    questions = [Question("which ?", clips[0], SETTINGS, choices), Question("is it red ?", clips[0], SETTINGS)]
+    chosen, decoded = ask(small, questions, batch_size=2)
+    alone = small.ask(clips[0], "which ?", choices, frames=4, gen_length=4, block_length=4)
+    assert chosen.text == alone.text in choices
+    assert decoded.text == ask(small, questions[1:])[0].text

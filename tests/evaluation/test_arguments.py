@@ -74,7 +74,7 @@ def test_the_last_pace_given_counts():
 
 def test_a_model_argument_is_not_displaced_unseen():
     given = {"threshold": 0.9, "cache": "mars"}
-    defaults = GenerationSettings().updated(**given)
+    defaults = GenerationSettings().replace(**given)
     two = {"gen_length": 2, "block_length": 2}
     with pytest.raises(InputError, match="threshold 0.9 has no effect beside gen_steps 2; leave one of them out"):
         generation_settings(defaults, {**two, "gen_steps": 2}, given)

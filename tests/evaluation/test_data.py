@@ -22,6 +22,7 @@ PUBLISHED = {
     "lvbench": "lmms-eval/LVBench/data/train-00000-of-00001.parquet",
     "video_mmmu": "lmms-eval/VideoMMMU/Adaptation/test-00000-of-00001.parquet",
     "longvideobench_val_v": "longvideobench/LongVideoBench/validation-00000-of-00001.parquet",
+    "longvideobench_val_i": "longvideobench/LongVideoBench/validation-00000-of-00001.parquet",
     "mvbench": "OpenGVLab/MVBench/json/action_sequence.json",
     "shapes": "vidlada/shapes/test.jsonl",
 }
@@ -44,7 +45,7 @@ def test_every_question_is_counted_once(root, tmp_path, benchmark, with_readme):
     file = tmp_path / PUBLISHED[benchmark.name]
     assert question_files(tmp_path / benchmark.repository, benchmark.tasks[0].config, benchmark.split) == [file]
     if benchmark.beside:
-        (tmp_path / benchmark.folder / benchmark.beside).mkdir(parents=True)
+        shutil.copytree(root / benchmark.folder / benchmark.beside, tmp_path / benchmark.folder / benchmark.beside)
     assert check_task(tmp_path, benchmark, benchmark.tasks[0]).questions == rows_of(file)
 
 
@@ -66,17 +67,17 @@ def test_a_missing_video_is_named(root, tmp_path, benchmark):
 def test_check_tells_what_is_missing(root, tmp_path, vidlada_eval):
     for place in ("lmms-eval/LVBench", "sy1998/MLVU_dev", "mlvu"):
         shutil.copytree(root / place, tmp_path / place)
-    code, out, _ = vidlada_eval("--check", "--tasks", "lvbench,mlvu_dev", "--data-root", tmp_path)
+    code, out, _ = vidlada_eval("check", "--tasks", "lvbench,mlvu_dev", "--data-root", tmp_path)
     assert code == 0 and "| lvbench | 2 | 1549 | 1 | 1 |" in out and "lvbench: missing lvbench/clip0.mp4" in out
     assert "hf download lmms-eval/LVBench" in out and "hf download sy1998" not in out
-    code, out, _ = vidlada_eval("--check", "--tasks", "mlvu_dev", "--data-root", tmp_path)
+    code, out, _ = vidlada_eval("check", "--tasks", "mlvu_dev", "--data-root", tmp_path)
     assert "| mlvu_dev | 2 | – | 2 | 0 |" in out and "Everything is there." in out
-    code, out, _ = vidlada_eval("--check", "--tasks", "lvbench", "--data-root", tmp_path / "nowhere")
+    code, out, _ = vidlada_eval("check", "--tasks", "lvbench", "--data-root", tmp_path / "nowhere")
     assert code == 0 and "lmms-eval/LVBench is not below" in out
 
 
 def test_check_as_json(root, vidlada_eval):
-    tasks = json.loads(vidlada_eval("--check", "--json", "--tasks", "paper", "--data-root", root)[1])["tasks"]
+    tasks = json.loads(vidlada_eval("check", "--json", "--tasks", "paper", "--data-root", root)[1])["tasks"]
     assert set(tasks) == {task.name for name in PAPER_TASKS for task in BENCHMARKS[name].tasks}
     assert all(each["complete"] and each["questions"] >= 2 for each in tasks.values())
 
@@ -87,11 +88,16 @@ def test_subtitles_have_to_be_there(root, tmp_path):
     assert check_task(copy, BENCHMARKS["videomme"], BENCHMARKS["videomme"].tasks[0]).complete
     with_subtitles = BENCHMARKS["videomme_w_subtitle"]
     assert "videomme/subtitle is not there" in check_task(copy, with_subtitles, with_subtitles.tasks[0]).problem
+    (copy / "datasets/longvideobench/subtitles/clip.json").unlink()
+    without, within = BENCHMARKS["longvideobench_val_v"], BENCHMARKS["longvideobench_val_i"]
+    assert check_task(copy, without, without.tasks[0]).complete
+    problem = check_task(copy, within, within.tasks[0]).problem
+    assert problem == "1 of 1 subtitle files are missing (e.g. clip.json)"
 
 
 def test_hf_home_is_the_root(root, monkeypatch, vidlada_eval):
     monkeypatch.setenv("HF_HOME", str(root))
-    assert "Everything is there." in vidlada_eval("--check", "--tasks", "videomme")[1]
+    assert "Everything is there." in vidlada_eval("check", "--tasks", "videomme")[1]
 
 
 def test_the_hub_s_own_cache(root, tmp_path):
@@ -130,7 +136,7 @@ def test_the_default_configuration_is_taken(tmp_path):
     assert documents(tmp_path, None, "test") == [{"a": 1}]
 
 
-def test_another_version_of_a_dataset_is_told(tmp_path):
+def test_another_version_of_a_dataset_is_named(tmp_path):
     benchmark = BENCHMARKS["lvbench"]
     write_rows(tmp_path / PUBLISHED["lvbench"], [{"video": "x.mp4"}])
     assert "no field 'video_path'" in check_task(tmp_path, benchmark, benchmark.tasks[0]).problem

@@ -108,7 +108,7 @@ def test_only_what_is_missing_is_fetched(root, hub, tmp_path):
 
 def test_from_the_command_line(root, hub, tmp_path):
     publish(hub, root, BENCHMARKS["egoschema_subset"])
-    arguments = ["--download", "--tasks", "egoschema_subset", "--data-root", str(tmp_path)]
+    arguments = ["download", "--tasks", "egoschema_subset", "--data-root", str(tmp_path)]
     variables = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "vidlada", "eval", *arguments], capture_output=True, text=True, timeout=120,
@@ -121,10 +121,10 @@ def test_from_the_command_line(root, hub, tmp_path):
 def test_nothing_is_fetched_unless_asked(root, hub, tmp_path, vidlada_eval):
     publish(hub, root, BENCHMARKS["lvbench"])
     options = ["--tasks", "lvbench", "--data-root", tmp_path]
-    assert vidlada_eval(*options, "--check")[0] == 0
-    assert vidlada_eval(*options, "--output", tmp_path / "run")[0] == 2
+    assert vidlada_eval("check", *options)[0] == 0
+    assert vidlada_eval("run", *options, "--output", tmp_path / "run")[0] == 2
     assert hub.fetched == [] and not (tmp_path / "lmms-eval").exists()
-    assert "Everything is there." in vidlada_eval(*options, "--check", "--download")[1]
+    assert "Everything is there." in vidlada_eval("download", *options)[1]
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -134,7 +134,7 @@ def test_terms_have_to_be_accepted(root, hub, tmp_path, vidlada_eval, there):
     hub.gated = True
     if there:  # the questions, from elsewhere
         shutil.copytree(root / name, tmp_path / name)
-    code, _, err = vidlada_eval("--download", "--tasks", "longvideobench_val_v", "--data-root", tmp_path)
+    code, _, err = vidlada_eval("download", "--tasks", "longvideobench_val_v", "--data-root", tmp_path)
     assert code == 1 and "accept its terms" in err and "hf auth login" in err
 
 
@@ -148,10 +148,10 @@ def test_offline(root, tmp_path, monkeypatch, vidlada_eval, there):
     ask_at("http://127.0.0.1:9", monkeypatch)
     if there:  # the questions; only videos would be fetched
         shutil.copytree(root / "lmms-eval/LVBench", tmp_path / "lmms-eval/LVBench")
-    code, _, err = vidlada_eval("--download", "--tasks", "lvbench", "--data-root", tmp_path)
+    code, _, err = vidlada_eval("download", "--tasks", "lvbench", "--data-root", tmp_path)
     assert code == 1 and "error: lmms-eval/LVBench could not be fetched from http://127.0.0.1:9: " in err
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    code, _, err = vidlada_eval("--download", "--tasks", "lvbench", "--data-root", tmp_path)
+    code, _, err = vidlada_eval("download", "--tasks", "lvbench", "--data-root", tmp_path)
     assert code == 1 and "HF_HUB_OFFLINE" in err.splitlines()[-1]
 
 

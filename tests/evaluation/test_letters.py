@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vidlada.evaluation.letters import read_letter
 from vidlada.evaluation.submission import letter_place
+from vidlada.letters import read_letter
 
 ANSWERS = {
     "C": "C", "C,": "C", "C.": "C", "**C**": "C", "c": "C", "(C)": "C", "(c)": "C", "[C]": "C", "C)": "C", "`C`": "C",

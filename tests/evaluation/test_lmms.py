@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from miniature import write_miniatures
+from miniature import SPOKEN, write_miniatures
 from PIL import Image
 
 import vidlada
@@ -22,6 +22,8 @@ from vidlada.evaluation.folder import LOG_FILE, RECORD_FOLDER, SUBMISSION_FILE, 
 from vidlada.evaluation.likelihood import negative_log_likelihood
 from vidlada.evaluation.results import read_run
 from vidlada.evaluation.run import environment
+from vidlada.shapes.benchmark import evaluate, read_questions
+from vidlada.video import Sampling, sample_frames
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: make eval-env")
 
@@ -40,7 +42,7 @@ ALL = ",".join(BENCHMARKS)
 def vidlada_eval(*arguments):
     """The command in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "vidlada", "eval", *map(str, arguments)], capture_output=True, text=True,
+        [sys.executable, "-m", "vidlada", "eval", "run", *map(str, arguments)], capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -178,6 +180,19 @@ def conversation(first, rounds=2):
         return (first() if round_idx == 0 else text), False, previous_output, round_idx
 
     return to_messages
+
+
+def test_a_task_that_cannot_read_a_video_costs_its_question(root, small_lm):
+    video = root / "mvbench_video/perception/videos/clip1.mp4"
+    small_lm.task_dict["t"] = {"test": [{}] * 2}
+
+    def broken(doc):
+        raise RuntimeError("Error reading\nclip.mp4")  # as decord does
+
+    requests = [request_of(0, broken, GENERATION), request_of(1, lambda doc: said(video, "is it red ?"), GENERATION)]
+    first, second = (answer.text for answer in small_lm.generate_until(requests))
+    assert first == "" != second
+    assert small_lm.read_request(requests[0]).error == "Error reading clip.mp4"
 
 
 def missing():
@@ -343,7 +358,7 @@ def test_broken_and_missing_videos_cost_their_questions(finished):
     assert counts == {"videomme": 2, "videomme_w_subtitle": 2, "lvbench": 2}
     assert all(sample.points == 0 for result in run.results.values() for sample in result.failed)
     assert "clip0000001.mp4" in printed and "lvbench/clip1.mp4 is not there" in printed
-    assert "1 of 2 videos are missing" in err
+    assert "lvbench: 1 of its videos are missing (e.g. lvbench/clip1.mp4)" in err
     assert {sample.video for sample in run.results["lvbench"].failed} == {MISSING}
 
 
@@ -420,6 +435,69 @@ def test_answers_and_scores_against_asking_directly(root, finished, tiny):
     assert checked == 4 * 4 + 4 + 20 * 4 - 4
 
 
+VIDEOMME = (
+    "Select the best answer to the following multiple-choice question based on the video and the subtitles. Respond "
+    "with only the letter (A, B, C, or D) of the correct option.\n"
+)
+
+
+def logged_inputs(output, task):
+    """What lmms-eval says a task asked, by number."""
+    (file,) = output.rglob(f"*_samples_{task}.jsonl")
+    samples = [json.loads(line) for line in file.read_text().split("\n") if line]
+    return {sample["doc_id"]: json.dumps(sample) for sample in samples}
+
+
+def test_videomme_with_and_without_subtitles(root, finished, tiny):
+    samples = read_run(finished[0]).samples
+    for number, row in enumerate(rows_of(root, "lmms-eval/Video-MME", None, "test")):
+        sample, video = samples["videomme_w_subtitle", number], root / f"videomme/data/{row['videoID']}.mp4"
+        asked = VIDEOMME + row["question"] + "\n" + "\n".join(row["options"]) + "\nThe best answer is:"
+        text = f"This video's subtitles are listed below: \n{SPOKEN}\n{asked}"
+        if not sample.error:
+            answer = tiny.ask(video, text, think=False, frames=FRAMES, gen_length=2, block_length=2, steps=2)
+            assert sample.answer == answer.text.removesuffix(".").strip()
+            assert SPOKEN in logged_inputs(finished[0], "videomme_w_subtitle")[number]
+        assert SPOKEN not in logged_inputs(finished[0], "videomme")[number]
+
+
+def test_longvideobench_with_and_without_subtitles(root, finished, tiny):
+    """With them, frames and what was said meanwhile take turns."""
+    samples = read_run(finished[0]).samples
+    for number, row in enumerate(rows_of(root, "longvideobench/LongVideoBench", None, "validation")):
+        video = root / "datasets/longvideobench/videos" / row["video_path"]
+        options = [row[f"option{place}"] for place in range(5) if row[f"option{place}"] != "N/A"]
+        lettered = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCDE", options, strict=False))
+        asked = f"{row['question']}\n{lettered}\nAnswer with the option's letter from the given choices directly.\n"
+        frames = list(sample_frames(video, Sampling(fps=1)).images)
+        turns = f"<image>\n<image>\n{SPOKEN}\n<image>\n<image>\n"
+        for task, media, text in (
+            ("longvideobench_val_v", video, asked),
+            ("longvideobench_val_i", frames, turns + asked),
+        ):
+            settings = {"think": False, "frames": FRAMES, "gen_length": 2, "block_length": 2, "steps": 2}
+            answer = tiny.ask(media, text, **settings)
+            assert samples[task, number].answer == answer.text.removesuffix(".").strip(), (task, number)
+            assert (SPOKEN in logged_inputs(finished[0], task)[number]) == (task == "longvideobench_val_i")
+
+
+def test_shapes_is_the_figure_of_shapes_evaluate(root, finished, tiny):
+    """In all its parts, standard errors included."""
+    entries = read_questions(root / "vidlada/shapes/test.json")
+
+    def answers(video, asked):
+        media = tiny.encode_video(video, frames=FRAMES)
+        found = tiny.ask_many([(media, text) for text, _ in asked], [choices for _, choices in asked])
+        return [answer.text for answer in found]
+
+    report, result = evaluate(entries, root / "vidlada/shapes", answers), read_run(finished[0]).results["shapes"]
+    assert any(entry["choices"] for entry in entries) and set(result.kinds) == set(report.families)
+    for family, score in report.families.items():
+        assert result.kinds[family].percent == pytest.approx(score.mean), family
+    assert result.score.percent == pytest.approx(report.all.mean) == pytest.approx(result.lmms_eval["shapes"])
+    assert result.score.standard_error == pytest.approx(report.all.standard_error)
+
+
 def left_out(root, sample):
     """Whether lmms-eval's score does without this sample where its answer is empty."""
     if sample.task == "video_mmmu_adaptation":
@@ -460,8 +538,10 @@ def test_an_interrupted_run_goes_on(finished, tmp_path):
     output, _, options = finished
     copy = tmp_path / "again"
     shutil.copytree(output, copy, ignore=shutil.ignore_patterns("lmms-eval", LOG_FILE, "runs"))
-    (copy / "cache/runs/interrupted").mkdir(parents=True)
-    (copy / "cache/cache.db").rename(copy / "cache/runs/interrupted/rank_0.db")  # how lmms-eval leaves them
+    (copy / "cache/answers/runs/interrupted").mkdir(parents=True)
+    (copy / "cache/answers/cache.db").rename(
+        copy / "cache/answers/runs/interrupted/rank_0.db"
+    )  # how lmms-eval leaves them
     vidlada_eval("--tasks", "mlvu_dev,shapes", "--output", copy, *options)
     before, after = read_run(output).samples, read_run(copy).samples
     assert len(after) == 12 and all(sample.answer == before[key].answer for key, sample in after.items())
@@ -482,7 +562,7 @@ def test_two_processes_give_the_answers_of_one(finished, tmp_path):
     output, _, options = finished
     vidlada_eval("--tasks", "mlvu_dev,lvbench", "--output", tmp_path / "two", "--processes", 2, *options)
     one, two = read_run(output).samples, read_run(tmp_path / "two").samples
-    assert len(two) == 8 and {path.name for path in (tmp_path / "two").glob("record-*")} == {
+    assert len(two) == 8 and {path.name for path in (tmp_path / "two/lmms-eval").glob("record-*")} == {
         "record-0.jsonl", "record-1.jsonl"}  # fmt: skip
     for key, sample in two.items():
         assert (sample.answer, sample.points, sample.error) == (one[key].answer, one[key].points, one[key].error)

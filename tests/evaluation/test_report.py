@@ -10,19 +10,14 @@ import pytest
 
 from vidlada.errors import InputError
 from vidlada.evaluation.benchmarks import BENCHMARKS, MLVU_DEV, video_mmmu_right
-from vidlada.evaluation.report import (
-    COMPARISON_FILES,
-    compare,
-    compare_text,
-    drawing,
-    exact_mcnemar,
-    labels,
-    report_object,
-    report_text,
-    write_report,
-)
-from vidlada.evaluation.results import mean_score, read_run
+from vidlada.evaluation.compare import COMPARISON_FILES, compare_runs, compare_text, exact_mcnemar
+from vidlada.evaluation.data import Gap
+from vidlada.evaluation.folder import read_run_file
+from vidlada.evaluation.plots import draw
+from vidlada.evaluation.report import report_dict, report_text, write_report
+from vidlada.evaluation.results import read_run, run_labels
 from vidlada.evaluation.run import RunSettings, start_run
+from vidlada.scores import mean_of_scores, mean_score
 
 DATE = "20260101_000000"
 
@@ -45,7 +40,7 @@ def make_run(folder, tasks, record=(), date=DATE, **settings):
         (below / f"{date}_samples_{task}.jsonl").write_text(lines)
     text = "".join(json.dumps({"seconds": 0.5, "tokens": 2, "forward_passes": 2, "video": None, "error": None,
                                "time": 1, **entry}) + "\n" for entry in record)  # fmt: skip
-    (folder / "record-0.jsonl").write_text(text)
+    (folder / "lmms-eval/record-0.jsonl").write_text(text)
     return folder
 
 
@@ -79,9 +74,9 @@ def test_the_report_says_it_all(mlvu):
     assert "| anomaly_reco | absent |" in text
     assert "mlvu_dev 0: v0.mp4: the file is truncated" in text
     assert "| MLVU, dev * | 11 | 46.7 |" in text and "torch 2" in text and "think_mode=no_think" in text
-    data = report_object(run)["benchmarks"]["mlvu_dev"]
+    data = report_dict(run)["benchmarks"]["mlvu_dev"]
     assert data["percent"] == pytest.approx(46.6667, abs=1e-3) and data["paper"] is None
-    assert [path.name for path in write_report(run)] == ["report.md", "report.json", "report.png"]
+    assert [path.name for path in write_report(run)] == ["report.md", "report.json", "answers.jsonl", "report.png"]
     assert json.loads((mlvu / "report.json").read_text())["cost"]["samples"] == 10
     assert (mlvu / "report.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -120,10 +115,54 @@ def test_standard_errors():
     assert math.isnan(mean_score([], []).percent)
 
 
+def test_intervals():
+    shares = {(1, 1): (20.65, 100.0), (0, 10): (0.0, 27.75), (10, 10): (72.25, 100.0)}  # Wilson's, from tables
+    for (right, number), interval in shares.items():
+        score = mean_score([1.0] * right + [0.0] * (number - right), list(map(str, range(number))))
+        assert (score.low, score.high) == pytest.approx(interval, abs=0.01)
+    score = mean_score([1.0, 0.0] * 50, list(map(str, range(100))))
+    assert (score.low, score.high) == pytest.approx((50 - 9.85, 50 + 9.85), abs=0.01)
+    both = mean_of_scores([score, score])
+    assert both.high - both.percent == pytest.approx((score.high - 50) / math.sqrt(2))
+    assert both.standard_error == pytest.approx(score.standard_error / math.sqrt(2))
+
+
+def test_what_is_skipped_counts_neither_as_right_nor_as_wrong(tmp_path):
+    """Of a missing video, its questions; of a missing task, all; what failed otherwise stays wrong."""
+    samples = [{"doc_id": n, "filtered_resps": "C", "lvbench_score": n == 0} for n in range(4)]
+    record = [{"task": "lvbench", "doc_id": n, "video": f"lvbench/{n}.mp4"} for n in range(4)]
+    for entry in record[2:]:
+        entry["error"] = "it is not there"
+    tasks = {"lvbench": ("lvbench_score", 25.0, samples)}
+    plain = read_run(make_run(tmp_path / "plain", tasks, record)).results["lvbench"]
+    assert (plain.score.percent, len(plain.failed), plain.skipped) == (25.0, 2, [])
+    folder = make_run(tmp_path / "run", tasks, record)
+    benchmarks = [BENCHMARKS["lvbench"], BENCHMARKS["mlvu_dev"]]
+    gaps = {"lvbench": Gap(None, ("lvbench/3.mp4",)), "mlvu_dev": Gap("none of its 2 videos is there")}
+    start_run(folder, RunSettings("tiny"), benchmarks, gaps)
+    run = read_run(folder)
+    result = run.results["lvbench"]
+    assert result.score.percent == pytest.approx(100 / 3) and result.score.number == 3
+    assert [sample.doc_id for sample in result.failed] == [2] and [s.doc_id for s in result.skipped] == [3]
+    text = report_text(run)
+    assert "| LVBench * | 3 | 33.3 |" in text and "| MLVU, dev | skipped | – |" in text
+    assert "- mlvu_dev: none of its 2 videos is there" in text and "- lvbench: 1 questions about lvbench/3.mp4" in text
+    assert report_dict(run)["benchmarks"]["lvbench"]["skipped"] == 1
+    start_run(folder, RunSettings("tiny"), benchmarks)  # the data has come
+    assert read_run_file(folder)["skipped"] == {}
+
+
+def test_every_answer_is_written(mlvu):
+    write_report(read_run(mlvu))
+    lines = [json.loads(line) for line in (mlvu / "answers.jsonl").read_text().splitlines()]
+    assert [line["doc_id"] for line in lines] == list(range(11))
+    assert lines[0]["error"].startswith("v0.mp4") and (lines[0]["points"], lines[0]["letter"]) == (0.0, "A")
+
+
 def test_newest_results_count_and_a_repaired_video_is_forgiven(mlvu):
     samples = [mlvu_sample(n, "count", True) for n in range(2)]
     repaired = {"task": "mlvu_dev", "doc_id": 0, "time": 2}
-    with (mlvu / "record-0.jsonl").open("a") as file:
+    with (mlvu / "lmms-eval/record-0.jsonl").open("a") as file:
         file.write(
             json.dumps({**repaired, "error": None, "video": "v", "seconds": 1, "tokens": 2, "forward_passes": 2})
         )
@@ -139,7 +178,7 @@ def test_hidden_answers_give_no_score(tmp_path):
     samples = [{"doc_id": 0, "filtered_resps": "A", "bypass": None}]
     run = read_run(make_run(tmp_path / "run", {"egoschema": ("bypass", 999, samples)}))
     assert "| EgoSchema * | 1 | – | – | – | – | 0 |" in report_text(run)
-    assert report_object(run)["benchmarks"]["egoschema"]["percent"] is None
+    assert report_dict(run)["benchmarks"]["egoschema"]["percent"] is None
 
 
 def test_open_answers_of_video_mmmu():
@@ -163,7 +202,7 @@ def test_only_whole_benchmarks_are_set_against_the_paper(tmp_path):
     few, whole = run_of(tmp_path / "few", [True] * 20), run_of(tmp_path / "whole", [True, False] * 774 + [True])
     assert "| LVBench * | 20 | 100.0 | 0.0 | 44.7 | – | 0 |" in report_text(few)
     assert "| LVBench | 1549 | 50.0 | 1.3 | 44.7 | +5.3 | 0 |" in report_text(whole)
-    differences = [report_object(run)["benchmarks"]["lvbench"]["difference"] for run in (few, whole)]
+    differences = [report_dict(run)["benchmarks"]["lvbench"]["difference"] for run in (few, whole)]
     assert differences == [None, pytest.approx(50.0 - 44.7, abs=0.1)]
 
 
@@ -186,16 +225,16 @@ def pair(tmp_path):
 
 def test_comparison(pair):
     runs, gains = pair
-    (row,) = compare(runs)["compared"]
+    (row,) = compare_runs(runs)["compared"]
     assert (row["better"], row["worse"], row["number"]) == (6, 1, 40)
     assert row["difference"] == pytest.approx(100 * 5 / 40)
     assert row["standard_error"] == pytest.approx(100 * statistics.stdev(gains) / math.sqrt(40), abs=1e-3)
     assert row["p"] == pytest.approx(2 * (1 + 7) / 2**7)
-    text = compare_text(compare(runs))
+    text = compare_text(compare_runs(runs))
     assert "| LVBench | 40 | 50.0 | mars | 62.5 | +12.5 |" in text and "| cache | none | mars |" in text
-    assert compare(runs)["differing"] == {"cache": ["none", "mars"]}
+    assert compare_runs(runs)["differing"] == {"cache": ["none", "mars"]}
     with pytest.raises(InputError, match="two runs"):
-        compare(runs[:1])
+        compare_runs(runs[:1])
 
 
 def test_only_the_same_questions_are_paired(tmp_path):
@@ -205,40 +244,44 @@ def test_only_the_same_questions_are_paired(tmp_path):
         rows = [{"doc_id": n, "doc_hash": row, "filtered_resps": "A", "lvbench_score": row in "pr"}
                 for n, row in enumerate(order)]  # fmt: skip
         runs.append(read_run(make_run(tmp_path / name, {"lvbench": ("lvbench_score", 0, rows)})))
-    (row,) = compare(runs[:2])["compared"]
+    (row,) = compare_runs(runs[:2])["compared"]
     assert (row["number"], row["baseline_percent"], row["percent"]) == (2, 100.0 / 2, 100.0 / 2)
     with pytest.raises(InputError, match="c has no judged samples in common with .*a"):
-        compare(runs)
+        compare_runs(runs)
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_of_one_name_get_their_paths(tmp_path):
     folders = [str(tmp_path / name) for name in ("x/run", "y/run")]
-    assert labels(folders) == folders and labels([folders[0], folders[0]]) == ["run", "run"]
+    assert run_labels(folders) == folders and run_labels([folders[0], folders[0]]) == ["run", "run"]
     runs = [run_of(Path(folder), [True, False]) for folder in folders]
-    text = compare_text(compare(runs))
+    text = compare_text(compare_runs(runs))
     assert f"| LVBench | 2 | 50.0 | {folders[1]} | 50.0 |" in text and "differing" not in text  # nothing does
 
 
 def test_the_plot_shows_what_is_known(mlvu, tmp_path):
-    """A mean over types with one sample each has no standard error; a part of a benchmark is marked."""
+    """Every bar has its interval, also of a mean over types with one sample each, which has no standard error; a part
+    of a benchmark is marked."""
     whole = run_of(tmp_path / "whole", [True, False] * 774 + [True])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (axes,) = drawing([read_run(mlvu), whole]).axes
+        (axes,) = draw([read_run(mlvu), whole]).axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["MLVU, dev *", "LVBench"]
     bars = {container.get_label(): container for container in axes.containers if hasattr(container, "patches")}
     widths = {name: [bar.get_width() for bar in each] for name, each in bars.items()}
     assert widths["mlvu"] == [pytest.approx(46.67, abs=0.01), pytest.approx(math.nan, nan_ok=True)]
     ends = {name: each.errorbar[2][0].get_segments() for name, each in bars.items()}
-    assert [len(segment) and not math.isnan(segment[0][0]) for segment in ends["mlvu"]] == [False, False]
+    score = read_run(mlvu).results["mlvu_dev"].score
+    assert math.isnan(score.standard_error)
+    ((left, _), (right, _)), nothing = ends["mlvu"]
+    assert (left, right) == (score.low, score.high) and left < score.percent < right and not len(nothing)
     (left, _), (right, _) = ends["whole"][1]
-    assert right - left == pytest.approx(4 * whole.results["lvbench"].score.standard_error)
+    assert right - left == pytest.approx(2 * 1.96 * whole.results["lvbench"].score.standard_error)
 
 
 def test_several_runs_against_the_first(pair, tmp_path):
     runs, _ = pair
     third = run_of(tmp_path / "third", [True] * 20, limit=20)  # has only half of the samples
-    rows = compare([*runs, third])["compared"]
+    rows = compare_runs([*runs, third])["compared"]
     assert [(Path(row["run"]).name, row["number"], row["worse"]) for row in rows] == [("mars", 40, 1), ("third", 20, 0)]
 
 
@@ -251,15 +294,14 @@ def test_all_samples_together(tmp_path):
         tasks = {"lvbench": ("lvbench_score", 0, lvbench), "mlvu_dev": ("mlvu_percetion_score", 0, mlvu)}
         return read_run(make_run(tmp_path / name, tasks))
 
-    *_, last = compare([run_with("a", False), run_with("b", True)])["compared"]
+    *_, last = compare_runs([run_with("a", False), run_with("b", True)])["compared"]
     assert (last["title"], last["number"], last["better"]) == ("all samples", 4, 3)
     assert (last["baseline_percent"], last["percent"]) == (25.0, 100.0)
 
 
 def test_a_comparison_is_written(pair, tmp_path, vidlada_eval):
     folder = tmp_path / "comparison"
-    runs = [option for run in pair[0] for option in ("--compare", run.folder)]
-    code, out, err = vidlada_eval(*runs, "--output", folder)
+    code, out, err = vidlada_eval("compare", *(run.folder for run in pair[0]), "--output", folder)
     assert code == 0 and out.startswith("| benchmark | samples | none | run |") and "comparison.png" in err
     assert {path.name for path in folder.iterdir()} == set(COMPARISON_FILES)
     assert json.loads((folder / "comparison.json").read_text())["compared"][0]["better"] == 6

@@ -102,7 +102,7 @@ def test_a_server_that_sleeps_is_asked_again(output, server):
     "reply, why, times",
     [((400, "no"), "HTTP 400", 1), ((500, "no"), "HTTP 500", submission.ATTEMPTS), ((200, "thanks"), "thanks", 1)],
 )
-def test_failures_are_told_and_the_answers_stay(output, server, reply, why, times):
+def test_failures_are_reported_and_the_answers_stay(output, server, reply, why, times):
     server.replies = [reply]
     with pytest.raises(VidLaDAError, match=why):
         submit(output, wait=0)
@@ -129,7 +129,7 @@ def test_only_submit_sends(root, server, tmp_path, monkeypatch, vidlada_eval, as
         finish(output)
 
     monkeypatch.setattr(running, "execute", lmms_eval)
-    options = ["--tasks", "egoschema", "--data-root", root, "--output", tmp_path / "run"]
+    options = ["run", "--tasks", "egoschema", "--data-root", root, "--output", tmp_path / "run"]
     code, out, err = vidlada_eval(*options, *(["--submit"] if asked else []))
     assert code == 0, err
     assert "--predict_only" in launched[0]  # or lmms-eval itself would send
@@ -139,7 +139,7 @@ def test_only_submit_sends(root, server, tmp_path, monkeypatch, vidlada_eval, as
 
 @pytest.mark.parametrize("options", [["--tasks", "egoschema", "--limit", 3], ["--tasks", "egoschema_subset"]])
 def test_only_whole_evaluations_are_sent(root, tmp_path, vidlada_eval, options):
-    code, _, err = vidlada_eval(*options, "--submit", "--data-root", root, "--output", tmp_path / "run")
+    code, _, err = vidlada_eval("run", *options, "--submit", "--data-root", root, "--output", tmp_path / "run")
     assert code == 2 and "--submit sends the answers of the whole task egoschema" in err
 
 

@@ -5,8 +5,8 @@ import shutil
 import pytest
 from hub import commit_of, running_hub, use_hub
 
-from vidlada.api import model_folder
 from vidlada.errors import InputError, VidLaDAError
+from vidlada.loading import model_folder
 from vidlada.model.hub import is_hub_name, local_folder, with_revision
 
 

@@ -64,9 +64,9 @@ def test_recorded_geometry(case):
     columns, rows = case["grid_wh"]
     assert list(PUBLISHED.resolution_for(width, height)) == case["best"]
     assert shape.tiles == 1 + rows * columns and PUBLISHED.grid(shape) == (27 * rows, 27 * columns)
-    kept = [part.stop - part.start for part in PUBLISHED.unpadded(shape)]
+    kept = [part.stop - part.start for part in PUBLISHED.content_region(shape)]
     assert kept == case["unpadded_hw"]
-    assert list(PUBLISHED.shrunk(*kept)) == case["final_hw"]
+    assert list(PUBLISHED.shrunk_size(*kept)) == case["final_hw"]
     assert PUBLISHED.tokens(shape) == case["n_tokens"]
 
 
@@ -85,6 +85,6 @@ def test_tokens_are_counted_as_they_are_laid_out(merge_type, height, width, alon
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (383, 385), (2, 3000)])
 def test_thin_images_keep_a_row(size):
     pictures, shape = PUBLISHED.cut(np.full((*size, 3), 200, np.uint8))
-    rows, columns = PUBLISHED.unpadded(shape)
+    rows, columns = PUBLISHED.content_region(shape)
     assert len(pictures) == shape.tiles and rows.stop > rows.start and columns.stop > columns.start
     assert PUBLISHED.tokens(shape) >= 729 + 2

@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
-from vidlada.model.language_model import LanguageModel, rotary_angles
+from vidlada.model.language_model import LanguageModel, rotary_angles, rotate, rotate_, rotation_table
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 SHAPE = {"vocab_size": 60, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -70,6 +70,30 @@ def test_rotary_angles_are_the_published_ones_at_large_positions(head_dim):
     found = rotary_angles(positions, head_dim, 500000.0, torch.float32)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours[:, 0], theirs, rtol=0, atol=5e-5)
+
+
+def test_packed_projections_are_the_published_ones_under_their_names(small_folder):
+    plain = VidLaDAForMaskedDiffusion.from_pretrained(small_folder)
+    packed = VidLaDAForMaskedDiffusion.from_pretrained(small_folder)
+    packed.language_model.pack()
+    packed.language_model.pack()  # harmless
+    weights = plain.state_dict()
+    assert packed.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in packed.state_dict().items())
+    ids = torch.randint(10, 200, (2, 20))
+    with torch.no_grad():
+        assert torch.allclose(packed(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-5)
+        doubled = {key: 2 * tensor for key, tensor in weights.items()}
+        packed.load_state_dict(doubled)
+        assert torch.equal(packed.state_dict()["language_model.layers.0.mlp.up_proj.weight"],
+                           doubled["language_model.layers.0.mlp.up_proj.weight"])  # fmt: skip
+
+
+def test_rotation_in_place_is_the_published_one():
+    states, positions = torch.randn(3, 5, 8), torch.tensor([0, 2, 3, 7, 40])
+    expected = rotate(states[None], rotary_angles(positions[None], 8, 10000.0, torch.float32))[0]
+    rotate_(states, rotation_table(41, 8, 10000.0, torch.float32, torch.device("cpu"))[:, positions])
+    torch.testing.assert_close(states, expected)
 
 
 def test_only_chosen_logits(small):

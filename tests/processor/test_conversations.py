@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vidlada.processor import (
+from vidlada.messages import (
     BOS,
     END_HEADER,
     END_OF_TEXT,
@@ -15,10 +15,10 @@ from vidlada.processor import (
     MASK,
     START_HEADER,
     THINK_TOKENS,
-    VidLaDAProcessor,
     place_media,
     with_think_mode,
 )
+from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import ImageShape
 
 CONTROL = (BOS, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN, MASK)
@@ -97,6 +97,8 @@ def test_media_stand_where_the_parts_are(small):
         ("what is it? <image>", ["video"], "<image>\nwhat is it?"),
         ("<image>\nwhat?", ["image"], "<image>\nwhat?"),
         ("what?", ["image", "video"], "<image>\n<image>\nwhat?"),
+        (" what?\n", ["video"], "<image>\n what?"),
+        (" what? <image>\n", ["video"], "<image>\nwhat?"),
         ("left <image> right <image>\n which?", ["image", "image"], "left <image> right <image>\n which?"),
         ("a <image> tag", ["image", "video"], "<image>\n<image>\na <image> tag"),
     ],
@@ -107,8 +109,8 @@ def test_marks_are_places_only_for_media_that_are_given(text, media, expected):
 
 
 @pytest.mark.parametrize("content", ["what? ", [{"type": "text", "text": "what? "}]])
-@pytest.mark.parametrize(("think", "mark"), [(True, "what?/think"), (False, "what?/no_think"), (None, "what?")])
-def test_the_think_mode_follows_the_first_question_without_a_space(content, think, mark):
+@pytest.mark.parametrize(("think", "mark"), [(True, "what? /think"), (False, "what? /no_think"), (None, "what?")])
+def test_the_think_mode_directly_follows_the_first_question(content, think, mark):
     talk = [{"role": "system", "content": "s"}, {"role": "user", "content": content},
             {"role": "assistant", "content": "it"}, {"role": "user", "content": "and?"}]  # fmt: skip
     text = TOKENIZERS["plain"].apply_chat_template(with_think_mode(talk, think))

@@ -7,7 +7,8 @@ from transformers import AutoProcessor
 from vectors import preprocess_arrays
 
 from vidlada.errors import InputError
-from vidlada.processor import VidLaDAProcessor, time_instruction
+from vidlada.messages import time_instruction
+from vidlada.processor import VidLaDAProcessor
 
 
 def user(text, video=None):

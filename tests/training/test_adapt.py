@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import vidlada
 from vidlada.checkpoint.load import load_tokenizer
 from vidlada.errors import InputError
-from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK
+from vidlada.messages import END_OF_TEXT, END_OF_TURN, MASK
 from vidlada.training.adapt import CONTROL_TOKENS, adapt_llama, adapt_tokenizer
 from vidlada.training.config import CONFIGS, Stage, load_config
 from vidlada.training.objective import causal_mask

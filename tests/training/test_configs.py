@@ -13,7 +13,7 @@ from vidlada.training.config import CONFIGS, load_config
 from vidlada.training.flops import FlopCount
 from vidlada.training.models import add_lora
 from vidlada.training.optimizers import make_optimizers, part_of
-from vidlada.training.stages import resolved, stage_sources
+from vidlada.training.stages import resolve_epochs, stage_sources
 
 ENTRIES = 640
 
@@ -40,7 +40,7 @@ def test_each_8b_run_on_meta(data, path):
             model = add_lora(model, config.lora, "base", 0)
     total = sum(p.numel() for p in model.parameters())
     assert 8.4e9 < total < 8.9e9
-    run = resolved(config, stage_sources(config))
+    run = resolve_epochs(config, stage_sources(config))
     optimizers = make_optimizers(model, run)
     trained = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
     expected = {"projector", "language_model"} | (set() if config.lora else {"tower"})

@@ -24,7 +24,7 @@ from trainings import MODEL, assert_same, quietly, run, weights
 
 from vidlada.checkpoint.load import save_model
 from vidlada.errors import InputError
-from vidlada.training.config import Lora, Stage
+from vidlada.training.config import Evaluation, Lora, Stage
 from vidlada.training.models import new_model
 from vidlada.training.output import checkpoints
 from vidlada.training.parallel import make_accelerator
@@ -62,11 +62,11 @@ def free_port():
         return str(listener.getsockname()[1])
 
 
-def launch(settings, folder, *options, launcher=None):
+def launch(settings, folder, *options, launcher=None, processes=2):
     """`vidlada train` in two processes, under torchrun or another launcher; the exit code and what it said."""
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(settings)))))
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", free_port()]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port", free_port()]
     command = [sys.executable, *(launcher or torchrun), "-m", "vidlada", "train", str(path), *options]
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed looks for ninja
     # what DeepSpeed compiles goes where the tests' other files go: a lock of a killed run elsewhere would hold it up
@@ -138,6 +138,57 @@ def test_deepspeed_follows_the_curve_of_one_process(one_like_deepspeed, tmp_path
         follows_and_resumes(settings, expected, tmp_path)
     kept = {path.name for path in (checkpoints(tmp_path / "run")[-1] / "pytorch_model").iterdir()}
     assert any(name.startswith("zero_pp_rank_1") or "_zero_pp_rank_1" in name for name in kept), kept
+
+
+@DEEPSPEED
+def test_deepspeed_is_not_continued_by_another_number_of_processes(tmp_path):
+    """In a line: its own error is of a missing file. The model of the checkpoint is a start for another run."""
+    settings = config_of_deepspeed(tmp_path / "run", parallel="zero2", checkpoint_every=6)
+    code, said = launch(settings, tmp_path)
+    assert code == 0, said
+    code, said = launch(settings, tmp_path, "--resume", processes=1)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code != 0 and len(errors) == 1, said
+    assert "written by 2 processes of DeepSpeed, which cannot be continued by 1" in errors[0]
+    start = str(checkpoints(tmp_path / "run")[-1] / "model")
+    assert start in errors[0]
+    other = replace(settings, output=str(tmp_path / "other"), init_from=start, model=None)
+    code, said = launch(other, tmp_path, processes=1)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_other_numbers_of_processes_continue(one, tmp_path, parallel):
+    """Two processes go on from one and one from two, on the curve of either: parts are the same in number."""
+    settings = config(tmp_path / "run", parallel=parallel)
+    code, said = launch(settings, tmp_path)
+    assert code == 0, said
+    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+    code, resumed = launch(settings, tmp_path, "--resume", processes=1)
+    assert code == 0, resumed
+    assert losses(resumed) == pytest.approx(one[1][4:], abs=2e-4)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_score_as_one(tmp_path, parallel):
+    """Each answers its own questions; sharded weights are whole meanwhile. One answer may tip."""
+    evaluation = Evaluation({**DATA, "split": "validation"}, every=2, steps=1, questions=6,
+                            generation={"gen_length": 4, "block_length": 4})  # fmt: skip
+    lines = []
+    train(config(tmp_path / "one", evaluation=evaluation), report=lines.append)
+    code, said = launch(config(tmp_path / "two", evaluation=evaluation, parallel=parallel), tmp_path)
+    assert code == 0, said
+    found, expected = (evaluations(text) for text in (said, "\n".join(lines)))
+    assert len(found) == len(expected) == 3
+    for (loss, score), (loss_of_one, score_of_one) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(loss_of_one, abs=2e-4)
+        assert score == pytest.approx(score_of_one, abs=17)
+    assert weights(tmp_path / "two" / "model-best").keys() == weights(tmp_path / "one" / "model-best").keys()
+    assert losses(said) == pytest.approx(losses("\n".join(lines)), abs=2e-4)  # as if nothing had been evaluated
+
+
+def evaluations(text):
+    return [tuple(map(float, each)) for each in re.findall(r"evaluation after .* loss ([\d.]+) score ([\d.]+)%", text)]
 
 
 def follows(settings, expected, folder, launcher=None):
@@ -283,7 +334,7 @@ def test_the_script_starts_torchrun_as_its_variables_say(tmp_path):
     nodes = {"NNODES": "3", "RANK": "2", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29999"}
     launched, environment = script(tmp_path, NPROC_PER_NODE="4", **nodes).stdout.splitlines()
     assert launched == (
-        "-m torch.distributed.run --nnodes 3 --node-rank 2 --nproc-per-node 4 --master-addr 10.0.0.7 "
+        "-m vidlada.training.launch --nnodes 3 --node-rank 2 --nproc-per-node 4 --master-addr 10.0.0.7 "
         "--master-port 29999 -m vidlada train run.yaml --resume"
     )
     assert environment == " 3600"

@@ -6,8 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
-from importlib.util import find_spec
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,7 +98,7 @@ def test_lora_trains_adapters_that_load_merge_and_improve(base, tmp_path):
 
     def report(line):
         if line.startswith("evaluation"):
-            losses.append(float(line.split()[-1]))
+            losses.append(float(re.search(r"loss ([\d.]+)", line)[1]))
 
     data, whole = {**EASY, "frames_per_batch": 8}, CollateSettings(force_up_to=99)
     settings = from_base(
@@ -117,10 +116,10 @@ def test_lora_trains_adapters_that_load_merge_and_improve(base, tmp_path):
     assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
     question = "What time is it?"
-    told = vidlada.load(adapter).ask(None, question, gen_length=8)
+    answer = vidlada.load(adapter).ask(None, question, gen_length=8)
     result = CliRunner().invoke(main, ["merge", str(adapter), str(tmp_path / "merged")])
     assert result.exit_code == 0, result.output
-    assert vidlada.load(tmp_path / "merged").ask(None, question, gen_length=8).token_ids == told.token_ids
+    assert vidlada.load(tmp_path / "merged").ask(None, question, gen_length=8).token_ids == answer.token_ids
     again = CliRunner().invoke(main, ["merge", str(adapter), str(tmp_path / "merged")])
     assert again.exit_code == 2 and "in use" in again.output
     unmerged = CliRunner().invoke(main, ["convert", str(adapter), str(tmp_path / "converted")])
@@ -183,24 +182,6 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path):
     train(replace(settings, seed=1), report=quietly, overwrite=True)
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "run" / "checkpoint-0000001").is_dir()
-
-
-@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
-def test_trackers(tmp_path, tracker):
-    """Offline, in processes of their own: trackers keep threads."""
-    settings = run(tmp_path / "run", stages=(Stage("a", 1e-2, EASY, 2),), tracker=tracker)
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(settings)))))
-    if find_spec(tracker) is None:
-        result = CliRunner().invoke(main, ["train", str(path)])
-        assert result.exit_code == 2 and f"pip install {tracker}" in result.output
-        pytest.skip(f"{tracker} is not installed; that this is said was tested")
-    places = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio")}
-    command = [sys.executable, "-m", "vidlada", "train", str(path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **places})
-    assert ended.returncode == 0, ended.stderr
-    wanted = {"tensorboard": "run/logs/**/events*", "wandb": "wandb/offline-run-*/*.wandb", "trackio": "trackio/*.db"}
-    assert [file for file in tmp_path.glob(wanted[tracker]) if file.stat().st_size > 0]
 
 
 def test_too_many_broken_samples_end_the_run(tmp_path):

@@ -1,6 +1,7 @@
-"""Fine-tuning from a checkpoint in the published layout, told where things are as the published scripts are told."""
+"""Fine-tuning from a checkpoint in the published layout, with the variables of the published scripts."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_a_fine_tune_from_the_published_layout_improves_held_out_samples(publish
 
     def report(line):
         if line.startswith("evaluation"):
-            losses.append(float(line.rsplit(" ", 1)[1]))
+            losses.append(float(re.search(r"loss ([\d.]+)", line)[1]))
 
     settings = run(
         tmp_path / "before", model=None, init_from=str(published), stages=(Stage("a", 1e-9, DATA, 1),),

@@ -15,15 +15,17 @@ from safetensors import SafetensorError
 from trainings import MODEL, PICTURES, STEPS, assert_same, quietly, run, weights
 
 import vidlada.training.checkpoints as checkpoints
+import vidlada.training.losses as losses
 import vidlada.training.output as output_folder
-import vidlada.training.trainer as trainer
-from vidlada.checkpoint.load import load_model
+from vidlada.checkpoint.load import load_model, save_model
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.processor import VidLaDAProcessor
 from vidlada.training.config import Evaluation, Stage
 from vidlada.training.data.shapes import ShapesSource
+from vidlada.training.data.workers import STOP_SIGNALS
 from vidlada.training.models import new_model
-from vidlada.training.trainer import Interrupted, train
+from vidlada.training.signals import Interrupted
+from vidlada.training.trainer import train
 
 # A run that ends itself: after a step, or half way through writing a checkpoint.
 KILLED_RUN = """
@@ -39,7 +41,7 @@ def report(line):
     if where == "step" and line.startswith("step 5/"):
         os.kill(os.getpid(), signal.SIGKILL)
 
-def save_model(model, processor, folder, weights):
+def save_model(model, processor, folder, weights, dtype):
     model.save_pretrained(folder)
     if where == "checkpoint" and "0000004" in str(folder):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -114,11 +116,11 @@ def test_an_interrupted_run_continues_as_if_nothing_had_been(tmp_path, expected,
         if line.startswith(f"step {stop_at}/"):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    handlers = [signal.getsignal(number) for number in trainer.STOP_SIGNALS]
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(Interrupted, match=f"after step {stop_at};") as caught:
         train(run(tmp_path / "run"), report=terminate)
     assert caught.value.exit_code == 130
-    assert [signal.getsignal(number) for number in trainer.STOP_SIGNALS] == handlers
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
     assert names(tmp_path / "run")[-1] == f"checkpoint-{stop_at:07d}"
     assert not (tmp_path / "run" / "model").exists()
     lines = []
@@ -160,7 +162,7 @@ def test_signals_to_the_whole_group_leave_workers_at_work(tmp_path, expected):
     output = tmp_path / "run"
     source = KILLED_RUN.replace("os.kill(os.getpid(), signal.SIGKILL)", "os.killpg(0, signal.SIGINT)")
     _, errors = run_and_wait(source, "step", run(output, workers=1), tmp_path / "errors")
-    assert errors.strip().splitlines()[-1].startswith("vidlada.training.trainer.Interrupted: stopped by signal 2")
+    assert errors.strip().splitlines()[-1].startswith("vidlada.training.signals.Interrupted: stopped by signal 2")
     assert names(output)[-1] == "checkpoint-0000005"
     assert_same(train(run(output), resume=True, report=quietly), expected)
 
@@ -174,7 +176,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, whole, damaged):
         train(run(tmp_path / "run"), resume=True, report=quietly)
 
 
-def test_a_run_of_another_form_is_not_continued_and_other_changes_are_told(tmp_path, whole):
+def test_a_run_of_another_form_is_not_continued_and_other_changes_are_named(tmp_path, whole):
     shutil.copytree(whole[0], tmp_path / "run")
     wider = {**MODEL, "text_config": {**MODEL["text_config"], "hidden_size": 32}}
     for changes in ({"optimizer": "muon"}, {"model": wider}):
@@ -219,12 +221,12 @@ def test_partial_and_empty_checkpoints_are_ignored(tmp_path):
 
 
 # Holds a run's folder, as what is left of a killed torchrun does.
-HOLD = """
+LOCK_FOLDER = """
 import sys
 from pathlib import Path
 from vidlada.training.output import lock_output
 with lock_output(Path(sys.argv[1])):
-    print("held", flush=True)
+    print("locked", flush=True)
     sys.stdin.read()
 """
 
@@ -232,9 +234,9 @@ with lock_output(Path(sys.argv[1])):
 def test_two_runs_do_not_write_into_one_folder(tmp_path, whole, expected):
     output = tmp_path / "run"
     shutil.copytree(whole[0], output)
-    command = [sys.executable, "-c", HOLD, str(output)]
+    command = [sys.executable, "-c", LOCK_FOLDER, str(output)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
+        assert other.stdout.readline() == "locked\n"
         for how in ("resume", "overwrite"):
             with pytest.raises(InputError, match="another run is at work"):
                 train(run(output), report=quietly, **{how: True})
@@ -243,14 +245,16 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path, whole, expected):
     assert not (output / output_folder.LOCK_FILE).exists()
 
 
-def test_a_final_model_that_does_not_fit_is_told_and_written_later(tmp_path, monkeypatch, expected):
-    def half(model, processor, folder, weights):
+def test_a_final_model_that_does_not_fit_is_reported_and_written_later(tmp_path, monkeypatch, expected):
+    def half(model, processor, folder, *rest):
+        if "checkpoint" in str(folder):
+            return save_model(model, processor, folder, *rest)
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         raise SafetensorError("No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "save_model", half)
+        patched.setattr(checkpoints, "save_model", half)
         with pytest.raises(VidLaDAError, match="model was not written: No space left.*--resume"):
             train(run(tmp_path / "run"), report=quietly)
     assert not list((tmp_path / "run").glob("model*"))
@@ -305,13 +309,13 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, expected):
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_changes_nothing(tmp_path, monkeypatch):
     calls = []
-    real = trainer.diffusion_loss
+    real = losses.diffusion_loss
 
     def broken(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(trainer, "diffusion_loss", broken)
+    monkeypatch.setattr(losses, "diffusion_loss", broken)
     with pytest.raises(VidLaDAError, match="step 3 is nan") as caught:
         train(run(tmp_path / "run", workers=1), report=quietly)
     assert len(calls) == 4
@@ -323,13 +327,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_changes_nothing(tmp_path, mo
 def test_a_gradient_that_is_not_finite_ends_the_run_and_changes_nothing(tmp_path, monkeypatch, whole):
     """Its loss is: the next one would not be, after a checkpoint of spoilt weights."""
     calls = []
-    real = trainer.diffusion_loss
+    real = losses.diffusion_loss
 
     def broken(logits, *others):
         calls.append(1)
         return real(logits, *others) + ((logits.sum() * 0).sqrt() if len(calls) == 4 else 0)
 
-    monkeypatch.setattr(trainer, "diffusion_loss", broken)
+    monkeypatch.setattr(losses, "diffusion_loss", broken)
     with pytest.raises(VidLaDAError, match="gradient of step 3 is nan"):
         train(run(tmp_path / "run"), report=quietly)
     assert names(tmp_path / "run") == ["checkpoint-0000002"]

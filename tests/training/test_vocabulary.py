@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vidlada.errors import InputError
-from vidlada.processor import THINK_TOKENS
+from vidlada.messages import THINK_TOKENS
 from vidlada.training.config import load_config
 from vidlada.training.models import initial_model, initial_processor
 from vidlada.training.vocabulary import add_think_tokens

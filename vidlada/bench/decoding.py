@@ -17,12 +17,13 @@ from vidlada.decoding.sampler import Denoiser, Request, State, denoise
 from vidlada.generation import GenerationSettings
 from vidlada.info import GIB
 from vidlada.machine import machine, now, peak_memory, reset_peak_memory
+from vidlada.markdown import table
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 BASELINE = "none"
 CACHES = (
-    BASELINE, "prefix", "dual", "interval", "sparse", "frozen", "mars", "mars:window=1",
-    "mars:window=1,anchors=0", "mars:ratio=1", "mars:ratio=2", "mars:ratio=4", "mars:pyramid=1",
+    BASELINE, "prefix", "dual", "interval", "dllm", "dkv", "elastic", "sparse", "frozen", "mars", "mars:paper",
+    "mars:window=1", "mars:window=1,anchors=0", "mars:ratio=1", "mars:ratio=2", "mars:ratio=4", "mars:pyramid=1",
 )  # fmt: skip
 
 
@@ -75,14 +76,14 @@ def cases_for(caches: Sequence[str], settings: GenerationSettings, threshold: fl
         trained: which of them.
     """
     names = list(dict.fromkeys((BASELINE, *caches)))
-    cases = [Case(cache, "1 token", settings.updated(cache=cache)) for cache in names]
+    cases = [Case(cache, "1 token", settings.replace(cache=cache)) for cache in names]
     if trained:
-        fast = settings.updated(threshold=threshold)
-        cases += [Case(cache, f"threshold {threshold:g}", fast.updated(cache=cache)) for cache in names]
+        fast = settings.replace(threshold=threshold)
+        cases += [Case(cache, f"threshold {threshold:g}", fast.replace(cache=cache)) for cache in names]
     elif tokens_per_step is not None:
         steps = settings.num_blocks * -(-settings.block_length // tokens_per_step)
-        fast = settings.updated(steps=steps)
-        cases += [Case(cache, f"{tokens_per_step} tokens", fast.updated(cache=cache)) for cache in names]
+        fast = settings.replace(steps=steps)
+        cases += [Case(cache, f"{tokens_per_step} tokens", fast.replace(cache=cache)) for cache in names]
     return cases
 
 
@@ -186,22 +187,19 @@ def decoding_table(figures: dict[str, Any]) -> str:
     """Markdown of `decoding_figures`."""
     head = ("cache", "a step", "steps", "total, s", "range, s", "first token, s", "first step, s", "later step, s",
             "tokens/s", "times faster", "tokens a layer (lowest, highest)", "peak, GiB", "same ids, %")  # fmt: skip
-    lines = [
+    title = (
         f"{figures['machine']}; size {figures['size']}, {figures['frames']} frames, {figures['visual_tokens']} visual "
         f"tokens, {figures['gen_length']} answer slots, blocks of {figures['block_length']}, {figures['dtype']}, "
-        f"{figures['repeats']} interleaved repeats",
-        "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
-    ]
+        f"{figures['repeats']} interleaved repeats"
+    )
+    rows = []
     for row in figures["rows"]:
         work, peak = row["layer_tokens"], row["peak_bytes"]
-        cells = [
+        rows.append([
             row["cache"], row["pace"], str(row["steps"]), f"{row['total_s']:.2f}",
             f"{row['least_s']:.2f} to {row['most_s']:.2f}", f"{row['first_token_s']:.3f}",
             f"{row['first_step_s']:.3f}", f"{row['later_step_s']:.4f}", f"{row['tokens_per_second']:.2f}",
             f"{row['times_faster']:.1f}", f"{work[0]:,} to {work[-1]:,}",
             f"{peak / GIB:.2f}", f"{100 * row['agreement']:.0f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ])  # fmt: skip
+    return "\n".join([title, "", *table(head, rows)])

@@ -19,6 +19,7 @@ from vidlada.decoding.policies.base import AttentionPattern
 from vidlada.decoding.policies.blockwise import Full
 from vidlada.decoding.sampler import Denoiser, Request
 from vidlada.errors import InputError
+from vidlada.markdown import table
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 SAMPLED_QUERIES = 32
@@ -97,7 +98,7 @@ def drift_figures(model: VidLaDAForMaskedDiffusion, request: Request) -> dict[st
     """
     if request.frame_index is None or max(request.frame_index, default=-1) < 0:
         raise InputError("drift is measured on a video; this request has no frames")
-    request = replace(request, settings=request.settings.updated(cache=EveryLayer(), cfg_scale=0.0))
+    request = replace(request, settings=request.settings.replace(cache=EveryLayer(), cfg_scale=0.0))
     denoiser = Denoiser(model)
     denoiser.add(request)
     cache = denoiser.rows[0].caches[0]
@@ -158,16 +159,14 @@ def drift_table(figures: dict[str, Any]) -> str:
     near, on_anchors = (100 * figures["chance"][name] for name in ("near", "on_anchors"))
     head = ("layer", "text drift", "visual drift", "response drift", "near, %", "flatness, %", "on anchors, %",
             "anchors kept, %")  # fmt: skip
-    lines = [
+    title = (
         f"{figures['frames']} frames, {figures['visual_tokens']} visual tokens, {figures['steps']} steps; drift is "
         f"1 - cosine between one step and the next, times 1000. Uniform attention would have {near:.0f} % near and "
-        f"{on_anchors:.1f} % on anchors.",
-        "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
-    ]
+        f"{on_anchors:.1f} % on anchors."
+    )
+    rows = []
     for number, row in enumerate(figures["layers"]):
-        drift = " | ".join(f"{1000 * row[name]:.2f}" for name in ("text", "visual", "response"))
-        looks = " | ".join(f"{100 * row[name]:.0f}" for name in ("near", "flatness", "on_anchors", "anchors_kept"))
-        lines.append(f"| {number} | {drift} | {looks} |")
-    return "\n".join(lines)
+        drift = [f"{1000 * row[name]:.2f}" for name in ("text", "visual", "response")]
+        shares = [f"{100 * row[name]:.0f}" for name in ("near", "flatness", "on_anchors", "anchors_kept")]
+        rows.append([number, *drift, *shares])
+    return "\n".join([title, "", *table(head, rows)])

@@ -18,6 +18,7 @@ from vidlada.bench.decoding import BASELINE, CACHES
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.sampler import Denoiser, Request, RunningRequest
 from vidlada.errors import InputError
+from vidlada.markdown import table
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.shapes.dataset import question_of
 from vidlada.shapes.questions import LONG_FAMILIES
@@ -61,19 +62,24 @@ def follow(
     """
 
     def row(number: int, cache: str) -> RunningRequest:
-        return RunningRequest(number, replace(request, settings=request.settings.updated(cache=cache)), model)
+        return RunningRequest(number, replace(request, settings=request.settings.replace(cache=cache)), model)
 
     leader, followers = row(0, BASELINE), [row(number, cache) for number, cache in enumerate(caches, start=1)]
     denoiser, layers = Denoiser(model), model.language_model.config.num_hidden_layers
-    suppressed = torch.tensor(model.config.suppressed_token_ids, dtype=torch.long, device=leader.ids.device)
-    allowed = ~torch.isin(torch.arange(model.language_model.config.vocab_size, device=suppressed.device), suppressed)
+    allowed = torch.ones(model.language_model.config.vocab_size, dtype=torch.bool)
+    allowed[list(model.config.suppressed_token_ids)] = False
     while not leader.done:
         logits = denoiser.block_logits([leader])  # (block, vocabulary)
         open_slots = leader.open_slots()[leader.slots]
         found = denoiser.block_logits(followers).split(len(logits)) if followers else ()
         for cache, predicted in zip(caches, found, strict=True):
             distances[cache].add(logits[open_slots][:, allowed], predicted[open_slots][:, allowed])
-        leader.commit(logits, suppressed, 1, layers)
+        for own in (own for follower in followers for own in follower.caches):
+            drift = own.measure_drift()
+            if drift is not None:
+                own.take_drift(drift.tolist())
+        (proposals,) = denoiser.predict([leader], [logits])
+        leader.commit(proposals, 1, layers)
         leader.next_block()
         for follower in followers:
             follower.ids, follower.masked, follower.block = leader.ids.clone(), leader.masked.clone(), leader.block
@@ -133,14 +139,12 @@ def fidelity_figures(
 
 def fidelity_table(figures: dict[str, Any]) -> str:
     """Markdown of `fidelity_figures`."""
-    lines = [
-        f"{figures['model']}, {figures['questions']} captions and timelines; predictions in every open slot of a block",
-        "",
-        "| cache | divergence, millinats | same first choice, % | work, % of none |",
-        "|---|---|---|---|",
+    title = (
+        f"{figures['model']}, {figures['questions']} captions and timelines; predictions in every open slot of a block"
+    )
+    head = ("cache", "divergence, millinats", "same first choice, %", "work, % of none")
+    rows = [
+        [row["cache"], f"{row['millinats']:.2f}", f"{row['same_percent']:.2f}", f"{row['work_percent']:.1f}"]
+        for row in figures["rows"]
     ]
-    for row in figures["rows"]:
-        lines.append(
-            f"| {row['cache']} | {row['millinats']:.2f} | {row['same_percent']:.2f} | {row['work_percent']:.1f} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([title, "", *table(head, rows)])

@@ -14,6 +14,7 @@ from vidlada.decoding.kv_cache import key_value_bytes
 from vidlada.decoding.policies.blockwise import Frozen
 from vidlada.generation import GenerationSettings
 from vidlada.machine import machine, now
+from vidlada.markdown import table
 from vidlada.model.language_model import LanguageModel
 
 PASSES = ("vidlada", "Llama, all-true mask", "Llama, causal")
@@ -86,20 +87,17 @@ def pass_figures(
 
 def pass_table(figures: dict[str, Any]) -> str:
     """Markdown of `pass_figures`."""
-    lines = [
+    title = (
         f"{figures['machine']}; size {figures['size']}, one pass over {figures['tokens']} tokens, {figures['dtype']}, "
         f"{figures['repeats']} interleaved repeats; vidlada and Llama with the all-true mask differ by at most "
-        f"{figures['largest_difference']:.1e}",
-        "",
-        "| pass | median, s | range, s | times faster |",
-        "|---|---|---|---|",
-    ]
-    for row in figures["rows"]:
-        lines.append(
-            f"| {row['way']} | {row['median_s']:.3f} | {row['least_s']:.3f} to {row['most_s']:.3f} "
-            f"| {row['times_faster']:.2f} |"
-        )
-    return "\n".join(lines)
+        f"{figures['largest_difference']:.1e}"
+    )
+    rows = [
+        [row["way"], f"{row['median_s']:.3f}", f"{row['least_s']:.3f} to {row['most_s']:.3f}",
+         f"{row['times_faster']:.2f}"]
+        for row in figures["rows"]
+    ]  # fmt: skip
+    return "\n".join([title, "", *table(("pass", "median, s", "range, s", "times faster"), rows)])
 
 
 def scaling_figures(
@@ -139,17 +137,13 @@ def scaling_figures(
 def scaling_table(figures: dict[str, Any]) -> str:
     """Markdown of `scaling_figures`."""
     first = figures["rows"][0]
-    lines = [
-        f"{figures['machine']}; size {figures['size']}, {figures['dtype']}, 32 answer tokens a step",
-        "",
-        "| frames | visual tokens | full step, s | cached step, s | keys and values, MB | cached step, times the "
-        "first row | keys and values, times the first row |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in figures["rows"]:
-        lines.append(
-            f"| {row['frames']} | {row['visual_tokens']} | {row['first_step_s']:.3f} | {row['cached_step_s']:.4f} "
-            f"| {row['key_value_bytes'] / 1e6:.0f} | {row['cached_step_s'] / first['cached_step_s']:.2f} "
-            f"| {row['key_value_bytes'] / first['key_value_bytes']:.2f} |"
-        )
-    return "\n".join(lines)
+    title = f"{figures['machine']}; size {figures['size']}, {figures['dtype']}, 32 answer tokens a step"
+    head = ("frames", "visual tokens", "full step, s", "cached step, s", "keys and values, MB",
+            "cached step, times the first row", "keys and values, times the first row")  # fmt: skip
+    rows = [
+        [row["frames"], row["visual_tokens"], f"{row['first_step_s']:.3f}", f"{row['cached_step_s']:.4f}",
+         f"{row['key_value_bytes'] / 1e6:.0f}", f"{row['cached_step_s'] / first['cached_step_s']:.2f}",
+         f"{row['key_value_bytes'] / first['key_value_bytes']:.2f}"]
+        for row in figures["rows"]
+    ]  # fmt: skip
+    return "\n".join([title, "", *table(head, rows)])

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vidlada.api import EncodedVideo, VidLaDA
+from vidlada.api import VidLaDA
 from vidlada.bench.decoding import BASELINE, CACHES
+from vidlada.conversation import EncodedVideo
 from vidlada.decoding.commit import TopK
+from vidlada.markdown import table
 from vidlada.shapes.benchmark import Asked, Report, Score, evaluate
 from vidlada.shapes.questions import LONG_FAMILIES
 
@@ -135,19 +137,17 @@ def dominates(one: Outcome, other: Outcome) -> bool:
 def quality_table(figures: dict[str, Any]) -> str:
     """Markdown of `quality_figures`."""
     given = "".join(f", {name}={value}" for name, value in figures["options"].items())
-    lines = [
+    title = (
         f"{figures['model']}, {figures['clips']} clips, {figures['short_questions']} short and "
         f"{figures['long_questions']} long questions{given}; work is positions computed in all layers; a star is on "
-        f"the frontier of points, passes and work",
-        "",
-        "| cache | commit rule | right short answers, % | captions, % | same answers as none, % | passes | "
-        "work, % of none | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in figures["rows"]:
-        lines.append(
-            f"| {row['cache']} | {row['commit']} | {row['short_percent']:.1f} ± {row['short_standard_error']:.1f} "
-            f"| {row['long_percent']:.1f} ± {row['long_standard_error']:.1f} | {row['same_percent']:.1f} "
-            f"| {row['passes']:.1f} | {row['work_percent']:.1f} | {'*' if row['frontier'] else ''} |"
-        )
-    return "\n".join(lines)
+        f"the frontier of points, passes and work"
+    )
+    head = ("cache", "commit rule", "right short answers, %", "captions, %", "same answers as none, %", "passes",
+            "work, % of none", "")  # fmt: skip
+    rows = [
+        [row["cache"], row["commit"], f"{row['short_percent']:.1f} ± {row['short_standard_error']:.1f}",
+         f"{row['long_percent']:.1f} ± {row['long_standard_error']:.1f}", f"{row['same_percent']:.1f}",
+         f"{row['passes']:.1f}", f"{row['work_percent']:.1f}", "*" if row["frontier"] else ""]
+        for row in figures["rows"]
+    ]  # fmt: skip
+    return "\n".join([title, "", *table(head, rows)])

@@ -149,7 +149,7 @@ def serve_figures(
         raise InputError("clients and requests must be at least 1")
     body, short = question("describe the video .", gen_length), question("is it red ?", SHORT)
     rows: list[dict[str, Any]] = []
-    held: list[float] = []
+    memory_mib: list[float] = []
     common = ["--model", model, "--device", device]
     progress("starting the servers")
     with running_server([*common, *SERVERS["one at a time"]]) as alone, running_server(common) as together:
@@ -171,9 +171,9 @@ def serve_figures(
                 mixed[name] = summary(measured["seconds"], measured["timings"], promises or {})
         for part in range(MEMORY_SAMPLES if memory_requests else 0):
             progress(f"memory, part {part + 1} of {MEMORY_SAMPLES}")
-            held = held or [memory(together)]
+            memory_mib = memory_mib or [memory(together)]
             asyncio.run(load(together, short, max(clients), max(1, memory_requests // MEMORY_SAMPLES)))
-            held.append(memory(together))
+            memory_mib.append(memory(together))
     answers = {row.pop("answer") for row in rows}
     return {
         "machine": machine(device),
@@ -186,7 +186,7 @@ def serve_figures(
         "mixed_requests": mixed_requests,
         "rate": rate,
         "memory_requests": memory_requests,
-        "memory_mib": held,
+        "memory_mib": memory_mib,
     }
 
 
@@ -197,15 +197,15 @@ def serve_table(figures: dict[str, Any]) -> str:
         f"{figures['machine']}; {figures['requests']} requests a line, {figures['gen_length']} answer slots; "
         f"answers {'are all the same' if figures['same_answers'] else 'DIFFER'}",
         "",
-        "| clients | server | requests/s | times one at a time | tokens/s | median latency, s | 95 %, s |",
-        "|---|---|---|---|---|---|---|",
     ]
-    for row in figures["rows"]:
-        ratio = row["requests_per_second"] / baseline[row["clients"]]["requests_per_second"]
-        lines.append(
-            f"| {row['clients']} | {row['server']} | {row['requests_per_second']:.2f} | {ratio:.2f} | "
-            f"{row['tokens_per_second']:.1f} | {row['median']:.3f} | {row['p95']:.3f} |"
-        )
+    head = ["clients", "server", "requests/s", "times one at a time", "tokens/s", "median latency, s", "95 %, s"]
+    rows = [
+        [row["clients"], row["server"], f"{row['requests_per_second']:.2f}",
+         f"{row['requests_per_second'] / baseline[row['clients']]['requests_per_second']:.2f}",
+         f"{row['tokens_per_second']:.1f}", f"{row['median']:.3f}", f"{row['p95']:.3f}"]
+        for row in figures["rows"]
+    ]  # fmt: skip
+    lines += table(head, rows)
     if figures["mixed"]:
         rows = [row for name, measured in figures["mixed"].items() for row in mixed_rows(name, measured)]
         promises = next(iter(figures["mixed"].values()))["promises"]
@@ -219,6 +219,6 @@ def serve_table(figures: dict[str, Any]) -> str:
             *table(head, rows),
         ]
     if figures["memory_mib"]:
-        held = " ".join(f"{value:.0f}" for value in figures["memory_mib"])
-        lines += ["", f"memory over {figures['memory_requests']} further short requests, MiB: {held}"]
+        values = " ".join(f"{value:.0f}" for value in figures["memory_mib"])
+        lines += ["", f"memory over {figures['memory_requests']} further short requests, MiB: {values}"]
     return "\n".join(lines)

@@ -88,7 +88,7 @@ def subject(name: str, frames: int | None, device: str, dtype: torch.dtype) -> S
 
 
 def _shipped(frames: int, device: str, dtype: torch.dtype) -> Subject:
-    from vidlada.api import load
+    from vidlada.loading import load
     from vidlada.shapes.render import render_frames
     from vidlada.shapes.world import MAX_SECONDS, MIN_SECONDS, clip_for
 

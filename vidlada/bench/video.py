@@ -12,6 +12,7 @@ import av
 import numpy as np
 
 from vidlada.machine import machine
+from vidlada.markdown import table
 from vidlada.video import Sampling, probe, sample_frames, sample_indices
 
 FPS, KEYFRAME_EVERY = 24, 48
@@ -79,13 +80,14 @@ def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, d
 
 def video_table(figures: dict[str, Any]) -> str:
     """Markdown of `video_figures`."""
-    lines = [f"machine: {figures['machine']}, {figures['repeats']} interleaved repeats", ""]
-    lines += ["| file | way | median, s | range, s | times faster |", "|---|---|---|---|---|"]
-    for name, ways in figures["files"].items():
-        for way, row in ways.items():
-            spread = f"{row['least_s']:.3f} to {row['most_s']:.3f}"
-            lines.append(f"| {name} | {way} | {row['median_s']:.3f} | {spread} | {row['times_faster']:.1f} |")
-    return "\n".join(lines)
+    rows = [
+        [name, way, f"{row['median_s']:.3f}", f"{row['least_s']:.3f} to {row['most_s']:.3f}",
+         f"{row['times_faster']:.1f}"]
+        for name, ways in figures["files"].items()
+        for way, row in ways.items()
+    ]  # fmt: skip
+    title = f"machine: {figures['machine']}, {figures['repeats']} interleaved repeats"
+    return "\n".join([title, "", *table(("file", "way", "median, s", "range, s", "times faster"), rows)])
 
 
 def write_clip(path: Path, seconds: int, width: int, height: int) -> Path:

@@ -12,6 +12,7 @@ from vidlada.bench.sizes import Subject, subject
 from vidlada.decoding.policies.blockwise import Frozen
 from vidlada.generation import GenerationSettings
 from vidlada.machine import machine
+from vidlada.markdown import table
 from vidlada.model.quantization import Quantization, quantize
 
 
@@ -78,16 +79,14 @@ def weights_figures(
 
 def weights_table(figures: dict[str, Any]) -> str:
     """Markdown of `weights_figures`."""
-    lines = [
+    title = (
         f"{figures['machine']}; size {figures['size']}, {figures['visual_tokens']} visual tokens, 32 answer tokens, "
-        f"{figures['repeats']} interleaved repeats",
-        "",
-        "| weights | full step, s | cached step, s | full step, times faster | cached step, times faster |",
-        "|---|---|---|---|---|",
-    ]
-    for row in figures["rows"]:
-        lines.append(
-            f"| {row['weights']} | {row['full_step_s']:.3f} | {row['cached_step_s']:.4f} "
-            f"| {row['full_times_faster']:.2f} | {row['cached_times_faster']:.2f} |"
-        )
-    return "\n".join(lines)
+        f"{figures['repeats']} interleaved repeats"
+    )
+    head = ("weights", "full step, s", "cached step, s", "full step, times faster", "cached step, times faster")
+    rows = [
+        [row["weights"], f"{row['full_step_s']:.3f}", f"{row['cached_step_s']:.4f}",
+         f"{row['full_times_faster']:.2f}", f"{row['cached_times_faster']:.2f}"]
+        for row in figures["rows"]
+    ]  # fmt: skip
+    return "\n".join([title, "", *table(head, rows)])

@@ -1,4 +1,4 @@
-"""Writing a checkpoint in another layout, an adapter merged into its base, and a folder for the hub."""
+"""Convert a checkpoint to another layout; merge an adapter into its base."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from typing import get_args
 
 from safetensors.torch import save_file
 
-from vidlada.checkpoint.configs import written_config
+from vidlada.checkpoint.export import config_for_layout
 from vidlada.checkpoint.layouts import Entry, Layout, tensor_name
 from vidlada.checkpoint.load import (
     ADAPTER_CONFIG,
@@ -23,6 +23,7 @@ from vidlada.checkpoint.load import (
 )
 from vidlada.checkpoint.tensors import INDEX, WEIGHTS, read_tensors
 from vidlada.errors import InputError
+from vidlada.files import atomic_folder
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import VidLaDAProcessor
 
@@ -48,36 +49,23 @@ def convert(source: Path, target: Path, layout: Layout) -> None:
     checkpoint = whole_model(source)
     if layout == "llada" and not checkpoint.config.text_only:
         raise InputError(f"{source} has a vision tower; the llada layout cannot hold that")
-    check_unused(target)
     places = sources(checkpoint)
-    partial = target.with_name(target.name + ".partial")
-    if partial.exists():
-        raise InputError(f"{partial} is left from an interrupted conversion; remove it and try again")
-    partial.mkdir(parents=True)
-    write_shards(partial, places, layout)
-    for file in tokenizer_files(source):
-        shutil.copy(file, partial / file.name)
-    if layout == "vidlada":
-        write_our_config(checkpoint, partial)
-    else:
-        values = written_config(checkpoint.config, layout, checkpoint.dtype)
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    if target.exists():
-        target.rmdir()
-    partial.replace(target)
+    with atomic_folder(target) as folder:
+        write_shards(folder, places, layout)
+        for file in tokenizer_files(source):
+            shutil.copy(file, folder / file.name)
+        if layout == "vidlada":
+            write_our_config(checkpoint, folder)
+        else:
+            values = config_for_layout(checkpoint.config, layout, checkpoint.dtype)
+            (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def whole_model(folder: Path) -> Checkpoint:
-    """A checkpoint that is a model by itself; `InputError` where it is an adapter."""
+    """Describe a checkpoint; `InputError` if it is an adapter."""
     if (folder / ADAPTER_CONFIG).is_file():
         raise InputError(f"{folder} is an adapter; write the whole model first: vidlada merge {folder} NEW")
     return describe(folder)
-
-
-def check_unused(target: Path) -> None:
-    """Refuse to write where something is."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is in use; give a new folder")
 
 
 def write_our_config(checkpoint: Checkpoint, folder: Path) -> None:
@@ -123,10 +111,6 @@ def merge(folder: Path, target: Path) -> None:
     Raises:
         InputError: the adapter cannot be used, or the target is in use.
     """
-    check_unused(target)
-    model = load_with_adapter(folder)
-    partial = target.with_name(target.name + ".partial")
-    save_model(model, VidLaDAProcessor.from_config(load_tokenizer(folder), model.config), partial)
-    if target.exists():
-        target.rmdir()
-    partial.replace(target)
+    with atomic_folder(target) as partial:
+        model = load_with_adapter(folder)
+        save_model(model, VidLaDAProcessor.from_config(load_tokenizer(folder), model.config), partial)

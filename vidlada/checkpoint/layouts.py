@@ -6,7 +6,7 @@ Layouts:
   language model of one alone;
 - `llada`: the text-only ancestor LLaDA-8B, with its `model.transformer.blocks` naming.
 
-Which one a checkpoint has is told by its tensors' names alone: `model_type` and `architectures` vary between
+Which one a checkpoint has follows from its tensors' names alone: `model_type` and `architectures` vary between
 checkpoints that are the same in everything else.
 """
 
@@ -53,7 +53,7 @@ TOWER_PREFIX = "vision_model."  # of a vision tower in a folder of its own
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint: where it stands, its shape and type, without its values."""
+    """One tensor of a checkpoint: its file, shape and dtype, without values."""
 
     file: Path
     shape: tuple[int, ...]
@@ -91,7 +91,7 @@ def layout_of(keys: Iterable[str], place: str) -> tuple[Layout, bool]:
 
 
 def tensor_name(layout: Layout, key: str) -> str:
-    """How a layout calls our tensor `key`."""
+    """Return the name of our tensor `key` in a layout."""
     if layout == "published":
         for ours, theirs in PUBLISHED_PREFIXES.items():
             if key.startswith(ours):
@@ -105,12 +105,12 @@ def tensor_name(layout: Layout, key: str) -> str:
 
 
 def tower_prefix(layout: Layout) -> str:
-    """What the names of a tower's tensors begin with inside a checkpoint."""
+    """Return the prefix of the vision tower's tensor names in a layout."""
     return PUBLISHED_PREFIXES["vision.tower."] if layout == "published" else "vision.tower."
 
 
 def count_layers(keys: Iterable[str], prefix: str) -> int:
-    """Layers numbered behind a prefix: one more than the highest number."""
+    """Count the layers under a prefix: one more than the highest number."""
     pattern = re.compile(rf"{re.escape(prefix)}(\d{{1,6}})\.")
     return max((int(found[1]) + 1 for key in keys if (found := pattern.match(key))), default=0)
 
@@ -129,7 +129,7 @@ def is_unused(layout: Layout, key: str, config: VidLaDAConfig) -> bool:
 
 
 def may_be_missing(key: str, config: VidLaDAConfig) -> bool:
-    """Whether a checkpoint may lack our tensor `key`, since the model does without its values."""
+    """Return whether a checkpoint may lack our tensor `key`."""
     return (
         key.startswith("vision.tower.post_layernorm.")
         or (key == "vision.newline" and config.newline_position == "no_token")

@@ -1,4 +1,4 @@
-"""Checkpoint folders: what they hold, loading and saving them."""
+"""Describe, load and save checkpoint folders."""
 
 import json
 import re
@@ -26,11 +26,13 @@ from vidlada.checkpoint.tensors import DTYPES, PICKLED, read_entries, read_tenso
 from vidlada.checkpoint.tower import find_tower
 from vidlada.checkpoint.values import ConfigValues
 from vidlada.errors import InputError
+from vidlada.files import write_text
+from vidlada.messages import END_OF_TEXT
 from vidlada.model.config import VidLaDAConfig
 from vidlada.model.hub import is_hub_name, local_folder
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.noise import quiet_libraries
-from vidlada.processor import END_OF_TEXT, VidLaDAProcessor
+from vidlada.processor import VidLaDAProcessor
 
 ADAPTER_CONFIG = "adapter_config.json"
 REMOTE_CODE = "modeling_vidlada.py"
@@ -47,7 +49,7 @@ LOADING_REPORT = "transformers.modeling_utils"  # the logger that lists tensors 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds, read from its headers.
+    """A checkpoint folder, described by its headers.
 
     Attributes:
         folder: the folder.
@@ -73,7 +75,7 @@ class Checkpoint:
 
 
 def base_of(folder: Path) -> Path:
-    """Folder of the model an adapter was trained on, from the hub if it is there; `InputError` if it is nowhere."""
+    """Return the folder of the base model of an adapter, from the hub if needed."""
     named = read_json(folder / ADAPTER_CONFIG).text("base_model_name_or_path")
     if not named:
         raise InputError(f"{folder}: {ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
@@ -132,7 +134,7 @@ def _token_ids(folder: Path) -> dict[str, int]:
 
 
 def sources(checkpoint: Checkpoint) -> dict[str, tuple[str, Entry]]:
-    """For every tensor of our model, the name and place of its values.
+    """Map every tensor of our model to the name and place of its values.
 
     Raises:
         InputError: keys are missing, left over, or have another shape than the configuration says.
@@ -171,7 +173,7 @@ def sources(checkpoint: Checkpoint) -> dict[str, tuple[str, Entry]]:
 
 
 def weights_type(dtype: str | torch.dtype) -> torch.dtype | None:
-    """A type of weights by its name; None for `auto`, the stored one; `InputError` if there is no such type."""
+    """Return the dtype of a name; None for `auto`; `InputError` if there is no such type."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in ("auto", *WEIGHT_TYPES):
@@ -180,7 +182,7 @@ def weights_type(dtype: str | torch.dtype) -> torch.dtype | None:
 
 
 def stored_type(checkpoint: Checkpoint) -> torch.dtype:
-    """The type a checkpoint's weights keep; `InputError` if it is none that weights are loaded in."""
+    """Return the dtype a checkpoint is stored in; `InputError` if it cannot be loaded."""
     dtype = DTYPES.get(checkpoint.dtype)
     if dtype is None or not dtype.is_floating_point:
         raise InputError(
@@ -234,7 +236,7 @@ def load_model(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer stored beside the weights.
+    """Load the tokenizer stored beside the weights.
 
     Raises:
         InputError: there is none, or it is damaged.
@@ -253,7 +255,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load_with_adapter(
     folder: Path, dtype: str | torch.dtype = "auto", base_folder: Path | None = None, **places: Any
 ) -> VidLaDAForMaskedDiffusion:
-    """The base model with an adapter merged into its weights: as fast as the base model.
+    """Load the base model with an adapter merged into its weights.
 
     Args:
         folder: of the adapter.
@@ -279,7 +281,11 @@ def load_with_adapter(
 
 
 def save_model(
-    model: Any, processor: VidLaDAProcessor, folder: Path, state_dict: dict[str, Tensor] | None = None
+    model: Any,
+    processor: VidLaDAProcessor,
+    folder: Path,
+    state_dict: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Weights (of the adapters alone, if there are any), configuration and processor, as `vidlada.load` reads them.
 
@@ -288,10 +294,28 @@ def save_model(
         processor: of the model.
         folder: new.
         state_dict: the weights, where the model does not hold them whole.
+        dtype: to write them in; by default as they are.
     """
+    if dtype is not None:
+        state_dict = cast(model.state_dict() if state_dict is None else state_dict, dtype)
     model.save_pretrained(folder, state_dict=state_dict)
+    if dtype is not None:  # transformers names the type of the model in memory
+        config = read_json(folder / "config.json").values
+        write_text(folder / "config.json", json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2))
     processor.save_pretrained(folder)
     write_auto_map(folder)
+
+
+def cast(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in another type; those that share memory still do."""
+    done: dict[tuple[int, torch.Size], Tensor] = {}
+    result = {}
+    for name, tensor in state_dict.items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in done:
+            done[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        result[name] = done[place]
+    return result
 
 
 def write_auto_map(folder: Path) -> None:

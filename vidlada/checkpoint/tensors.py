@@ -57,7 +57,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for file in weight_files(folder):
         if file.suffix == PICKLED:
-            for key, tensor in unpickled(file).items():
+            for key, tensor in read_pickle(file).items():
                 entries[key] = Entry(file, tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)))
             continue
         try:
@@ -70,7 +70,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def unpickled(file: Path) -> dict[str, Tensor]:
+def read_pickle(file: Path) -> dict[str, Tensor]:
     """The tensors in a pickled state dictionary, mapped from the file where its format allows it.
 
     Raises:
@@ -97,7 +97,7 @@ def read_tensors(places: dict[str, tuple[str, Entry]]) -> Iterator[tuple[str, Te
     for file in sorted({entry.file for _, entry in places.values()}):
         own = {key: name for key, (name, entry) in places.items() if entry.file == file}
         if file.suffix == PICKLED:
-            values = unpickled(file)
+            values = read_pickle(file)
             yield from ((key, values[name].clone(memory_format=torch.contiguous_format)) for key, name in own.items())
             continue
         with safe_open(file, "pt") as tensors:

@@ -21,7 +21,7 @@ class ConfigValues:
 
     def __init__(self, values: Any, place: str):
         if not isinstance(values, Mapping):
-            raise InputError(f"{place}: is {_shown(values)}, and must be an object")
+            raise InputError(f"{place}: is {_format(values)}, and must be an object")
         self.values, self.place = values, place
 
     def __contains__(self, name: str) -> bool:
@@ -29,7 +29,7 @@ class ConfigValues:
 
     def error(self, name: str, needed: str) -> InputError:
         """The error of a field's value."""
-        return InputError(f"{self.place}: {name} is {_shown(self.values.get(name))}; {needed}")
+        return InputError(f"{self.place}: {name} is {_format(self.values.get(name))}; {needed}")
 
     def inner(self, name: str) -> "ConfigValues":
         """An object inside this one; empty if there is none."""
@@ -108,7 +108,7 @@ class ConfigValues:
         """
         value = self.values.get(name)
         if value is not None and not any(value == known and _kind(value) == _kind(known) for known in allowed):
-            only = " or ".join(_shown(known) for known in allowed) or "null"
+            only = " or ".join(_format(known) for known in allowed) or "null"
             raise self.error(name, f"that is not implemented; only {only} is")
 
 
@@ -131,7 +131,7 @@ def _whole(value: Any) -> int | None:
     return int(value) if isinstance(value, int) or value.is_integer() else None
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     """A value for an error, cut to a readable length."""
     if isinstance(value, int) and abs(value) > 10**SHOWN_CHARACTERS:
         return "a number of more than 60 digits"  # Python refuses to write the largest ones

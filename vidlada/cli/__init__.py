@@ -20,7 +20,7 @@ def main() -> None:
     """Ask videos questions with VidLaDA, a video language model built on masked diffusion."""
 
 
-@main.command()
+@main.command(short_help="Print the completion script of a shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the completion script of a shell, e.g. for bash: source <(vidlada completion bash)"""

@@ -1,7 +1,7 @@
 """`vidlada ask` and `vidlada chat`."""
 
-import json
 import sys
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -18,10 +18,11 @@ from vidlada.cli.options import (
     setting_options,
 )
 from vidlada.fetch import Fetching
+from vidlada.files import json_line
 from vidlada.generation import GenerationSettings
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, short_help="Ask a question about videos and images.")
 @click.argument("media", nargs=-1, required=True, metavar="MEDIA...")
 @click.argument("question")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: answer, model, frames, statistics.")
@@ -52,13 +53,13 @@ def ask(
             conversation.ask(question, choices and [choice.strip() for choice in choices.split(",")])
     answer = conversation.last
     if as_json:
-        click.echo(json.dumps(answer_object(vidlada.name, media, question, conversation), ensure_ascii=False))
+        click.echo(json_line(answer_object(vidlada.name, media, question, conversation)))
     elif not show:
         click.echo(answer.text)
 
 
 def watch(media: tuple[str, ...], source: ModelSource, options: dict[str, Any]) -> tuple[Any, Any]:
-    """The model, and a conversation about media it has seen."""
+    """Load the model and encode the media."""
     given = given_options(options)
     vidlada = source.load()
     with download_progress() as vidlada.progress, progress(f"watching {', '.join(media)}"):
@@ -66,7 +67,7 @@ def watch(media: tuple[str, ...], source: ModelSource, options: dict[str, Any]) 
 
 
 def answer_object(model: str, media: tuple[str, ...], question: str, conversation: Any) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Build the object that `--json` prints."""
     answer = conversation.last
     shown = [
         {
@@ -117,7 +118,7 @@ def show_drafts(conversation: Any, question: str) -> None:
         live.update(thought.append(f"{answer.text}\n", style="not dim").append(counts, style="dim"))
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, short_help="Ask several questions about the same videos and images.")
 @click.argument("media", nargs=-1, required=True, metavar="MEDIA...")
 @click.option("--show", is_flag=True, help="Draw the answers denoising live.")
 @setting_options(GenerationSettings, "Decoding", only=("reuse",))
@@ -134,6 +135,8 @@ def chat(media: tuple[str, ...], show: bool, source: ModelSource, **options: Any
     _, conversation = watch(media, source, options)
     counts = f"{len(conversation.times)} frames"
     click.echo(f"{', '.join(media)}: {counts}. Ask; an empty line ends.", err=True)
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes in no encoding are refused like any half character
     while True:
         if sys.stdin.isatty():
             click.echo("> ", nl=False, err=True)

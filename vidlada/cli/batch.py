@@ -21,7 +21,7 @@ from vidlada.cli.options import (
 from vidlada.errors import InputError
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, short_help="Answer a file of questions.")
 @click.argument("questions", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="Answers; a run that was ended goes on where it stopped.")
 @click.option("--videos", type=click.Path(), help="Folder that paths start from; that of QUESTIONS by default.")
@@ -55,8 +55,8 @@ def batch(
         output.resume(lines)
         done = output.written
         if ray:
-            from vidlada.api import SHIPPED, model_folder
             from vidlada.batch.ray_data import answer_on_cluster
+            from vidlada.loading import SHIPPED, model_folder
 
             if source.model != SHIPPED:
                 source = replace(source, model=str(model_folder(source.model).absolute()))

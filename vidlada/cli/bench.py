@@ -21,7 +21,7 @@ from vidlada.cli.options import (
 from vidlada.errors import InputError
 
 
-@click.group()
+@click.group(short_help="Measure speed, fidelity and quality.")
 def bench() -> None:
     """Figures anyone can check: every ratio is to a baseline measured in the same run."""
 
@@ -64,7 +64,7 @@ def measuring(device: str | None, dtype: str | None = None) -> dict[str, Any]:
     """What every benchmark of a model takes besides its options."""
     import torch
 
-    from vidlada.api import usable_device
+    from vidlada.loading import usable_device
 
     kind = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     return {"device": usable_device(device), "progress": lambda what: click.echo(what, err=True), **kind}
@@ -139,6 +139,24 @@ def bench_scaling(device: str | None, dtype: str, as_json: bool, **options: Any)
     click.echo(json.dumps(figures) if as_json else scaling_table(figures))
 
 
+@bench.command("count")
+@click.option("--size", type=click.Choice(["mid", "8b"]), default="8b", show_default=True, help="Shape of the model.")
+@click.option("--frames", type=click.IntRange(1), help="Of the video: 30 of 200 tokens (mid), 64 of 210 (8b).")
+@click.option("--cache", "caches", multiple=True, help="May be repeated; all policies by default.")
+@click.option("--gen-length", type=click.IntRange(1), default=128, show_default=True, help="Answer tokens.")
+@click.option("--block-length", type=click.IntRange(1), default=32, show_default=True, help="Decoded together.")
+@click.option("--steps", type=click.IntRange(2), default=40, show_default=True, help="Counted of each answer.")
+@click.option("--requests", "rows", type=click.IntRange(1), default=1, show_default=True, help="That run together.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@one_line_errors
+def bench_count(caches: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Kernels, host waits, bytes and arithmetic of a step on a GPU, counted on a machine without one."""
+    from vidlada.bench.count import CACHES, count_figures, count_table
+
+    figures = count_figures(caches=caches or CACHES, progress=lambda what: click.echo(what, err=True), **options)
+    click.echo(json.dumps(figures) if as_json else count_table(figures))
+
+
 @bench.command("weights")
 @click.option("--frames", type=click.IntRange(1), help="Of the video, as for decode.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Interleaved repeats.")
@@ -189,6 +207,29 @@ def bench_quality(commits: tuple[str, ...], all_rules: bool, **options: Any) -> 
 
     rules = commits or (RULES if all_rules else RULES[:1])
     print_figures_of_questions(partial(quality_figures, commits=rules), quality_table, **options)
+
+
+@bench.command("paper")
+@click.option("--frames", type=click.IntRange(1), help="Of the video; the size's own by default.")
+@click.option(
+    "--questions",
+    type=click.Path(path_type=Path),
+    help="Of a shapes dataset (vidlada shapes write): also count the shipped model's right answers.",
+)
+@dtype_option
+@size_options
+@one_line_errors
+def bench_paper(device: str | None, dtype: str, questions: Path | None, as_json: bool, **options: Any) -> None:
+    """The paper's speed table and ablation in small: 128 tokens, one a step, every cache, every part of MARS-Cache."""
+    from vidlada.bench.paper import paper_figures, paper_table
+    from vidlada.loading import load
+    from vidlada.shapes.benchmark import read_questions
+
+    if questions is not None:
+        entries = read_questions(questions)
+        options |= {"vidlada": load(device=device), "entries": entries, "folder": questions.parent}
+    figures = paper_figures(**measuring(device, dtype), **options)
+    click.echo(json.dumps(figures) if as_json else paper_table(figures))
 
 
 @bench.command("fidelity")
@@ -264,3 +305,24 @@ def promise(text: str) -> tuple[str, float]:
         return name, float(most)
     except ValueError:
         raise InputError(f"--goodput {text}: give ttft, tpot or e2el and milliseconds, as ttft:500") from None
+
+
+@bench.command("train")
+@click.option("--steps", type=click.IntRange(2), default=40, show_default=True, help="Of each loop.")
+@click.option("--packing-steps", type=click.IntRange(2), default=12, show_default=True, help="Of each kind of row.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Conversations a step.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@one_line_errors
+def bench_train(steps: int, packing_steps: int, batch_size: int, as_json: bool) -> None:
+    """A training step against a plain loop's, and packed rows of conversations against padded ones, on the CPU."""
+    from vidlada.bench.training import overhead_figures, overhead_table, packing_figures, packing_table
+
+    def show(what: str) -> None:
+        click.echo(what, err=True)
+
+    overhead = overhead_figures(steps, show)
+    packing = packing_figures(packing_steps, batch_size, show)
+    if as_json:
+        click.echo(json.dumps({"overhead": overhead, "packing": packing}))
+    else:
+        click.echo(f"{overhead_table(overhead)}\n\n{packing_table(packing)}")

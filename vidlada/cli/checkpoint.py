@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from vidlada.cli.options import named, one_line_errors, progress, revision_option, without_progress_bars
+from vidlada.cli.options import name_with_revision, one_line_errors, progress, revision_option, without_progress_bars
 
 
-@click.command()
+@click.command(short_help="Show a checkpoint, its memory need and this machine.")
 @click.argument("model", default="tiny")
 @revision_option
 @click.option("--frames", type=click.IntRange(1), default=64, show_default=True, help="Estimate memory for so many.")
@@ -19,16 +19,18 @@ from vidlada.cli.options import named, one_line_errors, progress, revision_optio
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @one_line_errors
 def info(model: str, revision: str | None, frames: int, dtype: str, cache: str, as_json: bool) -> None:
-    """Tell what checkpoint MODEL is, what memory a run needs, and what this machine has. Loads no weights.
+    """Show what checkpoint MODEL is, how much memory a run needs, and what this machine has. Loads no weights.
 
     MODEL is a folder, or a name of the Hugging Face hub (owner/name, owner/name@revision), which is downloaded.
     """
-    from vidlada.api import model_folder
     from vidlada.checkpoint.load import describe
     from vidlada.info import checkpoint_facts, machine_facts
+    from vidlada.loading import model_folder
 
     facts = {
-        "checkpoint": checkpoint_facts(describe(model_folder(named(model, revision))), frames, dtype, cache),
+        "checkpoint": checkpoint_facts(
+            describe(model_folder(name_with_revision(model, revision))), frames, dtype, cache
+        ),
         "machine": machine_facts(),
     }
     if as_json:
@@ -44,7 +46,7 @@ def info(model: str, revision: str | None, frames: int, dtype: str, cache: str, 
             click.echo(f"  {name.replace('_', ' ')}: {value if value != [] else 'none'}")
 
 
-@click.command()
+@click.command(short_help="Write a checkpoint in another layout.")
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--to", "layout", type=click.Choice(["vidlada", "published", "llada"]), default="vidlada",
@@ -56,26 +58,26 @@ def convert(source: str, target: Path, layout: Any, revision: str | None) -> Non
 
     SOURCE is a folder, or a name of the Hugging Face hub (owner/name, owner/name@revision).
     """
-    from vidlada.api import model_folder
     from vidlada.checkpoint.convert import convert as convert_checkpoint
+    from vidlada.loading import model_folder
 
-    folder = model_folder(named(source, revision))
+    folder = model_folder(name_with_revision(source, revision))
     with progress(f"converting {source}"):
         convert_checkpoint(folder, target, layout)
     click.echo(f"{target}: written in the {layout} layout", err=True)
 
 
-@click.command()
+@click.command(short_help="Merge a LoRA adapter into its base model.")
 @click.argument("adapter")
 @click.argument("target", type=click.Path(path_type=Path))
 @one_line_errors
 def merge(adapter: str, target: Path) -> None:
-    """Write the model that LoRA folder ADAPTER and its base make together as TARGET, a new folder.
+    """Merge LoRA folder ADAPTER into its base and write the model to TARGET, a new folder.
 
     ADAPTER and the base it names may also be names of the Hugging Face hub (owner/name, owner/name@revision).
     """
-    from vidlada.api import model_folder
     from vidlada.checkpoint.convert import merge as merge_adapter
+    from vidlada.loading import model_folder
 
     folder = model_folder(adapter, what="adapter")
     without_progress_bars()
@@ -83,7 +85,7 @@ def merge(adapter: str, target: Path) -> None:
     click.echo(f"{target}: written", err=True)
 
 
-@click.command()
+@click.command(short_help="Upload a checkpoint to the Hugging Face hub.")
 @click.argument("source")
 @click.argument("repository")
 @click.option("--revision", help="Branch to upload to; it is created if need be.")
@@ -95,7 +97,7 @@ def push(source: str, repository: str, revision: str | None, private: bool | Non
     Weights, configuration, processor and tokenizer go up, and SOURCE's README.md or else a model card. Log in before
     (hf auth login), or set HF_TOKEN.
     """
-    from vidlada.api import model_folder
     from vidlada.checkpoint.publish import push as push_checkpoint
+    from vidlada.loading import model_folder
 
     click.echo(push_checkpoint(model_folder(source), repository, private, revision))

@@ -9,7 +9,7 @@ import click
 from vidlada.cli.options import one_line_errors, progress
 
 
-@click.group()
+@click.group(short_help="Check and build training data.")
 def data() -> None:
     """Training data: check a run's files, build questions about long videos."""
 

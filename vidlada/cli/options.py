@@ -1,4 +1,4 @@
-"""What commands share: errors in one line, progress on stderr, options."""
+"""Shared parts of the commands: one-line errors, progress on stderr, options."""
 
 import sys
 from collections.abc import Callable, Container, Iterator
@@ -17,7 +17,7 @@ from vidlada.video import Sampling
 
 
 def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn what a user can cause into one line on stderr and an exit code: 2 for bad input, 1 for the rest."""
+    """Print expected errors as one line on stderr; exit with 2 for bad input and 1 for the rest."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ def download_progress() -> Iterator[Callable[[str, int, int | None], None] | Non
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The model a command was asked to use.
+    """The model given to a command, and how to load it.
 
     Attributes:
         model: its folder or name, of the hub with its revision.
@@ -81,7 +81,7 @@ class ModelSource:
 
     def load(self) -> Any:
         """Load it behind our own spinner instead of transformers' progress bars; a download shows the hub's."""
-        from vidlada.api import load, model_folder
+        from vidlada.loading import load, model_folder
 
         folder = model_folder(self.model)
         without_progress_bars()
@@ -95,8 +95,8 @@ REVISION_HELP = "Branch, tag or commit of a model of the hub; also owner/name@re
 revision_option = click.option("--revision", help=REVISION_HELP)
 
 
-def named(model: str, revision: str | None) -> str:
-    """A model's name with its revision, as one name; a `UsageError` where it cannot have one."""
+def name_with_revision(model: str, revision: str | None) -> str:
+    """Combine a model's name and revision; `UsageError` where it cannot have one."""
     from vidlada.model.hub import with_revision
 
     try:
@@ -121,7 +121,7 @@ class GroupedCommand(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 groups[getattr(parameter, "group", "Output")].append(record)
         for name, records in groups.items():
             if records:
@@ -189,14 +189,16 @@ def setting_options(
 
 
 def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say which model runs where; the command gets them as `source`."""
+    """Add the options that choose the model and its device; the command gets them as `source`."""
 
     @wraps(command)
     def wrapped(
         model: str, revision: str | None, device: str | None, dtype: str, quantization: str | None, compiled: bool,
         **options: Any,
     ) -> Any:  # fmt: skip
-        return command(source=ModelSource(named(model, revision), device, dtype, quantization, compiled), **options)
+        return command(
+            source=ModelSource(name_with_revision(model, revision), device, dtype, quantization, compiled), **options
+        )
 
     for group, names, settings in (
         ("Model", ("--compile", "compiled"),
@@ -217,19 +219,19 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def pace_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say how frames are taken and answers are decoded, but for the cache."""
+    """Add the options of frame sampling and decoding, without the cache."""
     command = setting_options(GenerationSettings, "Decoding", skip=("cache", "reuse"))(command)
     command = setting_options(PromptSettings, "Prompt")(command)
     return setting_options(Sampling, "Video")(command)
 
 
 def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say how frames are taken and answers are decoded, but for `reuse`."""
+    """Add the options of frame sampling and decoding, without `reuse`."""
     return setting_options(GenerationSettings, "Decoding", only=("cache",))(pace_options(command))
 
 
 def given_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given."""
+    """Return the options that were given."""
     return {name: value for name, value in options.items() if value not in (None, ())}
 
 

@@ -1,6 +1,5 @@
 """`vidlada shapes`."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,10 @@ import click
 
 from vidlada.cli.options import ModelSource, answer_options, given_options, model_option, one_line_errors, progress
 from vidlada.errors import InputError
+from vidlada.files import write_json
 
 
-@click.group()
+@click.group(short_help="Write and evaluate data of the shapes world.")
 def shapes() -> None:
     """The synthetic world the shipped model was trained on: write its clips and questions, score a model."""
 
@@ -72,5 +72,5 @@ def shapes_evaluate(questions: Path, blind: bool, report: Path | None, source: M
 
     result = evaluate(entries, questions.parent, answers, blind=blind, letters=True, progress=show)
     if report is not None:
-        report.write_text(json.dumps({"model": source.model, "blind": blind, **result.to_dict()}, indent=1))
+        write_json(report, {"model": source.model, "blind": blind, **result.to_dict()})
     click.echo(result.to_markdown())

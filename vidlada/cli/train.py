@@ -8,7 +8,7 @@ import click
 from vidlada.cli.options import one_line_errors, without_progress_bars
 
 
-@click.command()
+@click.command(short_help="Train a model as a YAML file says.")
 @click.argument("config")
 @click.option("--output", help="Folder of checkpoints, logs and the model, instead of the config's.")
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in the output folder.")
@@ -22,6 +22,9 @@ def train(config: str, output: str | None, resume: bool, overwrite: bool, dry_ru
 
     Several processes: torchrun --nproc-per-node N -m vidlada train CONFIG, or accelerate launch.
     """
+    main_process = os.environ.get("RANK", "0") == "0"  # of those that a launcher started
+    if main_process and not dry_run:  # before imports and data, which take their time
+        click.echo(f"reading {config} and its data", err=True)
     from vidlada.errors import InputError
     from vidlada.training.config import load_config
     from vidlada.training.output import check_output
@@ -29,9 +32,6 @@ def train(config: str, output: str | None, resume: bool, overwrite: bool, dry_ru
 
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    main_process = os.environ.get("RANK", "0") == "0"  # of those that a launcher started
-    if main_process and not dry_run:  # before data and torch, which take their time
-        click.echo(f"reading {config} and its data", err=True)
     run = prepare_run(load_config(config, output=output))
     if main_process and not dry_run:  # the others may come when it has begun to write
         check_output(Path(run.config.output), resume, overwrite)

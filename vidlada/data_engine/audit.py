@@ -40,6 +40,6 @@ def write_entries(path: Path, records: list[dict[str, Any]]) -> None:
     write_text(path, "".join(line + "\n" for line in lines))
 
 
-def answered(record: dict[str, Any]) -> bool:
+def is_answered(record: dict[str, Any]) -> bool:
     """Whether the endpoints were asked about a segment and refused nothing."""
     return bool(record["prompt"]) and not record.get("refused")

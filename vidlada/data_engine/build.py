@@ -17,18 +17,18 @@ from typing import Annotated, Any, TextIO
 from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from vidlada.data_engine.audit import answered, read_audit, write_entries
+from vidlada.data_engine.audit import is_answered, read_audit, write_entries
 from vidlada.data_engine.endpoints import Endpoint, RefusedError, Segment, complete
 from vidlada.data_engine.questions import Candidate, candidates_in, letter_in, with_choices
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.files import lock
 from vidlada.training.data.mixture import VIDEO_SUFFIXES
 from vidlada.training.data.samples import STRICT
-from vidlada.training.settings import build, expanded, read_yaml
+from vidlada.training.settings import build, expand_variables, read_yaml
 from vidlada.video import Frames, Sampling, sample_frames
 
-REACHED_BY = ("url", "key_variable", "timeout", "tries")  # how an endpoint is called does not change what it says
-NOT_MADE_BY = ("videos", "output", "refusals", "parallel")
+TRANSPORT = ("url", "key_variable", "timeout", "tries")  # how an endpoint is called does not change what it says
+UNRELATED = ("videos", "output", "refusals", "parallel")  # to what a question is like
 WRITE = (
     "These {frames} frames show seconds {start:.0f} to {end:.0f} of a video, in order. Write {questions} "
     "multiple-choice questions about what happens in them, which nobody can answer without seeing them, and which do "
@@ -86,10 +86,10 @@ class BuildConfig:
         """All that bears on what is made, as plain values."""
         values = asdict(self)
         for endpoint in (values["writer"], values["blind"], *values["voters"]):
-            for name in REACHED_BY:
+            for name in TRANSPORT:
                 del endpoint[name]
         values["voters"] = list(values["voters"])
-        return {name: value for name, value in values.items() if name not in NOT_MADE_BY}
+        return {name: value for name, value in values.items() if name not in UNRELATED}
 
     @property
     def audit(self) -> Path:
@@ -99,7 +99,7 @@ class BuildConfig:
 
 def load_build(path: Path) -> BuildConfig:
     """Read a build from YAML; `InputError` names what is wrong in it."""
-    return build(BuildConfig, expanded(read_yaml(path), str(path)), str(path))
+    return build(BuildConfig, expand_variables(read_yaml(path), str(path)), str(path))
 
 
 def judge(candidate: Candidate, config: BuildConfig, segment: Segment, seed: Sequence[int]) -> None:
@@ -147,13 +147,13 @@ def build_dataset(config: BuildConfig, report: Callable[[str], Any] = print) -> 
     try:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         with config.audit.open("a", encoding="utf-8") as audit:
-            write_entries(config.output, audited(config, videos, audit, report))
+            write_entries(config.output, all_records(config, videos, audit, report))
     except OSError as error:
         raise VidLaDAError(f"{error.filename or config.audit}: cannot be written: {error.strerror}") from error
     return config.output
 
 
-def audited(
+def all_records(
     config: BuildConfig, videos: Sequence[Path], audit: TextIO, report: Callable[[str], Any]
 ) -> list[dict[str, Any]]:
     """All audit records: those of earlier runs, and those of what was left to do, which are added to the file."""
@@ -168,10 +168,10 @@ def audited(
                 "output"
             )
     done = {(record["video"], record["segment"]) for record in records}
-    held: list[dict[str, Any]] = []  # of which nothing is known yet: an endpoint may refuse all there is
+    pending: list[dict[str, Any]] = []  # of which nothing is known yet: an endpoint may refuse all there is
 
     def keep() -> None:
-        for record in held:
+        for record in pending:
             audit.write(json.dumps(record) + "\n")
             audit.flush()
             records.append(record)
@@ -179,19 +179,19 @@ def audited(
             report(f"{record['video']} segment {record['segment'] + 1}/{config.segments}: "
                    f"{verdicts.count('kept')} kept of {len(verdicts)}"
                    f"{' – ' + record['problem'] if record['problem'] else ''}")  # fmt: skip
-        held.clear()
+        pending.clear()
 
     # concurrent.futures would wait for its threads at exit: an error or Ctrl-C would last as long as a request
     with ThreadPool(config.parallel) as pool:
-        for record in made(config, videos, done, pool):
-            held.append(record)
-            refused = [one for one in held if one["refused"]]
+        for record in new_records(config, videos, done, pool):
+            pending.append(record)
+            refused = [one for one in pending if one["refused"]]
             if len(refused) >= config.refusals:
                 raise all_refused(refused)
-            if not refused or answered(record):
+            if not refused or is_answered(record):
                 keep()
-    if held and not any(answered(record) for record in records):
-        raise all_refused([record for record in held if record["refused"]])
+    if pending and not any(is_answered(record) for record in records):
+        raise all_refused([record for record in pending if record["refused"]])
     keep()
     return records
 
@@ -204,7 +204,7 @@ def all_refused(records: Sequence[dict[str, Any]]) -> VidLaDAError:
     )
 
 
-def made(
+def new_records(
     config: BuildConfig, videos: Sequence[Path], done: set[tuple[str, int]], pool: ThreadPool
 ) -> Iterator[dict[str, Any]]:
     """Audit records of all segments that are not done, in order; an error of any of them is raised at once."""

@@ -5,9 +5,10 @@ import io
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass as plain_dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from string import Formatter
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -22,9 +23,8 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.data.samples import STRICT
 
 MOST_REPLY_BYTES = 2**24
-LOAD = (408, 409, 425, 429)  # statuses that may be others a moment later, as may all from 500 on
 # Statuses that are not about the request: the key, the credit, the address, the load. Another would fare no better.
-NOT_THE_REQUEST = (401, 402, 403, 404, 405, 407, *LOAD)
+NOT_THE_REQUEST = (401, 402, 403, 404, 405, 407, 408, 409, 425, 429)
 ANSWER = "{question}\n{choices}\nAnswer with the letter of the right choice alone."
 CHOICE = "{letter}. {choice}"
 
@@ -38,7 +38,7 @@ class Endpoint:
         model: its name there.
         key_variable: environment variable that holds its API key; sent only if set.
         timeout: seconds for a whole reply.
-        tries: after errors of the network or the server.
+        tries: most requests for one reply, where the network or the server fails or is busy.
         shown: `frames` as OpenAI's `image_url` parts, or as one `video_url` part (as vLLM and `vidlada serve` take it),
             for models that were trained on videos.
         prompt: of a question to be answered, with {question} and {choices}.
@@ -108,7 +108,7 @@ class RefusedError(VidLaDAError):
 
 
 def complete(endpoint: Endpoint, prompt: str, segment: Segment | None = None) -> str:
-    """A model's reply.
+    """A model's reply. The client asks again after errors of the network or the server, when the server says.
 
     Args:
         endpoint: which.
@@ -121,43 +121,77 @@ def complete(endpoint: Endpoint, prompt: str, segment: Segment | None = None) ->
         VidLaDAError: it does not answer.
     """
     try:
-        import httpx2
+        import openai
     except ImportError as error:
-        raise InputError("vidlada data build needs httpx2: pip install vidlada[train]") from error
+        raise InputError("vidlada data build needs openai: pip install vidlada[train]") from error
     content: Any = prompt
     if segment is not None:
         content = [*segment.parts(endpoint.shown), {"type": "text", "text": prompt}]
-    body = {"model": endpoint.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-    key = os.environ.get(endpoint.key_variable)
+    key = os.environ.get(endpoint.key_variable, "")
     if key and not (key.isascii() and key.isprintable()):
         raise InputError(f"{endpoint.key_variable} holds a character that no API key may have, such as a line's end")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    where = f"{endpoint.url.rstrip('/')}/chat/completions"
-    problem = ""
-    for attempt in range(endpoint.tries):
-        if attempt:
-            time.sleep(2**attempt / 2)
+    try:
+        reply = client_of(endpoint, key).chat.completions.with_raw_response.create(
+            model=endpoint.model,
+            messages=[{"role": "user", "content": content}],
+            temperature=0,
+            extra_headers=None if key else {"Authorization": openai.Omit()},
+        )
+    except openai.APIStatusError as error:
+        problem = f"status {error.status_code}: {' '.join(error.response.text[:500].split())}"
+        if 400 <= error.status_code < 500 and error.status_code not in NOT_THE_REQUEST:
+            raise RefusedError(f"{endpoint.model} refuses: {problem}") from error
+    except openai.APIConnectionError as error:
+        problem = f"{type(error.__cause__).__name__}: {error.__cause__}"
+    else:
         try:
-            end = time.monotonic() + endpoint.timeout
-            received = bytearray()
-            with httpx2.stream("POST", where, json=body, headers=headers, timeout=endpoint.timeout) as reply:
-                for piece in reply.iter_bytes():
-                    received += piece
-                    if time.monotonic() > end or len(received) > MOST_REPLY_BYTES:
-                        limits = f"{endpoint.timeout:g} seconds and {MOST_REPLY_BYTES >> 20} MB"
-                        raise httpx2.ReadTimeout(f"no whole reply in {limits}")
-            if reply.status_code < 300:
-                return content_of(json.loads(received))
-            problem = f"status {reply.status_code}: {' '.join(received[:500].decode(errors='replace').split())}"
-            if 400 <= reply.status_code < 500 and reply.status_code not in NOT_THE_REQUEST:
-                raise RefusedError(f"{endpoint.model} refuses: {problem}")
-            if reply.status_code not in LOAD and reply.status_code < 500:
-                break
-        except httpx2.HTTPError as error:
-            problem = f"{type(error).__name__}: {error}"
+            return content_of(json.loads(reply.http_response.content))
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             problem = "its reply is not a chat completion"
-    raise VidLaDAError(f"{where} ({endpoint.model}): {problem}; run again to continue")
+    raise VidLaDAError(f"{endpoint.url} ({endpoint.model}): {problem}; run again to continue")
+
+
+@cache
+def client_of(endpoint: Endpoint, key: str) -> Any:
+    """A client of OpenAI's package that waits for a whole reply only so long, and only for so many bytes."""
+    import openai
+
+    def start(request: Any) -> None:
+        request.extensions["deadline"] = time.monotonic() + endpoint.timeout
+
+    def bound(response: Any) -> None:
+        response.stream = bounded_stream(response.stream, response.request.extensions["deadline"], endpoint.timeout)
+
+    hooks: dict[str, list[Any]] = {"request": [start], "response": [bound]}
+    client = openai.OpenAI(
+        base_url=endpoint.url,
+        api_key=key or "none",
+        timeout=endpoint.timeout,
+        max_retries=endpoint.tries - 1,
+        http_client=openai.DefaultHttpxClient(event_hooks=hooks, follow_redirects=False),
+    )
+    client.organization = client.project = None  # of OpenAI, from the environment
+    return client
+
+
+def bounded_stream(stream: Any, deadline: float, timeout: float) -> Any:
+    """A reply's bytes, until a time and a size are reached; the client's own time limit is between two of them."""
+    import httpx2
+
+    class Bounded(httpx2.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            received = 0
+            for piece in stream:
+                received += len(piece)
+                if time.monotonic() > deadline or received > MOST_REPLY_BYTES:
+                    limits = f"{timeout:g} seconds and {MOST_REPLY_BYTES >> 20} MB"
+                    raise httpx2.ReadTimeout(f"no whole reply in {limits}")
+                yield piece
+
+        def close(self) -> None:
+            stream.close()
+
+    return Bounded()
 
 
 def content_of(completion: Any) -> str:

@@ -10,16 +10,10 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from vidlada.data_engine.endpoints import Endpoint
+from vidlada.letters import read_letter
 from vidlada.training.data.samples import STRICT
 
 LETTERS = "ABCDEFGH"
-# How a reply chooses, the surest first: the letter alone or before its choice, after the word for it, or anywhere,
-# where an article is none.
-CHOSEN = (
-    re.compile(rf"\W*([{LETTERS}])(?=[.:,)\]*]|\W*$)", re.IGNORECASE),
-    re.compile(rf".*\b(?:answer|choice|option)\b\W*(?:is\b)?\W*([{LETTERS}])\b", re.IGNORECASE | re.DOTALL),
-    re.compile(rf".*?\b(?!A [a-z])([{LETTERS}])\b", re.DOTALL),
-)
 END_OF_THOUGHT = "</think>"  # before it, reasoning models say what is not their reply
 
 
@@ -71,11 +65,9 @@ def with_choices(candidate: Candidate, endpoint: Endpoint, seed: Sequence[int]) 
     return endpoint.prompt.format(question=candidate.question, choices=listed), LETTERS[order.tolist().index(0)]
 
 
-def letter_in(reply: str) -> str:
-    """The letter a reply chooses; empty if it chooses none."""
-    said = reply.rpartition(END_OF_THOUGHT)[2]
-    found = next(filter(None, (pattern.match(said) for pattern in CHOSEN)), None)
-    return found[1].upper() if found else ""
+def letter_in(reply: str) -> str | None:
+    """The letter a reply chooses; None if it chooses none."""
+    return read_letter(reply.rpartition(END_OF_THOUGHT)[2], LETTERS)
 
 
 def is_unicode(text: str) -> bool:

@@ -4,13 +4,25 @@ A visual query sees the frames around its own, the anchors and all text; text an
 No (visual tokens × visual tokens) matrix is built: each frame's keys are gathered into a block of their own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vidlada.decoding.kv_cache import attend_grouped
+
+
+def upload(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[str, Tensor]:
+    """Arrays of whole numbers onto a device, in one copy that the host does not wait for."""
+    sizes = [array.size for array in arrays.values()]
+    host = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays.values()]).astype(np.int64))
+    if torch.device(device).type == "cuda":
+        host = host.pin_memory()
+    parts = host.to(device, non_blocking=True).split(sizes)
+    return {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -20,34 +32,49 @@ class FrameMap:
     Attributes:
         positions: (frames, most tokens of a frame) positions, filled up with the frame's first.
         valid: boolean, same shape: False at the filling.
+        visual: all visual positions, frame after frame.
+        places: of the valid positions among all, (visual tokens,).
         others: positions that are no visual token.
         frame_of: (tokens,) frame of each position, -1 for the others.
+        sizes: tokens of each frame.
     """
 
     positions: Tensor
     valid: Tensor
+    visual: Tensor
+    places: Tensor
     others: Tensor
     frame_of: Tensor
+    sizes: tuple[int, ...]
 
     @classmethod
-    def from_frame_index(cls, frame_index: Tensor) -> "FrameMap":
-        """From the frame of each position, -1 where it is none. Frames may differ in size."""
-        frames = [(frame_index == number).nonzero()[:, 0] for number in frame_index[frame_index >= 0].unique().tolist()]
-        most = max((len(frame) for frame in frames), default=0)
-        positions = frame_index.new_zeros(len(frames), most)
-        valid = torch.zeros_like(positions, dtype=torch.bool)
-        frame_of = torch.full_like(frame_index, -1)
-        for number, frame in enumerate(frames):
-            positions[number] = frame[0]
-            positions[number, : len(frame)] = frame
-            valid[number, : len(frame)] = True
-            frame_of[frame] = number
-        return cls(positions, valid, (frame_index < 0).nonzero()[:, 0], frame_of)
+    def from_frame_index(
+        cls, frame_index: Tensor | Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
+    ) -> "FrameMap":
+        """From the frame of each position, -1 where it is none. Frames may differ in size.
 
-    @property
-    def visual(self) -> Tensor:
-        """All visual positions, frame after frame."""
-        return self.positions[self.valid]
+        Args:
+            frame_index: (tokens,), on the host.
+            device: of the result.
+        """
+        index = np.asarray(frame_index, dtype=np.int64)
+        is_visual = index >= 0
+        (others,), (found,) = (~is_visual).nonzero(), is_visual.nonzero()
+        visual = found[np.argsort(index[found], kind="stable")]
+        _, number, sizes = np.unique(index[visual], return_inverse=True, return_counts=True)
+        starts = np.cumsum(sizes) - sizes
+        frame_of = np.full_like(index, -1)
+        frame_of[visual] = number
+        most = int(sizes.max(initial=0))
+        column = np.arange(most)[None]
+        valid = column < sizes[:, None]  # (frames, most)
+        positions = (
+            visual[np.where(valid, starts[:, None] + column, starts[:, None])] if most else valid.astype(np.int64)
+        )
+        arrays = {"positions": positions, "valid": valid, "visual": visual, "others": others, "frame_of": frame_of,
+                  "places": valid.reshape(-1).nonzero()[0]}  # fmt: skip
+        tensors = upload(arrays, device)
+        return cls(**{**tensors, "valid": tensors["valid"].bool()}, sizes=tuple(sizes.tolist()))
 
     def neighbours(self, window: int) -> tuple[Tensor, Tensor]:
         """Positions of each frame's neighbourhood and which of them count.
@@ -93,7 +120,7 @@ def chunked_attention(
         distance = (frames.frame_of[anchors][:, None] - torch.arange(count, device=anchors.device)[:, None]).abs()
         mask = torch.cat((mask, distance > window), dim=2)
     block_queries = queries.new_zeros(len(queries), count, most, queries.shape[-1])
-    block_queries[:, frames.valid] = queries
+    block_queries.flatten(1, 2).index_copy_(1, frames.places, queries)
     groups = len(queries) // len(keys)
     mixed = attend_grouped(
         block_queries.transpose(0, 1),  # (frames, heads, tokens of a frame, head_dim)
@@ -101,26 +128,26 @@ def chunked_attention(
         block_values.transpose(0, 1),
         mask.transpose(0, 1).repeat_interleave(groups, dim=1)[:, :, None],
     )
-    return mixed.transpose(0, 1)[:, frames.valid]
+    return mixed.transpose(0, 1).flatten(1, 2).index_select(1, frames.places)
 
 
-def scenes_of(frame_embeddings: Tensor, sizes: Tensor, threshold: float) -> tuple[Tensor, ...]:
+def scenes_of(frame_embeddings: Tensor, sizes: Sequence[int], threshold: float) -> tuple[Tensor, ...]:
     """Cut a video where its frames change abruptly.
 
     Args:
         frame_embeddings: (frames, width) mean of every frame's tokens.
-        sizes: (frames,) visual tokens of every frame.
+        sizes: visual tokens of every frame.
         threshold: a scene begins where 1 - cosine to the frame before is above it; 0 leaves the video whole.
 
     Returns:
         Numbers of the visual tokens of every scene.
     """
-    numbers = torch.arange(int(sizes.sum()), device=sizes.device)
+    numbers = torch.arange(sum(sizes), device=frame_embeddings.device)
     if threshold == 0:
         return (numbers,)
     similarity = F.cosine_similarity(frame_embeddings[1:].float(), frame_embeddings[:-1].float(), dim=-1)
-    cuts = (1 - similarity > threshold).nonzero()[:, 0] + 1
-    return numbers.tensor_split(sizes.cumsum(0)[cuts - 1].cpu())
+    ends = np.cumsum(sizes)[:-1]
+    return numbers.tensor_split(ends[(1 - similarity > threshold).cpu().numpy()].tolist())
 
 
 def find_anchors(queries: Tensor, keys: Tensor, count: int, per_head: bool = False) -> Tensor:

@@ -5,18 +5,20 @@ What is special about it:
   the entry of l and stays to the top, so the active set only grows with depth;
 - every active position's queries attend to the cached keys and values of all positions, its own freshly written;
 - requests of different lengths share the matrix products of a pass, packed one after another without padding; only
-  attention runs request by request, each against its own cache. So an answer does not depend on the other requests.
+  attention runs request by request, each against its own cache. So an answer does not depend on the other requests;
+- nothing in a pass makes the host wait for a GPU, unless an attention pattern does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vidlada.model.config import VidLaDATextConfig
-from vidlada.model.language_model import LanguageModel, Layer, Rotation, rotary_angles
+from vidlada.model.language_model import LanguageModel, Layer
 
 # Mixes one layer's values: queries (heads, active, head_dim), keys and values (key/value heads, tokens, head_dim), the
 # layer's number, the active positions → (heads, active, head_dim).
@@ -48,29 +50,42 @@ class KVCache:
         config: of the language model.
         embeddings: (tokens, width) of the whole sequence; a copy is kept.
         entries: layers at which positions may join later than layer 0. Hidden states are kept at their entries.
+        devices: of the layers, where a model is spread over several; the embeddings' by default.
 
     Attributes:
-        keys, values: (layers, key/value heads, tokens, head_dim).
+        layers: for each layer, on its device, (2 × key/value heads, tokens, head_dim): keys, and below them values.
+        keys, values: views of them, (key/value heads, tokens, head_dim) for each layer.
         hidden: entry layer → (tokens, width) states entering it; the number of layers → states leaving the top.
         computed: positions computed so far in each layer.
+        serial: no two of a process have the same.
     """
 
-    def __init__(self, config: VidLaDATextConfig, embeddings: Tensor, entries: Sequence[int] = ()):
-        tokens, width = embeddings.shape
-        shape = (config.num_hidden_layers, config.num_key_value_heads, tokens, config.head_dim)
-        self.keys, self.values = embeddings.new_empty(shape), embeddings.new_empty(shape)
-        kept = sorted({*entries, config.num_hidden_layers} - {0})
-        self.hidden = {0: embeddings.clone()} | {layer: embeddings.new_empty(tokens, width) for layer in kept}
-        self.computed = [0] * config.num_hidden_layers
+    serials = count()
 
-    @property
-    def tokens(self) -> int:
-        """Length of the sequence."""
-        return self.keys.shape[2]
+    def __init__(
+        self,
+        config: VidLaDATextConfig,
+        embeddings: Tensor,
+        entries: Sequence[int] = (),
+        devices: Sequence[torch.device] | None = None,
+    ):
+        self.tokens, width = embeddings.shape
+        self.serial = next(self.serials)
+        top, heads = config.num_hidden_layers, config.num_key_value_heads
+        self.devices = list(devices or [embeddings.device] * top)
+        shape = (2 * heads, self.tokens, config.head_dim)
+        self.layers = [embeddings.new_empty(shape, device=device) for device in self.devices]
+        self.keys = [states[:heads] for states in self.layers]
+        self.values = [states[heads:] for states in self.layers]
+        self.hidden = {0: embeddings.to(self.devices[0], copy=True)}
+        for layer in sorted({*entries, top} - {0}):
+            device = self.devices[min(layer, top - 1)]
+            self.hidden[layer] = embeddings.new_empty(self.tokens, width, device=device)
+        self.computed = [0] * top
 
     def nbytes(self) -> int:
         """Memory it takes."""
-        return self.keys.nbytes + self.values.nbytes + sum(states.nbytes for states in self.hidden.values())
+        return sum(states.nbytes for states in (*self.layers, *self.hidden.values()))
 
 
 @dataclass(frozen=True)
@@ -83,12 +98,17 @@ class PartialPass:
         attention: what the queries attend to.
         narrow: after the first layer only so many positions go on, those whose values there changed most since they
             were last computed; None for all.
+        answer: ids of the answer as it stands, whose embeddings are to enter the first layer, and their positions.
+        compact: layer → keys, and below them values, that the queries attend to instead of the whole cache: first
+            those of the pass's own positions, which are written here too.
     """
 
     kv_cache: KVCache
     joins: Mapping[int, Tensor]
     attention: Attention = field(default=full_attention)
     narrow: int | None = None
+    answer: tuple[Tensor, slice] | None = None
+    compact: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -99,37 +119,50 @@ def refresh(language_model: LanguageModel, passes: Sequence[PartialPass]) -> Non
         language_model: whose layers run.
         passes: one a request; each is computed as if it were alone.
     """
-    config = language_model.config
-    active = [each.kv_cache.hidden[0].new_empty(0, dtype=torch.long) for each in passes]
-    hidden = passes[0].kv_cache.hidden[0][:0]  # (active positions of all requests, width)
-    rotation: Rotation | None = None
-    changed: list[Tensor] = []
+    caches = [each.kv_cache for each in passes]
+    devices, longest = caches[0].devices, max(kv_cache.tokens for kv_cache in caches)
+    for each in passes:
+        if each.answer is not None:
+            ids, slots = each.answer
+            each.kv_cache.hidden[0][slots] = language_model.embed_tokens(ids)
+    active = [kv_cache.hidden[0].new_empty(0, dtype=torch.long) for kv_cache in caches]
+    hidden = caches[0].hidden[0][:0]  # (active positions of all requests, width)
+    rotation, changed = hidden, list[Tensor]()
     for number, layer in enumerate(language_model.layers):
-        if number == 1 and any(each.narrow is not None for each in passes):
+        moved = hidden.device != devices[number]
+        if moved:
+            hidden, active = hidden.to(devices[number]), [positions.to(devices[number]) for positions in active]
+        narrowed = number == 1 and any(each.narrow is not None for each in passes)
+        if narrowed:
             hidden = _narrow(passes, active, hidden, changed)
-        if number <= 1 or any(number in each.kv_cache.hidden for each in passes):
+        if number == 0 or any(number in kv_cache.hidden for kv_cache in caches):
             hidden = _join(passes, active, hidden, number)
-            positions = torch.cat(active)
-            rotation = rotary_angles(positions[None], config.head_dim, config.rope_theta, hidden.dtype)
         if not len(hidden):
             continue
-        assert rotation is not None
+        if moved or narrowed or number == 0 or any(number in each.joins for each in passes):
+            table = language_model.rotation(longest, hidden.dtype, hidden.device)
+            rotation = table.index_select(1, concatenated(active))
         assert isinstance(layer, Layer)
         sizes = [len(positions) for positions in active]
-        projected = language_model.enter(layer, hidden[None], rotation)
-        queries, keys, values = ([*states[0].split(sizes, dim=1)] for states in projected)
+        queries, keys_values = language_model.enter(layer, hidden, rotation)
+        parts = list(zip(passes, active, queries.split(sizes, 1), keys_values.split(sizes, 1), strict=True))
         if number == 0:
-            changed = [_changes(*parts) for parts in zip(passes, active, values, strict=True)]
-        mixed = [
-            _attend(each, number, *parts) for each, *parts in zip(passes, active, queries, keys, values, strict=True)
-        ]
-        hidden = language_model.leave(layer, hidden, torch.cat(mixed))
-    for each, positions, states in zip(passes, active, hidden.split([len(a) for a in active]), strict=True):
-        each.kv_cache.hidden[config.num_hidden_layers].index_copy_(0, positions, language_model.norm(states))
+            changed = [_changes(each, positions, fresh) for each, positions, _, fresh in parts]
+        hidden = language_model.leave(
+            layer, hidden, concatenated([_attend(part[0], number, *part[1:]) for part in parts])
+        )
+    normed = language_model.norm(hidden).split([len(positions) for positions in active])
+    for kv_cache, positions, states in zip(caches, active, normed, strict=True):
+        kv_cache.hidden[len(devices)].index_copy_(0, positions, states)
+
+
+def concatenated(parts: Sequence[Tensor]) -> Tensor:
+    """Along the first dimension, without a copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _join(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor, number: int) -> Tensor:
-    """KVCache the states that enter a layer, and add those of the positions that join there."""
+    """Keep the states that enter a layer, and add those of the positions that join there."""
     parts = []
     for place, (each, states) in enumerate(zip(passes, hidden.split([len(a) for a in active]), strict=True)):
         entering = each.kv_cache.hidden.get(number)
@@ -138,17 +171,19 @@ def _join(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor, n
         joining = each.joins.get(number)
         if joining is not None and len(joining):
             assert entering is not None, f"no hidden states are stored at layer {number}"
-            active[place] = torch.cat((active[place], joining))
-            states = torch.cat((states, entering.index_select(0, joining)))
+            joining, joined = joining.to(entering.device), entering.index_select(0, joining.to(entering.device))
+            active[place] = torch.cat((active[place], joining)) if len(states) else joining
+            states = torch.cat((states, joined)) if len(states) else joined
         parts.append(states)
-    return torch.cat(parts)
+    return concatenated(parts)
 
 
-def _changes(each: PartialPass, active: Tensor, values: Tensor) -> Tensor:
+def _changes(each: PartialPass, active: Tensor, keys_values: Tensor) -> Tensor:
     """How far the first layer's fresh values of each active position are from the stored ones, as 1 - cosine."""
     if each.narrow is None:
-        return values.new_empty(0)
-    stored = each.kv_cache.values[0][:, active]
+        return keys_values.new_empty(0)
+    stored = each.kv_cache.values[0].index_select(1, active)
+    values = keys_values[len(stored) :]
     similarity = F.cosine_similarity(values.transpose(0, 1).flatten(1), stored.transpose(0, 1).flatten(1), dim=-1)
     return 1 - similarity
 
@@ -158,18 +193,21 @@ def _narrow(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor,
     parts = []
     for place, (each, states) in enumerate(zip(passes, hidden.split([len(a) for a in active]), strict=True)):
         if each.narrow is not None and each.narrow < len(states):
-            most = changed[place].topk(each.narrow).indices.sort().values
-            active[place], states = active[place][most], states[most]
+            most = changed[place].to(states.device).topk(each.narrow).indices.sort().values
+            active[place], states = active[place].index_select(0, most), states.index_select(0, most)
         parts.append(states)
-    return torch.cat(parts)
+    return concatenated(parts)
 
 
-def _attend(each: PartialPass, layer: int, active: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend(each: PartialPass, layer: int, active: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:
     """Write one request's fresh keys and values, then let its queries look: (active, heads × head_dim)."""
     kv_cache = each.kv_cache
-    kv_cache.keys[layer].index_copy_(1, active, keys)
-    kv_cache.values[layer].index_copy_(1, active, values)
+    kv_cache.layers[layer].index_copy_(1, active, keys_values)
     kv_cache.computed[layer] += len(active)
-    return (
-        each.attention(queries, kv_cache.keys[layer], kv_cache.values[layer], layer, active).transpose(0, 1).flatten(1)
-    )
+    keys, values = kv_cache.keys[layer], kv_cache.values[layer]
+    compact = each.compact.get(layer)
+    if compact is not None:
+        compact[:, : len(active)].copy_(keys_values)
+        keys, values = compact.chunk(2)
+    mixed = each.attention(queries, keys, values, layer, active)
+    return mixed.transpose(0, 1).flatten(1)

@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from vidlada.errors import InputError
-from vidlada.settings import check_settings, shown
+from vidlada.settings import check_settings, format_value
 
 
 def parse_named(what: str, text: str, table: Mapping[str, type], others: Sequence[str] = ()) -> Any:
@@ -24,7 +24,7 @@ def parse_named(what: str, text: str, table: Mapping[str, type], others: Sequenc
     """
     name, _, rest = text.partition(":")
     if name not in table:
-        raise InputError(f"unknown {what} {shown(name)}; use {', '.join([*others, *table])}")
+        raise InputError(f"unknown {what} {format_value(name)}; use {', '.join([*others, *table])}")
     kind = table[name]
     known = [entry.name for entry in fields(kind) if entry.init and entry.default is not MISSING]
     kinds, presets = get_type_hints(kind), getattr(kind, "presets", {})
@@ -37,7 +37,7 @@ def parse_named(what: str, text: str, table: Mapping[str, type], others: Sequenc
             settings[key] = parse_value(f"{what} {name}: {key}", value, kinds[key])
         else:
             choices = ", ".join([*known, *presets]) or "none"
-            raise InputError(f"{what} {name} has no setting {shown(key)}; known: {choices}")
+            raise InputError(f"{what} {name} has no setting {format_value(key)}; known: {choices}")
     return kind(**settings)
 
 
@@ -50,7 +50,7 @@ def parse_value(what: str, value: str, kind: type) -> Any:
         return kind(value)
     except (ValueError, KeyError) as error:
         expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-        raise InputError(f"{what} must be {expected}, not {shown(value)}") from error
+        raise InputError(f"{what} must be {expected}, not {format_value(value)}") from error
 
 
 def check_named(what: str, instance: Any) -> None:

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vidlada.decoding.attention import upload
 from vidlada.errors import InputError
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
@@ -44,7 +46,7 @@ def score_answers(
     embedded = model.language_model.embed_tokens(ids)
     hidden = model.language_model(torch.cat((prompt.to(embedded.dtype), embedded))[None])[0, len(prompt) :]
     logits = model.lm_head(hidden[: max(map(len, closed))]).float()
-    suppressed = [token for token in config.suppressed_token_ids if token not in end]
-    logits[:, suppressed] = -torch.inf
+    suppressed = np.array([token for token in config.suppressed_token_ids if token not in end], dtype=np.int64)
+    logits.index_fill_(-1, upload({"": suppressed}, logits.device)[""], -torch.inf)
     log_probabilities = logits.log_softmax(-1).cpu()
     return torch.stack([log_probabilities[range(len(ids)), ids].sum() for ids in closed])

@@ -12,8 +12,9 @@ import torch
 from vidlada.decoding.sampler import Request, State, Statistics
 from vidlada.decoding.streaming import StableText, overlap, stable_text
 from vidlada.errors import InputError
+from vidlada.messages import ANSWER, END_OF_ANSWER, END_OF_THINK, STOP_THINK, THINK
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
-from vidlada.processor import ANSWER, END_OF_ANSWER, END_OF_THINK, STOP_THINK, THINK, VidLaDAProcessor
+from vidlada.processor import VidLaDAProcessor
 
 ENDS = (END_OF_THINK, STOP_THINK)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vidlada.decoding.kv_cache import KVCache, attend_grouped
-from vidlada.model.language_model import Layer, rotary_angles
+from vidlada.model.language_model import Layer
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 
@@ -29,19 +29,22 @@ def verify(
         (tokens,) float64.
     """
     language_model, config = model.language_model, model.language_model.config
-    count, tokens = len(positions), kv_cache.keys[0].shape[1]
+    count, tokens = len(positions), kv_cache.tokens
     hidden = language_model.embed_tokens(torch.full_like(ids, model.config.mask_token_id))  # (count, width)
-    rotation = rotary_angles(positions[None], config.head_dim, config.rope_theta, hidden.dtype)
     own = torch.eye(count, dtype=torch.bool, device=hidden.device)
     seen = torch.ones(count, tokens, dtype=torch.bool, device=hidden.device).scatter_(1, positions[:, None], False)
     mask = torch.cat((seen, own), dim=1)  # (count, tokens + count)
-    for number, layer in enumerate(language_model.layers):
+    heads = config.num_key_value_heads
+    for number, (layer, device) in enumerate(zip(language_model.layers, kv_cache.devices, strict=True)):
         assert isinstance(layer, Layer)
-        queries, keys, values = (states[0] for states in language_model.enter(layer, hidden[None], rotation))
-        keys, values = torch.cat((kv_cache.keys[number], keys), 1), torch.cat((kv_cache.values[number], values), 1)
-        mixed = attend_grouped(queries, keys, values, mask)
+        hidden, mask, positions = hidden.to(device), mask.to(device), positions.to(device)
+        rotation = language_model.rotation(tokens, hidden.dtype, device).index_select(1, positions)
+        queries, fresh = language_model.enter(layer, hidden, rotation)
+        states = torch.cat((kv_cache.layers[number], fresh), dim=1)
+        mixed = attend_grouped(queries, states[:heads], states[heads:], mask)
         hidden = language_model.leave(layer, hidden, mixed.transpose(0, 1).flatten(1))
         kv_cache.computed[number] += count
     logits = model.lm_head(language_model.norm(hidden)).float()
-    logits[:, suppressed] = -torch.inf
+    if len(suppressed):
+        logits.index_fill_(-1, suppressed, -torch.inf)
     return logits.double().softmax(-1).gather(-1, ids[:, None])[:, 0]

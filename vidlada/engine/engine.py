@@ -193,9 +193,11 @@ class Engine:
     def _encode(self, shown: MediaInput, first: int) -> Tensor:
         """Features of a few frames, pooled, or of a few tiles of an image: (pictures, cells, width)."""
         model = self.vidlada.model
-        pixels = self.vidlada.processor.pixel_values(shown.frames.images[first : first + FRAMES_PER_TURN])
+        pixels = self.vidlada.processor.pixel_values(
+            shown.frames.images[first : first + FRAMES_PER_TURN], model.device, model.dtype
+        )
         self.totals.frames_encoded += len(pixels)
-        projected = model.vision.project(pixels.to(model.device, model.dtype))
+        projected = model.vision.project(pixels)
         return projected if shown.image is not None else model.vision.pool(projected)
 
     def _join(self, handle: RequestHandle) -> Iterator[None]:

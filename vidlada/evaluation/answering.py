@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from vidlada.api import EncodedVideo, VidLaDA
+from vidlada.api import VidLaDA
+from vidlada.conversation import EncodedVideo
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.media import media_list
-from vidlada.video import Sampling, sample_frames
+from vidlada.media import is_image, media_list
+from vidlada.tiling import MediaShape
+from vidlada.video import Sampling, VideoInfo, sample_frames
 
 DECODERS = 2  # threads; FFmpeg uses further ones itself
 VIDEOS_AHEAD = 3  # decoded before they are needed: 28 MB each at 64 frames of 384 pixels
@@ -30,12 +32,14 @@ class Question:
         media: path of a video or a folder of frames; or frames, uint8 (frames, height, width, 3); or an image, uint8
             (height, width, 3); or several of these; or None.
         settings: of decoding.
+        choices: answer with the likeliest of these instead of decoding.
         error: why it cannot be asked at all.
     """
 
     text: str = ""
     media: Media = None
     settings: GenerationSettings = GenerationSettings()
+    choices: tuple[str, ...] | None = None
     error: str | None = None
 
     @property
@@ -46,7 +50,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of it.
+    """The answer to a question, or why there is none.
 
     Attributes:
         text: the answer; empty when it failed.
@@ -84,7 +88,9 @@ class Answerer:
         batches = batches_of(questions, self.batch_size)
         last_use = {questions[i].video_key: n for n, batch in enumerate(batches) for i in batch}
         needed = (questions[i] for batch in batches for i in batch if questions[i].error is None)
-        media = {question.video_key: question.media for question in needed}
+        media: dict[Hashable, tuple[Media, GenerationSettings]] = {}
+        for question in needed:
+            media.setdefault(question.video_key, (question.media, question.settings))
         encoded: dict[Hashable, list[EncodedVideo] | str] = {}
         done: dict[int, Reply] = {}
         waiting = 0
@@ -110,13 +116,28 @@ class Answerer:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def decode(self, media: Media) -> list[Any]:
-        """Frames of videos, at the model's size, and images."""
-        size = self.vidlada.processor.image_size
-        return [
-            sample_frames(medium, self.sampling, size=size) if isinstance(medium, str) else medium
-            for medium in media_list(media)
-        ]
+    def decode(self, media: Media, settings: GenerationSettings) -> list[Any]:
+        """Frames of videos, at the model's size, and images.
+
+        Args:
+            media: of a question.
+            settings: of it, for the memory that answering takes.
+
+        Raises:
+            InputError: a file cannot be used, or holds more frames than the model or this machine's memory; the
+                latter before the first is decoded.
+        """
+        processor, shapes, decoded = self.vidlada.processor, list[MediaShape](), list[Any]()
+        for medium in media_list(media):
+            if isinstance(medium, str) and not is_image(medium):
+
+                def check(info: VideoInfo, frames: int) -> None:
+                    self.vidlada.check_frames(frames, shapes, settings)
+
+                medium = sample_frames(medium, self.sampling, size=processor.image_size, check=check)
+                shapes.append(len(medium.times))
+            decoded.append(medium)
+        return decoded
 
     def encode(self, media: "Future[Any]") -> list[EncodedVideo] | str:
         """Visual tokens, or why there are none."""
@@ -143,7 +164,8 @@ class Answerer:
         settings = {k: v for k, v in questions[good[0]].settings.to_dict().items() if v is not None}
         try:
             pairs = [(videos[i], questions[i].text) for i in good]
-            answers = self.vidlada.ask_many(pairs, generation=settings, **self.options)
+            choices = [questions[i].choices for i in good]
+            answers = self.vidlada.ask_many(pairs, choices, generation=settings, **self.options)
         except (InputError, torch.OutOfMemoryError) as error:
             if len(good) > 1:
                 for i in good:
@@ -162,15 +184,20 @@ class Answerer:
 class DecodedAhead:
     """Frames of videos in the order they are needed, a few decoded in the background."""
 
-    def __init__(self, pool: ThreadPoolExecutor, answerer: Answerer, videos: list[tuple[Hashable, Media]]):
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        answerer: Answerer,
+        videos: list[tuple[Hashable, tuple[Media, GenerationSettings]]],
+    ):
         self.pool, self.answerer, self.left = pool, answerer, iter(videos)
         self.pending: dict[Hashable, Future[Any]] = {}
         self.fill()
 
     def fill(self) -> None:
         while len(self.pending) < VIDEOS_AHEAD and (following := next(self.left, None)) is not None:
-            key, media = following
-            self.pending[key] = self.pool.submit(self.answerer.decode, media)
+            key, (media, settings) = following
+            self.pending[key] = self.pool.submit(self.answerer.decode, media, settings)
 
     def take(self, key: Hashable) -> "Future[Any]":
         """The frames of a video, each asked for once and in order."""

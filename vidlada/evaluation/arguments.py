@@ -97,7 +97,7 @@ class ModelArguments:
             raise InputError(f"conv_template {self.conv_template!r} is unknown; the checkpoint's own template is used")
         check_think_mode(self.think_mode)
         self.sampling  # noqa: B018 - validates
-        check_choices(GenerationSettings().updated(**self.decoding))
+        check_choices(GenerationSettings().replace(**self.decoding))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelArguments":
@@ -189,7 +189,7 @@ def generation_settings(
     for name in ("temperature", "top_p", "cfg_scale", "threshold", "factor"):
         if isinstance(changes.get(name), int):
             changes[name] = float(changes[name])
-    settings = defaults.updated(**{name: value for name, value in changes.items() if name != "stop"})
+    settings = defaults.replace(**{name: value for name, value in changes.items() if name != "stop"})
     check_choices(settings)  # an unknown policy or rule stops the run, not every sample
     for name, value in (decoding or {}).items():
         if name not in changes and getattr(settings, name) is None:

@@ -174,6 +174,14 @@ def _mlvu(
     )  # fmt: skip
 
 
+def _longvideobench(name: str, title: str, beside: str | None, paper: float | None) -> Benchmark:
+    return Benchmark(
+        name, title, "longvideobench/LongVideoBench", "validation", "datasets/longvideobench",
+        (Task(name, expected=1337),), lambda document, task: [f"videos/{document['video_path']}"], "lvb_acc",
+        same("answer", "parsed_pred"), field("duration_group"), ("15", "60", "600", "3600"), paper=paper, beside=beside,
+    )  # fmt: skip
+
+
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
@@ -193,12 +201,8 @@ BENCHMARKS = {
             lambda document, task: [f"{discipline(document['id'])}/{document['id']}.mp4"],
             "mmmu_acc", video_mmmu_right, mean="tasks", paper=46.6, letters="ABCDEFGHIJ",
         ),
-        Benchmark(
-            "longvideobench_val_v", "LongVideoBench, val", "longvideobench/LongVideoBench", "validation",
-            "datasets/longvideobench", (Task("longvideobench_val_v", expected=1337),),
-            lambda document, task: [f"videos/{document['video_path']}"], "lvb_acc", same("answer", "parsed_pred"),
-            field("duration_group"), ("15", "60", "600", "3600"), paper=61.4,
-        ),
+        _longvideobench("longvideobench_val_v", "LongVideoBench, val", None, 61.4),
+        _longvideobench("longvideobench_val_i", "LongVideoBench, val, with subtitles", "subtitles", None),
         Benchmark(
             "mvbench", "MVBench", "OpenGVLab/MVBench", "train", "mvbench_video",
             tuple(Task(f"mvbench_{kind}", kind, 200) for kind in MVBENCH_FOLDERS),
@@ -225,7 +229,7 @@ def video_of(task: str, document: Document) -> str | None:
     return None
 
 
-def chosen(names: str) -> list[Benchmark]:
+def select_benchmarks(names: str) -> list[Benchmark]:
     """Benchmarks of a comma-separated list; `paper` stands for the eight of the published evaluation."""
     listed = [name.strip() for name in names.split(",") if name.strip()]
     listed = list(dict.fromkeys(each for name in listed for each in (PAPER_TASKS if name == "paper" else (name,))))

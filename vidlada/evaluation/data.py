@@ -1,6 +1,5 @@
 """Where the data of benchmarks lies on this machine, and whether all of it is there. Nothing is downloaded here."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +10,11 @@ import yaml
 
 from vidlada.errors import InputError
 from vidlada.evaluation.benchmarks import Benchmark, Document, Task
+from vidlada.files import read_json, read_json_lines
 from vidlada.markdown import table
 
 SHOWN_MISSING = 3  # videos named in a check
+SUBTITLES = "subtitle_path"  # field of a question
 QUESTION_KINDS = ("parquet", "jsonl", "json")
 
 
@@ -96,12 +97,13 @@ def _rows(file: Path) -> list[Document]:
                 raise InputError(f"{file}: reading it needs pyarrow; install vidlada[eval]") from error
             rows: list[Document] = read_table(file).to_pylist()
             return rows
-        text = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        rows = json.loads(text)
+            return read_json_lines(file)
+        rows = read_json(file)
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(rows, list):
+        raise InputError(f"{file}: cannot be read: it holds no list of questions")
     return rows
 
 
@@ -138,6 +140,13 @@ def check_task(root: Path, benchmark: Benchmark, task: Task) -> TaskData:
         return TaskData(task, f"{root / benchmark.folder / benchmark.beside} is not there")
     try:
         rows = documents(folder, task.config, benchmark.split)
+        if benchmark.beside:  # lmms-eval ends where one is missing
+            named = {row[SUBTITLES] for row in rows if row.get(SUBTITLES)}
+            lacking = [
+                name for name in sorted(named) if not (root / benchmark.folder / benchmark.beside / name).exists()
+            ]
+            if lacking:
+                return TaskData(task, f"{len(lacking)} of {len(named)} subtitle files are missing (e.g. {lacking[0]})")
         needed: dict[str, bool] = {}
         for row in rows:
             paths = [f"{benchmark.folder}/{path}" for path in benchmark.videos(row, task.name)]
@@ -156,19 +165,45 @@ def check(root: Path, benchmarks: Sequence[Benchmark]) -> dict[str, list[TaskDat
     return {each.name: [check_task(root, each, task) for task in each.tasks] for each in benchmarks}
 
 
+@dataclass(frozen=True)
+class Gap:
+    """What a task lacks.
+
+    Attributes:
+        problem: why none of its questions can be asked; None if some can.
+        videos: that are missing, as paths below the root.
+    """
+
+    problem: str | None
+    videos: tuple[str, ...] = ()
+
+
+def find_gaps(root: Path, benchmarks: Sequence[Benchmark]) -> dict[str, Gap]:
+    """Tasks of benchmarks that cannot be asked as a whole, by name."""
+    gaps = {}
+    for benchmark in benchmarks:
+        for found in (check_task(root, benchmark, task) for task in benchmark.tasks):
+            problem = found.problem
+            if problem is None and found.videos and len(found.missing) == found.videos:
+                problem = f"none of its {found.videos} videos is below {root / benchmark.folder}"
+            if problem is not None or found.missing:
+                gaps[found.task.name] = Gap(problem, found.missing)
+    return gaps
+
+
 def how_to_get(root: Path, benchmark: Benchmark) -> str:
     """What to do about a benchmark whose data is not complete."""
     if benchmark.name == "shapes":
-        return f"vidlada eval --tasks shapes writes its clips to {root / benchmark.folder}"
+        return f"vidlada eval run --tasks shapes writes its clips to {root / benchmark.folder}"
     by_hand = f"hf download {benchmark.repository} --repo-type dataset --local-dir {root / benchmark.repository}"
     if benchmark.unpacked:
         videos = f"the same with --revision {benchmark.unpacked} --local-dir {root / benchmark.folder}"
     else:
         videos = f"unpack its archives into {root / benchmark.folder}"
-    return f"vidlada eval --download --tasks {benchmark.name} gets it; by hand: {by_hand}, then {videos}"
+    return f"vidlada eval download --tasks {benchmark.name} gets it; by hand: {by_hand}, then {videos}"
 
 
-def check_object(root: Path, found: dict[str, list[TaskData]]) -> dict[str, Any]:
+def check_dict(root: Path, found: dict[str, list[TaskData]]) -> dict[str, Any]:
     """A check as plain values."""
     tasks = {
         data.task.name: {

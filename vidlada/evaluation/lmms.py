@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from vidlada.api import EncodedVideo, load
+from vidlada.conversation import EncodedVideo
 from vidlada.errors import InputError
 from vidlada.evaluation.answering import Answerer, Media, Question, Reply
 from vidlada.evaluation.arguments import ModelArguments, generation_settings
@@ -25,10 +25,12 @@ from vidlada.evaluation.folder import RECORD_FOLDER, open_record
 from vidlada.evaluation.likelihood import is_greedy, negative_log_likelihood
 from vidlada.generation import GenerationSettings
 from vidlada.images import open_images, to_rgb
+from vidlada.loading import load
+from vidlada.messages import VIDEO_PLACE
 from vidlada.processor import VidLaDAProcessor
 
 Messages = list[dict[str, Any]]
-MISSING_VIDEO = (SystemExit, OSError, AssertionError)  # what tasks raise for one
+TASK_ERRORS = (Exception, SystemExit)  # tasks raise whatever they like for a missing or broken video
 
 
 class VidLaDAChat(lmms):
@@ -77,25 +79,25 @@ class VidLaDAChat(lmms):
             text, media = read_messages(messages, self.vidlada.processor)
         except InputError as error:
             return Question(settings=settings, error=str(error))
-        return Question(text, media, settings)
+        return Question(text, media, settings, read_choices(messages))
 
     def document(self, task: str, split: str, doc_id: int) -> dict[str, Any]:
         """A row of the benchmark."""
         return self.task_dict[task][split][doc_id]
 
-    def asked(self, request: Instance) -> Question:
+    def read_request(self, request: Instance) -> Question:
         """The question of a generation request."""
         _, to_messages, arguments, doc_id, task, split = request.args
         document = self.document(task, split, doc_id)
         try:
             messages = to_messages(document)
-        except MISSING_VIDEO as error:
-            return without_video(task, document, error, self.settings(arguments))
+        except TASK_ERRORS as error:
+            return missing_video(task, document, error, self.settings(arguments))
         return self.question(messages, arguments)
 
     def generate_until(self, requests: Sequence[Instance]) -> Iterator[GenerationResult]:
         """Answers, one by one as they come, so that the response cache holds all of them when a run is interrupted."""
-        questions = [self.asked(request) for request in requests]
+        questions = [self.read_request(request) for request in requests]
         with Record(self._rank) as record, self.bar(len(requests)) as bar:
             replies = self.answerer.replies(questions)
             for request, question, reply in zip(requests, questions, replies, strict=True):
@@ -136,8 +138,8 @@ class VidLaDAChat(lmms):
                 messages, finished, _, information = to_messages(
                     document, round_idx=len(said), previous_output=said, previous_round_info=information
                 )
-            except MISSING_VIDEO as failure:
-                question = without_video(task, document, failure)
+            except TASK_ERRORS as failure:
+                question = missing_video(task, document, failure)
                 yield question, Reply(error=question.error)
                 return
             if finished:
@@ -148,7 +150,7 @@ class VidLaDAChat(lmms):
             error = error or question.error
             if error is None:
                 if question.video_key not in seen:
-                    seen[question.video_key] = (question.media, self.watched(question.media))
+                    seen[question.video_key] = (question.media, self.encode(question.media, question.settings))
                 (reply,) = self.answerer.ask([question], [seen[question.video_key][1]])
                 error = reply.error
             else:
@@ -156,10 +158,10 @@ class VidLaDAChat(lmms):
             yield question, reply
             said = [*said, reply.text]
 
-    def watched(self, media: Media) -> list[EncodedVideo] | str:
+    def encode(self, media: Media, settings: GenerationSettings) -> list[EncodedVideo] | str:
         """Visual tokens, or why there are none."""
         try:
-            return self.vidlada.encode_media(self.answerer.decode(media))
+            return self.vidlada.encode_media(self.answerer.decode(media, settings))
         except InputError as error:
             return str(error)
 
@@ -177,7 +179,7 @@ class VidLaDASimple(VidLaDAChat):
 
     is_simple = True
 
-    def asked(self, request: Instance) -> Question:
+    def read_request(self, request: Instance) -> Question:
         text, arguments, to_visual, doc_id, task, split = request.args
         return self.simple_question(text, to_visual, arguments, self.document(task, split, doc_id), task)
 
@@ -187,8 +189,8 @@ class VidLaDASimple(VidLaDAChat):
         """Text and visuals as a question."""
         try:
             visuals = to_visual(document) or []
-        except MISSING_VIDEO as error:
-            return without_video(task, document, error, self.settings(arguments))
+        except TASK_ERRORS as error:
+            return missing_video(task, document, error, self.settings(arguments))
         parts = [{"type": "video" if isinstance(visual, str) else "image", "url": visual} for visual in visuals]
         return self.question([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], arguments)
 
@@ -209,7 +211,9 @@ class VidLaDASimple(VidLaDAChat):
                 text, continuation, to_visual, doc_id, task, split = request.args
                 question = self.simple_question(text, to_visual, {}, self.document(task, split, doc_id), task)
                 if question.video_key not in seen and question.error is None:
-                    seen = {question.video_key: self.watched(question.media)}  # a video's requests come together
+                    seen = {
+                        question.video_key: self.encode(question.media, question.settings)
+                    }  # a video's requests come together
                 video = seen.get(question.video_key, "")
                 value, greedy, error = float("inf"), False, question.error
                 try:
@@ -232,20 +236,20 @@ class VidLaDASimple(VidLaDAChat):
                 yield GenerationResult((value, greedy))
 
 
-def without_video(
+def missing_video(
     task: str, document: dict[str, Any], error: BaseException, settings: GenerationSettings | None = None
 ) -> Question:
-    """What becomes of a question whose video the task does not find; some tasks do not say which one."""
+    """What becomes of a question whose video the task does not find or cannot read; some do not say which one."""
     path = video_of(task, document)
-    why = str(error) or f"{path or 'its video'} is not there"
+    why = " ".join(str(error).split()) or f"{path or 'its video'} is not there"
     return Question(media=path, settings=settings or GenerationSettings(), error=why)
 
 
 def read_messages(messages: Messages, processor: VidLaDAProcessor) -> tuple[str, Media]:
     """Text and visual part of a task's messages.
 
-    Videos and images stand in front of the text, in the order of the messages. To a model that sees images as
-    frames, several images are the frames of one video.
+    Videos and images stand in front of the text, in the order of the messages, or in the places of as many marks in
+    it. To a model that sees images as frames, several images without such places are the frames of one video.
 
     Raises:
         InputError: sound, a part of a video, or what only a conversation has.
@@ -260,12 +264,19 @@ def read_messages(messages: Messages, processor: VidLaDAProcessor) -> tuple[str,
     strange = [url for kind, url in shown if kind == "video" and not isinstance(url, str)]
     if strange:
         raise InputError(f"the task gives {type(strange[0]).__name__} for a video instead of its path")
-    if shown and processor.tiling.as_frames and all(kind == "image" for kind, _ in shown):
+    images = sum(kind == "image" for kind, _ in shown)
+    if processor.tiling.as_frames and images == len(shown) > 0 and text.count(VIDEO_PLACE) != images:
         size = (processor.image_size,) * 2
         frames = [Image.fromarray(picture(url)).resize(size, Image.Resampling.BICUBIC) for _, url in shown]
         return text, np.stack([np.asarray(frame) for frame in frames])
     media = tuple(picture(url) if kind == "image" else url for kind, url in shown)
     return text, media[0] if len(media) == 1 else media or None
+
+
+def read_choices(messages: Messages) -> tuple[str, ...] | None:
+    """Answers to choose from, which a part of our own tasks' messages may name."""
+    choices = [part["choices"] for message in messages for part in message["content"] if part.get("choices")]
+    return tuple(choices[0]) if choices else None
 
 
 def picture(image: Any) -> np.ndarray:
@@ -302,5 +313,5 @@ class Record:
             "forward_passes": reply.forward_passes, "seconds": round(reply.seconds, 4), "error": reply.error,
             "time": time.time(),
         }  # fmt: skip
-        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.file.write(json.dumps(entry) + "\n")
         self.file.flush()

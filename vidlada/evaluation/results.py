@@ -1,8 +1,6 @@
 """Judged samples of a run, and what they amount to: scores in percent with standard errors."""
 
-import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,10 @@ from typing import Any
 from vidlada.errors import InputError
 from vidlada.evaluation.benchmarks import BENCHMARKS, UNSENT, Benchmark
 from vidlada.evaluation.folder import read_record, read_run_file, results_files, samples_file
-from vidlada.evaluation.letters import read_letter
 from vidlada.evaluation.submission import verdict_of
+from vidlada.files import read_json, read_json_lines
+from vidlada.letters import read_letter
+from vidlada.scores import Score, mean_of_scores, mean_score
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Sample:
             without a record.
         letter: that the answer chooses; None where it holds none.
         chooses: whether it should.
+        skipped: it is left out, as the run was asked to, because its video is missing.
     """
 
     task: str
@@ -46,6 +47,7 @@ class Sample:
     question: str | None = None
     letter: str | None = None
     chooses: bool = False
+    skipped: bool = False
 
     @property
     def key(self) -> tuple[str, int, str | None]:
@@ -58,54 +60,10 @@ class Sample:
         return self.video or f"{self.task} {self.doc_id}"
 
 
-@dataclass(frozen=True)
-class Score:
-    """A mean in percent.
-
-    Attributes:
-        percent: NaN without samples.
-        standard_error: percent; NaN with fewer than two videos.
-        number: of samples.
-    """
-
-    percent: float
-    standard_error: float
-    number: int
-
-
-def mean_score(values: Sequence[float], clusters: Sequence[str]) -> Score:
-    """Mean with the standard error of means over clusters (each sample its own cluster gives the usual one).
-
-    Args:
-        values: 0 to 1.
-        clusters: of each; the values of one may depend on each other.
-    """
-    number = len(values)
-    if not number:
-        return Score(math.nan, math.nan, 0)
-    mean = sum(values) / number
-    sums: dict[str, float] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        sums[cluster] = sums.get(cluster, 0.0) + value - mean
-    if len(sums) < 2:
-        return Score(100 * mean, math.nan, number)
-    variance = sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1) / number**2
-    return Score(100 * mean, 100 * math.sqrt(variance), number)
-
-
 def score_of(samples: Sequence[Sample]) -> Score:
     """Of judged samples."""
     judged = [sample for sample in samples if sample.points is not None]
     return mean_score([s.points or 0.0 for s in judged], [s.cluster for s in judged])
-
-
-def mean_of_scores(scores: Sequence[Score]) -> Score:
-    """Every part counts alike; parts are taken as independent."""
-    parts = [score for score in scores if score.number]
-    if not parts:
-        return Score(math.nan, math.nan, 0)
-    error = math.sqrt(sum(part.standard_error**2 for part in parts)) / len(parts)
-    return Score(sum(part.percent for part in parts) / len(parts), error, sum(part.number for part in parts))
 
 
 @dataclass(frozen=True)
@@ -143,13 +101,18 @@ class BenchmarkResult:
     @property
     def without_letter(self) -> int | None:
         """Answers that should have chosen a letter and hold none; None where nothing is chosen."""
-        choices = [sample for sample in self.samples if sample.chooses]
+        choices = [sample for sample in self.samples if sample.chooses and not sample.skipped]
         return sum(sample.letter is None and sample.error is None for sample in choices) if choices else None
 
     @property
     def failed(self) -> list[Sample]:
-        """Samples that could not be asked."""
-        return [sample for sample in self.samples if sample.error is not None]
+        """Samples that could not be asked and count as wrong."""
+        return [sample for sample in self.samples if sample.error is not None and not sample.skipped]
+
+    @property
+    def skipped(self) -> list[Sample]:
+        """Samples that are left out."""
+        return [sample for sample in self.samples if sample.skipped]
 
 
 @dataclass(frozen=True)
@@ -158,7 +121,7 @@ class Run:
 
     Attributes:
         folder: where.
-        about: settings, arguments and versions, from its run file.
+        about: settings, arguments, versions and what was skipped, from its run file.
         results: by benchmark.
     """
 
@@ -171,6 +134,15 @@ class Run:
         """All samples by task and number."""
         return {(s.task, s.doc_id): s for result in self.results.values() for s in result.samples}
 
+    def is_partial(self, result: BenchmarkResult) -> bool:
+        """Whether a score leaves something of its benchmark out."""
+        few = any(
+            task.expected and sum(sample.task == task.name for sample in result.samples) < task.expected
+            for task in result.benchmark.tasks
+        )
+        left_out = few or result.absent or result.skipped
+        return bool(left_out) or self.about["settings"]["limit"] is not None
+
 
 def read_run(folder: Path) -> Run:
     """Read a run folder.
@@ -182,52 +154,83 @@ def read_run(folder: Path) -> Run:
     record = read_record(folder)
     newest: dict[str, tuple[Path, dict[str, Any]]] = {}
     for file in sorted(results_files(folder), key=lambda path: path.stat().st_mtime):
-        found = json.loads(file.read_text(encoding="utf-8"))["results"]
+        found = read_json(file)["results"]
         newest |= {task: (file, numbers) for task, numbers in found.items() if samples_file(file, task).exists()}
     results = {}
     for name in about["tasks"]:
         benchmark = BENCHMARKS[name]
         tasks = {task.name: newest[task.name] for task in benchmark.tasks if task.name in newest}
         if tasks:
-            results[name] = replace(
-                _benchmark_result(benchmark, tasks, record), verdict=_verdict(folder) if name == UNSENT else None
+            samples = read_samples(
+                benchmark, {task: file for task, (file, _) in tasks.items()}, record, about["skipped"]
             )
+            own = {task: numbers.get(f"{benchmark.metric},none") for task, (_, numbers) in tasks.items()}
+            verdict = score_of_verdict(folder) if name == UNSENT else None
+            results[name] = benchmark_result(benchmark, samples, own, verdict)
     if not results:
         raise InputError(f"{folder} holds no results yet; run the same command again to continue")
     return Run(folder, about, results)
 
 
-def _verdict(folder: Path) -> Score | None:
+def run_labels(folders: Sequence[str]) -> list[str]:
+    """Of run folders: their names, or their whole paths where names are shared."""
+    names = {folder: Path(folder).absolute().name for folder in folders}
+    unique = len(set(names.values())) == len(names)
+    return [names[folder] if unique else folder for folder in folders]
+
+
+def score_of_verdict(folder: Path) -> Score | None:
     """The server's accuracy as a score; every question has a video of its own."""
     verdict = verdict_of(folder)
     if verdict is None:
         return None
-    accuracy, number = verdict["accuracy"], verdict["number"]
-    error = math.sqrt(accuracy * (1 - accuracy) / (number - 1)) if number > 1 else math.nan
-    return Score(100 * accuracy, 100 * error, number)
+    right = round(verdict["accuracy"] * verdict["number"])
+    values = [1.0] * right + [0.0] * (verdict["number"] - right)
+    exact = mean_score(values, [str(number) for number in range(len(values))])
+    return replace(exact, percent=100 * verdict["accuracy"])
 
 
-def _benchmark_result(
-    benchmark: Benchmark, tasks: dict[str, tuple[Path, dict[str, Any]]], record: dict[tuple[str, int], dict[str, Any]]
+def read_samples(
+    benchmark: Benchmark,
+    files: Mapping[str, Path],
+    record: dict[tuple[str, int], dict[str, Any]],
+    skipped: Mapping[str, Any],
+) -> list[Sample]:
+    """Samples of a benchmark, in order.
+
+    Args:
+        benchmark: which.
+        files: results that lmms-eval wrote, by task.
+        record: our own, by task and sample.
+        skipped: of the run file, by task.
+    """
+    samples = []
+    for task, file in files.items():
+        missing = skipped.get(task, {}).get("videos", ())
+        for logged in read_json_lines(samples_file(file, task)):
+            sample = sample_of(benchmark, task, logged, record)
+            if sample.error is not None and sample.video in missing:
+                sample = replace(sample, points=None, skipped=True)
+            samples.append(sample)
+    return sorted(samples, key=lambda sample: (sample.task, sample.doc_id))
+
+
+def benchmark_result(
+    benchmark: Benchmark, samples: Sequence[Sample], own: Mapping[str, Any], verdict: Score | None
 ) -> BenchmarkResult:
-    samples = [
-        sample_of(benchmark, task, json.loads(line), record)
-        for task, (file, _) in tasks.items()
-        for line in samples_file(file, task).read_text(encoding="utf-8").splitlines()
-    ]
-    samples.sort(key=lambda sample: (sample.task, sample.doc_id))
+    """Scores of a benchmark's samples; `own` is what lmms-eval computed for each task."""
     found = {sample.kind for sample in samples} - {None}
     kinds = [kind for kind in benchmark.kinds if kind in found] + sorted(found - set(benchmark.kinds), key=str)
-    lacking = [task.name for task in benchmark.tasks if task.name not in tasks]
-    lacking += [kind for kind in benchmark.kinds if kind not in found]
-    own = {task: numbers.get(f"{benchmark.metric},none") for task, (_, numbers) in tasks.items()}
+    absent = [task.name for task in benchmark.tasks if task.name not in own]
+    absent += [kind for kind in benchmark.kinds if kind not in found]
     return BenchmarkResult(
         benchmark=benchmark,
         samples=tuple(samples),
-        tasks={task: score_of([s for s in samples if s.task == task]) for task in tasks},
+        tasks={task: score_of([s for s in samples if s.task == task]) for task in own},
         kinds={str(kind): score_of([s for s in samples if s.kind == kind]) for kind in kinds},
-        absent=tuple(lacking),
+        absent=tuple(absent),
         lmms_eval={k: benchmark.scale * v for k, v in own.items() if isinstance(v, int | float)},
+        verdict=verdict,
     )
 
 
@@ -235,7 +238,7 @@ def sample_of(
     benchmark: Benchmark, task: str, logged: dict[str, Any], record: dict[tuple[str, int], dict[str, Any]]
 ) -> Sample:
     """A logged sample, judged, with what our own record knows of it."""
-    noted = record.get((task, logged["doc_id"]), {})
+    noted: dict[str, Any] = record.get((task, logged["doc_id"]), {})
     judged = logged.get(benchmark.metric)
     points = None if judged is None or benchmark.name == UNSENT else benchmark.right(judged)
     if noted.get("error") is not None and points is not None:
@@ -253,5 +256,9 @@ def sample_of(
         points=points,
         kind=None if judged is None else benchmark.kind(judged),
         question=logged.get("doc_hash"),
-        **{name: noted.get(name) for name in ("video", "error", "seconds", "tokens", "forward_passes")},
+        video=noted.get("video"),
+        error=noted.get("error"),
+        seconds=noted.get("seconds"),
+        tokens=noted.get("tokens"),
+        forward_passes=noted.get("forward_passes"),
     )

@@ -11,9 +11,9 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,17 +22,26 @@ from typing import Any
 
 import yaml
 
-from vidlada.api import SHIPPED, model_folder
 from vidlada.checkpoint.load import ADAPTER_CONFIG, base_of
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation.arguments import PACES, ModelArguments, generation_settings
 from vidlada.evaluation.benchmarks import BENCHMARKS, LMMS_EVAL_VERSION, UNSENT, Benchmark
-from vidlada.evaluation.data import question_files, repository_folder
-from vidlada.evaluation.folder import LOG_FILE, RECORD_FOLDER, RUN_FILE, lock_run, read_run_file, results_files
+from vidlada.evaluation.data import Gap, question_files, repository_folder
+from vidlada.evaluation.folder import (
+    CACHE_FOLDER,
+    LOG_FILE,
+    ORIGINAL_FOLDER,
+    RECORD_FOLDER,
+    RUN_FILE,
+    lock_run,
+    read_run_file,
+    results_files,
+)
 from vidlada.evaluation.presets import PresetName, generation_arguments, model_arguments
 from vidlada.evaluation.submission import write_submission
-from vidlada.files import write_text
+from vidlada.files import read_json, write_json, write_text
 from vidlada.generation import GenerationSettings
+from vidlada.loading import SHIPPED, model_folder
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 PACKAGES = ("vidlada", "lmms-eval", "torch", "transformers", "av", "datasets")
@@ -92,7 +101,7 @@ class RunSettings:
         if arguments.get("temperature"):
             arguments.setdefault("do_sample", True)  # tasks say false
         decoding = ModelArguments.from_dict(self.model_arguments(benchmark)).decoding
-        generation_settings(GenerationSettings().updated(**decoding), arguments, decoding)
+        generation_settings(GenerationSettings().replace(**decoding), arguments, decoding)
         return arguments
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,20 +150,30 @@ class Launch:
     predict_only: bool
 
 
-def launches(benchmarks: Sequence[Benchmark], settings: RunSettings) -> list[Launch]:
-    """How often lmms-eval has to be started, and with what. Its own scoring of EgoSchema would send the answers."""
+def plan_launches(benchmarks: Sequence[Benchmark], settings: RunSettings, skipped: Container[str] = ()) -> list[Launch]:
+    """How often lmms-eval has to be started, and with what. Its own scoring of EgoSchema would send the answers.
+
+    Args:
+        benchmarks: which.
+        settings: how.
+        skipped: names of tasks to leave out.
+    """
     grouped: dict[str, Launch] = {}
     for benchmark in benchmarks:
+        left = [task.name for task in benchmark.tasks if task.name not in skipped]
+        names = [benchmark.name] if len(left) == len(benchmark.tasks) else left
+        if not names:
+            continue
         predict_only = benchmark.name == UNSENT
         parts = (settings.model_arguments(benchmark), settings.generation_arguments(benchmark), predict_only)
         key = json.dumps(parts, sort_keys=True)
         tasks = grouped[key].tasks if key in grouped else ()
-        grouped[key] = Launch((*tasks, benchmark.name), *parts)
+        grouped[key] = Launch((*tasks, *names), *parts)
     return list(grouped.values())
 
 
-def joined(arguments: Mapping[str, Any]) -> str:
-    """As lmms-eval reads them; it splits at commas."""
+def join_arguments(arguments: Mapping[str, Any]) -> str:
+    """Arguments as lmms-eval reads them; it splits at commas."""
     return ",".join(f"{name}={str(value).replace(',', ';')}" for name, value in arguments.items())
 
 
@@ -164,12 +183,12 @@ def command(launch: Launch, settings: RunSettings, output: Path, processes: int 
     if processes > 1:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
                  "-m", "lmms_eval"]  # fmt: skip
-    generation = ["--gen_kwargs", joined(launch.generation_arguments)] if launch.generation_arguments else []
+    generation = ["--gen_kwargs", join_arguments(launch.generation_arguments)] if launch.generation_arguments else []
     return [
-        *start, "--model", "vidlada", "--model_args", joined(launch.model_arguments), *generation,
+        *start, "--model", "vidlada", "--model_args", join_arguments(launch.model_arguments), *generation,
         "--tasks", ",".join(launch.tasks), "--include_path", str(TASKS_FOLDER),
-        "--batch_size", str(settings.batch_size), "--log_samples", "--output_path", str(output / "lmms-eval"),
-        "--use_cache", str(output / "cache"),
+        "--batch_size", str(settings.batch_size), "--log_samples", "--output_path", str(output / ORIGINAL_FOLDER),
+        "--use_cache", str(output / CACHE_FOLDER / "answers"),
         *(["--limit", str(settings.limit)] if settings.limit else []),
         *(["--predict_only"] if launch.predict_only else []),
     ]  # fmt: skip
@@ -184,7 +203,7 @@ def environment(home: Path, output: Path, device: str | None = None) -> dict[str
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "HF_HOME": str(home),
-        "HF_DATASETS_CACHE": str(output / "datasets"),
+        "HF_DATASETS_CACHE": str(output / CACHE_FOLDER / "datasets"),
         # its cache holds answers for one commit of the checkout that it lies in: with .venv inside, that would be ours
         "GIT_DIR": os.devnull,
         "LMMS_EVAL_GIT_COMMIT": versions()["lmms-eval"],
@@ -214,8 +233,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def start_run(output: Path, settings: RunSettings, benchmarks: Sequence[Benchmark]) -> None:
+def start_run(
+    output: Path, settings: RunSettings, benchmarks: Sequence[Benchmark], skipped: Mapping[str, Gap] | None = None
+) -> None:
     """Make or reopen a run folder.
+
+    Args:
+        output: the folder.
+        settings: how the benchmarks are run.
+        benchmarks: which.
+        skipped: what of their tasks is missing and left out.
 
     Raises:
         InputError: it holds something else, or a run with other settings.
@@ -238,13 +265,23 @@ def start_run(output: Path, settings: RunSettings, benchmarks: Sequence[Benchmar
         }
         for benchmark in benchmarks
     }
+    gaps = {name: asdict(gap) for name, gap in (skipped or {}).items()}
     if path.exists():
         arguments = {**before["arguments"], **arguments}
-    text = {"settings": settings.to_dict(), "tasks": tasks, "arguments": arguments, "versions": versions()}
-    write_text(path, json.dumps(text, indent=1))
+        now = {task.name for benchmark in benchmarks for task in benchmark.tasks}
+        gaps = {name: gap for name, gap in before["skipped"].items() if name not in now} | gaps
+    values = {"settings": settings.to_dict(), "tasks": tasks, "arguments": arguments, "skipped": gaps}
+    write_json(path, {**values, "versions": versions()})
 
 
-def run(benchmarks: Sequence[Benchmark], settings: RunSettings, output: Path, root: Path, processes: int = 1) -> None:
+def run(
+    benchmarks: Sequence[Benchmark],
+    settings: RunSettings,
+    output: Path,
+    root: Path,
+    processes: int = 1,
+    skipped: Mapping[str, Gap] | None = None,
+) -> None:
     """Run lmms-eval on benchmarks.
 
     Args:
@@ -253,6 +290,8 @@ def run(benchmarks: Sequence[Benchmark], settings: RunSettings, output: Path, ro
         output: run folder, new or of the same settings.
         root: data root.
         processes: started by torchrun, each with a share of the samples.
+        skipped: tasks with a gap that is left out of the scores; without its questions or all videos, a task is not
+            run at all.
 
     Raises:
         InputError: something is missing.
@@ -260,20 +299,24 @@ def run(benchmarks: Sequence[Benchmark], settings: RunSettings, output: Path, ro
     """
     require_lmms_eval()
     output = output.absolute()
-    planned = launches(benchmarks, settings)
-    start_run(output, settings, benchmarks)
+    absent = {name for name, gap in (skipped or {}).items() if gap.problem is not None}
+    planned = plan_launches(benchmarks, settings, absent)
+    if not planned:
+        raise InputError("nothing is left to evaluate: no task has its questions and a video")
+    start_run(output, settings, benchmarks, skipped)
     with lock_run(output) as lock, lmms_home(root, benchmarks) as home:
         questions = link_questions(output, root, benchmarks)
         for launch in planned:
-            keep_interrupted(output / "cache")
+            keep_interrupted(output / CACHE_FOLDER / "answers")
             before = results_files(output)
             variables = environment(home, output, launch.model_arguments.get("device"))
             execute(command(launch, settings, output, processes), questions, output, variables, lock)
-            done = {task for file in results_files(output) - before for task in json.loads(file.read_text())["results"]}
-            chosen = (benchmark for benchmark in benchmarks if benchmark.name in launch.tasks)
-            if names := {task.name for benchmark in chosen for task in benchmark.tasks} - done:
+            done = {task for file in results_files(output) - before for task in read_json(file)["results"]}
+            groups = {benchmark.name: [task.name for task in benchmark.tasks] for benchmark in benchmarks}
+            expected = {task for name in launch.tasks for task in groups.get(name, [name])}
+            if names := expected - done:
                 raise VidLaDAError(f"lmms-eval gave no results for {', '.join(sorted(names))}: {reason(output)}")
-    if any(benchmark.name == UNSENT for benchmark in benchmarks):
+    if any(benchmark.name == UNSENT for benchmark in benchmarks) and UNSENT not in absent:
         write_submission(output, root)
 
 
@@ -283,7 +326,7 @@ def link_questions(output: Path, root: Path, benchmarks: Sequence[Benchmark]) ->
     It takes a local folder of a dataset's name before the hub's. Run in the data root itself, it would take the folder
     of videos `egoschema` for the task of that name, and miss what lies in the hub's cache or has no README.
     """
-    folder = output / "questions"
+    folder = output / CACHE_FOLDER / "questions"
     for repository in dict.fromkeys(benchmark.repository for benchmark in benchmarks):
         source, target = repository_folder(root, repository), folder / repository
         if target.is_symlink():
@@ -306,7 +349,7 @@ def link_questions(output: Path, root: Path, benchmarks: Sequence[Benchmark]) ->
                 (place / f"{split}-{number:05d}{file.suffix}").symlink_to(file.resolve())
             configs[place.name] = [{"split": split, "path": f"{place.name}/*"}]
         listed = [{"config_name": name, "data_files": files} for name, files in configs.items()]
-        (target / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n", encoding="utf-8")
+        write_text(target / "README.md", f"---\n{yaml.safe_dump({'configs': listed})}---\n")
     return folder
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from vidlada.files import read_json, read_json_lines, write_text
 from vidlada.shapes.dataset import question_of, write_dataset
 
 REPOSITORY, SPLIT_FILE = "vidlada/shapes", "test.jsonl"
@@ -28,12 +29,17 @@ def write_shapes(root: Path, clips: int, number: int = 10, seconds: int | None =
             "video": entry["video"],
             "family": entry["family"],
             "question": question_of(entry),
+            "choices": entry["choices"],
             "answer": entry["conversations"][1]["value"],
             "clip": json.dumps(entry["clip"]),
         }
-        for entry in json.loads(written.read_text(encoding="utf-8"))
+        for entry in read_json(written)
     ]
-    lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
-    (folder / SPLIT_FILE).write_text("".join(lines), encoding="utf-8")
+    write_text(folder / SPLIT_FILE, "".join(json.dumps(document) + "\n" for document in documents))
     configs = [{"config_name": "questions", "data_files": [{"split": "test", "path": SPLIT_FILE}]}]
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n", encoding="utf-8")
+    write_text(folder / "README.md", f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+
+
+def count_clips(folder: Path) -> int:
+    """Clips of a dataset that was written before."""
+    return len({document["video"] for document in read_json_lines(folder / SPLIT_FILE)})

@@ -14,7 +14,8 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.evaluation.benchmarks import BENCHMARKS, UNSENT
 from vidlada.evaluation.data import documents, repository_folder
 from vidlada.evaluation.folder import SUBMISSION_FILE, VERDICT_FILE, results_files, samples_file
-from vidlada.evaluation.letters import read_letter
+from vidlada.files import read_json, read_json_lines, write_json
+from vidlada.letters import read_letter
 
 SERVER = "https://validation-server.onrender.com/api/upload/"  # of the benchmark's authors; the one lmms-eval asks
 SERVER_VARIABLE = "VIDLADA_EGOSCHEMA_SERVER"  # another one
@@ -32,10 +33,9 @@ def write_submission(output: Path, root: Path) -> None:
         (f for f in results_files(output) if samples_file(f, UNSENT).exists()), key=lambda f: f.stat().st_mtime
     )
     chosen = {}
-    for line in samples_file(newest, UNSENT).read_text(encoding="utf-8").splitlines():
-        sample = json.loads(line)
+    for sample in read_json_lines(samples_file(newest, UNSENT)):
         chosen[rows[sample["doc_id"]]["video_idx"]] = letter_place(str(sample["filtered_resps"]))
-    (output / SUBMISSION_FILE).write_text(json.dumps(chosen, indent=1), encoding="utf-8")
+    write_json(output / SUBMISSION_FILE, chosen)
 
 
 def letter_place(answer: str, letters: str = "ABCDE") -> int:
@@ -73,16 +73,16 @@ def submit(output: Path, wait: float = WAIT) -> dict[str, Any]:
         "accuracy": float(said[1]), "number": len(json.loads(answers)), "reply": reply, "server": server,
         "answers": hashlib.sha256(answers).hexdigest(),
     }  # fmt: skip
-    (output / VERDICT_FILE).write_text(json.dumps(verdict, indent=1), encoding="utf-8")
+    write_json(output / VERDICT_FILE, verdict)
     return verdict
 
 
 def verdict_of(output: Path) -> dict[str, Any] | None:
     """What the server said about the answers of a run, if it was asked about just these."""
     try:
-        verdict: dict[str, Any] = json.loads((output / VERDICT_FILE).read_text(encoding="utf-8"))
+        verdict: dict[str, Any] = read_json(output / VERDICT_FILE)
         answers = (output / SUBMISSION_FILE).read_bytes()
-    except (OSError, ValueError):
+    except (OSError, InputError):
         return None
     return verdict if verdict.get("answers") == hashlib.sha256(answers).hexdigest() else None
 

@@ -4,10 +4,13 @@ What is special about it:
 - every position attends to every position that is not padding;
 - norms and rotary angles are computed in float32 whatever the weights' type; the frequencies are never a buffer,
   so casting the module cannot round them (at position 13,000 a bfloat16 frequency is off by whole turns);
-- no (tokens, tokens) mask is built unless a caller brings one: padding is a mask over keys only.
+- no (tokens, tokens) mask is built unless a caller brings one: padding is a mask over keys only;
+- for decoding, projections of the same input may be packed into one product each (`LanguageModel.pack`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +71,33 @@ class SharedPrefixMask:
         return torch.cat(mixed, dim=2)
 
 
-AnyMask = Tensor | SharedPrefixMask | None
+@dataclass(frozen=True, eq=False)
+class PackedMask:
+    """One row of several sequences, one after another, that do not see one another.
+
+    Attributes:
+        sizes: tokens of every sequence; padding is one of its own.
+    """
+
+    sizes: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "PackedMask":
+        """The same: it holds no tensor."""
+        return self
+
+    def dense(self) -> Tensor:
+        """(1, 1, tokens, tokens) boolean, True where a query (third axis) may attend to a key (last axis)."""
+        part = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        return (part[None, :] == part[:, None])[None, None]
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention over (1, heads, tokens, head_dim), sequence by sequence."""
+        parts = zip(*(states.split(self.sizes, dim=2) for states in (queries, keys, values)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=2)
+
+
+RowMask = SharedPrefixMask | PackedMask
+AnyMask = Tensor | RowMask | None
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
@@ -96,19 +125,93 @@ def rotate(states: Tensor, rotation: Rotation) -> Tensor:
     return states * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | SharedPrefixMask | None) -> Tensor:
+def rotation_table(tokens: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rotary angles of positions 0, 1, …, to be taken by `index_select` in every pass.
+
+    Returns:
+        (2, tokens, head_dim): cosine, and sine with the sign that `rotate_` needs in the first half.
+    """
+    cos, sin = rotary_angles(torch.arange(tokens, device=device)[None], head_dim, theta, dtype)
+    first, second = sin[0, 0].chunk(2, dim=-1)
+    return torch.stack((cos[0, 0], torch.cat((-first, second), dim=-1)))
+
+
+def rotate_(states: Tensor, rotation: Tensor) -> None:
+    """Apply the rotary embedding in place, in three kernels.
+
+    Args:
+        states: (heads, tokens, head_dim).
+        rotation: (2, tokens, head_dim) rows of `rotation_table`.
+    """
+    cos, sin = rotation
+    first, second = states.chunk(2, dim=-1)
+    swapped = torch.cat((second, first), dim=-1)
+    states.mul_(cos).addcmul_(swapped, sin)
+
+
+def add_product(residual: Tensor, linear: nn.Module, states: Tensor) -> Tensor:
+    """`residual + linear(states)`: one kernel where gradients, autocast, adapters and smaller weights do not forbid it.
+
+    Args:
+        residual: (tokens, out) or (batch, tokens, out).
+        linear: without a bias.
+        states: (tokens, in) or (batch, tokens, in).
+    """
+    # weights that are smaller, or lie on several devices, are tensors of tensors
+    plain = type(linear) is nn.Linear and not hasattr(linear.weight, "__tensor_flatten__") and residual.ndim == 2
+    if not plain or torch.is_grad_enabled() or torch.is_autocast_enabled(residual.device.type):
+        return residual + linear(states)
+    return torch.addmm(residual, states, cast(Tensor, linear.weight).t())
+
+
+def pack(module: nn.Module, packed: str, names: Sequence[str]) -> bool:
+    """Replace linear layers of the same input by one, in place. State dicts keep the names of the parts.
+
+    Args:
+        module: that holds them.
+        packed: name of the new layer.
+        names: of the layers it replaces, none with a bias.
+
+    Returns:
+        Whether it was done; not where their weights are kept elsewhere for lack of memory.
+    """
+    weights = [cast(nn.Linear, module.get_submodule(name)).weight for name in names]
+    if any(weight.is_meta for weight in weights):
+        return False
+    sizes = [len(weight) for weight in weights]
+    whole = nn.Linear(weights[0].shape[1], sum(sizes), bias=False, device="meta")
+    whole.weight = nn.Parameter(torch.cat([weight.detach() for weight in weights]), requires_grad=False)
+    for name in names:
+        delattr(module, name)
+    setattr(module, packed, whole)
+
+    def split(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: object) -> None:
+        parts = state_dict.pop(f"{prefix}{packed}.weight").split(sizes)
+        state_dict.update({f"{prefix}{name}.weight": part for name, part in zip(names, parts, strict=True)})
+
+    def join(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        keys = [f"{prefix}{name}.weight" for name in names]
+        if all(key in state_dict for key in keys):
+            state_dict[f"{prefix}{packed}.weight"] = torch.cat([state_dict.pop(key) for key in keys])
+
+    module.register_state_dict_post_hook(split)
+    module.register_load_state_dict_pre_hook(join)
+    return True
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, attention_mask: AnyMask) -> Tensor:
     """Scaled dot-product attention over (batch, heads, tokens, head_dim)."""
     if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         # the backward pass of the fused kernel is 1.5 to 5 times slower in bfloat16 than in float32 on a CPU
         with torch.autocast("cpu", enabled=False):
             return attend(queries.float(), keys.float(), values.float(), attention_mask)
-    if isinstance(attention_mask, SharedPrefixMask):
+    if isinstance(attention_mask, RowMask):
         return attention_mask.attend(queries, keys, values)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=attention_mask)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: float32 inside, cast back, then the weight."""
+    """Root-mean-square norm: float32 inside, whatever the type of the states."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -116,8 +219,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        normed = F.rms_norm(hidden.float(), (hidden.shape[-1],), eps=self.eps)
-        return self.weight * normed.to(hidden.dtype)
+        if hidden.dtype == self.weight.dtype:  # one kernel on a GPU, rounded once instead of twice
+            return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+        return self.weight * F.rms_norm(hidden.float(), (hidden.shape[-1],), eps=self.eps).to(hidden.dtype)
 
 
 class Attention(nn.Module):
@@ -125,9 +229,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: VidLaDATextConfig):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.packed = config.head_dim, False
+        self.heads_of = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.groups = config.num_attention_heads // config.num_key_value_heads
         key_value_width = config.num_key_value_heads * config.head_dim
+        self.qkv_proj: nn.Linear  # once packed
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=False)
@@ -139,13 +245,36 @@ class Attention(nn.Module):
 
     def project(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (batch, heads, tokens, head_dim), and keys and values with the key/value heads; rotated."""
-        queries = rotate(self.heads(self.q_proj(hidden)), rotation)
-        keys = rotate(self.heads(self.k_proj(hidden)), rotation)
-        return queries, keys, self.heads(self.v_proj(hidden))
+        if self.packed:
+            queries, keys, values = self.heads(self.qkv_proj(hidden)).split(self.heads_of, dim=1)
+        else:
+            queries, keys, values = (self.heads(part(hidden)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(queries, rotation), rotate(keys, rotation), values
 
-    def mix(
-        self, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | SharedPrefixMask | None
-    ) -> Tensor:
+    def project_rows(self, hidden: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """The same without gradients, for a KV cache that keeps keys and values in one tensor.
+
+        Args:
+            hidden: (tokens, width).
+            rotation: (2, tokens, head_dim) rows of `rotation_table`.
+
+        Returns:
+            Queries (heads, tokens, head_dim); keys and below them values, (2 × key/value heads, tokens, head_dim).
+        """
+        if self.packed:
+            states = self.qkv_proj(hidden)
+        else:
+            states = torch.cat([part(hidden) for part in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+        states = states.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)  # (heads of all three, tokens, head_dim)
+        queries, keys, _ = self.heads_of
+        rotate_(states[: queries + keys], rotation)
+        return states[:queries], states[queries:]
+
+    def pack(self) -> None:
+        """One product instead of three."""
+        self.packed = pack(self, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
+
+    def mix(self, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: AnyMask) -> Tensor:
         """What every position sees of the others: (batch, tokens, width)."""
         if self.groups > 1:
             keys, values = (states.repeat_interleave(self.groups, dim=1) for states in (keys, values))
@@ -157,12 +286,26 @@ class MLP(nn.Module):
 
     def __init__(self, config: VidLaDATextConfig):
         super().__init__()
+        self.packed = False
+        self.gate_up_proj: nn.Linear  # once packed
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def gated(self, hidden: Tensor) -> Tensor:
+        """The states between the two products."""
+        if self.packed:
+            gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+        return F.silu(gate) * up
+
+    def pack(self) -> None:
+        """One product instead of two."""
+        self.packed = pack(self, "gate_up_proj", ("gate_proj", "up_proj"))
+
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(self.gated(hidden))
 
 
 class Layer(GradientCheckpointingLayer):
@@ -184,10 +327,14 @@ class Layer(GradientCheckpointingLayer):
         """All before positions meet: queries, keys and values of (batch, tokens, width) states."""
         return self.self_attn.project(self.input_layernorm(hidden), rotation)
 
+    def enter_rows(self, hidden: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """All of a cached pass before positions meet; see `Attention.project_rows`."""
+        return self.self_attn.project_rows(self.input_layernorm(hidden), rotation)
+
     def leave(self, hidden: Tensor, mixed: Tensor) -> Tensor:
-        """All after: what was seen, (batch, tokens, width), goes into the residual stream."""
-        hidden = hidden + self.self_attn.o_proj(mixed)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        """All after: what was seen, (…, tokens, width), goes into the residual stream."""
+        hidden = add_product(hidden, self.self_attn.o_proj, mixed)
+        return add_product(hidden, self.mlp.down_proj, self.mlp.gated(self.post_attention_layernorm(hidden)))
 
     def forward(self, hidden: Tensor, rotation: Rotation, attention_mask: AnyMask) -> Tensor:
         return self.leave(hidden, self.self_attn.mix(*self.enter(hidden, rotation), attention_mask))
@@ -206,14 +353,37 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.enter, self.leave = Layer.enter, Layer.leave  # what a cached pass runs of every layer
+        self.enter, self.leave = Layer.enter_rows, Layer.leave  # what a cached pass runs of every layer
+        self.static: bool | None = None  # whether decoding replays repeated passes; None: on a GPU
+        self.tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def pack(self) -> None:
+        """Let every layer run two products where it has five, for decoding. Harmless where it is done already."""
+        for layer in self.layers:
+            for part in (layer.self_attn, layer.mlp):
+                if not part.packed:  # type: ignore[union-attr]
+                    part.pack()  # type: ignore[union-attr, operator]
+
+    def rotation(self, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`rotation_table` of at least `tokens` positions, made once for all requests."""
+        table = self.tables.get((dtype, device))
+        if table is None or table.shape[1] < tokens:
+            config = self.config
+            table = rotation_table(tokens, config.head_dim, config.rope_theta, dtype, device)
+            self.tables[dtype, device] = table
+        return table
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Of the layers; more than one where the model is spread over several."""
+        return [layer.input_layernorm.weight.device for layer in self.layers]  # type: ignore[union-attr, misc]
 
     def compile_layers(self) -> None:
         """Let torch.compile fuse what a cached pass runs of every layer, once for all layers and any number of tokens.
 
         The first passes then take seconds longer.
         """
-        self.enter = torch.compile(Layer.enter, dynamic=True)
+        self.enter = torch.compile(Layer.enter_rows, dynamic=True)
         self.leave = torch.compile(Layer.leave, dynamic=True)
 
     def forward(
@@ -228,7 +398,8 @@ class LanguageModel(nn.Module):
             hidden: (batch, tokens, width) embeddings.
             position_ids: (batch or 1, tokens); counts from 0 by default.
             attention_mask: boolean, True where attention is allowed: (batch, tokens) over keys, or
-                (batch, 1, tokens, tokens) over pairs; or of rows with a shared prefix; None when nothing is padded.
+                (batch, 1, tokens, tokens) over pairs; or of rows that share a prefix or are packed; None when
+                nothing is padded.
 
         Returns:
             (batch, tokens, width) normed hidden states.

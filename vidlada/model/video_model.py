@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
-from vidlada.model.language_model import LanguageModel, RMSNorm, SharedPrefixMask
+from vidlada.model.language_model import AnyMask, LanguageModel, RMSNorm
 from vidlada.model.vision import Vision
 from vidlada.tiling import MediaShape
 
@@ -111,7 +111,7 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         media_shapes: Sequence[MediaShape] | None = None,
-        attention_mask: Tensor | SharedPrefixMask | None = None,
+        attention_mask: AnyMask = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: Tensor | None = None,
@@ -124,7 +124,7 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
             pixel_values: (all pictures, 3, image_size, image_size), with `media_shapes`.
             media_shapes: number of frames of each video, shape of each image; one video by default.
             attention_mask: boolean or 0/1 (batch, tokens) or (batch, 1, tokens, tokens), True may be attended; or of
-                rows with a shared prefix.
+                rows that share a prefix or are packed.
             position_ids: (batch, tokens); counted over unpadded tokens by default.
             inputs_embeds: (batch, tokens, width) instead of ids.
             logits_to_keep: boolean (batch, tokens): logits only there, shape (chosen, vocabulary). Saves the largest

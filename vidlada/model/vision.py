@@ -10,6 +10,8 @@ from transformers import SiglipVisionModel
 from vidlada.model.config import VidLaDAConfig
 from vidlada.tiling import ImageShape, MediaShape, pictures_of
 
+FRAMES_PER_PASS = 16  # through the tower at once, where no gradients are needed: bounds the memory of long videos
+
 
 def pool(features: Tensor, side: int, stride: int, mode: str) -> Tensor:
     """Pool each frame's grid.
@@ -74,6 +76,8 @@ class Vision(nn.Module):
 
     def project(self, pixel_values: Tensor) -> Tensor:
         """Patch features in the language model's space, not pooled: (pictures, patches, language width)."""
+        if not torch.is_grad_enabled() and len(pixel_values) > FRAMES_PER_PASS:
+            return torch.cat([self.project(part) for part in pixel_values.split(FRAMES_PER_PASS)])
         return self.projector(self.features(pixel_values))
 
     def pool(self, projected: Tensor) -> Tensor:
@@ -129,8 +133,8 @@ class Vision(nn.Module):
         grid = grid.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)  # (rows, columns, width)
         if not unpad:
             return torch.cat((whole, grid.flatten(0, 1)))
-        grid = grid[tiling.unpadded(shape)]
-        size = tiling.shrunk(grid.shape[0], grid.shape[1])
+        grid = grid[tiling.content_region(shape)]
+        size = tiling.shrunk_size(grid.shape[0], grid.shape[1])
         if size != grid.shape[:2]:
             grid = F.interpolate(grid.permute(2, 0, 1)[None], size=size, mode="bilinear")[0].permute(1, 2, 0)
         grid = torch.cat((grid, newline.expand(grid.shape[0], 1, -1)), dim=1)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vidlada.generation import MAX_SLOTS, GenerationSettings
-from vidlada.processor import VIDEO_PLACE, Message, place_media
+from vidlada.messages import VIDEO_PLACE, Message, place_media
 from vidlada.serve.errors import RequestError
 from vidlada.serve.media import MediaReference
 from vidlada.serve.refusals import unsupported_error
@@ -182,7 +182,7 @@ def generation_settings(
         gen_length = -(-max_tokens // block) * block
         given["block_length"] = block
     stop = [request.stop] if isinstance(request.stop, str) else request.stop
-    settings = base.updated(gen_length=gen_length, stop=tuple(stop) if stop else None, **given)
+    settings = base.replace(gen_length=gen_length, stop=tuple(stop) if stop else None, **given)
     if settings.gen_length > most:
         message = f"{settings.gen_length} answer slots are more than the {most} allowed"
         raise RequestError(422, message, "too_many_tokens", "max_tokens")

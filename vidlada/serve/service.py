@@ -13,7 +13,8 @@ from vidlada.engine.engine import Engine
 from vidlada.engine.forms import Form, form_slots
 from vidlada.engine.requests import EngineRequest, RequestHandle
 from vidlada.generation import GenerationSettings, PromptSettings
-from vidlada.processor import BOS, EncodedConversation, time_instruction, with_think_mode
+from vidlada.messages import BOS, time_instruction, with_think_mode
+from vidlada.processor import EncodedConversation
 from vidlada.serve.body import Arrivals
 from vidlada.serve.conversation import conversation_of, generation_settings, with_seed
 from vidlada.serve.decoder import Decoders

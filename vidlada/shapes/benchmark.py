@@ -1,17 +1,18 @@
 """How well a model answers the questions of a shapes dataset."""
 
-import json
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vidlada.errors import InputError
+from vidlada.files import read_json
 from vidlada.markdown import table
+from vidlada.scores import mean_score
+from vidlada.shapes.captions import events_recovered
 from vidlada.shapes.dataset import question_of
-from vidlada.shapes.questions import BENCHMARK_FAMILIES, CHOICES_MARK, LETTERS, LONG_FAMILIES, events_recovered
+from vidlada.shapes.questions import BENCHMARK_FAMILIES, CHOICES_MARK, LETTERS, LONG_FAMILIES
 from vidlada.shapes.world import HELD_OUT, Clip
 
 # A question and the answers to choose from, None where it is open
@@ -20,7 +21,7 @@ Asked = tuple[str, Sequence[str] | None]
 Answerer = Callable[[Path | None, Sequence[Asked]], list[str]]
 
 
-LETTER = "the same choices, by letter"
+ALL, LETTER = "all questions", "the same choices, by letter"
 SEEN, UNSEEN = "short, of pairs seen in training", "short, of clips with an unseen pair"
 
 
@@ -31,10 +32,18 @@ class Score:
     Attributes:
         points: of each answer, 0 to 1: right or wrong, or the F1 of a long answer's clauses.
         chance: of each question: one over the number of choices, or the share of the family's commonest answer.
+        videos: of each question, where known; questions about one video are not independent.
     """
 
     points: list[float] = field(default_factory=list)
     chance: list[float] = field(default_factory=list)
+    videos: list[str] = field(default_factory=list)
+
+    def add(self, points: float, chance: float, video: str) -> None:
+        """Count an answer."""
+        self.points.append(points)
+        self.chance.append(chance)
+        self.videos.append(video)
 
     @property
     def mean(self) -> float:
@@ -44,11 +53,9 @@ class Score:
     @property
     def standard_error(self) -> float:
         """Percent."""
-        count = len(self.points)
-        if count < 2:
-            return float("nan")
-        mean = sum(self.points) / count
-        return 100 * math.sqrt(sum((p - mean) ** 2 for p in self.points) / (count - 1) / count)
+        return mean_score(
+            self.points, self.videos or [str(number) for number in range(len(self.points))]
+        ).standard_error
 
     @property
     def mean_chance(self) -> float:
@@ -69,19 +76,28 @@ class Report:
     @property
     def short(self) -> Score:
         """All short-answer questions together."""
-        chosen = [self.families[family] for family in BENCHMARK_FAMILIES if family in self.families]
-        return Score([p for score in chosen for p in score.points], [c for score in chosen for c in score.chance])
+        return self._together(BENCHMARK_FAMILIES)
+
+    @property
+    def all(self) -> Score:
+        """All questions together: the score of lmms-eval's task `shapes`."""
+        return self._together(self.families)
+
+    def _together(self, families: Iterable[str]) -> Score:
+        scores = [self.families[family] for family in families if family in self.families]
+        return Score(*([value for score in scores for value in getattr(score, name)]
+                       for name in ("points", "chance", "videos")))  # fmt: skip
 
     def rows(self) -> dict[str, Score]:
         """Scores in the order they are shown."""
         letters = {LETTER: self.letters} if self.letters.points else {}
-        return {**self.families, "all short answers": self.short, **self.unseen, **letters}
+        return {**self.families, "all short answers": self.short, ALL: self.all, **self.unseen, **letters}
 
     def to_markdown(self) -> str:
         """Markdown."""
         rows = [
             (name, len(score.points), f"{score.mean:.1f}", f"{score.standard_error:.1f}",
-             "–" if name in LONG_FAMILIES else f"{score.mean_chance:.1f}")
+             "–" if name in (*LONG_FAMILIES, ALL) else f"{score.mean_chance:.1f}")
             for name, score in self.rows().items()
         ]  # fmt: skip
         return "\n".join(table(("questions", "number", "right, %", "standard error", "chance, %"), rows))
@@ -104,12 +120,7 @@ class Report:
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
     """Entries of a shapes dataset's json; `InputError` names the file and what is wrong with it."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid json: {error}") from error
+    entries = read_json(path, "valid json")
     needed = {"id", "video", "conversations", "family", "choices", "clip"}
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path}: expected a list of questions")
@@ -195,15 +206,13 @@ def evaluate(
             if entry["family"] in BENCHMARK_FAMILIES:
                 scores.append(unseen[UNSEEN if shows_unseen(Clip.from_dict(entry["clip"])) else SEEN])
             for score in scores:
-                score.points.append(point)
-                score.chance.append(chance)
+                score.add(point, chance, video)
             truth = entry["conversations"][1]["value"]
             answers.append({"id": entry["id"], "family": entry["family"], "question": question_of(entry),
                             "truth": truth, "answer": answer, "points": point})  # fmt: skip
             if letters and entry["choices"]:
                 answers[-1]["letter"] = next(chosen)
-                by_letter.points.append(points(entry, answers[-1]["letter"]))
-                by_letter.chance.append(chance)
+                by_letter.add(points(entry, answers[-1]["letter"]), chance, video)
         progress(len(answers))
     families, unseen = ({name: score for name, score in part.items() if score.points} for part in (families, unseen))
     return Report(families, unseen, by_letter, answers)

@@ -9,11 +9,12 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from vidlada.errors import InputError
+from vidlada.messages import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER
 from vidlada.model.config import VidLaDAConfig
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
-from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER, VidLaDAProcessor
+from vidlada.processor import VidLaDAProcessor
 from vidlada.training.origin import gguf_file
-from vidlada.training.vocabulary import grown
+from vidlada.training.vocabulary import add_rows
 
 CONTROL_TOKENS = (BOS, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN, MASK)
 
@@ -74,10 +75,11 @@ def adapt_llama(
     )  # fmt: skip
     set_seed(seed)
     model = VidLaDAForMaskedDiffusion(config)
+    state = source.model.state_dict()
     model.language_model.load_state_dict(
-        {name: grown(tensor, rows) if "embed" in name else tensor for name, tensor in source.model.state_dict().items()}
+        {name: add_rows(tensor, rows) if "embed" in name else tensor for name, tensor in state.items()}
     )
-    model.lm_head.load_state_dict({"weight": grown(source.lm_head.weight.detach(), rows)})
+    model.lm_head.load_state_dict({"weight": add_rows(source.lm_head.weight.detach(), rows)})
     return model, VidLaDAProcessor.from_config(tokenizer, config)
 
 

@@ -5,13 +5,12 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
 from vidlada.training.data.samples import STRICT, Share
-from vidlada.training.description import described
-from vidlada.training.settings import build, expanded, read_yaml
+from vidlada.training.settings import build, expand_variables, read_yaml
 
 ModelPart = Literal["tower", "projector", "language_model"]
 LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a layer
@@ -40,6 +39,8 @@ class CollateSettings:
         max_length: samples with more tokens are skipped; the model's own limit by default.
         weigh_every: an answer counts as one sample for every so many of its targets, at least one: a caption teaches
             as much as so many short answers. 0: each answer counts once.
+        packing: all samples of a pass stand in one row, one after another, and do not see one another: no padding.
+            Only for samples that do not share a row.
         pad_to_multiple_of: rows get a multiple of so many tokens. Kernels are made for every shape they meet, which on
             a CPU costs a tenth of a step whose shape is new.
     """
@@ -53,7 +54,13 @@ class CollateSettings:
     force_up_to: NonNegativeInt = 0
     max_length: PositiveInt | None = None
     weigh_every: NonNegativeInt = 0
+    packing: bool = False
     pad_to_multiple_of: PositiveInt = 1
+
+    def __post_init__(self) -> None:
+        for name in ("conversation_mask", "pad_targets"):
+            if self.packing and getattr(self, name):
+                raise InputError(f"packing and {name} exclude each other")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -113,19 +120,28 @@ class Stage:
 
 @dataclass(frozen=True, config=STRICT)
 class Evaluation:
-    """Loss on held-out samples during training, always of the same samples with the same masks.
+    """Held-out samples during training: their loss, always with the same masks, and the share of their questions that
+    is answered right, decoded as at inference.
 
     Args:
         data: arguments of the source, as in a stage; for shapes with `split: validation`.
         every: steps between two evaluations; there is one after the last step too.
         steps: batches of the source to use.
         collate: see `CollateSettings`.
+        questions: most questions of these samples to answer; right is the sample's own answer, but for case and spaces.
+            Those whose answers do not fit into the slots are not asked.
+        generation: how they are answered, where that differs from the model's own settings (`gen_length`, `steps` …).
+        best: what decides which model is kept as `model-best`: `score`, where there are questions, or `loss`; `none`
+            keeps none.
     """
 
     data: dict[str, Any]
     every: PositiveInt = 500
     steps: PositiveInt = 8
     collate: CollateSettings = field(default_factory=CollateSettings)
+    questions: NonNegativeInt = 0
+    generation: dict[str, Any] = field(default_factory=dict)
+    best: Literal["score", "loss", "none"] = "score"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -158,7 +174,7 @@ class TrainingConfig:
     Args:
         output: folder of checkpoints, logs and the final model.
         stages: in order.
-        model: of a model trained from nothing, as `vidlada.training.description` says; or
+        model: entries of `vidlada.model.config.VidLaDAConfig`, for a model trained from nothing; or
         init_from: a model folder to start from. A folder of a Llama-family language model loses its causal mask and
             gains the mask and control tokens; `model` then describes the vision half, or says `text_only: true`.
         new_layers: numbers of layers of `init_from`'s language model, counted from 0, each to be followed by a copy of
@@ -189,11 +205,14 @@ class TrainingConfig:
         evaluation: on held-out samples.
         tracker: where figures go besides the terminal.
         layouts: the final model's; `published` is written as `model-published`, beside ours.
+        save_dtype: type of the weights in model folders; `auto`: as they came where `init_from` is stored in 16 bits,
+            else float32. Adapters stay float32. Checkpoints to continue from keep all weights in float32 besides.
+        name: of the run, for trackers; by default its output folder's.
     """
 
     output: str
     stages: tuple[Stage, ...]
-    model: Annotated[dict[str, Any], AfterValidator(described)] | None = None
+    model: dict[str, Any] | None = None
     init_from: str | None = None
     new_layers: tuple[NonNegativeInt, ...] = ()
     vision_tower: str | None = None
@@ -222,6 +241,8 @@ class TrainingConfig:
     evaluation: Evaluation | None = None
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     layouts: tuple[Literal["vidlada", "published"], ...] = ("vidlada",)
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if self.model is None and self.init_from is None:
@@ -245,6 +266,10 @@ class TrainingConfig:
             self._check_rates_under_adapters(self.lora)
         if self.lora is not None and "published" in self.layouts:
             raise InputError("layouts: an adapter has no published layout; merge it (vidlada merge), then convert")
+        if self.lora is not None and self.save_dtype != "auto":
+            raise InputError("save_dtype: adapters are float32; merge them (vidlada merge) for the base model's type")
+        if self.parallel == "zero3" and self.evaluation is not None and self.evaluation.questions:
+            raise InputError("evaluation: questions need whole weights in each process, which zero3 splits; use fsdp")
 
     def _check_rates_under_adapters(self, lora: Lora) -> None:
         """Refuse learning rates of parts that adapters leave frozen."""
@@ -256,10 +281,14 @@ class TrainingConfig:
 
     @property
     def new_model(self) -> dict[str, Any]:
-        """Arguments of a new model, or of what is new beside a Llama-family one: by default no vision."""
+        """Arguments of a new model, or of what is new beside a Llama-family one: by default no vision. The tower has no
+        pooling head unless it is asked for: nothing would ever train it, which DDP takes for a mistake."""
         if self.init_from is not None and not self.model:
             return {"text_only": True}
-        return self.model or {}
+        values = dict(self.model or {})
+        if isinstance(values.get("vision_config"), dict):
+            values["vision_config"] = {"vision_use_head": False, **values["vision_config"]}
+        return values
 
     @property
     def think_tokens(self) -> bool:
@@ -315,7 +344,7 @@ def load_config(path: str | Path, output: str | None = None) -> TrainingConfig:
     if not path.exists() and path.suffix == "":
         names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise InputError(f"{path}: no such file, and not one of the package's own: {names}")
-    values = expanded(read_yaml(path), str(path))
+    values = expand_variables(read_yaml(path), str(path))
     if output is not None:
         values["output"] = output
     return build(TrainingConfig, values, str(path))

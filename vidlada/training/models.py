@@ -1,27 +1,35 @@
 """The model of a run: new, from a checkpoint, from an autoregressive ancestor, with adapters; and saving it."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_seed
-from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, SiglipVisionConfig
 
 from vidlada.errors import InputError
-from vidlada.model.config import VidLaDAConfig
+from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
 from vidlada.model.hub import is_hub_name
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.noise import quiet_libraries
 from vidlada.processor import VidLaDAProcessor
+from vidlada.settings import format_value
 from vidlada.shapes.questions import vocabulary
 from vidlada.training.config import Lora, TrainingConfig
 from vidlada.training.growth import insert_layers
 from vidlada.training.initialization import initialize
 from vidlada.training.origin import is_llama, origin
+from vidlada.training.settings import hint
 from vidlada.training.tokenizer import role_tokens, word_tokenizer
 from vidlada.training.vocabulary import add_think_tokens, add_think_tokens_to
 
+# of transformers' configurations, and what the tokenizer or a source's file says
+NOT_DESCRIBED = {entry.name for entry in fields(PreTrainedConfig)} | {
+    "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "video_token_id", "suppressed_token_ids",
+    "stop_token_ids", "vocab_size", "tie_word_embeddings", "source",
+}  # fmt: skip
 FROZEN_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the precision of a run
 
 
@@ -106,12 +114,50 @@ def initial_config(config: TrainingConfig) -> VidLaDAConfig:
     return checkpoint.config
 
 
+def save_dtype(config: TrainingConfig) -> torch.dtype | None:
+    """The type a run's model folders are written in; None for adapters, which stay as they are."""
+    if config.lora is not None:
+        return None
+    if config.save_dtype != "auto":
+        found: torch.dtype = getattr(torch, config.save_dtype)
+        return found
+    if config.init_from is None or is_llama(origin(config.init_from)):
+        return torch.float32
+    from vidlada.checkpoint.load import describe, stored_type
+
+    stored = stored_type(describe(origin(config.init_from)))
+    return stored if stored.itemsize == 2 else torch.float32
+
+
 def build_config(arguments: dict[str, Any]) -> VidLaDAConfig:
-    """The configuration that a run's `model` describes; `InputError` where its entries do not fit together."""
+    """The configuration that a run's `model` describes.
+
+    Raises:
+        InputError: an entry is unknown or invalid, or they describe no network.
+    """
+    parts: list[tuple[str, type]] = [
+        ("", VidLaDAConfig), ("text_config", VidLaDATextConfig), ("vision_config", SiglipVisionConfig),
+    ]  # fmt: skip
+    for place, kind in parts:
+        values = arguments.get(place) or {} if place else arguments
+        if not isinstance(values, dict):
+            raise InputError(f"model: {place} must be a mapping, not {format_value(values)}")
+        known = {entry.name for entry in fields(kind)} - NOT_DESCRIBED
+        for name in values:  # transformers' configurations keep whatever they are given
+            if name not in known:
+                where = f"{place}.{name}".lstrip(".")
+                raise InputError(f"model: {where}: unknown entry; {hint(str(name), known)}")
+    if (arguments.get("vision_config") or {}).get("vision_use_head"):
+        raise InputError("model: vision_config.vision_use_head: the tower's pooling head would never be used")
     try:
-        return VidLaDAConfig(**arguments)
-    except (StrictDataclassError, TypeError, ValueError) as error:
+        config = VidLaDAConfig(**arguments)
+        with torch.device("meta"):
+            VidLaDAForMaskedDiffusion(config)
+    except Exception as error:  # of torch and transformers, for values that fit no network
         raise InputError(f"model: {' '.join(str(error).split())}") from error
+    if not config.text_only and not config.patches_per_side:
+        raise InputError(f"model: image_size {config.vision.image_size} holds no patch of {config.vision.patch_size}")
+    return config
 
 
 def new_model(arguments: dict[str, Any], seed: int) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:

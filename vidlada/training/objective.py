@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidlada.model.language_model import SharedPrefixMask
+from vidlada.model.language_model import AnyMask, RowMask
 
 IGNORED = -100
 MINIMUM_PROBABILITY = 1e-3
@@ -127,12 +127,12 @@ def before_targets(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:] != IGNORED, (0, 1))
 
 
-def causal_mask(attention_mask: Tensor | SharedPrefixMask | None, tokens: int) -> Tensor:
+def causal_mask(attention_mask: AnyMask, tokens: int) -> Tensor:
     """A mask in which, besides what it already forbids, no position attends to a later one.
 
     Args:
-        attention_mask: boolean (batch, tokens) or (batch, 1, tokens, tokens), or of rows with a shared
-            prefix, or None.
+        attention_mask: boolean (batch, tokens) or (batch, 1, tokens, tokens), or of rows that share
+            a prefix or are packed, or None.
         tokens: length of a row.
 
     Returns:
@@ -141,7 +141,7 @@ def causal_mask(attention_mask: Tensor | SharedPrefixMask | None, tokens: int) -
     earlier = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
     if attention_mask is None:
         return earlier
-    if isinstance(attention_mask, SharedPrefixMask):
+    if isinstance(attention_mask, RowMask):
         attention_mask = attention_mask.dense()
     if attention_mask.ndim == 2:
         attention_mask = attention_mask[:, None, None, :]

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vidlada.errors import InputError
+from vidlada.files import PARTIAL
 
 STATE_FILE = "trainer_state.json"
 LOCK_FILE = ".lock"
-PARTIAL = ".partial"  # ends the names of folders that are being written or deleted
-WRITTEN_BY_A_RUN = ("checkpoint-*", "logs", "model", "model-published", "skipped*.jsonl", "not_finite_*.pt")
+MODELS = ("model", "model-best", "model-published")
+WRITTEN_BY_A_RUN = ("checkpoint-*", "logs", *MODELS, "skipped*.jsonl", "not_finite_*.pt")
 
 
 def check_output(output: Path, resume: bool, overwrite: bool) -> None:
@@ -74,15 +75,22 @@ def lock_output(output: Path) -> Iterator[None]:
             (output / LOCK_FILE).unlink(missing_ok=True)
 
 
+def partial_of(folder: Path) -> Path:
+    """Name of a folder while it is being written or deleted."""
+    return folder.with_name(folder.name + PARTIAL)
+
+
 def remove_partial(output: Path) -> None:
     """Remove what runs that were killed left half written, or half deleted."""
-    for name in ("checkpoint-*", "model", "model-published"):
+    for name in ("checkpoint-*", "model*"):
         for path in output.glob(name + PARTIAL):
             shutil.rmtree(path)
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
     """Give a folder that is complete now its name; an older one of the same run goes."""
+    old = partial_of(folder.with_name(f"{folder.name}-old"))
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     partial.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)

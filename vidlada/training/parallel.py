@@ -1,8 +1,10 @@
 """Several processes as one: the accelerator a run asks for, and what keeps processes in step."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -15,13 +17,27 @@ from accelerate.utils import (
     broadcast_object_list,
     parse_flag_from_env,
 )
+from torch.distributed import DistError
+from torch.distributed.fsdp import FSDPModule
 
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.config import TrainingConfig
 
 Engine = Literal["ddp", "fsdp", "deepspeed"]
+Result = TypeVar("Result")
+GONE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|process group|TCPStore", re.IGNORECASE)
+SOURCE_PLACE = re.compile(r"^\[[^\]]*\.(cc|cpp|h|cu):\d+\] ")
 
 SHARDED_LAYERS = ["Layer", "SiglipEncoderLayer"]
+
+
+class LostPeer(VidLaDAError):  # noqa: N818 - what happened
+    """Another process of the launch has ended; this one cannot go on alone."""
+
+    def __init__(self, reason: str):
+        super().__init__(
+            f"another process of this launch has ended ({reason}); its own messages say why. Continue with --resume"
+        )
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -130,23 +146,64 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:
+def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     """Let the main process do something while the others wait; what goes wrong there is raised in all.
+
+    Returns:
+        What the action returned, in every process.
 
     Raises:
         VidLaDAError: as the action did, or for the OSError it raised.
     """
-    problem: list[VidLaDAError | None] = [None]
+    outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            action()
+            outcome = [None, action()]
         except VidLaDAError as error:
-            problem = [error]
+            outcome = [error, None]
         except OSError as error:
-            problem = [VidLaDAError(f"{error.filename or Path.cwd()}: cannot be written: {error.strerror or error}")]
-    broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise problem[0]
+            problem = f"{error.filename or Path.cwd()}: cannot be written: {error.strerror or error}"
+            outcome = [VidLaDAError(problem), None]
+    broadcast_object_list(outcome)
+    if outcome[0] is not None:
+        raise outcome[0]
+    result: Result = outcome[1]
+    return result
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Say in a line that another process of the launch is gone, where torch's backends raise errors of their own."""
+    try:
+        yield
+    except DistError as error:
+        raise LostPeer(first_line(error)) from error
+    except RuntimeError as error:  # gloo's
+        if not GONE.search(str(error)):
+            raise
+        raise LostPeer(first_line(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, without the place in torch's source before it and the advice behind it."""
+    return SOURCE_PLACE.sub("", str(error).splitlines()[0]).partition(". ")[0].rstrip(". ")
+
+
+@contextmanager
+def whole_weights(accelerator: Accelerator, model: Any) -> Iterator[None]:
+    """Every process holds all weights of an FSDP2 model, to run parts of it alone. ZeRO-3's cannot."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(True)
+        if sharded:
+            accelerator.wait_for_everyone()
 
 
 def total(accelerator: Accelerator, figures: list[float]) -> list[float]:

@@ -13,8 +13,10 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from vidlada.errors import InputError
+from vidlada.settings import check_unicode, format_value
 
 Built = TypeVar("Built")
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")  # ${NAME} or ${NAME:-default}
 
 
@@ -72,26 +74,49 @@ def _kind_at(kind: Any, place: tuple[int | str, ...]) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping; `InputError` if the file is missing, malformed, or something else."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Loader)
+        check_texts(values, str(path))  # RecursionError where an alias stands within what it names
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no UTF-8, dates that are none …
         raise InputError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of settings")
     return values
 
 
-def expanded(value: Any, where: str) -> Any:
+class Loader(yaml.SafeLoader):
+    """YAML's own, but for 1e-5, which YAML 1.1 reads as a text."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
+
+def check_texts(value: Any, where: str) -> None:
+    """Refuse halves of characters and NULs in any text of a mapping."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            check_texts(name, where)
+            check_texts(entry, f"{where}: {format_value(name) if not str(name).isprintable() else name}")
+    elif isinstance(value, list):
+        for entry in value:
+            check_texts(entry, where)
+    elif isinstance(value, str):
+        check_unicode(where, value)
+        if "\0" in value:
+            raise InputError(f"{where} has a NUL in {format_value(value)}; remove it")
+
+
+def expand_variables(value: Any, where: str) -> Any:
     """Values with `${NAME}` and `${NAME:-default}` replaced from the environment.
 
     Raises:
         InputError: a variable is not set and has no default.
     """
     if isinstance(value, dict):
-        return {name: expanded(entry, f"{where}: {name}") for name, entry in value.items()}
+        return {name: expand_variables(entry, f"{where}: {name}") for name, entry in value.items()}
     if isinstance(value, list):
-        return [expanded(entry, where) for entry in value]
+        return [expand_variables(entry, where) for entry in value]
     if not isinstance(value, str):
         return value
 

@@ -1,4 +1,4 @@
-"""What a run needs, read and checked before torch is imported: a mistake is told at once."""
+"""What a run needs, read and checked before torch is imported: a mistake ends a run at once."""
 
 import math
 from dataclasses import dataclass, replace
@@ -50,7 +50,7 @@ def prepare_run(config: TrainingConfig) -> PreparedRun:
         check_fit(f"stage {stage.name}", stage.collate, source, text_only)
     if config.evaluation is not None and held_out is not None:
         check_fit("evaluation", config.evaluation.collate, held_out, text_only)
-    return PreparedRun(resolved(config, sources), sources, held_out)
+    return PreparedRun(resolve_epochs(config, sources), sources, held_out)
 
 
 def check_needs(config: TrainingConfig) -> None:
@@ -86,8 +86,9 @@ def check_fit(where: str, collate: CollateSettings, source: Source, text_only: b
         source: of its samples.
         text_only: the new model has no vision.
     """
-    if collate.pad_targets and source.shares_rows:
-        raise InputError(f"{where}: pad_targets needs a row for every sample; with kind: shapes set questions: 1")
+    for name in ("pad_targets", "packing"):
+        if getattr(collate, name) and source.shares_rows:
+            raise InputError(f"{where}: {name} needs a row for every sample; with kind: shapes set questions: 1")
     if text_only and source.has_videos:
         raise InputError(
             f"{where}: the model has no vision (text_only), but its data have videos or images; describe a "
@@ -130,7 +131,7 @@ def evaluation_source(config: TrainingConfig) -> Source | None:
     return make_source(config.evaluation.data, stage_seed(config, EVALUATION), "evaluation: data")
 
 
-def resolved(config: TrainingConfig, sources: list[Source]) -> TrainingConfig:
+def resolve_epochs(config: TrainingConfig, sources: list[Source]) -> TrainingConfig:
     """The run with epochs as steps, and the warm-up in steps."""
     stages = tuple(
         stage if stage.epochs is None else replace(stage, steps=source.steps_of(stage.epochs), epochs=None)

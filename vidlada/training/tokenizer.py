@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vidlada.processor import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER
+from vidlada.messages import BOS, END_HEADER, END_OF_TEXT, END_OF_TURN, MASK, START_HEADER
 
 UNKNOWN = "<|unknown|>"
 CONTROL_TOKENS = (BOS, END_OF_TEXT, MASK, START_HEADER, END_HEADER, END_OF_TURN, UNKNOWN)

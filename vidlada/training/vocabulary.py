@@ -4,8 +4,9 @@ import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
+from vidlada.messages import THINK_TOKENS
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
-from vidlada.processor import THINK_TOKENS, VidLaDAProcessor
+from vidlada.processor import VidLaDAProcessor
 
 
 def add_think_tokens(model: VidLaDAForMaskedDiffusion, processor: VidLaDAProcessor) -> VidLaDAProcessor:
@@ -26,7 +27,7 @@ def add_think_tokens(model: VidLaDAForMaskedDiffusion, processor: VidLaDAProcess
         tied = model.config.tie_word_embeddings
         embedding = model.language_model.embed_tokens
         for module in (embedding,) if tied else (embedding, model.lm_head):
-            module.weight = torch.nn.Parameter(grown(module.weight.detach(), rows), module.weight.requires_grad)
+            module.weight = torch.nn.Parameter(add_rows(module.weight.detach(), rows), module.weight.requires_grad)
         if tied:
             model.lm_head.weight = embedding.weight
         embedding.num_embeddings = model.lm_head.out_features = rows
@@ -41,7 +42,7 @@ def add_think_tokens_to(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
     return tokenizer
 
 
-def grown(weight: torch.Tensor, rows: int) -> torch.Tensor:
+def add_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     """(vocabulary, width) with rows added at the mean of the others."""
     mean = weight.mean(0, keepdim=True)
     return torch.cat((weight, mean.expand(rows - len(weight), -1)))

@@ -35,6 +35,13 @@ FORMS = {
     "role and content": {
         "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A ball."}]
     },
+    "parts": {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+            {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "at?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "A ball."}]},
+        ]
+    },
     "a leading answer": {"conversations": [said("gpt", "Hello!"), *ASKED]},
     "a trailing question": {"conversations": [*ASKED, said("human", "And then?")]},
     "an empty video": {"video": "", "conversations": ASKED},
@@ -68,6 +75,60 @@ def test_video_marks_are_image_marks(tmp_path):
     assert entry_of(Value("", value), tmp_path, "d").questions == ("<image>\nWhat?",)
 
 
+def user_parts(*parts, **rest):
+    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "A ball."}], **rest}
+
+
+TEXT = {"type": "text", "text": "What?"}
+SHOWN = {
+    "one": ([{"type": "video_url", "video_url": {"url": "a.mp4"}}, TEXT], ["a.mp4"], "<image>\nWhat?"),
+    "behind": ([TEXT, {"type": "image_url", "image_url": {"url": "file:///d/a.png"}}], ["/d/a.png"], "What?<image>\n"),
+    "two": (
+        [{"type": "image", "image": "a.png"}, TEXT, {"type": "video", "video": "b.mp4"}],
+        ["a.png", "b.mp4"],
+        "<image>\nWhat?<image>\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(("parts", "media", "text"), SHOWN.values(), ids=SHOWN.keys())
+def test_media_in_parts(tmp_path, parts, media, text):
+    entry = entry_of(Value("entry 0", user_parts(*parts)), tmp_path, "d")
+    assert (entry.problem, entry.questions) == ("", (text,))
+    assert entry.media == tuple(tmp_path / path for path in media)
+
+
+def test_parts_show_what_the_entry_names(tmp_path):
+    entry = entry_of(Value("entry 0", user_parts({"type": "image"}, TEXT, images=["a.png"])), tmp_path, "d")
+    assert (entry.problem, entry.media, entry.questions) == ("", (tmp_path / "a.png",), ("<image>\nWhat?",))
+
+
+def test_parts_are_rendered_as_at_inference(tmp_path):
+    """Training puts the same text around the media as a conversation of the same parts gets."""
+    _, processor = new_model(MODEL, 0)
+    for parts, media, _ in SHOWN.values():
+        entry = entry_of(Value("entry 0", user_parts(*parts)), tmp_path, "d")
+        trained = messages_of((1,) * len(media), [(entry.questions[0], "A ball.")])
+        kinds = [{"type": part["type"].removesuffix("_url")} if part is not TEXT else TEXT for part in parts]
+        if len(media) == 1:  # a single one goes in front
+            kinds.sort(key=lambda part: part is TEXT)
+        asked = [{"role": "user", "content": kinds}, trained[1]]
+        assert processor.apply_chat_template(trained) == processor.apply_chat_template(asked)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "input_audio", "input_audio": {"data": ""}}, {"type": "text"}, "What?", None, {"text": "What?"},
+        {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+        {"type": "image_url", "image_url": {"url": 3}}, {"type": "video_url", "video_url": {"url": HALF}},
+    ],
+)  # fmt: skip
+def test_parts_without_a_meaning_are_one_broken_sample(tmp_path, part):
+    assert "messages[0]" in entry_of(Value("entry 0", user_parts(part, TEXT)), tmp_path, "d").problem
+
+
 LINES = "".join(json.dumps({**GOOD, "id": str(number)}) + "\n" for number in range(3))
 LIST = json.dumps([json.loads(line) for line in LINES.splitlines()], indent=1)
 FILES = {
@@ -91,7 +152,7 @@ def test_every_file_is_read_by_its_content(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "content", [b"[]", b"", b"[{}, {}", b"[{}] x", b"text", gzip.compress(b"[]")[:-9], b"[" * 9999]
+    "content", [b"[]", b"", b"[{}, {}", b"[{}] x", b"text", gzip.compress(b"[]", mtime=0)[:-9], b"[" * 9999]
 )
 def test_files_without_entries_are_refused(tmp_path, content):
     (tmp_path / "d.json").write_bytes(content)

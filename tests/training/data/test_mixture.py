@@ -18,12 +18,12 @@ from trainings import MODEL, batch
 
 from vidlada.cli import main
 from vidlada.errors import InputError
-from vidlada.processor import VIDEO_PLACE
+from vidlada.messages import VIDEO_PLACE
 from vidlada.training.config import CollateSettings
 from vidlada.training.data.check import check_source
 from vidlada.training.data.collate import Collator, Part, StepDataset, messages_of
 from vidlada.training.data.llava import LlavaSource
-from vidlada.training.data.mixture import read_tar, sampled
+from vidlada.training.data.mixture import choose_entries, read_tar
 from vidlada.training.data.samples import BrokenMedia
 from vidlada.training.models import new_model
 from vidlada.video import Sampling
@@ -61,12 +61,12 @@ STRATEGIES = [
 
 @pytest.mark.parametrize(("strategy", "expected"), STRATEGIES)
 def test_strategies(strategy, expected):
-    assert sampled(10, strategy, seeded()) == list(expected)
+    assert choose_entries(10, strategy, seeded()) == list(expected)
 
 
 @given(total=st.integers(1, 50), percent=st.integers(0, 100), seed=st.integers(0, 9))
 def test_random_takes_entries_once_and_by_seed(total, percent, seed):
-    first, again = (sampled(total, f"random:{percent}%", np.random.default_rng(seed)) for _ in range(2))
+    first, again = (choose_entries(total, f"random:{percent}%", np.random.default_rng(seed)) for _ in range(2))
     assert first == again
     assert len(set(first)) == len(first) == -(-total * percent // 100)
 
@@ -74,7 +74,7 @@ def test_random_takes_entries_once_and_by_seed(total, percent, seed):
 @pytest.mark.parametrize("strategy", ["some", "first", "first:x", "last:3", "first:-1", "all:3", "first:3,x"])
 def test_unknown_strategies_are_refused(strategy):
     with pytest.raises(InputError, match="sampling_strategy"):
-        sampled(10, strategy, seeded())
+        choose_entries(10, strategy, seeded())
 
 
 def text_mixture(folder):
@@ -293,9 +293,9 @@ def test_broken_samples_are_replaced_and_told(broken):
     dataset = StepDataset(source, Collator(processor, CollateSettings()), 0)
     whole = dataset[Part(0)]
     assert whole["weight"] == 1 and whole["total_samples"] == int(whole["sample_index"].max()) + 1 == 6
-    told = " ".join(whole["skipped"])
-    assert "gone.mp4" in told and "bad.mp4" in told and "more than the model's" in told
-    assert "d.json: entry 5, line 1: every answer is empty" in told
+    problems = " ".join(whole["skipped"])
+    assert "gone.mp4" in problems and "bad.mp4" in problems and "more than the model's" in problems
+    assert "d.json: entry 5, line 1: every answer is empty" in problems
     assert dataset[Part(0)]["skipped"] == whole["skipped"]
     parts = [dataset[Part(0, number, 3)] for number in range(3)]
     assert [part["first_sample"] for part in parts] == [0, 2, 4]

@@ -12,7 +12,7 @@ from vidlada.decoding.attention import FrameMap
 from vidlada.decoding.kv_cache import KVCache, attend_grouped
 from vidlada.decoding.named import check_named
 from vidlada.decoding.policies.base import EVERYTHING, MAX_STEPS, AttentionPattern, Plan, SegmentPolicy, StepContext
-from vidlada.model.language_model import LanguageModel, Layer, rotary_angles
+from vidlada.model.language_model import LanguageModel, Layer
 from vidlada.settings import setting
 
 
@@ -67,25 +67,26 @@ class LayerwiseUpdate(AttentionPattern):
     def finish_pass(self, language_model: LanguageModel, kv_cache: KVCache, answer: Tensor) -> None:
         """See `AttentionPattern`."""
         config = language_model.config
-        hidden = kv_cache.hidden[0][answer]  # (slots, width)
-        rotation = rotary_angles(answer[None], config.head_dim, config.rope_theta, hidden.dtype)
+        hidden = kv_cache.hidden[0].index_select(0, answer)  # (slots, width)
+        table = language_model.rotation(kv_cache.tokens, hidden.dtype, hidden.device)
+        rotation = table.index_select(1, answer)
         if self.added is None:
             self.added = hidden.new_zeros(config.num_hidden_layers, *hidden.shape)
         count = max(1, round(self.share * len(answer)))
         for number, layer in enumerate(language_model.layers):
             assert isinstance(layer, Layer)
-            queries, keys, values = (states[0] for states in language_model.enter(layer, hidden[None], rotation))
+            queries, states = language_model.enter(layer, hidden, rotation)
             chosen = torch.arange(len(answer), device=answer.device)
             if count < len(answer):
-                stored = kv_cache.values[number][:, answer]
+                stored = kv_cache.values[number].index_select(1, answer)
+                values = states[len(stored) :]
                 similarity = F.cosine_similarity(values.transpose(0, 1).flatten(1), stored.transpose(0, 1).flatten(1))
                 chosen = similarity.topk(count, largest=False).indices.sort().values
-            positions = answer[chosen]
-            kv_cache.keys[number].index_copy_(1, positions, keys[:, chosen])
-            kv_cache.values[number].index_copy_(1, positions, values[:, chosen])
-            mixed = attend_grouped(queries[:, chosen], kv_cache.keys[number], kv_cache.values[number])
-            fresh = language_model.leave(layer, hidden[chosen], mixed.transpose(0, 1).flatten(1))
-            self.added[number].index_copy_(0, chosen, fresh - hidden[chosen])
+            kv_cache.layers[number].index_copy_(1, answer.index_select(0, chosen), states.index_select(1, chosen))
+            asking, entering = queries.index_select(1, chosen), hidden.index_select(0, chosen)
+            mixed = attend_grouped(asking, kv_cache.keys[number], kv_cache.values[number])
+            fresh = language_model.leave(layer, entering, mixed.transpose(0, 1).flatten(1))
+            self.added[number].index_copy_(0, chosen, fresh - entering)
             hidden = (hidden + self.added[number]).index_copy(0, chosen, fresh)
             kv_cache.computed[number] += len(chosen)
         kv_cache.hidden[config.num_hidden_layers].index_copy_(0, answer, language_model.norm(hidden))

@@ -51,14 +51,16 @@ class ElasticPattern(AttentionPattern):
         similarity: cosine below which the rest of the sequence joins at the next layer.
 
     Attributes:
-        watched: layer → the token outside the block that the block attended to most, and how each query did: (block,).
+        watched: layer → (1,) the token outside the block that the block attended to most, and how each query did,
+            (block,).
     """
 
     def __init__(self, similarity: float):
         super().__init__()
         self.similarity = similarity
-        self.watched: dict[int, tuple[int, Tensor]] = {}
+        self.watched: dict[int, tuple[Tensor, Tensor]] = {}
         self.testing = False
+        self.placed: tuple[Tensor, Tensor] | None = None
 
     def begin_pass(self, plan: Plan, block: Tensor) -> None:
         """Only passes over the block alone are tested; others begin anew."""
@@ -68,19 +70,25 @@ class ElasticPattern(AttentionPattern):
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
         """See `AttentionPattern`."""
-        place = torch.full((keys.shape[1],), -1, device=active.device).index_copy(
-            0, active, torch.arange(len(active), device=active.device)
-        )
+        block = self._places(active)
         groups = len(queries) // len(keys)
-        asking = queries[:, place[self.block]].unflatten(0, (-1, groups)).float()
+        asking = queries.index_select(1, block).unflatten(0, (-1, groups)).float()
         scores = asking @ keys[:, None].float().transpose(-1, -2) * queries.shape[-1] ** -0.5
         weights = scores.softmax(-1).mean((0, 1))  # (block, tokens)
         if self.testing and layer in self.watched:
             token, before = self.watched[layer]
-            if float(F.cosine_similarity(weights[:, token], before, dim=0)) < self.similarity:
-                self.joins[layer + 1] = (place < 0).nonzero()[:, 0]
+            similarity = F.cosine_similarity(weights.index_select(1, token)[:, 0], before, dim=0)
+            if float(similarity) < self.similarity:  # the host waits: which positions join is up to what was computed
+                is_active = torch.zeros(keys.shape[1], dtype=torch.int8, device=active.device)
+                order = is_active.index_fill_(0, active, 1).argsort(stable=True)
+                self.joins[layer + 1] = order[: keys.shape[1] - len(active)]
                 self.testing = False
-        outside = weights.sum(0).index_fill(0, self.block, -torch.inf)
-        best = int(outside.argmax())
-        self.watched[layer] = best, weights[:, best].clone()
+        best = weights.sum(0).index_fill(0, self.block, -torch.inf).argmax()[None]
+        self.watched[layer] = best, weights.index_select(1, best)[:, 0]
         return attend_grouped(queries, keys, values)
+
+    def _places(self, active: Tensor) -> Tensor:
+        """Where the block's positions stand among the active ones; once for every set."""
+        if self.placed is None or self.placed[0] is not active:
+            self.placed = active, (active[:, None] == self.block).int().argmax(0)
+        return self.placed[1]

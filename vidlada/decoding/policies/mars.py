@@ -56,8 +56,8 @@ class Mars:
 
     name: ClassVar[str] = "mars"
     presets: ClassVar[dict[str, dict[str, int]]] = {
-        # What the paper gives, and for the text interval, which it does not give, our own; anchors too are not given.
-        "paper": {"text": 4, "ratio": 2, "group": 4, "pyramid": 2, "window": 1, "anchors": 64, "queries": 32}
+        # What the paper gives; the text interval and the number of anchors, which it does not give, are our own.
+        "paper": {"text": 4, "ratio": 2, "group": 4, "pyramid": 2, "window": 1, "queries": 32}
     }
     text: int = setting(4, "Steps between refreshes of text in the deepest group.", minimum=1, maximum=MAX_STEPS)
     ratio: int = setting(8, "Frames are refreshed so many times less often.", minimum=1, maximum=MAX_STEPS)
@@ -108,7 +108,7 @@ class Mars:
         Raises:
             InputError: more anchors than visual tokens, or a window larger than a video of several frames.
         """
-        sizes = frames.valid.sum(1).tolist()
+        sizes = frames.sizes
         visual, count = sum(sizes), len(sizes)
         if not self.chunks or not count:
             return AttentionPattern()
@@ -122,8 +122,7 @@ class Mars:
                 f"cache mars: a window of {self.window} is larger than the video of {count} frames; "
                 f"use a smaller one, or -1 for full attention"
             )
-        means = torch.stack([part.mean(0) for part in prompt[frames.visual].split(sizes)])
-        scenes = scenes_of(means, frames.valid.sum(1), self.scene)
+        scenes = scenes_of(_frame_means(frames, prompt) if self.scene else prompt, sizes, self.scene)
         fused = can_fuse(prompt.device) if self.fused is None else self.fused
         return ChunkPattern(frames, self.window, anchors, self.queries, self.per_head, scenes, fused)
 
@@ -141,6 +140,11 @@ class Mars:
             for depth, first in enumerate(reversed(firsts))  # 0 is the deepest
             if step % (interval * self.pyramid**depth) == 0
         ]
+
+
+def _frame_means(frames: FrameMap, prompt: Tensor) -> Tensor:
+    """Mean embedding of every frame: (frames, width)."""
+    return torch.stack([part.mean(0) for part in prompt[frames.visual].split(list(frames.sizes))])
 
 
 class ChunkPattern(AttentionPattern):
@@ -172,19 +176,25 @@ class ChunkPattern(AttentionPattern):
         self.visual_start: int | None = None
         self.chunked = self.search = False
         self.kernel: FusedChunks | None = None
+        self.ordered: tuple[Tensor, Tensor] | None = None  # active positions, and their order with visual ones first
 
     def begin_pass(self, plan: Plan, block: Tensor) -> None:
         """Note from which layer on the visual tokens are recomputed (single ones that are probed see everything)."""
         self.visual_start = plan.start.get("visual")
         self.chunked, self.search = plan.chunked, plan.search
 
+    def static_key(self) -> tuple[()] | None:
+        """Passes that do not refresh the frames attend to everything."""
+        return () if self.visual_start is None or not (self.chunked or self.search) else None
+
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
         """See `AttentionPattern`."""
         # decided by the plan, not by the tensors: reading those would make the host wait for a GPU in every layer
         if self.visual_start is None or layer < self.visual_start or not (self.chunked or self.search):
             return attend_grouped(queries, keys, values)
-        is_visual, visual = self.frames.frame_of[active] >= 0, self.frames.visual
-        visual_queries = queries[:, is_visual]
+        visual = self.frames.visual
+        order = self._visual_first(active)
+        visual_queries = queries.index_select(1, order[: len(visual)])
         if self.search:
             best = [self._find_anchors(visual_queries[:, scene], keys[:, visual[scene]]) for scene in self.scenes]
             self.anchors[layer] = torch.cat(
@@ -193,10 +203,18 @@ class ChunkPattern(AttentionPattern):
         if not self.chunked:
             return attend_grouped(queries, keys, values)
         mixed = torch.empty_like(queries)
-        mixed[:, is_visual] = self._chunks(visual_queries, keys, values, self.anchors.get(layer))
+        mixed.index_copy_(1, order[: len(visual)], self._chunks(visual_queries, keys, values, self.anchors.get(layer)))
         if len(visual) < len(active):
-            mixed[:, ~is_visual] = attend_grouped(queries[:, ~is_visual], keys, values)
+            rest = order[len(visual) :]
+            mixed.index_copy_(1, rest, attend_grouped(queries.index_select(1, rest), keys, values))
         return mixed
+
+    def _visual_first(self, active: Tensor) -> Tensor:
+        """Places of the active positions, those of all visual tokens first; once for every set, without asking a GPU
+        how many they are."""
+        if self.ordered is None or self.ordered[0] is not active:
+            self.ordered = active, (self.frames.frame_of[active] < 0).int().argsort(stable=True)
+        return self.ordered[1]
 
     def _chunks(self, queries: Tensor, keys: Tensor, values: Tensor, anchors: Tensor | None) -> Tensor:
         """Chunk attention of all visual queries."""

@@ -41,40 +41,43 @@ class Sparse(SegmentPolicy):
 class SparsePattern(AttentionPattern):
     """The block attends to itself and, of everything else, to the keys it attended to most (Sparse-dLLM).
 
+    They are gathered once, when they are selected, into `compact`.
+
     Args:
         keep: share of the keys outside the block that are kept.
-
-    Attributes:
-        kept: layer → positions that are attended to, the block's among them; empty in a block's full passes.
     """
 
     def __init__(self, keep: float):
         super().__init__()
-        self.keep, self.select = keep, False
+        self.keep, self.select, self.selections = keep, False, 0
         self.block: Tensor
-        self.kept: dict[int, Tensor] = {}
 
     def begin_pass(self, plan: Plan, block: Tensor) -> None:
         """A pass over everything starts a new selection."""
         self.block, self.select = block, plan.select
+        self.selections += plan.select
         if "text" in plan.start:
-            self.kept.clear()
+            self.compact.clear()
+
+    def static_key(self) -> tuple[int] | None:
+        """Passes after a selection look at its keys."""
+        return (self.selections,) if self.compact and not self.select else None
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
         """See `AttentionPattern`."""
         if self.select:
-            in_block = torch.isin(active, self.block)
-            self.kept[layer] = self._most_attended(queries[:, in_block], keys)
-        elif layer in self.kept:
-            keys, values = keys[:, self.kept[layer]], values[:, self.kept[layer]]
+            in_block = (active[:, None] == self.block).int().argmax(0)  # places of the block among the active ones
+            kept = self._most_attended(queries.index_select(1, in_block), keys)
+            self.compact[layer] = torch.cat((keys.index_select(1, kept), values.index_select(1, kept)))
         return attend_grouped(queries, keys, values)
 
     def _most_attended(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """The block's positions, and behind them those it attends to most."""
         groups = len(queries) // len(keys)
         scores = queries.unflatten(0, (-1, groups)).float() @ keys[:, None].float().transpose(-1, -2)
         received = scores.mean((0, 1, 2))  # (tokens,)
         received = torch.nn.functional.max_pool1d(received[None], 3, stride=1, padding=1)[0]
-        received[self.block] = -torch.inf
+        received = received.index_fill(0, self.block, -torch.inf)
         outside = len(received) - len(self.block)
-        best = received.topk(max(1, round(self.keep * outside))).indices if outside else received.new_empty(0).long()
-        return torch.cat((best, self.block)).sort().values
+        best = received.topk(max(1, round(self.keep * outside))).indices if outside else self.block[:0]
+        return torch.cat((self.block, best.sort().values))

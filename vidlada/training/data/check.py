@@ -11,7 +11,8 @@ import numpy as np
 
 from vidlada.errors import InputError
 from vidlada.images import open_images
-from vidlada.processor import VIDEO_PLACE, VidLaDAProcessor
+from vidlada.messages import VIDEO_PLACE
+from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import MediaShape
 from vidlada.training.data.collate import messages_of
 from vidlada.training.data.entries import Media, as_path, is_image, problem_with
@@ -138,7 +139,7 @@ def check_entry(
         tiling.shape_of(info.height, info.width, alone) if image and not tiling.as_frames else len(times)
         for image, (times, info) in zip(images, videos, strict=True)
     ]
-    messages = messages_of(shapes, source.told(source.item(number), videos), entry.system)
+    messages = messages_of(shapes, source.exchanges_of(source.item(number), videos), entry.system)
     try:
         encoded = processor.encode(messages, shapes, add_generation_prompt=False)
     except InputError as error:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vidlada.errors import InputError
-from vidlada.model.language_model import SharedPrefixMask
-from vidlada.processor import END_OF_TEXT, END_OF_TURN, MASK, VIDEO_PLACE, Message, VidLaDAProcessor, place_media
+from vidlada.messages import END_OF_TEXT, END_OF_TURN, MASK, VIDEO_PLACE, Message, place_media
+from vidlada.model.language_model import PackedMask, RowMask, SharedPrefixMask
+from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import ImageShape, MediaShape
 from vidlada.training.config import CollateSettings
 from vidlada.training.data.samples import Item, Sample, Source
@@ -54,9 +55,9 @@ class Collator:
 
         Returns:
             `input_ids`, `labels`, `sample_index`, `position_ids` (batch, tokens); `attention_mask` (batch, tokens)
-            or (batch, 1, tokens, tokens), or of rows with a shared prefix, or None when nothing is padded or separate;
-            `force` (samples,); `sample_weight` (samples,) where samples are weighed; with videos `pixel_values` and
-            `media_shapes`; `stands_in` where they are only a stand-in.
+            or (batch, 1, tokens, tokens), or of rows that share a prefix or are packed, or None when nothing is padded
+            or separate; `force` (samples,); `sample_weight` (samples,) where samples are weighed; with videos
+            `pixel_values` and `media_shapes`; `stands_in` where they are only a stand-in.
         """
         samples = [self.cut(sample) for sample in samples]
         rows_of_parts, first = [], 0
@@ -65,11 +66,16 @@ class Collator:
             first += len(sample.exchanges) if sample.separate else 1
         sizes = sizes_of(rows_of_parts)
         sizes = (*sizes[:-1], sizes[-1] + -sum(sizes) % self.settings.pad_to_multiple_of)
-        rows = [self._joined(parts, sizes if len(sizes) > 2 else None) for parts in rows_of_parts]
+        rows = [self._join(parts, sizes if len(sizes) > 2 else None) for parts in rows_of_parts]
+        packed = [len(row["input_ids"]) for row in rows] if self.settings.packing else []
+        if packed:
+            if len(sizes) > 2:
+                raise InputError("packing: questions about one video share a row already")
+            rows = [{name: list(chain.from_iterable(row[name] for row in rows)) for name in self.padding}]
         length = max(len(row["input_ids"]) for row in rows)
         length += -length % self.settings.pad_to_multiple_of
         if self.settings.pad_targets:
-            rows = [self._filled(row, length) for row in rows]
+            rows = [self._fill(row, length) for row in rows]
         videos = [video for sample in samples for video in sample.videos]
         shapes = [shape for sample in samples for shape in sample.shapes]
         unseen = self.processor.media_frame_index(1) if self.stand_in is not None and not videos else []
@@ -80,7 +86,10 @@ class Collator:
         }
         valid = batch["sample_index"] != PADDING
         turn, in_answer = batch.pop("turn"), batch.pop("in_answer") == 1
-        if len(sizes) > 2:
+        if packed:
+            padding = length - sum(packed)
+            batch["attention_mask"] = PackedMask((*packed, *[padding] * bool(padding)))
+        elif len(sizes) > 2:
             batch["attention_mask"] = SharedPrefixMask((*sizes, *[len(unseen)] * bool(unseen)), valid)
         elif self.settings.conversation_mask:
             batch["attention_mask"] = conversation_mask(turn, valid)
@@ -122,7 +131,7 @@ class Collator:
         if most is not None and length > most:
             raise InputError(f"the sample has {length} tokens, more than the stage's {most}")
 
-    def _filled(self, row: Row, length: int) -> Row:
+    def _fill(self, row: Row, length: int) -> Row:
         """A row filled up with end-of-text targets."""
         more = length - len(row["input_ids"])
         return {
@@ -150,7 +159,7 @@ class Collator:
             parts.append({name: values[length:] for name, values in alone.items()})
         return [shared, *sorted(parts, key=lambda part: -len(part["input_ids"]))]
 
-    def _joined(self, parts: list[Row], sizes: Sequence[int] | None) -> Row:
+    def _join(self, parts: list[Row], sizes: Sequence[int] | None) -> Row:
         """The parts of a row in one piece; with sizes, each part is padded to its own."""
         row: Row = {name: [] for name in self.padding}
         for number, size in enumerate(sizes or [0] * len(parts)):
@@ -212,7 +221,7 @@ def messages_of(
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     for number, (question, answer) in enumerate(exchanges):
         if media and not marked:
-            question = question.replace(VIDEO_PLACE, "")
+            question = question.replace(VIDEO_PLACE, "").strip()
         here = marks[number] if marked else len(media) if number == 0 else 0
         content = place_media(question, media[:here])
         media = media[here:]
@@ -291,14 +300,18 @@ class StepDataset:
             "skipped": skipped,
         }
 
+    def sample(self, item: Item) -> Sample:
+        """The sample of an item; `InputError` where it is broken or unfit."""
+        sample = self.collator.cut(self.source.load(item, self.collator.processor.image_size))
+        if not sample.separate:
+            self.collator.check(sample)
+        return sample
+
     def _load(self, item: Item, skipped: list[str]) -> Sample | None:
         """The sample of an item, or of another if it is broken or unfit; None if no other was found."""
         for attempt in range(MOST_REPLACEMENTS):
             try:
-                sample = self.collator.cut(self.source.load(item, self.collator.processor.image_size))
-                if not sample.separate:
-                    self.collator.check(sample)
-                return sample
+                return self.sample(item)
             except InputError as error:
                 skipped.append(f"{item.origin}: {error}" if item.origin else str(error))
                 item = self.source.instead_of(item, attempt)
@@ -307,7 +320,4 @@ class StepDataset:
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors on a device."""
-    return {
-        name: value.to(device) if isinstance(value, Tensor | SharedPrefixMask) else value
-        for name, value in batch.items()
-    }
+    return {name: value.to(device) if isinstance(value, Tensor | RowMask) else value for name, value in batch.items()}

@@ -1,6 +1,7 @@
 """Conversations as data files have them: LLaVA's form and its relatives, each with one meaning."""
 
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from gzip import decompress
@@ -8,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from vidlada.errors import InputError
-from vidlada.settings import shown
+from vidlada.settings import format_value
 from vidlada.training.data.entries import Entry, Media, TarMember
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -17,6 +18,8 @@ IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 MEDIA_KEYS = ("video", "videos", "image", "images")
 TURN_KEYS = ("conversations", "conversation", "messages")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TEXT_PARTS, MEDIA_PARTS = ("text", "input_text", "output_text"), ("image", "video", "image_url", "video_url")
+ADDRESS = re.compile(r"(?i)https?://|data:[^/]*/[^/]*[;,]")
 BLANK = " \t\r\n"
 
 
@@ -43,8 +46,9 @@ def entry_of(found: Value, folder: Path, file: str, attached: Sequence[TarMember
 
     Args:
         found: `{"id", "video" or "image", "conversations", "process"}`. Turns name their speaker as `from` or `role`
-            (human or user, gpt or assistant, system) and what is said as `value` or `content`. An opening turn of the
-            assistant and a last one of the user are dropped; `<video>` marks are `<image>` marks.
+            (human or user, gpt or assistant, system) and what is said as `value` or `content`: a text, or a list of
+            parts as of OpenAI's interface, whose paths follow those of the entry. An opening turn of the assistant
+            and a last one of the user are dropped; `<video>` marks are `<image>` marks.
         folder: where relative paths start.
         file: for messages.
         attached: media that came with it in a tar, in the order of their names; if the entry names all of them, its
@@ -61,13 +65,13 @@ def entry_of(found: Value, folder: Path, file: str, attached: Sequence[TarMember
 
 def _entry_of(value: Any, folder: Path, origin: str, attached: Sequence[TarMember]) -> Entry:
     if not isinstance(value, dict):
-        raise Malformed(f"expected a mapping, got {shown(value)}")
+        raise Malformed(f"expected a mapping, got {format_value(value)}")
     paths = media_paths(value)
     key = next((key for key in TURN_KEYS if value.get(key)), TURN_KEYS[0])
-    system, turns = turns_of(value.get(key), key)
+    system, turns = turns_of(value.get(key), key, paths)
     process = value.get("process") or ""
     if not isinstance(process, str):
-        raise Malformed(f"process must be a text, not {shown(process)}")
+        raise Malformed(f"process must be a text, not {format_value(process)}")
     check_text("process", process)
     media: tuple[Media, ...] = tuple(attached) or tuple(folder / path for path in paths)
     by_name = {PurePosixPath(member.name).name: member for member in attached}
@@ -85,31 +89,45 @@ def media_paths(value: dict[str, Any]) -> list[str]:
     paths = []
     for key in MEDIA_KEYS:
         named = value.get(key) or []
-        for path in named if isinstance(named, list) else [named]:
-            if not isinstance(path, str) or not path.strip():
-                raise Malformed(f"{key} must be a path or a list of paths, not {shown(named)}")
-            check_text(key, path)
-            if "\0" in path:
-                raise Malformed(f"{key} has a NUL in its path {shown(path)}")
-            paths.append(path)
+        paths += [check_path(key, path) for path in (named if isinstance(named, list) else [named])]
     return paths
 
 
-def turns_of(turns: Any, key: str) -> tuple[str | None, list[str]]:
-    """The system turn, if there is one, and the texts of user and assistant in turn, of whole exchanges."""
+def check_path(name: str, path: Any) -> str:
+    """A path, if it can be one."""
+    if not isinstance(path, str) or not path.strip():
+        raise Malformed(f"{name} must be a path or a list of paths, not {format_value(path)}")
+    check_text(name, path)
+    if "\0" in path:
+        raise Malformed(f"{name} has a NUL in its path {format_value(path)}")
+    if ADDRESS.match(path):
+        raise Malformed(f"{name} must be the path of a file, not the address {format_value(path)}")
+    return path.removeprefix("file://")
+
+
+def turns_of(turns: Any, key: str, paths: list[str]) -> tuple[str | None, list[str]]:
+    """The system turn, if there is one, and the texts of user and assistant in turn, of whole exchanges.
+
+    Args:
+        turns: as the entry has them.
+        key: where, for messages.
+        paths: of media; those that stand in parts of the turns are appended.
+    """
     if not isinstance(turns, list) or not turns:
-        raise Malformed(f"{key} must be a list of turns, not {shown(turns)}")
+        raise Malformed(f"{key} must be a list of turns, not {format_value(turns)}")
     said: list[tuple[str, str]] = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
-            raise Malformed(f"{key}[{number}] must be a mapping, not {shown(turn)}")
+            raise Malformed(f"{key}[{number}] must be a mapping, not {format_value(turn)}")
         speaker = turn.get("from", turn.get("role"))
         role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
         if role is None:
-            raise Malformed(f"{key}[{number}] is said by {shown(speaker)}; known are {', '.join(ROLES)}")
+            raise Malformed(f"{key}[{number}] is said by {format_value(speaker)}; known are {', '.join(ROLES)}")
         text = turn.get("value", turn.get("content"))
+        if isinstance(text, list) and text:
+            text = text_of_parts(text, f"{key}[{number}]", paths if role == "user" else None)
         if not isinstance(text, str):
-            raise Malformed(f"{key}[{number}] needs a text as its value, not {shown(text)}")
+            raise Malformed(f"{key}[{number}] needs a text as its value, not {format_value(text)}")
         check_text(f"{key}[{number}]", text)
         said.append((role, text))
     system = said.pop(0)[1] if said[0][0] == "system" else None
@@ -119,8 +137,35 @@ def turns_of(turns: Any, key: str) -> tuple[str | None, list[str]]:
         said.pop()
     roles = [role for role, _ in said]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise Malformed(f"{key} must alternate user and assistant, got {shown(roles)}")
+        raise Malformed(f"{key} must alternate user and assistant, got {format_value(roles)}")
     return system, [text for _, text in said]
+
+
+def text_of_parts(parts: list[Any], name: str, paths: list[str] | None) -> str:
+    """What a list of parts says, with a mark and a line's end in the place of each video and image, as at inference.
+
+    Args:
+        parts: `{"type": "text", "text": …}`; `{"type": "image_url", "image_url": {"url": …}}`, or without a path where
+            the entry names it: `{"type": "image"}`; the same of videos.
+        name: of the turn, for messages.
+        paths: get those of the parts; None where the speaker shows nothing.
+    """
+    text = ""
+    for number, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in TEXT_PARTS and isinstance(part.get("text"), str):
+            text += part["text"]
+        elif kind in MEDIA_PARTS and paths is not None:
+            place = part.get(kind)
+            path = place.get("url") if isinstance(place, dict) else place
+            if path is not None:
+                paths.append(check_path(f"{name}[{number}]", path))
+            text += IMAGE_MARK + "\n"
+        else:
+            raise Malformed(
+                f"{name}[{number}] must be a part with a text, or of the user with media, not {format_value(part)}"
+            )
+    return text
 
 
 def check_text(name: str, text: str) -> None:
@@ -221,6 +266,6 @@ def _list_values(path: Path, text: str) -> Iterator[Value]:
             yield Value(f"entry {number}, line {line}", value)
             number, here = number + 1, skip(end)
         if rest := text[here + 1 :].strip():
-            raise json.JSONDecodeError(f"{shown(rest)} follows the list", text, here + 1)
+            raise json.JSONDecodeError(f"{format_value(rest)} follows the list", text, here + 1)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid json: {error}") from error

@@ -107,16 +107,16 @@ class LlavaSource:
                         arrays.append(frames.images)
             except (InputError, OSError) as error:
                 raise BrokenMedia(problem_with(media, error)) from error
-        return Sample(arrays, self.told(item, videos), system=entry.system)
+        return Sample(arrays, self.exchanges_of(item, videos), system=entry.system)
 
-    def told(self, item: Item, videos: Sequence[tuple[Sequence[float], VideoInfo]]) -> list[tuple[str, str]]:
+    def exchanges_of(self, item: Item, videos: Sequence[tuple[Sequence[float], VideoInfo]]) -> list[tuple[str, str]]:
         """The exchanges of an item, with the times of its frames if the model is to know them.
 
         Args:
             item: from `plan`.
             videos: seconds of the frames of each of its videos, and what it is; images may be among them.
         """
-        from vidlada.processor import VIDEO_PLACE, time_instruction  # imports torch, which reading a config must not
+        from vidlada.messages import VIDEO_PLACE, time_instruction  # imports torch, which reading a config must not
 
         exchanges = list(item.exchanges)
         videos = [(times, info) for times, info in videos if info.codec != "image"]

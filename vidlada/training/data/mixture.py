@@ -39,10 +39,10 @@ class Dataset:
     video_folder: Path | None = None
 
     def __post_init__(self) -> None:
-        sampled(0, self.sampling_strategy, np.random.default_rng(0))
+        choose_entries(0, self.sampling_strategy, np.random.default_rng(0))
 
 
-def sampled(total: int, strategy: str, generator: np.random.Generator) -> list[int]:
+def choose_entries(total: int, strategy: str, generator: np.random.Generator) -> list[int]:
     """Numbers of the entries a strategy takes.
 
     Args:
@@ -115,7 +115,7 @@ def read_dataset(dataset: Dataset, video_folder: Path | None, generator: np.rand
     entries = Entries.join(
         [read_tar(path) if path.suffix.lower() == ".tar" else read_llava(path, folder) for path in files]
     )
-    return entries.take(sampled(len(entries), dataset.sampling_strategy, generator))
+    return entries.take(choose_entries(len(entries), dataset.sampling_strategy, generator))
 
 
 def files_of(pattern: Path) -> list[Path]:

@@ -1,0 +1,139 @@
+"""A pretended GPU: nothing mixes devices or types, the host waits once a step, and no kernels come back."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vidlada.bench.count import count_figures, count_table, count_work, usual
+from vidlada.bench.pretend import DEVICE, DeviceTensor, MixedDevicesError, move, pretended_device
+from vidlada.bench.sizes import random_model, random_request
+from vidlada.decoding.sampler import denoise
+from vidlada.generation import GenerationSettings
+
+pytestmark = pytest.mark.slow
+
+TEXT = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "initializer_range": 0.3}  # fmt: skip
+CACHES = (
+    "none", "full", "prefix:every=3", "dual", "frozen", "interval:prompt=5,response=3", "sparse", "mars:text=1,ratio=2",
+    "mars:window=1,fused=false,text=1,ratio=2,anchors=4",
+    "mars:window=1,fused=false,chunk_first=true,text=1,ratio=2,anchors=0",
+    "mars:drift=0.0001,probes=4,group=2",
+)  # fmt: skip
+PACES = (
+    {},
+    {"threshold": 0.2},
+    {"cfg_scale": 1.0},
+    {"temperature": 0.7, "noise": "counter"},
+    {"remasking": "random", "steps": 4, "noise": "counter"},
+)
+# Where the host may wait: the proposals of a step, and a policy that refreshes by what it measures.
+ALLOWED = {("cpu", "decoding/sampler.py"): 1, ("tolist", "decoding/cache.py"): 2}
+
+
+def models(dtype):
+    """The same model on the CPU, twice."""
+    found = []
+    for _ in range(2):
+        model = random_model(TEXT, "cpu", dtype)
+        model.config.suppressed_token_ids = (1, 2)
+        model.language_model.pack()
+        found.append(model)
+    return found
+
+
+def asked(model, dtype):
+    for number, cache in enumerate(CACHES):
+        settings = GenerationSettings(gen_length=8, block_length=4, cache=cache).replace(**PACES[number % len(PACES)])
+        request = random_request(model, 5, 4, settings)
+        yield replace(request, prompt=request.prompt.to(dtype), stop_sequences=((90,), (91, 3)), suffix_ids=(5, 6))
+
+
+def final(model, requests):
+    last = {}
+    for number, state in denoise(model, requests):
+        last[number] = state
+    return last
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_every_policy_and_pace(dtype):
+    plain, there = models(dtype)
+    requests = list(asked(plain, dtype))
+    expected = final(plain, requests)
+    with pretended_device() as counts:
+        move(there, counts)
+        found = final(there, [replace(r, prompt=DeviceTensor(r.prompt, counts)) for r in requests])
+    assert not counts.promotions
+    steps = max(state.statistics.steps for state in expected.values())
+    for (what, where), number in counts.waits.items():
+        most = ALLOWED.get((what, where.partition(":")[0]))
+        assert most is not None, (what, where)
+        assert number <= most * steps, (what, where)
+    for number, state in expected.items():
+        assert found[number].statistics.layer_tokens == state.statistics.layer_tokens
+        if dtype == torch.float32:
+            assert torch.equal(found[number].proposed, state.proposed), CACHES[number]
+
+
+@pytest.mark.parametrize(
+    ("cache", "kernels"),
+    [("dual", 440), ("frozen", 440), ("interval", 450), ("dkv", 450), ("mars", 450), ("sparse", 475)],
+)
+def test_a_cached_step_at_the_shape_of_8b(cache, kernels):
+    joining, steps = count_work("8b", cache, frames=2, steps=4)
+    step = usual(steps)
+    assert joining.waits == 0
+    assert joining.kernels <= 4
+    assert [work.waits for work in steps] == [1] * 4
+    assert step.kernels <= kernels
+
+
+def test_requests_share_one_wait():
+    _, alone = count_work("mid", "dual", frames=2, steps=3)
+    _, together = count_work("mid", "dual", frames=2, steps=3, rows=4)
+    assert [work.waits for work in together] == [1] * 3
+    assert usual(together).kernels < 3 * usual(alone).kernels
+
+
+def test_chunked_refreshes_do_not_wait():
+    _, steps = count_work("mid", "mars:window=1,fused=false,text=1,ratio=1,pyramid=1", frames=3, steps=3)
+    assert [work.waits for work in steps] == [1] * 3
+
+
+def test_bytes_and_arithmetic_of_a_cached_step():
+    """Weights once, keys and values once, and little else."""
+    _, steps = count_work("8b", "frozen", frames=64, steps=2)
+    weights = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 12288) + 4096 * 126464)
+    keys_values = 2 * 2 * 32 * 4096 * (64 * 210 + 2 * 32 + 128)
+    assert 1 < steps[1].read_written / (weights + keys_values) < 1.1
+    active = 128  # frozen runs the whole answer
+    products = 2 * active * 32 * (4 * 4096**2 + 3 * 4096 * 12288) + 2 * 32 * 4096 * 126464
+    attention = 4 * active * 4096 * 32 * (64 * 210 + 2 * 32 + 128)
+    assert steps[1].flops == products + attention
+
+
+def test_what_cuda_would_refuse_is_refused():
+    with pretended_device() as counts:
+        there, here = DeviceTensor(torch.ones(3), counts), torch.ones(3)
+        with pytest.raises(MixedDevicesError):
+            there + here
+        with pytest.raises(MixedDevicesError):
+            here[torch.arange(2, device=DEVICE)]
+        with pytest.raises(MixedDevicesError):
+            torch.cat((there, here))
+        assert torch.equal((there + 1).cpu(), torch.full((3,), 2.0))
+        assert there.to("cpu", torch.float64).dtype == torch.float64
+        assert counts.waits.total() == 2
+        assert int(there[0]) == 1
+        assert there[there > 0].shape == (3,)
+        assert counts.waits.total() == 4
+        there + there.double()
+        assert counts.promotions.total() == 1
+
+
+def test_the_table():
+    figures = count_figures("mid", frames=2, caches=["dual", "none"], gen_length=4, block_length=2, steps=4)
+    assert [row["cache"] for row in figures["rows"]] == ["dual", "none"]
+    assert count_table(figures).count("\n| ") == 3

@@ -1,0 +1,248 @@
+"""One request while it is decoded: its ids and masks, its caches, its random numbers, what it commits in a step."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidlada.decoding.attention import upload
+from vidlada.decoding.cache import RequestCache
+from vidlada.decoding.commit import Proposals, commit_rule, within_nucleus
+from vidlada.decoding.counter_noise import uniform
+from vidlada.decoding.policies import parse_policy
+from vidlada.decoding.policies.blockwise import Full
+from vidlada.decoding.request import Request, State, Statistics
+from vidlada.decoding.verify import verify
+from vidlada.errors import InputError
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step found out about the slots of one block, on the CPU; all (block,).
+
+    Attributes:
+        tokens: proposed for each slot.
+        probability: float64, of each.
+        measured: float64, what the commit rule's `measure` asks for; None if it asks for nothing.
+        verified: float64, what `RunningRequest.verify` returned.
+    """
+
+    tokens: Tensor
+    probability: Tensor
+    measured: Tensor | None = None
+    verified: Tensor | None = None
+
+
+class RunningRequest:
+    """A request while it is decoded. Its ids, masks and stops live on the CPU.
+
+    Args:
+        number: tells it from the others of a batch.
+        request: what is asked for.
+        model: that decodes it.
+
+    Raises:
+        InputError: the request does not fit the model.
+    """
+
+    def __init__(self, number: int, request: Request, model: VidLaDAForMaskedDiffusion):
+        config, settings = model.config, request.settings
+        self.number, self.request, self.settings = number, request, settings
+        self.mask_id = config.mask_token_id
+        device = request.prompt.device
+        initial = request.initial_ids if request.initial_ids is not None else [self.mask_id] * settings.gen_length
+        if len(initial) != settings.gen_length:
+            raise InputError(f"{len(initial)} initial ids were given for gen_length {settings.gen_length} answer slots")
+        self.ids = torch.tensor(initial, pin_memory=device.type == "cuda")  # (gen_length,)
+        self.masked = self.ids == self.mask_id
+        self.revocable = torch.zeros_like(self.masked)  # committed in the current block by a rule that may regret it
+        self.rule = commit_rule(settings)
+        self.device_ids = torch.empty_like(self.ids, device=device)  # as of the last pass
+        self.suffix = upload({"": np.array(request.suffix_ids, dtype=np.int64)}, device)[""]
+        length = len(request.prompt) + len(self.ids) + len(self.suffix)
+        if length > config.max_length:
+            raise InputError(
+                f"prompt, answer slots and suffix take {length} tokens, more than the model's {config.max_length}; "
+                f"use fewer frames or a smaller gen_length"
+            )
+        self.counter = settings.noise == "counter" or (settings.noise == "auto" and device.type != "cpu")
+        self.draws = 0  # of the counter-based generator
+        self.generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same numbers on every device
+        self.caches = self.make_caches(model)
+        self.block = -1
+        self.stop_at = self.find_stop()
+        self.statistics = Statistics()
+        self.started = time.perf_counter()
+        self.next_block()
+
+    def make_caches(self, model: VidLaDAForMaskedDiffusion) -> list[RequestCache]:
+        """One cache, or a second one for the guided pass; none without a policy."""
+        policy = parse_policy(self.settings.cache)
+        if policy is None and self.rule.revokes:
+            policy = Full()  # the same ids; tokens are verified against its keys and values
+        if policy is None:
+            return []
+        prompt, config = self.request.prompt, model.language_model.config
+        frame_index = self.request.frame_index if self.request.frame_index is not None else [-1] * len(prompt)
+        if len(frame_index) != len(prompt):
+            raise InputError(f"frame_index has {len(frame_index)} entries for a prompt of {len(prompt)} tokens")
+        tokens = len(prompt) + len(self.ids) + len(self.suffix)
+        prompts = [prompt]
+        if self.settings.cfg_scale > 0:
+            prompts.append(self.hidden_prompt(model))
+        given = [self.request.visual, None]  # a hidden prompt has no frames
+        devices, reuse = model.language_model.devices, self.settings.reuse
+        return [
+            RequestCache(config, policy, each, frame_index, len(self.ids), tokens, visual, reuse, devices)
+            for each, visual in zip(prompts, given, strict=False)
+        ]
+
+    def hidden_prompt(self, model: VidLaDAForMaskedDiffusion) -> Tensor:
+        """The prompt behind mask embeddings, for guidance."""
+        mask = model.language_model.embed_tokens.weight[self.mask_id]
+        return mask.expand(len(self.request.prompt), -1)
+
+    @property
+    def slots(self) -> slice:
+        """The current block's slots."""
+        return slice(self.block * self.settings.block_length, (self.block + 1) * self.settings.block_length)
+
+    def open_slots(self) -> Tensor:
+        """Masked slots before the stop, (gen_length,)."""
+        open_slots = self.masked.clone()
+        if self.stop_at is not None:
+            open_slots[self.stop_at :] = False
+        return open_slots
+
+    @property
+    def done(self) -> bool:
+        """Nothing before the stop is masked."""
+        return not bool(self.open_slots().any())
+
+    def next_block(self) -> None:
+        """Move to the first block that has something to decide."""
+        open_slots = self.open_slots()
+        if self.done or (self.block >= 0 and bool(open_slots[self.slots].any())):
+            return
+        self.block = int(open_slots.nonzero()[0]) // self.settings.block_length
+        self.rule.begin_block(int(self.masked[self.slots].sum()), self.settings.steps_per_block)
+
+    def embeddings(self, model: VidLaDAForMaskedDiffusion, guided: bool) -> Tensor:
+        """The whole sequence, (tokens, width); with `guided` the prompt is hidden behind mask embeddings."""
+        embed = model.language_model.embed_tokens
+        answer = embed(torch.cat((self.upload_ids(), self.suffix)))
+        prompt = self.hidden_prompt(model) if guided else self.request.prompt.to(answer.dtype)
+        return torch.cat((prompt, answer))
+
+    def upload_ids(self) -> Tensor:
+        """The ids on the model's device; the host does not wait."""
+        return self.device_ids.copy_(self.ids, non_blocking=True)
+
+    def layer_tokens(self, layers: int) -> tuple[int, ...]:
+        """Positions computed so far, by layer, this step's included."""
+        kv_caches = [cache.kv_cache for cache in self.caches if cache.kv_cache is not None]
+        if kv_caches:
+            return tuple(sum(counts) for counts in zip(*(kv_cache.computed for kv_cache in kv_caches), strict=True))
+        length = len(self.request.prompt) + len(self.ids) + len(self.suffix)
+        passes = 2 if self.settings.cfg_scale > 0 else 1
+        return (length * passes * (self.statistics.steps + 1),) * layers
+
+    def verify(self, model: VidLaDAForMaskedDiffusion, suppressed: Tensor) -> Tensor | None:
+        """Probability of every token of the block that may be taken back, predicted without it; 1 for the others.
+
+        Returns:
+            (block,) on the model's device, or None where there is nothing to verify.
+        """
+        drafted = self.revocable[self.slots].nonzero()[:, 0].numpy()
+        if not len(drafted):
+            return None
+        cache = self.caches[0]
+        assert cache.kv_cache is not None
+        places = upload({"block": drafted, "answer": drafted + self.slots.start}, self.device_ids.device)
+        positions, ids = (each.index_select(0, places["answer"]) for each in (cache.answer, self.device_ids))
+        found = verify(model, cache.kv_cache, positions, ids, suppressed)
+        return found.new_ones(self.settings.block_length).index_copy_(0, places["block"], found)
+
+    def commit(self, found: Prediction, passes: int, layers: int) -> State:
+        """Make some of the proposals for the block's masked slots final.
+
+        Args:
+            found: in this step about the block.
+            passes: forward passes this step took.
+            layers: of the language model.
+        """
+        slots, rule, verified = self.slots, self.rule, found.verified
+        masked = self.masked[slots].clone()  # as it was before this step: snapshots tell these slots' probabilities
+        ranking = found.probability
+        if self.settings.remasking == "random":
+            ranking = self.uniform(1, len(ranking), torch.float32, torch.device("cpu"))[0].double()
+        revoked = torch.zeros_like(masked)
+        if verified is not None:
+            revoked = rule.revoke(verified, self.revocable[slots])
+        chosen = rule.choose(Proposals(found.tokens, ranking, self.open_slots()[slots], found.measured))
+        self.ids[slots] = torch.where(chosen, found.tokens, self.ids[slots])
+        self.masked[slots] = (masked & ~chosen) | revoked
+        if rule.revokes:
+            self.revocable[slots] = (self.revocable[slots] | chosen) & ~revoked
+        self.stop_at = self.find_stop()
+        if not bool(self.open_slots()[slots].any()):
+            self.revocable.zero_()  # the block is complete
+        self.statistics = Statistics(
+            steps=self.statistics.steps + 1,
+            forward_passes=self.statistics.forward_passes + passes,
+            tokens=self.statistics.tokens + int(chosen.sum()) - int(revoked.sum()),
+            layer_tokens=self.layer_tokens(layers),
+            refreshes=dict(self.caches[0].refreshes) if self.caches else {},
+            seconds={"denoising": time.perf_counter() - self.started},
+        )
+        shown = torch.where(masked, found.tokens, self.ids[slots])
+        return self.snapshot(slots, shown, found.probability.where(masked, 1.0 if verified is None else verified))
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """Add Gumbel noise in float64: exp(logits) / (-log u)^temperature; greedy at temperature 0."""
+        if self.settings.temperature == 0:
+            return logits
+        if self.settings.top_p < 1:
+            logits = within_nucleus(logits, self.settings.top_p, self.settings.temperature)
+        block, vocabulary = logits.shape
+        noise = self.uniform(block, vocabulary, torch.float64, logits.device)
+        return logits.double().exp() / (-noise.log()) ** self.settings.temperature
+
+    def uniform(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The next uniform numbers of this answer, by the generator that its settings ask for."""
+        if not self.counter:
+            drawn = torch.rand(1, rows, columns, dtype=dtype, generator=self.generator)[0]
+            return drawn.to(device, non_blocking=True)
+        self.draws += 1
+        return uniform(self.settings.seed, self.draws, rows, columns, device).to(dtype)
+
+    def find_stop(self) -> int | None:
+        """First slot at which a stop sequence stands in full.
+
+        The published loop lets the first listed sequence win and forgets the others after a first hit; here the
+        earliest occurrence of any of them counts, whatever their order.
+        """
+        ids = [None if masked else token for token, masked in zip(self.ids.tolist(), self.masked.tolist(), strict=True)]
+        stops = [list(sequence) for sequence in self.request.stop_sequences]
+        places = (place for place in range(len(ids)) if any(ids[place : place + len(stop)] == stop for stop in stops))
+        return next(places, None)
+
+    def snapshot(self, slots: slice, proposed: Tensor, probability: Tensor) -> State:
+        """The state after a step; `proposed` and `probability` are of the block at `slots`."""
+        tokens = self.ids.masked_fill(self.masked, self.mask_id)
+        confidence = (~self.masked).float()
+        tokens[slots] = proposed
+        confidence[slots] = probability.float()
+        return State(
+            step=self.statistics.steps,
+            proposed=tokens,
+            committed=~(self.masked | self.revocable),
+            confidence=confidence,
+            stop_at=None if self.stop_at is None or bool(self.revocable[self.stop_at :].any()) else self.stop_at,
+            done=self.done,
+            statistics=self.statistics,
+            visual=self.caches[0].export_visual() if self.done and self.settings.reuse else None,
+        )

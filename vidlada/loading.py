@@ -1,0 +1,95 @@
+"""Load models by name: the one in the package, a folder, or one of the Hugging Face hub."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vidlada.api import VidLaDA
+from vidlada.checkpoint.load import describe, load_model, load_tokenizer, load_with_adapter
+from vidlada.errors import InputError
+from vidlada.info import check_memory_of_weights
+from vidlada.model.hub import local_folder, with_revision
+from vidlada.model.quantization import Quantization, quantize
+from vidlada.processor import VidLaDAProcessor
+
+SHIPPED = "tiny"
+
+
+def model_folder(name_or_folder: str | Path, revision: str | None = None, what: str = "model") -> Path:
+    """Return the local folder of a model or adapter, downloading it if needed; `InputError` if there is none.
+
+    Args:
+        name_or_folder: `tiny`, the model in the package; a folder; or a name of the Hugging Face hub, `owner/name` or
+            `owner/name@revision`, which is downloaded into the hub's cache.
+        revision: of a name of the hub: a branch, tag or commit.
+        what: is looked for, for messages.
+    """
+    if str(name_or_folder) == SHIPPED and revision is None:
+        return Path(__file__).parent / "weights" / SHIPPED
+    return local_folder(with_revision(str(name_or_folder), revision), what)
+
+
+def load(
+    name_or_folder: str | Path = SHIPPED,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    device_map: Any = None,
+    quantization: Quantization | None = None,
+    compiled: bool = False,
+    graphs: bool | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+) -> VidLaDA:
+    """Load a model.
+
+    Args:
+        name_or_folder: `tiny`, the model in the package; a folder in our, the published or the text-only layout; or a
+            name of the Hugging Face hub, `owner/name` or `owner/name@revision`.
+        dtype: of the weights; `auto` is float32 on a CPU, and the stored type elsewhere.
+        device: `cuda`, `cpu`, …; the first GPU by default, else the CPU.
+        device_map: as in transformers, to spread a model over devices.
+        quantization: of the language model's projections; see `vidlada.model.quantization`.
+        compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
+        graphs: replay repeated cached passes as CUDA graphs; by default on a GPU. Elsewhere they run over the same
+            fixed buffers without one, which is of use only in tests.
+        adapter: folder or name of a LoRA adapter for this model, to be merged into it. (An adapter may also be loaded
+            by its own name; its base is then the one it names.)
+        revision: of a name of the hub: a branch, tag or commit.
+
+    Raises:
+        InputError: there is no such folder, or it is not a checkpoint of this family.
+        VidLaDAError: the hub cannot be reached.
+    """
+    device = usable_device(device)
+    folder = model_folder(name_or_folder, revision)
+    if dtype == "auto" and device == "cpu":
+        dtype = torch.float32
+    checkpoint = describe(folder)
+    if device_map is None:
+        check_memory_of_weights(checkpoint, dtype, torch.device(device))
+    places = {"device": device, "device_map": device_map, "checkpoint": checkpoint}
+    if adapter is None:
+        model = load_model(folder, dtype, **places)
+    else:
+        model = load_with_adapter(model_folder(adapter, what="adapter"), dtype, folder, **places)
+    model.eval()
+    model.language_model.pack()
+    model.language_model.static = graphs
+    if quantization is not None:
+        quantize(model.language_model, quantization)
+    if compiled:
+        model.language_model.compile_layers()
+    processor = VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
+    return VidLaDA(model, processor, with_revision(str(name_or_folder), revision))
+
+
+def usable_device(device: str | None) -> str:
+    """Return the requested device, else the first GPU, else the CPU; `InputError` if this machine lacks it."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device

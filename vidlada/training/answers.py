@@ -1,0 +1,114 @@
+"""Answers to questions of training samples, decoded as at inference."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from vidlada.decoding.sampler import Request, denoise
+from vidlada.decoding.thinking import split_thought
+from vidlada.errors import InputError
+from vidlada.generation import GenerationSettings
+from vidlada.messages import pieces_of
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
+from vidlada.processor import VidLaDAProcessor
+from vidlada.training.data.collate import StepDataset, messages_of
+from vidlada.training.data.samples import Item, Sample
+
+AT_ONCE = 16  # questions decoded together
+
+
+@dataclass(frozen=True)
+class AskedQuestion:
+    """A question of a sample.
+
+    Attributes:
+        dataset: loads the sample.
+        item: the sample.
+        number: of the exchange; in a conversation those before it are shown as they are.
+        answer: the right one.
+    """
+
+    dataset: StepDataset
+    item: Item
+    number: int
+    answer: str
+
+
+def answer_questions(
+    model: VidLaDAForMaskedDiffusion,
+    processor: VidLaDAProcessor,
+    questions: Sequence[AskedQuestion],
+    settings: GenerationSettings,
+) -> list[str]:
+    """The model's answers; empty where a sample is broken.
+
+    Args:
+        model: in evaluation mode.
+        processor: of the model.
+        questions: any number, of which a few are decoded together.
+        settings: of decoding.
+    """
+    answers: list[str] = []
+    left = iter(questions)
+    while group := list(islice(left, AT_ONCE)):
+        requests = list(requests_for(model, processor, group, settings))
+        texts = [""] * len(group)
+        places = [place for place, _ in requests]
+        for number, state in denoise(model, [request for _, request in requests]):
+            if state.done:
+                texts[places[number]] = split_thought(processor.decode(state.answer_ids()))[1]
+        answers += texts
+    return answers
+
+
+@torch.inference_mode()
+def requests_for(
+    model: VidLaDAForMaskedDiffusion,
+    processor: VidLaDAProcessor,
+    questions: Sequence[AskedQuestion],
+    settings: GenerationSettings,
+) -> Iterator[tuple[int, Request]]:
+    """What the decoding loop needs to answer questions, by their number; broken samples are left out. Questions of one
+    sample that follow each other share its visual tokens."""
+    item: Item | None = None
+    sample: Sample | None = None
+    visual: list[torch.Tensor] = []
+    words = [tuple(processor.text_ids(word)) for word in settings.stop]
+    stops = (*words, *((token,) for token in model.config.stop_token_ids))
+    for place, asked in enumerate(questions):
+        if asked.item is not item:
+            item, sample, visual = asked.item, sample_of(asked), []
+            if sample is not None and sample.videos:
+                pixels = torch.cat([processor.pixel_values(video) for video in sample.videos])
+                visual = model.encode_media(pixels.to(model.device, model.dtype), list(sample.shapes))
+        if sample is None:
+            continue
+        exchanges = [sample.exchanges[asked.number]] if sample.separate else sample.exchanges
+        turns = 0 if sample.separate else asked.number
+        messages = messages_of(sample.shapes, exchanges, sample.system)
+        messages = messages[: (sample.system is not None) + 2 * turns + 1]
+        shown = sum(not isinstance(piece, str) for message in messages for piece in pieces_of(message))
+        encoded = processor.encode(messages, sample.shapes[:shown])
+        ids = torch.tensor([encoded.input_ids], device=model.device)
+        prompt = model.embed(ids, torch.cat(visual[:shown]) if shown else None)[0]
+        yield place, Request(prompt, settings, stops, frame_index=encoded.frame_index)
+
+
+def sample_of(asked: AskedQuestion) -> Sample | None:
+    """The sample of a question; None where it is broken."""
+    try:
+        return asked.dataset.sample(asked.item)
+    except InputError:
+        return None
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """Whether an answer is the expected one but for case, spaces, and a full stop at the end."""
+    return plain_words(answer) == plain_words(expected)
+
+
+def plain_words(text: str) -> str:
+    """A text in small letters, with single spaces and without its last full stop."""
+    return " ".join(text.casefold().strip().rstrip(".").split())
