@@ -21,7 +21,7 @@ from vidlada.shapes.render import render_frames, write_mp4
 from vidlada.shapes.world import Clip, clip_for
 from vidlada.video import IMAGE_FOLDER_FPS
 
-SECONDS, SIZE, FPS = 4, 96, 4
+SECONDS, SIZE, FPS = 4, 128, 4  # decord2 3.4, which some tasks read with, fails at a width of 96
 SPOKEN = "shapes move"  # in subtitles
 FIVE = 5  # options of EgoSchema and fields of LongVideoBench
 LETTERS_OF_FIVE = "ABCDE"

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vidlada.decoding.commit import commit_rule
+from vidlada.decoding.policies import parse_policy
 from vidlada.errors import InputError
-from vidlada.generation import GenerationSettings, PromptSettings
+from vidlada.generation import SPEEDS, GenerationSettings, PromptSettings
 from vidlada.settings import INT64, settings_of
 from vidlada.video import Sampling
 
@@ -50,6 +52,24 @@ def test_every_setting_has_help_and_bounds(cls, name):
 
 def test_one_text_is_one_stop_text():
     assert GenerationSettings(stop="moves").stop == ("moves",)
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_a_speed_chooses_cache_and_commit_rule(speed):
+    checkpoint = GenerationSettings(gen_length=64, steps=64, cache="prefix")
+    chosen = checkpoint.replace(speed=speed)
+    assert (chosen.cache, chosen.commit, chosen.steps) == (SPEEDS[speed]["cache"], SPEEDS[speed]["commit"], None)
+    commit_rule(chosen)
+    parse_policy(chosen.cache)
+    assert GenerationSettings.from_dict(chosen.to_dict()) == chosen
+
+
+def test_what_is_given_beside_a_speed_counts():
+    settings = GenerationSettings().replace(speed="fast", cache="none", threshold=0.7)
+    assert (settings.cache, settings.commit, settings.threshold) == ("none", None, 0.7)
+    assert GenerationSettings().replace(speed="fast").replace(steps=32, gen_length=64).commit is None
+    with pytest.raises(InputError, match="speed must be exact or balanced or fast"):
+        GenerationSettings(speed="slow")
 
 
 def test_the_docs_list_every_generation_setting():

@@ -88,6 +88,12 @@ def open_folder(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def json_line(value: Any) -> str:
+    """A value as JSON on one line, readable where UTF-8 holds it: names of files may hold halves of characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isascii() or text.encode("utf-8", "ignore").decode() == text else json.dumps(value)
+
+
 def read_json(path: Path, what: str = "JSON") -> Any:
     """Read a JSON file.
 

@@ -9,6 +9,13 @@ from vidlada.errors import InputError
 from vidlada.settings import INT64, check_settings, format_value, setting
 
 Remasking = Literal["low_confidence", "random"]
+# Cache and commit rule of each speed: on the frontier of `vidlada bench quality` (docs/benchmarks.md)
+SPEEDS: dict[str, dict[str, str | None]] = {
+    "exact": {"cache": "none", "commit": None},
+    "balanced": {"cache": "mars", "commit": "threshold:confidence=0.9"},
+    "fast": {"cache": "dual", "commit": "factor:factor=1"},
+}
+PACES = ("commit", "threshold", "factor", "steps")  # settings that replace each other
 Noise = Literal["auto", "torch", "counter"]
 MAX_SLOTS = 2**17  # more answer slots or steps than any model of the family has positions
 
@@ -118,6 +125,12 @@ class GenerationSettings:
         essential=True,
         metavar="POLICY",
     )
+    speed: Literal["exact", "balanced", "fast"] | None = setting(
+        None,
+        "Chooses cache and commit rule where they are not given.",
+        choices=tuple(SPEEDS),
+        essential=True,
+    )
     reuse: int = setting(
         0,
         "Layers, from the lowest, whose keys and values of the frames a further question about a video reuses; 0 is "
@@ -207,16 +220,22 @@ class GenerationSettings:
         """Return a copy with some settings changed; None leaves a setting unchanged.
 
         A `gen_length` that the default `block_length` does not divide takes the largest block that does, unless
-        `block_length` is given too. `commit`, `threshold`, `factor` and `steps` replace each other.
+        `block_length` is given too. `commit`, `threshold`, `factor` and `steps` replace each other. `speed` sets cache
+        and commit rule, as far as they are not among the changes.
         """
         known = {entry.name for entry in fields(self)}
         unknown = sorted(set(changes) - known)
         if unknown:
             raise InputError(f"unknown generation setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         given = {name: value for name, value in changes.items() if value is not None}
-        paces = {"commit", "threshold", "factor", "steps"}
-        if paces & set(given):
-            given = dict.fromkeys(paces) | given
+        speed = given.get("speed")
+        preset = SPEEDS.get(speed, {}) if isinstance(speed, str) else {}
+        if any(pace in given for pace in PACES):
+            given = dict.fromkeys(PACES) | given
+        elif preset:
+            given = dict.fromkeys(PACES) | {"commit": preset["commit"]} | given
+        if preset:
+            given = {"cache": preset["cache"]} | given
         gen_length = given.get("gen_length")
         if "block_length" not in given and isinstance(gen_length, int) and gen_length > 0:
             given["block_length"] = max(n for n in range(1, self.block_length + 1) if gen_length % n == 0)

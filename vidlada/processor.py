@@ -25,6 +25,7 @@ from vidlada.messages import (
     pieces_of,
 )
 from vidlada.model.config import VidLaDAConfig
+from vidlada.settings import check_unicode
 from vidlada.tiling import ImageShape, MediaShape, MergeType, Tiling
 
 
@@ -165,7 +166,8 @@ class VidLaDAProcessor(ProcessorMixin):
         return ids + self.text_ids(pending)
 
     def text_ids(self, text: str) -> list[int]:
-        """Tokenize plain text; control tokens written in it stay text."""
+        """Tokenize plain text; control tokens written in it stay text. Lone surrogates raise an `InputError`."""
+        check_unicode("the text", text)
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def pixel_values(

@@ -46,10 +46,12 @@ def is_cut(path: Path, container: str) -> bool | None:
 
 
 def _mp4(data: mmap.mmap) -> bool | None:
-    """Top-level boxes."""
-    place, size = 0, len(data)
+    """Top-level boxes, fragments whose index (`sidx`) names more of them, and one whose data does not follow."""
+    place, size, name = 0, len(data), b""
     while place + 8 <= size:
         length, name = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
+        if name == b"sidx" and place + length + _referenced(data, place) > size:
+            return True
         if name not in MP4_BOXES:
             return False  # what cameras append behind the last box
         if length == 1:
@@ -59,7 +61,17 @@ def _mp4(data: mmap.mmap) -> bool | None:
         if length < 8:
             return False
         place += length
-    return place > size or (0 < size - place < 8 and any(data[place:size]))
+    return place > size or name == b"moof" or (0 < size - place < 8 and any(data[place:size]))
+
+
+def _referenced(data: mmap.mmap, place: int) -> int:
+    """Bytes that the index of fragments at a place says follow it."""
+    wide = 16 if data[place + 8] else 8  # of its times and offsets, with version 1
+    first = int.from_bytes(data[place + 20 + wide // 2 : place + 20 + wide])
+    table = place + 20 + wide + 4
+    count = int.from_bytes(data[table - 2 : table])
+    sizes = (int.from_bytes(data[table + 12 * n : table + 12 * n + 4]) & 0x7FFFFFFF for n in range(count))
+    return first + sum(sizes)
 
 
 def _matroska(data: mmap.mmap) -> bool | None:

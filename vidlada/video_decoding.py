@@ -59,7 +59,7 @@ def decode_frames(opener: Opener, timeline: Timeline, wanted: Sequence[int]) -> 
 
     Raises:
         InputError: too much before a wanted frame cannot be decoded.
-        WrongTimesError, LateStartError: the timeline is not right; see `Timeline.counted` and `Timeline.starting_at`.
+        WrongTimesError, LateStartError: the timeline is wrong; see its `in_decoder_order` and `starting_at`.
     """
     readers: list[type[Reader]] = [SkippingReader, Reader]
     if timeline.stamps is not None:

@@ -21,6 +21,8 @@ MOST_MISSING = 0.02  # share of the promised length a readable file may lack bef
 STATES_ITS_LENGTH = frozenset({"mov", "matroska", "avi", "asf"})  # a file that `is_cut` denies is whole
 HEADERLESS = frozenset({"mpegts", "mpeg"})
 RESTARTING_CLOCKS = frozenset({"mpegts", "mpeg", "flv", "matroska"})  # joined recordings begin again at 0
+GUESSED_TIMES = frozenset({"m4v"})  # FFmpeg makes the time stamps up; after a seek they are others
+GUESS_SECONDS, GUESS_FRAMES = 0.5, 5  # how far guessed time stamps may be off
 JUMPING_CLOCK, JUMP_SECONDS = "mpegts", 3600.0  # a pause may be long; a broadcast that joins another jumps further
 UNTIMED_REORDERING = {"h264": frozenset({5}), "hevc": frozenset({20})}  # NAL types every later frame is shown after
 NAL_START = re.compile(b"\\0\\0\\x01(.)", re.DOTALL)
@@ -229,7 +231,23 @@ def _timeline(path: Path, container: InputContainer, stream: VideoStream, packet
     stamps_or_none = found_pts if not ordered and len(np.unique(known)) == len(known) else None
     anywhere = container.format.name in HEADERLESS or stream.start_time is None
     seek_to = np.where(packets.dts == UNKNOWN, packets.pts, np.minimum(packets.dts, packets.pts))
-    return Timeline(info, seconds, constant, numbers, starts, packets.first, stamps_or_none, seek_to, ordered, anywhere)
+    found = Timeline(
+        info, seconds, constant, numbers, starts, packets.first, stamps_or_none, seek_to, ordered, anywhere
+    )
+    # program streams time few of their packets; begun between those, the first guesses run into the first true times
+    if container.format.name == "mpeg" and not ordered and (np.diff(seconds) <= 0).any():
+        return _on_grid(found.in_decoder_order(), _stated_rates(stream))
+    return found.in_decoder_order() if container.format.name in GUESSED_TIMES else found
+
+
+def _on_grid(timeline: Timeline, rates: Sequence[float]) -> Timeline:
+    """The same with even times, if all are within a few frames of those."""
+    numbers = np.arange(len(timeline.seconds))
+    for rate in rates:
+        if np.abs(timeline.seconds * rate - numbers).max() < GUESS_FRAMES:
+            info = replace(timeline.info, fps=rate, duration=len(numbers) / rate)
+            return replace(timeline, info=info, seconds=numbers / rate, constant=True)
+    return timeline
 
 
 def _ogg_times(packets: Packets, stream: VideoStream) -> Packets:
@@ -277,7 +295,8 @@ def _parts(container: InputContainer, packets: Packets, unit: float) -> list[tup
     if name not in RESTARTING_CLOCKS or len(known) < 2:
         return [(packets.first, len(packets))]
     steps = np.diff(packets.dts[known])
-    breaks = steps < 0
+    # a guessed time stamp may be a few frames off; a recording begins again at a key picture, or far back
+    breaks = (steps < 0) & ((packets.flags[known[1:]] & KEY > 0) | (steps * unit < -GUESS_SECONDS))
     if name == JUMPING_CLOCK:
         breaks |= steps * unit > JUMP_SECONDS
     edges = [packets.first, *(edge for edge in known[1:][breaks].tolist() if edge > packets.first), len(packets)]

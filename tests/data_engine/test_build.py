@@ -357,7 +357,7 @@ def test_questions_after_other_brackets():
     [(b"{", "not a chat completion"), (b"[" * 10**5, "not a chat completion"), (b'{"choices": []}', "not a chat"),
      (b'{"choices": [{"message": {"content": ["A"]}}]}', "not a chat completion"), (b" " * 2**25, "no whole reply")],
 )  # fmt: skip
-def test_what_is_no_completion_is_told(stub, raw, match):
+def test_what_is_no_completion_is_named(stub, raw, match):
     stub.raw = raw
     with pytest.raises(VidLaDAError, match=match):
         complete(Endpoint(f"http://127.0.0.1:{stub.server_port}/v1", "m", tries=1), "hello")
@@ -420,7 +420,7 @@ def test_two_builds_do_not_share_an_output(tmp_path, stub, config):
     assert result.exit_code == 2 and "another build" in result.output and not stub.requests
 
 
-def test_an_output_that_cannot_be_written_is_told(tmp_path, config):
+def test_an_output_that_cannot_be_written_is_named(tmp_path, config):
     (tmp_path / "file").touch()
     values = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({**values, "output": str(tmp_path / "file" / "long.jsonl")}))

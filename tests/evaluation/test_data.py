@@ -136,7 +136,7 @@ def test_the_default_configuration_is_taken(tmp_path):
     assert documents(tmp_path, None, "test") == [{"a": 1}]
 
 
-def test_another_version_of_a_dataset_is_told(tmp_path):
+def test_another_version_of_a_dataset_is_named(tmp_path):
     benchmark = BENCHMARKS["lvbench"]
     write_rows(tmp_path / PUBLISHED["lvbench"], [{"video": "x.mp4"}])
     assert "no field 'video_path'" in check_task(tmp_path, benchmark, benchmark.tasks[0]).problem

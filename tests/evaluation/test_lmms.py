@@ -457,7 +457,7 @@ def test_videomme_with_and_without_subtitles(root, finished, tiny):
         if not sample.error:
             answer = tiny.ask(video, text, think=False, frames=FRAMES, gen_length=2, block_length=2, steps=2)
             assert sample.answer == answer.text.removesuffix(".").strip()
-        assert SPOKEN in logged_inputs(finished[0], "videomme_w_subtitle")[number]
+            assert SPOKEN in logged_inputs(finished[0], "videomme_w_subtitle")[number]
         assert SPOKEN not in logged_inputs(finished[0], "videomme")[number]
 
 

@@ -250,7 +250,7 @@ def test_only_the_same_questions_are_paired(tmp_path):
         compare_runs(runs)
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_of_one_name_get_their_paths(tmp_path):
     folders = [str(tmp_path / name) for name in ("x/run", "y/run")]
     assert run_labels(folders) == folders and run_labels([folders[0], folders[0]]) == ["run", "run"]
     runs = [run_of(Path(folder), [True, False]) for folder in folders]

@@ -152,7 +152,7 @@ def test_without_lmms_eval(root, tmp_path, monkeypatch, vidlada_eval):
     assert code == 2 and "make eval-env" in err and not (tmp_path / "run").exists()
 
 
-def test_failures_of_lmms_eval_are_told(tmp_path):
+def test_failures_of_lmms_eval_are_reported(tmp_path):
     start_run(tmp_path / "run", RunSettings("tiny"), select_benchmarks("lvbench"))
     program = "print('ERROR - Error during evaluation: no disk'); raise SystemExit({})"
     with lock_run(tmp_path / "run") as lock, pytest.raises(VidLaDAError, match="code 3.*no disk"):

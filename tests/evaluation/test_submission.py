@@ -102,7 +102,7 @@ def test_a_server_that_sleeps_is_asked_again(output, server):
     "reply, why, times",
     [((400, "no"), "HTTP 400", 1), ((500, "no"), "HTTP 500", submission.ATTEMPTS), ((200, "thanks"), "thanks", 1)],
 )
-def test_failures_are_told_and_the_answers_stay(output, server, reply, why, times):
+def test_failures_are_reported_and_the_answers_stay(output, server, reply, why, times):
     server.replies = [reply]
     with pytest.raises(VidLaDAError, match=why):
         submit(output, wait=0)

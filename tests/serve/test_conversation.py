@@ -143,7 +143,7 @@ REFUSED = {
     "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}, "top_logprobs": 5, "best_of": 3,
     "chat_template_kwargs": {"tools_in_user": True}, "reasoning_effort": "heroic", "ignore_eos": True,
     "mm_processor_kwargs": {"size": 3},
-    "guided_regex": "a+", "structured_outputs": {"json": {"type": "object"}},
+    "guided_regex": "a+", "structured_outputs": {"regex": "a+"},
 }  # fmt: skip
 
 

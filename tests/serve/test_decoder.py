@@ -195,7 +195,7 @@ def test_images_are_tiled_in_the_worker(tmp_path):
     async def tile(alone):
         decoders = Decoders(Limits(), 48)
         try:
-            return await decoders.tile(tmp_path / "green.png", tiling, alone)
+            return await decoders.tile(tmp_path / "green.png", tiling, alone, "white")
         finally:
             await decoders.close()
 

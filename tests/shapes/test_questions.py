@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 
 from vidlada.shapes.benchmark import evaluate, read_questions
+from vidlada.shapes.captions import caption_of, events_recovered, timeline_of
 from vidlada.shapes.dataset import write_dataset
 from vidlada.shapes.questions import (
     BENCHMARK_FAMILIES,
     FAMILIES,
     LONG_FAMILIES,
     ask,
-    caption_of,
-    events_recovered,
     questions_for,
-    timeline_of,
     vocabulary,
 )  # fmt: skip
 from vidlada.shapes.world import HELD_OUT, Clip, Thing, clip_for, still

@@ -1,5 +1,8 @@
 """Run descriptions: the shipped one, what is refused, and the learning rate over a run."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -81,6 +84,25 @@ def test_numbers_as_yaml_writes_them(tmp_path):
     """YAML reads 1e-3 as text."""
     (stage,) = load_config(write(tmp_path, stage={"learning_rate": "1e-3"})).stages
     assert stage.learning_rate == 1e-3
+
+
+FIRST_LINE = """
+import sys, click
+from vidlada.cli import main
+
+def echo(message, **options):
+    print(message, "torch" in sys.modules, "transformers" in sys.modules)
+    sys.exit()
+
+click.echo = echo
+main(["train", sys.argv[1]])
+"""
+
+
+def test_the_first_line_does_not_wait_for_torch(tmp_path):
+    path = str(write(tmp_path))
+    ended = subprocess.run([sys.executable, "-c", FIRST_LINE, path], capture_output=True, text=True, timeout=120)
+    assert ended.stdout == f"reading {path} and its data False False\n", ended.stderr
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", ""])

@@ -48,7 +48,7 @@ def test_what_is_right(answer, expected, right):
     assert is_right(answer, expected) == right
 
 
-class Given:
+class OneSample:
     """A source of one sample."""
 
     def __init__(self, sample):
@@ -64,7 +64,9 @@ def test_answers_are_those_of_the_python_interface(small, separate):
     frames = np.random.default_rng(0).integers(0, 255, (3, 36, 36, 3), dtype=np.uint8)
     exchanges = [("what colour is the circle ?", "red"), ("where is it ?", "left"), ("and then ?", "right")]
     item = Item(exchanges, None, separate)
-    dataset = StepDataset(Given(Sample([frames], exchanges, separate)), Collator(small.processor, CollateSettings()), 0)
+    dataset = StepDataset(
+        OneSample(Sample([frames], exchanges, separate)), Collator(small.processor, CollateSettings()), 0
+    )
     settings = small.settings(gen_length=8, block_length=8, cache=None)
     asked = [AskedQuestion(dataset, item, number, answer) for number, (_, answer) in enumerate(exchanges)]
     found = answer_questions(small.model, small.processor, asked, settings)

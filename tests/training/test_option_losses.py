@@ -163,7 +163,7 @@ def test_the_loss_of_a_step(data, tmp_path, option):
         one.processor.pixel_values(np.asarray(Image.open(data.with_name(f"{number}.png")))[None]) for number in range(2)
     ]
     one.model.eval().requires_grad_(False)
-    (batch,) = one.stage_batches(one.sources[0], collate, 0, range(STEP, STEP + 1))
+    (batch,) = one.batches.of(one.sources[0], collate, 0, range(STEP, STEP + 1))
     found = float(one.loss(batch, STEP))
     expected = plain_loss(one, pictures, collate, bool(more))
     assert found == pytest.approx(expected, rel=1e-5)

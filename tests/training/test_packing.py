@@ -41,14 +41,16 @@ def model_and_processor():
     return new_model({**MODEL, "text_config": {**MODEL["text_config"], "initializer_range": 0.3}}, seed=1)
 
 
-def loss_of(model, made, masked, probability):
+def loss_of(model, tensors, masked, probability):
     masking = Masking(masked, probability)
-    hidden = made["input_ids"].masked_fill(masked, model.config.mask_token_id)
+    hidden = tensors["input_ids"].masked_fill(masked, model.config.mask_token_id)
     output = model(
-        input_ids=hidden, pixel_values=made["pixel_values"], media_shapes=made["media_shapes"],
-        attention_mask=made["attention_mask"], position_ids=made["position_ids"], logits_to_keep=masked,
+        input_ids=hidden, pixel_values=tensors["pixel_values"], media_shapes=tensors["media_shapes"],
+        attention_mask=tensors["attention_mask"], position_ids=tensors["position_ids"], logits_to_keep=masked,
     )  # fmt: skip
-    return diffusion_loss(output.logits, made["labels"], made["sample_index"], masking, None, made.get("sample_weight"))
+    return diffusion_loss(
+        output.logits, tensors["labels"], tensors["sample_index"], masking, None, tensors.get("sample_weight")
+    )
 
 
 @pytest.mark.parametrize("multiple", [1, 64])
@@ -71,9 +73,9 @@ def test_loss_and_gradients_are_those_of_separate_rows(samples, model_and_proces
     )
     masked = torch.zeros_like(packed["labels"], dtype=torch.bool)
     masked[packed["sample_index"] >= 0] = masking.masked[apart["sample_index"] >= 0]
-    for made, hidden in ((apart, masking.masked), (packed, masked)):
+    for tensors, hidden in ((apart, masking.masked), (packed, masked)):
         model.zero_grad()
-        loss = loss_of(model, made, hidden, masking.probability)
+        loss = loss_of(model, tensors, hidden, masking.probability)
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         found.append((loss.detach(), gradients))
@@ -102,9 +104,9 @@ def test_a_stand_in_changes_nothing(samples, model_and_processor):
     plain = Collator(processor, settings)(text, np.random.default_rng(0))
     plain |= {"pixel_values": None, "media_shapes": None}
     losses = []
-    for made in (with_stand_in, plain):
-        masked = made["labels"] >= 0
-        losses.append(loss_of(model, made, masked, torch.ones(2)).detach())
+    for tensors in (with_stand_in, plain):
+        masked = tensors["labels"] >= 0
+        losses.append(loss_of(model, tensors, masked, torch.ones(2)).detach())
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
 
 

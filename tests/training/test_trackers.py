@@ -44,7 +44,13 @@ def test_trackers(tmp_path, tracker):
     wanted = {"tensorboard": "run/logs/events*", "wandb": "wandb/offline-run-*/*.wandb", "trackio": "trackio/*.db"}
     (kept,) = (file for file in tmp_path.glob(wanted[tracker]) if file.stat().st_size > 0)
     content = b"".join(file.read_bytes() for file in kept.parent.glob(f"{kept.name}*"))  # a database's log too
-    for known in (b"a run by this name", b"a stage by this name", b"evaluation_score", b"gradient_norm"):
+    for known in (
+        b"a run by this name",
+        b"a stage by this name",
+        b"evaluation_score",
+        b"gradient_norm",
+        b"frozen_parameters",
+    ):
         assert known in content
     if tracker == "tensorboard":
         (values,) = (tmp_path / "run" / "logs").glob("*/hparams.yml")

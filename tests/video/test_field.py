@@ -8,7 +8,10 @@ import pytest
 from media import number_of, picture, write_video
 
 from vidlada.errors import InputError
+from vidlada.evaluation.answering import Answerer, Question
+from vidlada.generation import GenerationSettings
 from vidlada.video import Sampling, orient, sample_frames, sample_indices
+from vidlada.video_decoding import Reader
 
 H264 = {"codec": "libx264", "options": {"bf": "2"}}
 VP9 = {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}}
@@ -197,3 +200,71 @@ def test_what_is_asked_for_is_checked_before_a_frame_is_decoded(tmp_path, monkey
     monkeypatch.setattr("vidlada.video.decode_frames", lambda *_: pytest.fail("decoded"))
     with pytest.raises(InputError, match="100000 of 30"):
         sample_frames(path, Sampling(max_frames=100_000, force_sample=True), check=refuse)
+
+
+def write_raw(path, frames=300, gop=50, **options):
+    """An MPEG-4 elementary stream, which has no times."""
+    with av.open(str(path), "w", format="m4v") as container:
+        stream = container.add_stream("mpeg4", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.gop_size = 160, 96, "yuv420p", gop
+        for number in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("share", [0.21, 0.37, 0.5, 0.63])
+@pytest.mark.parametrize("gop", [12, 50])
+@pytest.mark.parametrize("suffix", ["mpg", "vob", "m4v"])
+def test_streams_that_begin_anywhere(tmp_path, suffix, gop, share):
+    """Few packets of a program stream have times of their own, none of a raw stream: the first may be guessed, to a few
+    frames, but no stretch is lost."""
+    if suffix == "m4v":
+        path = write_raw(tmp_path / "c.m4v", gop=gop, bf="2")
+    else:
+        path = write_video(tmp_path / f"c.{suffix}", frames=300, keyframe_every=gop, **KINDS["mpg"])
+    data = path.read_bytes()
+    path.write_bytes(data[int(len(data) * share) :])
+    frames = sample_frames(path)
+    numbers = np.array(shown(frames))
+    assert numbers[0] < 300 * share + 2 * gop + 12 and numbers[-1] >= 275
+    assert np.abs(numbers - numbers[0] - 25 * np.array(frames.times)).max() <= 4
+
+
+@pytest.mark.parametrize("cut", ["before a fragment", "behind a fragment's head"])
+def test_cuts_between_boxes_that_an_index_or_a_head_shows(tmp_path, cut):
+    flags = {"movflags": "frag_keyframe+empty_moov+default_base_moof+global_sidx"}
+    path = write_timed(tmp_path / "c.mp4", np.arange(150) / 25, container_options=flags)
+    assert len(sample_frames(path).times) == 6
+    data = path.read_bytes()
+    place = data.find(b"moof", len(data) // 2) - 4
+    length = int.from_bytes(data[place : place + 4])
+    path.write_bytes(data[: place + (0 if cut == "before a fragment" else length)])
+    with pytest.raises(InputError, match="truncated"):
+        sample_frames(path)
+
+
+def test_interlaced_pictures(tmp_path):
+    """Frames are shown as stored, both fields in one picture."""
+    for suffix, codec in (("mp4", "libx264"), ("mpg", "mpeg2video"), ("ts", "mpeg2video")):
+        options = {"flags": "+ilme+ildct", **({"x264-params": "tff=1"} if codec == "libx264" else {})}
+        path = write_video(tmp_path / f"c.{suffix}", frames=80, codec=codec, options=options)
+        assert shown(sample_frames(path)) == [0, 25, 50, 75]
+
+
+@pytest.mark.slow
+def test_an_hour_is_not_decoded_whole(tmp_path, small, monkeypatch):
+    """By `ask` and by an evaluation."""
+    path = write_video(tmp_path / "hour.mp4", frames=3600, fps=1, keyframe_every=60)
+    labelled, decoded = Reader.labelled_frames, []
+    monkeypatch.setattr(Reader, "labelled_frames", lambda self: (decoded.append(f[0]) or f for f in labelled(self)))
+    frames = sample_frames(path, Sampling(max_frames=32))
+    expected = np.linspace(0, 3599, 32).astype(int)
+    assert shown(frames) == (expected % 1024).tolist() and frames.times == tuple(expected.astype(float))
+    assert len(decoded) <= 32 * 64
+    question, settings = "is it red ?", GenerationSettings(gen_length=4, block_length=4)
+    answer = small.ask(path, question, frames=32, gen_length=4, block_length=4)
+    (reply,) = Answerer(small, Sampling(max_frames=32)).replies([Question(question, str(path), settings)])
+    assert reply.text == answer.text.removesuffix(".").strip() and answer.frame_times == frames.times

@@ -1,7 +1,7 @@
 """`vidlada ask` and `vidlada chat`."""
 
-import json
 import sys
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -18,6 +18,7 @@ from vidlada.cli.options import (
     setting_options,
 )
 from vidlada.fetch import Fetching
+from vidlada.files import json_line
 from vidlada.generation import GenerationSettings
 
 
@@ -52,7 +53,7 @@ def ask(
             conversation.ask(question, choices and [choice.strip() for choice in choices.split(",")])
     answer = conversation.last
     if as_json:
-        click.echo(json.dumps(answer_object(vidlada.name, media, question, conversation), ensure_ascii=False))
+        click.echo(json_line(answer_object(vidlada.name, media, question, conversation)))
     elif not show:
         click.echo(answer.text)
 
@@ -134,6 +135,8 @@ def chat(media: tuple[str, ...], show: bool, source: ModelSource, **options: Any
     _, conversation = watch(media, source, options)
     counts = f"{len(conversation.times)} frames"
     click.echo(f"{', '.join(media)}: {counts}. Ask; an empty line ends.", err=True)
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes in no encoding are refused like any half character
     while True:
         if sys.stdin.isatty():
             click.echo("> ", nl=False, err=True)

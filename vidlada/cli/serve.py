@@ -1,6 +1,7 @@
 """`vidlada serve`."""
 
 import logging
+import math
 import os
 import resource
 import socket
@@ -88,6 +89,8 @@ def serve(
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="on",
         http=impatient_protocol(checked.body_seconds),
+        # longer than clients keep idle connections (5 s is httpx's time too): a request may meet a closing one
+        timeout_keep_alive=math.ceil(checked.body_seconds),
     )  # fmt: skip
     drop_idle_readers(listener, checked.reader_seconds)
     allow_many_files()

@@ -1,1 +1,1 @@
-"""Benchmarks: a model for lmms-eval, runs of it, their data, and one report. `vidlada eval` is the front door."""
+"""Benchmarks: a model for lmms-eval, runs of it, their data, and one report. `vidlada eval` runs them."""

@@ -15,7 +15,7 @@ from vidlada import __version__
 from vidlada.api import VidLaDA
 from vidlada.errors import VidLaDAError
 from vidlada.serve.errors import RequestError
-from vidlada.serve.http import Outermost, answer_head, as_request_error, error_response
+from vidlada.serve.http import Outermost, as_request_error, error_response
 from vidlada.serve.limits import Limits
 from vidlada.serve.routes import router
 from vidlada.serve.server import Server, ServerSettings
@@ -57,7 +57,6 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
         )  # fmt: skip
     app.add_middleware(Outermost, rules=settings.site_rules)
     app.include_router(router)
-    answer_head(app)
     app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
     return app
 

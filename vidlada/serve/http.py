@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
@@ -138,11 +138,11 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def answer_head(app: FastAPI) -> None:
+def answer_head(router: APIRouter) -> None:
     """Answer `HEAD` wherever the routes so far answer `GET`; the server sends no body then."""
-    for route in list(app.routes):
+    for route in list(router.routes):
         if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
-            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
+            router.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 # --- errors ---

@@ -7,6 +7,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 
 from vidlada import __version__
 from vidlada.serve.completions import ChatReply
+from vidlada.serve.http import answer_head
 from vidlada.serve.legacy import TextReply
 from vidlada.serve.responses import ResponsesReply, ResponsesRequest
 from vidlada.serve.schema import ChatRequest, CompletionRequest
@@ -161,3 +162,6 @@ async def delete(server: Serving, owner: Owner, file_id: str) -> Response:
     """Remove an upload."""
     server.service.files.delete(file_id, owner)
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+
+answer_head(router)

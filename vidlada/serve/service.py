@@ -76,8 +76,8 @@ class Service:
         self.engine = Engine(vidlada, limits)
         self.decoders = Decoders(limits, vidlada.processor.image_size, vidlada.processor.most_frames)
         self.files = FileStore(folder, limits)
-        source = MediaSource(folder, limits, self.files, allowed, private_urls)
-        self.loader = MediaLoader(source, self.decoders, vidlada.processor.tiling, limits)
+        self.media = MediaSource(folder, limits, self.files, allowed, private_urls)
+        self.loader = MediaLoader(self.media, self.decoders, vidlada.processor.tiling, limits)
         self.arrivals = Arrivals(limits)
         self.admitted = self.previewing = 0
         self.previews = asyncio.Semaphore(max(1, limits.decode_workers - 1))  # questions wait for one of them at most

@@ -10,8 +10,9 @@ from vidlada.errors import InputError
 from vidlada.files import read_json
 from vidlada.markdown import table
 from vidlada.scores import mean_score
+from vidlada.shapes.captions import events_recovered
 from vidlada.shapes.dataset import question_of
-from vidlada.shapes.questions import BENCHMARK_FAMILIES, CHOICES_MARK, LETTERS, LONG_FAMILIES, events_recovered
+from vidlada.shapes.questions import BENCHMARK_FAMILIES, CHOICES_MARK, LETTERS, LONG_FAMILIES
 from vidlada.shapes.world import HELD_OUT, Clip
 
 # A question and the answers to choose from, None where it is open

@@ -7,13 +7,13 @@ from itertools import chain, islice
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from vidlada.processor import VidLaDAProcessor
 from vidlada.training.config import CollateSettings, TrainingConfig
 from vidlada.training.data.collate import Collator, PartSampler, StepDataset
 from vidlada.training.data.samples import Source
 from vidlada.training.data.workers import prefetch_batches
-from vidlada.training.parallel import is_sharded
 from vidlada.training.stages import stage_seed
 
 
@@ -33,7 +33,8 @@ class Batches:
     def __init__(self, config: TrainingConfig, processor: VidLaDAProcessor, accelerator: Accelerator, text_only: bool):
         self.config, self.processor = config, processor
         self.processes, self.process = accelerator.num_processes, accelerator.process_index
-        self.needs_stand_in = (self.processes > 1 or is_sharded(accelerator)) and not text_only
+        # DDP takes a tower that does not run for a mistake, in a launch of one process too
+        self.needs_stand_in = accelerator.distributed_type != DistributedType.NO and not text_only
         self.waited = 0.0
 
     def dataset(self, source: Source, collate: CollateSettings, number: int) -> StepDataset:

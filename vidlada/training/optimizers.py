@@ -78,12 +78,12 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> Optimizers:
         if UNUSED in name:
             parameter.requires_grad_(False)
     rate, decay = config.stages[0].learning_rate, config.weight_decay
-    made: list[tuple[Any, dict[ModelPart, list[nn.Parameter]], dict[str, Any]]] = [
+    kinds: list[tuple[Any, dict[ModelPart, list[nn.Parameter]], dict[str, Any]]] = [
         (torch.optim.AdamW, others, {"betas": (config.beta1, config.beta2)}),
         (torch.optim.Muon, matrices, {"adjust_lr_fn": "match_rms_adamw"}),
     ]
     built, parts = [], []
-    for kind, groups, options in made:
+    for kind, groups, options in kinds:
         if groups:
             listed = [{"params": parameters} for parameters in groups.values()]
             built.append(kind(listed, lr=rate, weight_decay=decay, **options))

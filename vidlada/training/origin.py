@@ -1,9 +1,9 @@
 """The folder a run starts from, looked at before torch is imported."""
 
-import json
 from pathlib import Path
 
 from vidlada.errors import InputError
+from vidlada.files import read_json
 from vidlada.model.hub import local_folder
 
 # vidlada.processor.MASK, whose module imports torch
@@ -26,12 +26,12 @@ def is_llama(folder: Path) -> bool:
     if gguf_file(folder) is not None:
         return True
     try:
-        if json.loads((folder / "config.json").read_text()).get("model_type") != "llama":
-            return False
+        values = read_json(folder / "config.json")
         tokenizer = folder / "tokenizer.json"
-        return not (tokenizer.is_file() and MASK in tokenizer.read_text(encoding="utf-8"))
-    except (OSError, ValueError, AttributeError):
+        masked = tokenizer.is_file() and MASK in tokenizer.read_text(encoding="utf-8")
+    except (InputError, OSError, ValueError):
         return False
+    return isinstance(values, dict) and values.get("model_type") == "llama" and not masked
 
 
 def gguf_file(folder: Path) -> str | None:

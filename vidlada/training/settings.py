@@ -75,13 +75,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping; `InputError` if the file is missing, malformed, or something else."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Loader)
+        check_texts(values, str(path))  # RecursionError where an alias stands within what it names
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no UTF-8, dates that are none …
         raise InputError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of settings")
-    check_texts(values, str(path))
     return values
 
 

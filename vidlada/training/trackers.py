@@ -13,14 +13,15 @@ PROJECT = "vidlada"
 LOGS = "logs"  # folder of TensorBoard's files, within the run's
 
 
-def start_tracker(accelerator: Accelerator, config: TrainingConfig) -> None:
+def start_tracker(accelerator: Accelerator, config: TrainingConfig, facts: dict[str, int]) -> None:
     """Begin to track a run under its name, with its config.
 
     Args:
-        accelerator: made with the tracker of `config`.
+        accelerator: has the tracker that `config` names.
         config: of the run; its `name` is that of its output folder by default.
+        facts: what else is known of the run before its first step.
     """
-    values = plain(asdict(config))
+    values = {**plain(asdict(config)), **facts}
     name = config.name or Path(config.output).resolve().name
     if config.tracker == "tensorboard":
         accelerator.init_trackers(LOGS, {"name": name, **flat(values)})

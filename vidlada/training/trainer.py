@@ -82,7 +82,7 @@ def run_training(
         if not resume:  # only now, when all else is known to be right
             on_main(accelerator, lambda: clear_output(output))
             say(f"{run.trainable:,} trainable parameters, {run.frozen:,} frozen")
-        start_tracker(accelerator, config)
+        start_tracker(accelerator, config, {"trainable_parameters": run.trainable, "frozen_parameters": run.frozen})
         progress = Progress()
         if resume:
             checkpoint = newest_checkpoint(output)
@@ -306,7 +306,9 @@ class Run:
             window, rate, self.batches.waited, self.epoch(done), self.accelerator.device, self.accelerator.num_processes
         )
         self.batches.waited = 0.0
-        self.say(line_of(figures, done, self.config.total_steps, self.config.stage_at(done - 1)[0].name))
+        stage, _ = self.config.stage_at(done - 1)
+        figures["stage"] = 1 + self.config.stages.index(stage)
+        self.say(line_of(figures, done, self.config.total_steps, stage.name))
         self.track(figures, done)
 
     def epoch(self, done: int) -> float | None:

@@ -29,7 +29,7 @@ SHORT, LONG = ("Where is the red ball?", "left"), ("What happens?", "the red bal
 
 
 @pytest.fixture(scope="module")
-def made():
+def new():
     model, processor = new_model(ARGUMENTS, 0)
     return model.eval().requires_grad_(False), processor
 
@@ -38,13 +38,13 @@ def video(frames, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (frames, 24, 24, 3), dtype=np.uint8)
 
 
-def collate(made, samples, seed=0, **settings):
-    return Collator(made[1], CollateSettings(**settings))(samples, np.random.default_rng(seed))
+def collate(new, samples, seed=0, **settings):
+    return Collator(new[1], CollateSettings(**settings))(samples, np.random.default_rng(seed))
 
 
-def logits(made, batch, **changes):
+def logits(new, batch, **changes):
     """Logits of every position with all targets hidden."""
-    model, _ = made
+    model, _ = new
     names = ("position_ids", "attention_mask", "pixel_values", "media_shapes")
     hidden = batch["input_ids"].masked_fill(batch["labels"] != IGNORED, model.config.mask_token_id)
     return model(input_ids=hidden, **{**{name: batch.get(name) for name in names}, **changes}).logits
@@ -56,37 +56,37 @@ def separate_samples_mask(owner):
     return (seen & (owner != -2)[:, None, :])[:, None]
 
 
-def alone(made, sample, exchange):
+def alone(new, sample, exchange):
     """What a packed exchange must reproduce: its own row, in which the shared part does not see the question."""
-    batch = collate(made, [Sample(sample.videos, [exchange], separate=True)])
+    batch = collate(new, [Sample(sample.videos, [exchange], separate=True)])
     mask = separate_samples_mask(batch["sample_index"])
-    return logits(made, batch, attention_mask=mask)[batch["labels"] != IGNORED]
+    return logits(new, batch, attention_mask=mask)[batch["labels"] != IGNORED]
 
 
-def test_a_packed_sample_is_the_sample_alone(made):
+def test_a_packed_sample_is_the_sample_alone(new):
     samples = [
         Sample([video(3)], [SHORT, LONG, ("Is there a cube?", "no")], separate=True),
         Sample([], [LONG, SHORT], separate=True),
         Sample([video(2, 1)], [SHORT], separate=True),
     ]
-    batch = collate(made, samples)
-    packed = logits(made, batch)
-    unmasked = logits(made, batch, attention_mask=batch["sample_index"] != -2)
+    batch = collate(new, samples)
+    packed = logits(new, batch)
+    unmasked = logits(new, batch, attention_mask=batch["sample_index"] != -2)
     number = 0
     for sample in samples:
         for exchange in sample.exchanges:
             place = (batch["labels"] != IGNORED) & (batch["sample_index"] == number)
-            expected = alone(made, sample, exchange)
+            expected = alone(new, sample, exchange)
             torch.testing.assert_close(packed[place], expected, rtol=0, atol=1e-4)
             assert (unmasked[place] - expected).abs().max() > 1e-2  # the mask is what makes them equal
             number += 1
     assert number == len(batch["force"]) == 6
 
 
-def test_a_packed_answer_sees_its_video(made):
-    first, second = (collate(made, [Sample([video(2, seed)], [SHORT, LONG], separate=True)], seed=0) for seed in (1, 2))
+def test_a_packed_answer_sees_its_video(new):
+    first, second = (collate(new, [Sample([video(2, seed)], [SHORT, LONG], separate=True)], seed=0) for seed in (1, 2))
     place = first["labels"] != IGNORED
-    assert (logits(made, first)[place] - logits(made, second)[place]).abs().amax(-1).min() > 1e-3
+    assert (logits(new, first)[place] - logits(new, second)[place]).abs().amax(-1).min() > 1e-3
 
 
 def test_a_batch_with_padding_trains_every_part_with_finite_gradients():
@@ -99,9 +99,9 @@ def test_a_batch_with_padding_trains_every_part_with_finite_gradients():
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_targets_are_the_answers(made):
-    _, processor = made
-    batch = collate(made, [Sample([video(2)], [LONG, SHORT])])
+def test_targets_are_the_answers(new):
+    _, processor = new
+    batch = collate(new, [Sample([video(2)], [LONG, SHORT])])
     eot = processor.token_id(END_OF_TURN)
     answers = [*processor.text_ids(LONG[1]), eot, *processor.text_ids(SHORT[1]), eot]
     labels = batch["labels"]
@@ -110,38 +110,38 @@ def test_targets_are_the_answers(made):
     assert batch["attention_mask"] is None
 
 
-def test_control_targets_add_the_control_tokens_and_the_answers_header(made):
-    _, processor = made
-    plain, quirk = (collate(made, [Sample([], [SHORT])], control_targets=on) for on in (False, True))
+def test_control_targets_add_the_control_tokens_and_the_answers_header(new):
+    _, processor = new
+    plain, quirk = (collate(new, [Sample([], [SHORT])], control_targets=on) for on in (False, True))
     added = quirk["input_ids"][(quirk["labels"] != IGNORED) & (plain["labels"] == IGNORED)].tolist()
     controls = ["<|startoftext|>", *["<|start_header_id|>", "<|end_header_id|>"] * 2, END_OF_TURN]
     header = [*processor.text_ids("assistant"), *processor.text_ids("\n\n")]
     assert sorted(added) == sorted([*map(processor.token_id, controls), *header])
 
 
-def test_control_targets_of_packed_samples(made):
+def test_control_targets_of_packed_samples(new):
     samples = [Sample([video(2)], [SHORT, LONG], separate=True)]
-    plain, quirk = (collate(made, samples, control_targets=on) for on in (False, True))
+    plain, quirk = (collate(new, samples, control_targets=on) for on in (False, True))
     in_plain, in_quirk = plain["labels"] != IGNORED, quirk["labels"] != IGNORED
     assert bool(in_quirk[in_plain].all()) and in_quirk.sum() > in_plain.sum() > 0
     assert torch.equal(quirk["labels"][in_quirk], quirk["input_ids"][in_quirk])
 
 
-def test_packed_samples_without_exchanges(made):
+def test_packed_samples_without_exchanges(new):
     """Sixty pictures of which some do not support a question about a colour."""
     samples = batch(ShapesSource(frames_per_batch=60, pictures=True, families=("colour",), questions=1), 0)
     asked = sum(len(sample.exchanges) for sample in samples)
     assert 0 < asked < 60
-    labels = collate(made, samples)["labels"]
-    assert int((labels == made[1].token_id(END_OF_TURN)).sum()) == asked
+    labels = collate(new, samples)["labels"]
+    assert int((labels == new[1].token_id(END_OF_TURN)).sum()) == asked
 
 
-def test_end_targets_and_slots_follow_the_answer(made):
-    _, processor = made
+def test_end_targets_and_slots_follow_the_answer(new):
+    _, processor = new
     eot, mask = processor.token_id(END_OF_TURN), processor.token_id(MASK)
     seen = set()
     for seed in range(200):
-        batch = collate(made, [Sample([], [SHORT])], seed, end_targets=2, end_slots=3)
+        batch = collate(new, [Sample([], [SHORT])], seed, end_targets=2, end_slots=3)
         ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
         start = labels.index(processor.text_ids(SHORT[1])[0]) + len(processor.text_ids(SHORT[1])) + 1
         targets, slots = ids[start:].count(eot), ids[start:].count(mask)
@@ -151,17 +151,17 @@ def test_end_targets_and_slots_follow_the_answer(made):
     assert seen == {(targets, slots) for targets in range(3) for slots in range(4)}
 
 
-def test_short_answers_are_forced(made):
+def test_short_answers_are_forced(new):
     samples = [Sample([video(2)], [LONG, SHORT], separate=True), Sample([], [SHORT], separate=True)]
-    assert collate(made, samples, force_up_to=2)["force"].tolist() == [False, True, True]
-    assert collate(made, samples, force_up_to=1)["force"].tolist() == [False, False, False]
+    assert collate(new, samples, force_up_to=2)["force"].tolist() == [False, True, True]
+    assert collate(new, samples, force_up_to=1)["force"].tolist() == [False, False, False]
 
 
-def test_the_conversation_mask_hides_later_turns(made):
-    first_turn = len(collate(made, [Sample([video(2)], [SHORT])])["input_ids"][0])
+def test_the_conversation_mask_hides_later_turns(new):
+    first_turn = len(collate(new, [Sample([video(2)], [SHORT])])["input_ids"][0])
     samples = [Sample([video(2)], [SHORT, second]) for second in (LONG, ("Is there a cube?", "no"))]
     for on in (True, False):
-        one, other = (logits(made, collate(made, [sample], conversation_mask=on))[0, :first_turn] for sample in samples)
+        one, other = (logits(new, collate(new, [sample], conversation_mask=on))[0, :first_turn] for sample in samples)
         assert ((one - other).abs().max() < 1e-4) == on
 
 
@@ -266,10 +266,10 @@ def same(first, second):
     )
 
 
-def test_steps_are_the_same_in_any_order(made):
+def test_steps_are_the_same_in_any_order(new):
     def dataset(seed):
         source = ShapesSource(seed=seed, frames_per_batch=4, questions=2, seconds=(2, 2))
-        return StepDataset(source, Collator(made[1], CollateSettings(end_targets=2, end_slots=5)), seed)
+        return StepDataset(source, Collator(new[1], CollateSettings(end_targets=2, end_slots=5)), seed)
 
     forward, backward = dataset(1), dataset(1)
     batches = [forward[Part(step)] for step in range(3)]

@@ -3,7 +3,7 @@
 import pytest
 
 from vidlada.errors import InputError
-from vidlada.shapes.questions import NOTHING
+from vidlada.shapes.captions import NOTHING
 from vidlada.training.data.shapes import ShapesSource
 
 

@@ -96,8 +96,8 @@ def test_an_error_of_ours_brings_its_traceback(tmp_path):
 def test_no_worker_outlives_a_killed_run(tmp_path):
     def run():
         batches = prefetch_batches(Steps(tmp_path), PARTS, 2)
-        made = [next(batches) for _ in range(2)]
-        (tmp_path / "workers").write_text(" ".join(str(batch["process"]) for batch in made))
+        found = [next(batches) for _ in range(2)]
+        (tmp_path / "workers").write_text(" ".join(str(batch["process"]) for batch in found))
         kill_itself()
 
     process = multiprocessing.get_context("fork").Process(target=run)

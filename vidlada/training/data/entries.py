@@ -37,7 +37,7 @@ class TarMember:
 
     @contextmanager
     def as_file(self) -> Iterator[Path]:
-        """A temporary file of its content, for readers that need one; a video is never held in memory."""
+        """A temporary file of its content, for readers that need one; a video is never read into memory as a whole."""
         with NamedTemporaryFile(suffix=self.suffix) as copy, self.tar.open("rb") as file:
             file.seek(self.offset)
             for start in range(0, self.size, COPIED_AT_ONCE):

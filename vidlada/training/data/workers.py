@@ -119,12 +119,12 @@ def work(dataset: StepDataset, pipe: Connection, others: Sequence[Connection]) -
         except (OSError, EOFError):
             return
         try:
-            made: dict[str, Any] | Exception = dataset[part]
+            batch: dict[str, Any] | Exception = dataset[part]
         except VidLaDAError as error:
-            made = error
+            batch = error
         except Exception:
-            made = RuntimeError(f"in a process that prepares batches:\n{traceback.format_exc()}")
+            batch = RuntimeError(f"in a process that prepares batches:\n{traceback.format_exc()}")
         try:
-            pipe.send(made)
+            pipe.send(batch)
         except OSError:
             return
