@@ -181,7 +181,7 @@ def test_streamer_gets_every_final_token_once_and_in_order(small):
         ({"threshold": 0.9, "remasking": "random"}, "low_confidence"),
         ({"remasking": "best"}, "remasking"),
         ({"stop": [""]}, "stop string"),
-        ({"speed": 3}, "unknown generation setting speed"),
+        ({"pace": 3}, "unknown generation setting pace"),
     ],
 )
 def test_bad_settings(changes, message):

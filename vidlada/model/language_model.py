@@ -175,9 +175,10 @@ def pack(module: nn.Module, packed: str, names: Sequence[str]) -> bool:
     Returns:
         Whether it was done; not where their weights are kept elsewhere for lack of memory.
     """
-    weights = [cast(nn.Linear, module.get_submodule(name)).weight for name in names]
-    if any(weight.is_meta for weight in weights):
+    parts = [cast(nn.Linear, module.get_submodule(name)) for name in names]
+    if any(part.weight.is_meta and hasattr(part, "_hf_hook") for part in parts):  # accelerate's, which fetches them
         return False
+    weights = [part.weight for part in parts]
     sizes = [len(weight) for weight in weights]
     whole = nn.Linear(weights[0].shape[1], sum(sizes), bias=False, device="meta")
     whole.weight = nn.Parameter(torch.cat([weight.detach() for weight in weights]), requires_grad=False)
