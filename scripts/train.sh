@@ -38,7 +38,7 @@ unset RANK  # torchrun gives every process its own
 if [[ $nodes == 1 && $devices == 1 ]]; then
     exec "$python" -m vidlada train "$@"
 fi
-"$python" -m vidlada train "$@" --dry-run >/dev/null  # a mistake is reported once, and and not by every process
+"$python" -m vidlada train "$@" --dry-run >/dev/null  # a mistake is reported once, not by every process
 
 # seconds that torchrun gives processes to save after SIGTERM, before it kills them; it would be 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}

@@ -16,6 +16,7 @@ from vidlada.checkpoint.load import save_model
 from vidlada.checkpoint.publish import upload
 from vidlada.conversation import Answer, Conversation, Draft, EncodedVideo
 from vidlada.decoding.choices import check_choices
+from vidlada.decoding.memory import request_bytes
 from vidlada.decoding.sampler import Denoiser, Request, State
 from vidlada.decoding.streaming import StableText
 from vidlada.decoding.thinking import Turn, split_thought
@@ -332,6 +333,9 @@ class VidLaDA:
             else:
                 answers[number] = chats[number].choose(questions[number][1], own)
         requests = [chats[number].request(questions[number][1]) for number in decoded]
+        need = request_bytes(self.model.config.text, requests, self.model.dtype.itemsize)
+        instead = "ask fewer questions together, use fewer frames or a smaller gen_length"
+        check_memory(need, self.model.device, f"answering {len(requests)} questions together", instead)
         for place, state, stable in self.decode(requests):
             if stable.finish_reason is not None:
                 answers[decoded[place]] = chats[decoded[place]].answer(state, stable)

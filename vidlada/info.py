@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from vidlada.checkpoint.load import Checkpoint, weights_type
-from vidlada.decoding.kv_cache import key_value_bytes
-from vidlada.decoding.policies import parse_policy
+from vidlada.decoding.memory import kept_bytes, pass_bytes
 from vidlada.errors import InputError
-from vidlada.generation import CachePolicy
+from vidlada.generation import CachePolicy, GenerationSettings
 from vidlada.machine import processor
 from vidlada.model.config import VidLaDAConfig
 from vidlada.model.vision import FRAMES_PER_PASS
@@ -64,9 +63,6 @@ def memory_need(
 ) -> MemoryNeed:
     """Estimate the memory of answering about videos and images, which pass the tower one after another.
 
-    Counted are the tensors alive at once in the widest place of a layer: the residual stream, its normed float32
-    copy, and either queries, keys, values with the attention's output or the gate and up projections.
-
     Args:
         config: of the model.
         parameters: how many weights it has.
@@ -76,22 +72,17 @@ def memory_need(
         cache, visual_keep: as in `GenerationSettings`.
     """
     text, vision = config.text, config.vision
-    width, mlp = text.hidden_size, text.intermediate_size
+    width = text.hidden_size
     shapes = [media] if isinstance(media, int) else list(media)
     visual = sum(map(config.visual_tokens, shapes))
     tokens = round(visual_keep * visual) + PROMPT_TOKENS + gen_length
-    layer = max(4 * width, 3 * mlp) * value_bytes + 2 * width * value_bytes + 4 * width
     pictures, cells = max(map(pictures_of, shapes), default=0), config.patches_per_side**2
     tower_width, tower_mlp = vision.hidden_size, vision.intermediate_size
     tower = max(4 * tower_width, 2 * tower_mlp, 2 * width) * value_bytes + 2 * tower_width * value_bytes
-    logits = gen_length * text.vocab_size * (4 + 8)
-    policy = parse_policy(cache)
-    kept = 0
-    if policy is not None:
-        states = 2 + len(policy.entries(text.num_hidden_layers))  # entering the first layer, leaving the last
-        kept = key_value_bytes(text, tokens, value_bytes) + states * tokens * width * value_bytes
+    kept = kept_bytes(text, tokens, tokens, GenerationSettings(cache=cache), value_bytes)
     through = min(pictures, FRAMES_PER_PASS) * cells * tower + pictures * cells * width * value_bytes
-    return MemoryNeed(tokens, parameters * value_bytes, through, tokens * layer + logits, kept)
+    denoising = pass_bytes(text, tokens, gen_length, value_bytes)
+    return MemoryNeed(tokens, parameters * value_bytes, through, denoising, kept)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -1,0 +1,78 @@
+"""How much memory requests take while they are decoded, from their shapes alone: to be asked before they start."""
+
+from collections.abc import Sequence
+
+from vidlada.decoding.kv_cache import key_value_bytes
+from vidlada.decoding.policies import parse_policy
+from vidlada.decoding.policies.dllm import DLLM
+from vidlada.decoding.policies.sparse import Sparse
+from vidlada.decoding.request import Request
+from vidlada.generation import GenerationSettings
+from vidlada.model.config import VidLaDATextConfig
+
+
+def kept_bytes(
+    config: VidLaDATextConfig, tokens: int, visual: int, settings: GenerationSettings, value_bytes: int
+) -> int:
+    """Return what a request keeps between its steps, and leaves for a further question.
+
+    Args:
+        config: of the language model.
+        tokens: of the whole sequence, answer slots included.
+        visual: how many of them are visual.
+        settings: of the request.
+        value_bytes: bytes a value in the type it runs in.
+    """
+    policy, layers, width = parse_policy(settings.cache), config.num_hidden_layers, config.hidden_size
+    if policy is None:
+        return 0
+    reuse = min(settings.reuse, layers)
+    entries = {*policy.entries(layers), reuse} - {0, layers}
+    states = 2 + len(entries)  # entering the first layer, leaving the last
+    kept = key_value_bytes(config, tokens, value_bytes) + states * tokens * width * value_bytes
+    if isinstance(policy, Sparse):
+        block = min(settings.block_length, tokens)
+        kept += key_value_bytes(config, block + max(1, round(policy.keep * (tokens - block))), value_bytes)
+    if isinstance(policy, DLLM):
+        kept += layers * settings.gen_length * width * value_bytes
+    if settings.cfg_scale > 0:
+        kept *= 2
+    if reuse:
+        exported = len([layer for layer in (*entries, layers) if layer <= reuse])
+        kept += key_value_bytes(config, visual, value_bytes) * reuse // layers + exported * visual * width * value_bytes
+    return kept
+
+
+def pass_bytes(config: VidLaDATextConfig, tokens: int, blocks: int, value_bytes: int) -> int:
+    """Return the largest activations of a pass over every position.
+
+    Counted are the tensors alive at once in the widest place of a layer: the residual stream, its normed copy, and
+    either queries, keys and values with the attention's output or the gate and up projections; and the logits.
+
+    Args:
+        config: of the language model.
+        tokens: of all sequences.
+        blocks: slots of all current blocks.
+        value_bytes: bytes a value in the type it runs in.
+    """
+    width = config.hidden_size
+    layer = max(4 * width, 3 * config.intermediate_size) * value_bytes + 2 * width * value_bytes + 4 * width
+    return tokens * layer + blocks * config.vocab_size * (4 + 8)  # float32, and float64 for the probabilities
+
+
+def request_bytes(config: VidLaDATextConfig, requests: Sequence[Request], value_bytes: int) -> int:
+    """Return what requests that run together take at their peak, besides the weights: the first step recomputes all.
+
+    Args:
+        config: of the language model.
+        requests: all that run together; sum of one by one is an upper bound.
+        value_bytes: bytes a value in the type they run in.
+    """
+    kept = tokens = blocks = 0
+    for request in requests:
+        length = len(request.prompt) + request.settings.gen_length + len(request.suffix_ids)
+        visual = sum(frame >= 0 for frame in request.frame_index or ())
+        kept += kept_bytes(config, length, visual, request.settings, value_bytes)
+        tokens += length
+        blocks += request.settings.block_length
+    return kept + pass_bytes(config, tokens, blocks, value_bytes)
