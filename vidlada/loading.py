@@ -49,7 +49,8 @@ def load(
         dtype: of the weights; `auto` is float32 on a CPU, and the stored type elsewhere.
         device: `cuda`, `cpu`, …; the first GPU by default, else the CPU.
         device_map: as in transformers, to spread a model over devices.
-        quantization: of the language model's projections; see `vidlada.model.quantization`.
+        quantization: of the language model's projections; see `vidlada.model.quantization`. On a GPU it compiles too,
+            as it is slower than none without.
         compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
         graphs: replay repeated cached passes as CUDA graphs; by default on a GPU. Elsewhere they run over the same
             fixed buffers without one, which is of use only in tests.
@@ -78,7 +79,8 @@ def load(
     model.language_model.static = graphs
     if quantization is not None:
         quantize(model.language_model, quantization)
-    if compiled:
+    # uncompiled, int8 turns every weight into its wide type in every product: slower than none on a GPU
+    if compiled or (quantization is not None and model.device.type == "cuda"):
         model.language_model.compile_layers()
     processor = VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
     return VidLaDA(model, processor, with_revision(str(name_or_folder), revision))

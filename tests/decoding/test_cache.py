@@ -1,5 +1,6 @@
 """Caches: exact where they must be, and where they approximate, exactly the approximation they name."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend
 from vectors import VARIANTS, arrays, load_reference_model
 
 from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors, scenes_of
-from vidlada.decoding.kv_cache import KVCache, PartialPass, refresh
+from vidlada.decoding.kv_cache import KVCache, PartialPass, attention_kernels, backends, refresh
 from vidlada.decoding.policies import POLICIES, parse_policy
 from vidlada.decoding.policies.base import StepContext
 from vidlada.decoding.policies.mars import Mars
@@ -408,3 +410,13 @@ def test_a_further_question_reuses_the_frames_of_some_layers(cache):
     kv_cache, everything = denoiser.rows[0].caches[0].kv_cache, len(index) + 16
     assert kv_cache.computed == [everything - 15, *[everything] * (len(kv_cache.computed) - 1)]
     assert torch.equal(kv_cache.layers[0][:, 3:18], left.visual.layers[0])
+
+
+def test_kernels_of_attention_on_a_gpu():
+    """Chosen once a pass; every list ends in kernels that take masks."""
+    assert backends(32)[0] == SDPBackend.FLASH_ATTENTION and SDPBackend.CUDNN_ATTENTION not in backends(256)
+    assert backends(257)[0] == SDPBackend.CUDNN_ATTENTION
+    assert all(found[-1] == SDPBackend.MATH for found in (backends(1), backends(10_000)))
+    assert isinstance(attention_kernels(torch.device("cpu"), 1), nullcontext)
+    with attention_kernels(torch.device("cuda"), 1):
+        F.scaled_dot_product_attention(*torch.randn(3, 1, 2, 4, 8))

@@ -7,8 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import flex_attention
+from vectors import load_reference_model
 
+import vidlada.decoding.fused as fused_module
 from vidlada.decoding.attention import FrameMap, chunked_attention
 from vidlada.decoding.fused import BLOCK, FusedChunks, blocks_in_sight
 from vidlada.decoding.sampler import Request, denoise
@@ -114,3 +117,21 @@ def test_answers_are_the_same(small):
         answers.append(last)
     assert torch.equal(answers[0].proposed, answers[1].proposed)
     assert answers[0].statistics.refreshes["visual"] > 2
+
+
+def test_too_many_shapes_fall_back_to_gathered_blocks(monkeypatch):
+    """Beyond its limit of graphs PyTorch would build all scores."""
+    model = load_reference_model("gqa")
+    index = [-1] * 2 + [number for number in range(4) for _ in range(3)] + [-1] * 3
+    prompt = torch.randn(len(index), model.config.text.hidden_size) * 0.2
+
+    def answer(fused):
+        cache = f"mars:window=1,text=1,ratio=1,anchors=3,fused={fused}"
+        settings = GenerationSettings(gen_length=8, block_length=4, cache=cache)
+        return [state.proposed.tolist() for _, state in denoise(model, [Request(prompt, settings, frame_index=index)])]
+
+    def refuse(*args, **kwargs):
+        raise FailOnRecompileLimitHit("too many")
+
+    monkeypatch.setattr(fused_module, "compiled_flex_attention", lambda dynamic: refuse)
+    assert answer("true") == answer("false")

@@ -17,8 +17,21 @@ from vidlada.generation import GenerationSettings
 CACHES = [
     "full", "prefix", "prefix:every=3", "dual", "frozen", "interval:prompt=6,response=3", "sparse", "sparse:keep=0.2",
     "mars:text=2,ratio=2,group=1", "mars:text=2,ratio=2,group=1,window=1,anchors=4", "mars:drift=0.01,group=1",
+    "dkv:every=4", "dllm:prompt=5,response=3", "elastic",
 ]  # fmt: skip
-PACES = [{}, {"steps": 4}, {"threshold": 0.05}, {"cfg_scale": 1.0}, {"temperature": 0.6}, {"block_length": 4}]
+PACES = [
+    {},
+    {"steps": 4},
+    {"threshold": 0.05},
+    {"cfg_scale": 1.0},
+    {"temperature": 0.6},
+    {"block_length": 4},
+    {"commit": "wino"},
+    {"commit": "credit"},
+    {"commit": "prophet"},
+    {"commit": "entropy"},
+    {"commit": "stable"},
+]
 
 
 def request(model, cache, pace, frames, seed, stop):

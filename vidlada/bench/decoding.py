@@ -138,6 +138,10 @@ def decoding_figures(
     for case in cases:
         Denoiser(measured.model).add(measured.request(case.settings))  # what does not fit is refused before all else
     runs: dict[Case, list[Run]] = {case: [] for case in cases}
+    if device.startswith("cuda"):  # the first run pays for libraries, plans of kernels and captured graphs
+        for case in cases:
+            progress(f"{case.cache}, {case.pace} a step, warming up")
+            measure(measured.model, measured.request(case.settings))
     for repeat in range(repeats):
         for case in cases:
             progress(f"{case.cache}, {case.pace} a step, {repeat + 1} of {repeats}")

@@ -78,6 +78,7 @@ def subject(name: str, frames: int | None, device: str, dtype: torch.dtype) -> S
     size = SIZES[name]
     count = frames or size.frames
     model = random_model(size.text_config, device, dtype)
+    model.language_model.pack()  # as `vidlada.load` does
     return Subject(
         model,
         lambda settings: random_request(model, size.tokens_per_frame, count, settings),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vidlada.bench.decoding import Run, measure
-from vidlada.bench.sizes import Subject, subject
+from vidlada.bench.sizes import subject
 from vidlada.decoding.policies.blockwise import Frozen
 from vidlada.generation import GenerationSettings
 from vidlada.machine import machine
@@ -39,7 +39,9 @@ def weights_figures(
     size: str, frames: int | None = None, kinds: Sequence[Weights] = WEIGHTS, repeats: int = 3, device: str = "cpu",
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """A full step and a cached one (a block of 32 answer tokens) with weights kept in several ways, interleaved.
+    """A full step and a cached one (a block of 32 answer tokens) with weights kept in several ways.
+
+    One after another, not interleaved: at the size of 8b several models do not fit together.
 
     Args:
         size, frames, device: as in `vidlada.bench.decoding.decoding_figures`.
@@ -51,24 +53,26 @@ def weights_figures(
         InputError: an unknown size, or torchao is missing.
     """
     settings = GenerationSettings(gen_length=32, block_length=32, cache=Frozen.name)
-    subjects: dict[Weights, Subject] = {}
-    runs: dict[Weights, list[Run]] = {kind: [] for kind in kinds}
+    visual_tokens, runs = 0, dict[Weights, list[Run]]()
     for kind in kinds:
         progress(f"{kind}, warming up")
-        subjects[kind] = made = subject(size, frames, device, getattr(torch, kind.dtype))
+        made = subject(size, frames, device, getattr(torch, kind.dtype))
         if kind.quantization is not None:
             quantize(made.model.language_model, kind.quantization)
         if kind.compiled:
             made.model.language_model.compile_layers()
         measure(made.model, made.request(settings))
-    for repeat in range(repeats):
-        for kind, made in subjects.items():
+        visual_tokens, runs[kind] = made.visual_tokens, []
+        for repeat in range(repeats):
             progress(f"{kind}, {repeat + 1} of {repeats}")
             runs[kind].append(measure(made.model, made.request(settings)))
+        del made
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
     full = {kind: statistics.median(run.seconds[0] for run in own) for kind, own in runs.items()}
     cached = {kind: statistics.median(statistics.median(run.seconds[1:]) for run in own) for kind, own in runs.items()}
     return {
-        "machine": machine(device), "size": size, "visual_tokens": subjects[kinds[0]].visual_tokens, "repeats": repeats,
+        "machine": machine(device), "size": size, "visual_tokens": visual_tokens, "repeats": repeats,
         "rows": [
             {"weights": str(kind), "full_step_s": full[kind], "cached_step_s": cached[kind],
              "full_times_faster": full[kinds[0]] / full[kind], "cached_times_faster": cached[kinds[0]] / cached[kind]}
@@ -81,7 +85,7 @@ def weights_table(figures: dict[str, Any]) -> str:
     """Markdown of `weights_figures`."""
     title = (
         f"{figures['machine']}; size {figures['size']}, {figures['visual_tokens']} visual tokens, 32 answer tokens, "
-        f"{figures['repeats']} interleaved repeats"
+        f"{figures['repeats']} repeats"
     )
     head = ("weights", "full step, s", "cached step, s", "full step, times faster", "cached step, times faster")
     rows = [

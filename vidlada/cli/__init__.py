@@ -9,6 +9,7 @@ from vidlada.cli.bench import bench
 from vidlada.cli.checkpoint import convert, info, merge, push
 from vidlada.cli.data import data
 from vidlada.cli.eval import evaluate
+from vidlada.cli.plan import plan
 from vidlada.cli.serve import serve
 from vidlada.cli.shapes import shapes
 from vidlada.cli.train import train
@@ -31,5 +32,5 @@ def completion(shell: str) -> None:
     click.echo(script(main, {}, "vidlada", "_VIDLADA_COMPLETE").source())
 
 
-for command in (ask, chat, info, convert, merge, push, train, data, shapes, bench, evaluate, serve, batch):
+for command in (ask, chat, info, convert, merge, push, train, data, shapes, bench, plan, evaluate, serve, batch):
     main.add_command(command)

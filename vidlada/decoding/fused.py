@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from vidlada.decoding.attention import FrameMap
 
 BLOCK = 128  # the kernel's blocks of queries and of keys
+MAX_GRAPHS = 64  # of FlexAttention; requests of different shapes need about one for every three
 BEYOND = 2**30  # more than there are frames
 
 
@@ -26,7 +27,10 @@ def compiled_flex_attention(dynamic: bool) -> Any:
     Args:
         dynamic: once for sequences of all lengths. On a CPU PyTorch 2.13 fails at that, and compiles for every length.
     """
-    return torch.compile(flex_attention, dynamic=dynamic)
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_GRAPHS)
+    # beyond the limit PyTorch would run the unfused function, which builds all scores; with `fullgraph` it raises
+    return torch.compile(flex_attention, dynamic=dynamic, fullgraph=True)
 
 
 def can_fuse(device: torch.device) -> bool:
@@ -107,20 +111,18 @@ def blocks_in_sight(first: Tensor, last: Tensor, of_key: Tensor, anchors: int) -
     has_text = blocked(text, False, anchors).any(1)
     ends = blocked(torch.ones_like(text), False, anchors).logical_not().any(1)  # copies, or nothing, in it
     has_copies = ends if anchors else torch.zeros_like(ends)
-    first, last = first.split(BLOCK), last.split(BLOCK)
-    near, all_near = [], []
-    for block_first, block_last in zip(first, last, strict=True):
-        near.append((lowest <= block_last.amax()) & (highest >= block_first.amin()))
-        all_near.append((lowest >= block_first.amax()) & (highest <= block_last.amin()))
-    whole = torch.stack(all_near) & ~ends
-    return (torch.stack(near) | has_text | has_copies) & ~whole, whole
+    earliest, latest_first = blocked(first, BEYOND).amin(1)[:, None], blocked(first, -BEYOND).amax(1)[:, None]
+    latest, earliest_last = blocked(last, -BEYOND).amax(1)[:, None], blocked(last, BEYOND).amin(1)[:, None]
+    near = (lowest <= latest) & (highest >= earliest)  # (blocks of queries, blocks of keys)
+    whole = (lowest >= latest_first) & (highest <= earliest_last) & ~ends
+    return (near | has_text | has_copies) & ~whole, whole
 
 
-def blocked(of_key: Tensor, fill: float, anchors: int) -> Tensor:
-    """(tokens,) in blocks of keys, places of anchors and of nothing filled: (blocks of keys, block)."""
-    keys = len(of_key) + anchors
-    padded = of_key.new_full((-(-keys // BLOCK) * BLOCK,), fill)
-    padded[: len(of_key)] = of_key
+def blocked(values: Tensor, fill: float, anchors: int = 0) -> Tensor:
+    """(tokens,) in blocks, places of anchors and of nothing filled: (blocks, block)."""
+    count = len(values) + anchors
+    padded = values.new_full((-(-count // BLOCK) * BLOCK,), fill)
+    padded[: len(values)] = values
     return padded.view(-1, BLOCK)
 
 

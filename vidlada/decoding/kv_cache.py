@@ -10,15 +10,19 @@ What is special about it:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vidlada.model.config import VidLaDATextConfig
 from vidlada.model.language_model import LanguageModel, Layer
+
+FEW_QUERIES = 256  # up to which the keys are to be split
 
 # Mixes one layer's values: queries (heads, active, head_dim), keys and values (key/value heads, tokens, head_dim), the
 # layer's number, the active positions → (heads, active, head_dim).
@@ -36,6 +40,21 @@ def attend_grouped(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor |
     if queries.ndim == 3:  # the fused kernels know batches only; without one, the score matrix is built
         return attend_grouped(queries[None], keys[None], values[None], mask)[0]
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+
+
+def backends(queries: int) -> list[SDPBackend]:
+    """Kernels of attention on a GPU for a pass of so many positions, the preferred one first.
+
+    Few queries leave a GPU idle unless the keys are split among its processors, as FlashAttention does. cuDNN is the
+    fastest for many queries, but makes a plan for every new length. The others take masks.
+    """
+    few = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return few if queries <= FEW_QUERIES else [SDPBackend.CUDNN_ATTENTION, *few]
+
+
+def attention_kernels(device: torch.device, queries: int) -> AbstractContextManager[None]:
+    """Choose the kernels once for all layers of a pass; elsewhere than on a GPU PyTorch has one."""
+    return sdpa_kernel(backends(queries), set_priority=True) if device.type == "cuda" else nullcontext()
 
 
 def key_value_bytes(config: VidLaDATextConfig, tokens: int, value_bytes: int) -> int:
@@ -119,6 +138,12 @@ def refresh(language_model: LanguageModel, passes: Sequence[PartialPass]) -> Non
         language_model: whose layers run.
         passes: one a request; each is computed as if it were alone.
     """
+    queries = sum(len(positions) for each in passes for positions in each.joins.values())
+    with attention_kernels(passes[0].kv_cache.hidden[0].device, queries):
+        _refresh(language_model, passes)
+
+
+def _refresh(language_model: LanguageModel, passes: Sequence[PartialPass]) -> None:
     caches = [each.kv_cache for each in passes]
     devices, longest = caches[0].devices, max(kv_cache.tokens for kv_cache in caches)
     for each in passes:

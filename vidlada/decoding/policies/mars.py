@@ -1,10 +1,12 @@
 """MARS-Cache (VidLaDA, arXiv 2601.17868): the schedule, and frame-wise chunk attention with anchors."""
 
+import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors, scenes_of
 from vidlada.decoding.fused import FusedChunks, can_fuse
@@ -22,6 +24,8 @@ from vidlada.errors import InputError
 from vidlada.settings import setting
 
 DEFAULT_ANCHORS = 64
+
+log = logging.getLogger("vidlada.decoding")
 
 
 @dataclass(frozen=True)
@@ -224,7 +228,12 @@ class ChunkPattern(AttentionPattern):
             self.kernel = FusedChunks(
                 self.frames, self.window, len(queries), 0 if anchors is None else anchors.shape[-1]
             )
-        return self.kernel(queries, keys, values, anchors)
+        try:
+            return self.kernel(queries, keys, values, anchors)
+        except FailOnRecompileLimitHit:
+            log.warning("FlexAttention met too many shapes; chunk attention now runs on gathered blocks")
+            self.fused = False
+            return self._chunks(queries, keys, values, anchors)
 
     def _find_anchors(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Anchors of one scene, as numbers of its tokens."""

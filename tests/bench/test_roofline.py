@@ -1,0 +1,47 @@
+"""Predictions, against what a pretended GPU counts."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from vidlada.bench.roofline import plan_figures, steps_of
+from vidlada.cli import main
+from vidlada.errors import InputError
+from vidlada.generation import GenerationSettings
+from vidlada.info import PROMPT_TOKENS
+from vidlada.model.config import VidLaDAConfig
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["none", "dual", "prefix", "frozen", "mars", "interval"])
+def test_the_arithmetic_is_what_is_counted(cache):
+    from vidlada.bench.count import TEXT_TOKENS, count_work
+
+    _, counted = count_work("8b", cache, frames=4, steps=6)
+    settings = GenerationSettings(gen_length=128, block_length=32, cache=cache)
+    # as many positions as were counted: there is more room for text in the prediction
+    visual = 4 * 210 + 2 * TEXT_TOKENS - PROMPT_TOKENS
+    for work, step in zip(counted, steps_of(VidLaDAConfig(), visual, settings, 1), strict=False):
+        assert step.products + step.attention == pytest.approx(work.flops, rel=0.06)
+
+
+def test_more_answers_take_longer_together_and_less_each():
+    config = VidLaDAConfig()
+    settings = GenerationSettings(gen_length=128, block_length=32, cache="mars")
+    one, many = (plan_figures(config, 8_400_000_000, "h200", 64, count, settings) for count in (1, 4))
+    assert one["latency_s"] < many["batch_s"] < 4 * one["latency_s"]
+    assert many["tokens_per_second"] > one["tokens_per_second"]
+    assert one["weights_gib"] == pytest.approx(15.6, abs=0.1)
+    crowd = plan_figures(config, 8_400_000_000, "rtx4090", 64, 16, settings)
+    assert crowd["concurrency"] < 16
+    with pytest.raises(InputError, match="unknown GPU"):
+        plan_figures(config, 1, "abacus", 1, 1, settings)
+
+
+def test_the_command(small_folder):
+    printed = CliRunner().invoke(main, ["plan", "--frames", "64", "--concurrency", "4", "--questions-per-hour", "1e6"])
+    assert printed.exit_code == 0
+    assert printed.output.startswith("Predicted, not measured") and printed.output.count("(predicted)") == 6
+    options = ["plan", "--model", str(small_folder), "--frames", "4", "--json"]
+    assert json.loads(CliRunner().invoke(main, options).output)["fits"]

@@ -1,0 +1,40 @@
+"""The command `plan`: what a model would need and reach on a GPU."""
+
+import json
+
+import click
+
+from vidlada.cli.options import one_line_errors
+
+
+@click.command("plan")
+@click.option("--model", default="8b", show_default=True, help="8b: VidLaDA-8B's shape; or a checkpoint.")
+@click.option("--gpu", type=click.Choice(["a100", "h100", "h200", "rtx4090"]), default="h200", show_default=True,
+              help="The card.")  # fmt: skip
+@click.option("--frames", type=click.IntRange(1), default=64, show_default=True, help="Of every video.")
+@click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True, help="Answers decoded together.")
+@click.option("--cache", default="mars", show_default=True, help="As for ask.")
+@click.option("--gen-length", type=click.IntRange(1), default=128, show_default=True, help="Answer slots.")
+@click.option("--block-length", type=click.IntRange(1), default=32, show_default=True, help="Decoded together.")
+@click.option("--steps", type=click.IntRange(1), help="Of an answer; one a slot by default.")
+@click.option("--questions-per-hour", type=click.FloatRange(0, min_open=True), help="How many GPUs would answer them.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@one_line_errors
+def plan(model: str, gpu: str, frames: int, concurrency: int, cache: str, gen_length: int, block_length: int,
+         steps: int | None, questions_per_hour: float | None, as_json: bool) -> None:  # fmt: skip
+    """Predict memory, latency and throughput on a GPU, without one."""
+    from vidlada.bench.roofline import plan_figures, plan_text
+    from vidlada.checkpoint.load import describe
+    from vidlada.generation import GenerationSettings
+    from vidlada.info import parameter_count
+    from vidlada.loading import model_folder
+    from vidlada.model.config import VidLaDAConfig
+
+    if model == "8b":
+        config, parameters = VidLaDAConfig(), 8_400_000_000
+    else:
+        checkpoint = describe(model_folder(model))
+        config, parameters = checkpoint.config, parameter_count(checkpoint)
+    settings = GenerationSettings(gen_length=gen_length, block_length=block_length, steps=steps, cache=cache)
+    figures = plan_figures(config, parameters, gpu, frames, concurrency, settings, questions_per_hour)
+    click.echo(json.dumps(figures) if as_json else plan_text(figures))
