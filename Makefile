@@ -14,7 +14,7 @@ TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 
 # Set everything up and answer a question about a video with the model in the package.
 ask: $(VENV)/ready
-	$(BIN)/vidlada ask examples/shapes.mp4 "which way does the red star move first ?"
+	$(BIN)/vidlada ask examples/order.mp4 "what happens before the green circle disappears ?"
 
 # The fast tests, two files at a time: no network, no browser, no compiler.
 test: $(VENV)/ready-dev

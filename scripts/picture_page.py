@@ -12,7 +12,7 @@ import sys
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-QUESTIONS = ("which way does the red star move first ?", "describe the video .")
+QUESTIONS = ("what happens before the green circle disappears ?", "list the events in order .")
 WAIT = 300_000  # milliseconds
 
 

@@ -2,7 +2,7 @@
 
 >>> import vidlada
 >>> model = vidlada.load()
->>> print(model.ask("examples/shapes.mp4", "how many shapes are there ?"))
+>>> print(model.ask("examples/order.mp4", "how many things are in the video ?"))
 """
 
 from importlib import import_module

@@ -26,7 +26,7 @@ from vidlada.errors import InputError, VidLaDAError
 from vidlada.machine import machine
 from vidlada.markdown import table
 
-SAMPLE = "serve/page/samples/shapes.mp4"
+SAMPLE = "serve/page/samples/order.mp4"
 SERVERS = {"one at a time": ["--max-running", "1"], "together": []}
 MEMORY_SAMPLES = 10
 LONG_TIMES = 8  # as many slots as a short one, of the long requests among mixed ones
