@@ -249,6 +249,14 @@ def test_thinking(tmp_path):
     assert set(answers(LlavaSource(path, batch_size=2), 1)) == {"yes", "no"}
 
 
+def test_the_think_mark_follows_the_text_without_its_media_mark(tmp_path):
+    (tmp_path / "a.png").write_bytes(png("red"))
+    path = write_json(tmp_path / "d.json", [entry("red", "Which colour?\n<image>", image="a.png")])
+    (sample,) = batch(LlavaSource(path, batch_size=1, think=True), 0)
+    user, _ = messages_of([1], sample.exchanges)
+    assert [part.get("text") for part in user["content"]] == [None, "Which colour?/no_think"]
+
+
 def hashable(sample):
     return type(sample)(sample.videos, tuple(sample.exchanges))
 

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
 from vidlada.images import image_info, open_images
+from vidlada.messages import THINK_MODES, VIDEO_PLACE, time_instruction
 from vidlada.training.data.entries import Entries, as_path, is_image, problem_with
 from vidlada.training.data.mixture import Dataset, read_dataset, read_mixture
 from vidlada.training.data.samples import STRICT, BrokenMedia, Item, Sample
@@ -116,8 +117,6 @@ class LlavaSource:
             item: from `plan`.
             videos: seconds of the frames of each of its videos, and what it is; images may be among them.
         """
-        from vidlada.messages import VIDEO_PLACE, time_instruction  # imports torch, which reading a config must not
-
         exchanges = list(item.exchanges)
         videos = [(times, info) for times, info in videos if info.codec != "image"]
         if self.time_instruction and len(videos) == len(self.entries[item.media].media) == 1:
@@ -140,7 +139,9 @@ class LlavaSource:
         entry = self.entries[number]
         questions, answers = list(entry.questions), list(entry.answers)
         if self.think:
-            questions[0] += "/think" if entry.process else "/no_think"
+            if questions[0].count(VIDEO_PLACE) == 1:  # as published: in front first, then the mark behind the text
+                questions[0] = f"{VIDEO_PLACE}\n{questions[0].replace(VIDEO_PLACE, '').strip()}"
+            questions[0] += THINK_MODES[bool(entry.process)]
             if entry.process:
                 answers[0] = f"<think>{entry.process.strip()}</think>\n{answers[0].strip()}"
         return Item(list(zip(questions, answers, strict=True)), number, origin=entry.origin)
