@@ -175,3 +175,17 @@ def test_a_text_question_is_answered_while_a_long_video_is_encoded(small):
     with engine_of(small) as engine:
         assert asyncio.run(run(engine)) > 0
         assert engine.totals.frames_encoded == 60
+
+
+def test_requests_wait_for_memory():
+    free = [1000]
+    scheduler = Scheduler(EngineLimits(max_running=8), lambda: free[0])
+    first, second, third = (task_of(64, bytes=600) for _ in range(3))
+    assert scheduler.admit([first], []) is first
+    assert scheduler.admit([second], [first]) is None  # the first has not taken its memory yet
+    first.update(1, 4, 100.0)
+    free[0] = 400  # now it has
+    assert scheduler.admit([second], [first]) is None
+    assert scheduler.admit([second], []) is second  # alone, it may try
+    free[0] = 700
+    assert scheduler.admit([third], [first]) is third

@@ -20,12 +20,14 @@ import time
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vidlada.api import VidLaDA
 from vidlada.decoding.cache import VisualCache
+from vidlada.decoding.memory import kept_bytes, pass_bytes
 from vidlada.decoding.sampler import Denoiser, State, Statistics
 from vidlada.decoding.thinking import Turn
 from vidlada.engine.choosing import ChoosingTurn
@@ -35,6 +37,7 @@ from vidlada.engine.limits import EngineLimits
 from vidlada.engine.requests import EngineClosedError, EngineRequest, MediaInput, RequestHandle, Update
 from vidlada.engine.scheduler import Scheduler
 from vidlada.errors import VidLaDAError
+from vidlada.info import free_memory
 from vidlada.machine import MEBI
 
 FRAMES_PER_TURN = 8  # through the vision tower between two steps; always the same, so that features are too
@@ -76,7 +79,7 @@ class Engine:
         self.choosing: list[RequestHandle] = []  # to be answered in one step
         self.joining: dict[RequestHandle, Iterator[None]] = {}  # being prepared, in order of their places
         self.parts: dict[Hashable, list[Tensor]] = {}  # features of videos being encoded, shared by who waits for them
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits, partial(free_memory, vidlada.model.device))
         self.closing = False
         self.condition = threading.Condition()
         vidlada.processor.text_ids("")  # sets the tokenizer's mode, which must not change while threads share it
@@ -86,6 +89,7 @@ class Engine:
     def submit(self, job: EngineRequest) -> RequestHandle:
         """Queue a job; to be called in the event loop that reads the handle."""
         handle = RequestHandle(job, asyncio.get_running_loop())
+        handle.task.bytes = self.bytes_of(job)
         with self.condition:
             if self.closing:
                 raise EngineClosedError
@@ -154,6 +158,14 @@ class Engine:
         self.totals.cancelled += len(gone)
         for handle in gone:
             handle.put(VidLaDAError("the request was cancelled"))
+
+    def bytes_of(self, job: EngineRequest) -> int:
+        """Memory a request takes: what it keeps between steps, and its part of a pass over everything."""
+        model, settings = self.vidlada.model, job.settings
+        text, value_bytes = model.config.text, model.dtype.itemsize
+        visual = sum(frame >= 0 for frame in job.encoded.frame_index)
+        kept = kept_bytes(text, job.tokens, visual, settings, value_bytes)
+        return kept + pass_bytes(text, job.tokens, settings.block_length, value_bytes)
 
     def _admit(self) -> None:
         """Give places to requests that wait, as long as there are some."""

@@ -9,7 +9,7 @@ Short answers do not wait for long ones, and long ones do not starve:
 Work is counted in tokens computed, not in seconds, so that the order does not depend on the machine.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from vidlada.engine.limits import EngineLimits
@@ -28,6 +28,7 @@ class Task:
         pace: slots that a step is planned to decide.
         passes: through the model in a step.
         frames: still to be encoded before it can join.
+        bytes: of memory that it takes at its peak.
         steps: done.
         decided: slots decided in them.
         computed: tokens computed in them.
@@ -40,6 +41,7 @@ class Task:
     pace: float = 1.0
     passes: int = 1
     frames: int = 0
+    bytes: int = 0
     steps: int = 0
     decided: int = 0
     computed: float = 0.0
@@ -76,10 +78,11 @@ class Scheduler:
 
     Args:
         limits: `max_running`, `max_running_tokens` and `max_step_tokens` count here.
+        free: gives the free bytes of memory on the model's device; None where that is not known.
     """
 
-    def __init__(self, limits: EngineLimits):
-        self.limits = limits
+    def __init__(self, limits: EngineLimits, free: Callable[[], int | None] = lambda: None):
+        self.limits, self.free = limits, free
         self.turns = self.admissions = self.preparations = 0
         self.lead = 0.0  # tokens by which the shortest have had more than the oldest
         self.by_age = False  # how this turn's were chosen
@@ -114,7 +117,14 @@ class Scheduler:
         if extra:
             places, tokens = places + places // extra, tokens + tokens // extra
         taken = sum(other.tokens for other in running)
-        return not running or (len(running) < places and taken + task.tokens <= tokens)
+        return not running or (
+            len(running) < places and taken + task.tokens <= tokens and self.has_memory(task, running)
+        )
+
+    def has_memory(self, task: Task, running: Sequence[Task]) -> bool:
+        """Whether a request fits into memory beside those that have not taken theirs yet."""
+        free = self.free()
+        return free is None or task.bytes + sum(other.bytes for other in running if not other.steps) <= free
 
     def prepare(self, tasks: Sequence[Task]) -> Task:
         """The request to prepare next: in turns the one with the fewest frames left and the first that came."""
