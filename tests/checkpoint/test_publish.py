@@ -15,6 +15,7 @@ from published import llada_json, llada_state, write_folder
 from safetensors.torch import load_file
 
 import vidlada
+from vidlada.checkpoint.load import load_model
 from vidlada.checkpoint.publish import push
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.model.hub import local_folder
@@ -80,11 +81,12 @@ def test_what_cannot_be_pushed(hub, small_folder, tmp_path):
 
 def test_an_adapter_and_its_base_from_the_hub(hub, small, small_folder, tmp_path):
     peft = pytest.importorskip("peft")
-    base = vidlada.load(small_folder, device="cpu")
-    adapted = peft.get_peft_model(base.model, peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    adapted = peft.get_peft_model(
+        load_model(small_folder), peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
+    )
     adapted.peft_config["default"].base_model_name_or_path = "owner/base@v1"
     adapted.save_pretrained(tmp_path / "adapter")
-    base.processor.save_pretrained(tmp_path / "adapter")
+    small.processor.save_pretrained(tmp_path / "adapter")
     hub.publish("owner/base", small_folder, "v1")
     hub.publish("owner/adapter", tmp_path / "adapter")
     loaded = vidlada.load("owner/adapter", device="cpu")

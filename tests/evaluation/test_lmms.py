@@ -286,7 +286,7 @@ def test_model_arguments_reach_the_model(root, small_folder, given, loaded, aske
     direct = model.ask(video, "is it red ?", frames=3, **arguments, **asked)
     assert answer.text == direct.text.removesuffix(".").strip() != ""
     assert answer.token_counts.output_tokens == direct.statistics.tokens
-    types = [type(each.model.language_model.layers[0].mlp.up_proj.weight.data) for each in (lm.vidlada, model)]
+    types = [type(each.model.language_model.layers[0].mlp.down_proj.weight.data) for each in (lm.vidlada, model)]
     assert types[0] is types[1] and (types[0] is torch.Tensor) == ("quantization" not in given)
 
 

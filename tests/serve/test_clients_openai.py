@@ -130,7 +130,7 @@ def test_images_through_responses(client, allowed):
     from PIL import Image
 
     Image.new("RGB", (64, 64), "red").save(allowed / "red.png")
-    content = [{"type": "input_text", "text": "is it red ?"},
+    content = [{"type": "input_text", "text": "how many things are in the video ?"},
                {"type": "input_image", "image_url": (allowed / "red.png").as_uri(), "detail": "auto"}]  # fmt: skip
     assert client.responses.create(model="tiny", input=[{"role": "user", "content": content}]).output_text
 

@@ -38,7 +38,7 @@ def published(tmp_path, monkeypatch):
     state = load_file(weights)
     for name, tensor in state.items():
         if ".mlp." in name and "vision" not in name:
-            noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std() * 0.5
+            noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
             state[name] = (tensor.float() + noise).to(tensor.dtype)
     save_file(state, weights, {"format": "pt"})
     config = tmp_path / "model" / "config.json"
