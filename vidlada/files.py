@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -104,24 +104,22 @@ def read_json(path: Path, what: str = "JSON") -> Any:
     Raises:
         InputError: it is missing, or no JSON in UTF-8.
     """
+    return _parse(path, json.loads, what)
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Read a file of JSON lines, without the empty ones; errors as for `read_json`."""
+    # not `splitlines`: it also splits at characters that may stand inside JSON's texts
+    return _parse(path, lambda text: [json.loads(line) for line in text.split("\n") if line.strip()], "lines of JSON")
+
+
+def _parse(path: Path, parse: Callable[[str], Any], what: str) -> Any:
+    """Parse a file in UTF-8, turning what can go wrong into an `InputError`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not {what} ({error})") from error
-
-
-def read_json_lines(path: Path) -> list[Any]:
-    """What the lines of a file hold, but for empty ones; errors as for `read_json`."""
-    try:
-        # not `splitlines`: it also splits at characters that may stand inside JSON's texts
-        return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not lines of JSON ({error})") from error

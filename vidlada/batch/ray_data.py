@@ -90,7 +90,7 @@ def answer_on_cluster(
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
-        context.raise_original_map_exception = True  # so that InputError can be told from a failure
+        context.raise_original_map_exception = True  # so that InputError can be distinguished from a failure
         rows = ray.data.from_items(
             [{"line": json.dumps(asdict(line))} for line in lines],
             override_num_blocks=math.ceil(len(lines) / LINES_A_TASK),

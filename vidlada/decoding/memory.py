@@ -68,11 +68,28 @@ def request_bytes(config: VidLaDATextConfig, requests: Sequence[Request], value_
         requests: all that run together; sum of one by one is an upper bound.
         value_bytes: bytes a value in the type they run in.
     """
-    kept = tokens = blocks = 0
-    for request in requests:
-        length = len(request.prompt) + request.settings.gen_length + len(request.suffix_ids)
-        visual = sum(frame >= 0 for frame in request.frame_index or ())
-        kept += kept_bytes(config, length, visual, request.settings, value_bytes)
-        tokens += length
-        blocks += request.settings.block_length
+    shapes = [
+        (
+            len(request.prompt) + request.settings.gen_length + len(request.suffix_ids),
+            sum(frame >= 0 for frame in request.frame_index or ()),
+            request.settings,
+        )
+        for request in requests
+    ]
+    return peak_bytes(config, shapes, value_bytes)
+
+
+def peak_bytes(
+    config: VidLaDATextConfig, shapes: Sequence[tuple[int, int, GenerationSettings]], value_bytes: int
+) -> int:
+    """Return the peak of sequences that are decoded together, besides the weights.
+
+    Args:
+        config: of the language model.
+        shapes: of each sequence its tokens, answer slots included, how many of them are visual, and its settings.
+        value_bytes: bytes a value in the type they run in.
+    """
+    kept = sum(kept_bytes(config, tokens, visual, settings, value_bytes) for tokens, visual, settings in shapes)
+    tokens = sum(tokens for tokens, _, _ in shapes)
+    blocks = sum(settings.block_length for _, _, settings in shapes)
     return kept + pass_bytes(config, tokens, blocks, value_bytes)

@@ -33,7 +33,7 @@ class Denoiser:
     Args:
         model: in evaluation mode.
         static: run repeated passes over fixed buffers, on a GPU as captured graphs (`vidlada.decoding.static_step`); by
-            default on a GPU, unless `vidlada.load` was told otherwise.
+            default on a GPU, unless `vidlada.load` was called with `graphs=False`.
     """
 
     def __init__(self, model: VidLaDAForMaskedDiffusion, static: bool | None = None):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vidlada.api import VidLaDA
 from vidlada.decoding.cache import VisualCache
-from vidlada.decoding.memory import kept_bytes, pass_bytes
+from vidlada.decoding.memory import peak_bytes
 from vidlada.decoding.sampler import Denoiser, State, Statistics
 from vidlada.decoding.thinking import Turn
 from vidlada.engine.choosing import ChoosingTurn
@@ -161,11 +161,8 @@ class Engine:
 
     def bytes_of(self, job: EngineRequest) -> int:
         """Memory a request takes: what it keeps between steps, and its part of a pass over everything."""
-        model, settings = self.vidlada.model, job.settings
-        text, value_bytes = model.config.text, model.dtype.itemsize
-        visual = sum(frame >= 0 for frame in job.encoded.frame_index)
-        kept = kept_bytes(text, job.tokens, visual, settings, value_bytes)
-        return kept + pass_bytes(text, job.tokens, settings.block_length, value_bytes)
+        model, visual = self.vidlada.model, sum(frame >= 0 for frame in job.encoded.frame_index)
+        return peak_bytes(model.config.text, [(job.tokens, visual, job.settings)], model.dtype.itemsize)
 
     def _admit(self) -> None:
         """Give places to requests that wait, as long as there are some."""

@@ -182,7 +182,7 @@ def read_values(path: Path) -> Iterator[Value]:
     """The entries of a json or jsonl file, which may be compressed by gzip, and begin with a byte order mark.
 
     The content tells which of the two it is: a list, or an entry a line. A line that cannot be parsed is one broken
-    entry; what follows an error in a list cannot be told apart, so that the file is refused.
+    entry; what follows an error in a list cannot be separated into entries, so that the file is refused.
 
     Raises:
         InputError: the file is missing, damaged, or holds neither.
