@@ -3,12 +3,11 @@
 import base64
 import io
 import json
-import subprocess
-import sys
 
 import openai
 import pytest
 from PIL import Image
+from processes import run_vidlada
 from serve.running import JSON, KEY, wait_for
 
 pytestmark = pytest.mark.slow
@@ -41,12 +40,9 @@ def data_uri(content, kind="video/mp4"):
 @pytest.fixture(scope="module")
 def expected(clip):
     """What the command line answers."""
-    done = subprocess.run(
-        [sys.executable, "-m", "vidlada", "ask", str(clip), QUESTION, "--gen-length", "32", "--threshold", "0.5",
-         "--json"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return json.loads(done.stdout)
+    code, out, err = run_vidlada("ask", clip, QUESTION, "--gen-length", 32, "--threshold", 0.5, "--json")
+    assert code == 0, err
+    return json.loads(out)
 
 
 def test_models(client):
