@@ -12,8 +12,7 @@ from pathlib import Path
 MP4_BOXES = frozenset(
     b"ftyp styp moov moof mdat mfra sidx ssix free skip wide uuid meta udta emsg prft pdin pnot".split()
 )
-EBML, SEGMENT, CLUSTER = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
-ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+SEGMENT, CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
 ASF_HEADER, ASF_FILE = (
     bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"),
     bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"),

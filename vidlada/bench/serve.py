@@ -23,7 +23,7 @@ import httpx2
 
 from vidlada.bench.mixed_load import mixed_load, mixed_rows, summary
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.machine import machine
+from vidlada.machine import MEBI, machine
 from vidlada.markdown import table
 
 SAMPLE = "serve/page/samples/order.mp4"
@@ -31,7 +31,6 @@ SERVERS = {"one at a time": ["--max-running", "1"], "together": []}
 MEMORY_SAMPLES = 10
 LONG_TIMES = 8  # as many slots as a short one, of the long requests among mixed ones
 SHORT = 16  # answer slots of the requests that only memory is watched over
-MEBI = 2**20
 
 
 @contextmanager

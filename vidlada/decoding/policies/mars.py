@@ -11,13 +11,13 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors, scenes_of
 from vidlada.decoding.fused import FusedChunks, can_fuse
 from vidlada.decoding.kv_cache import attend_grouped
-from vidlada.decoding.named import check_named
 from vidlada.decoding.policies.base import (
     ANSWER,
     EVERYTHING,
     MAX_STEPS,
     AttentionPattern,
     Plan,
+    SegmentPolicy,
     StepContext,
 )
 from vidlada.errors import InputError
@@ -29,7 +29,7 @@ log = logging.getLogger("vidlada.decoding")
 
 
 @dataclass(frozen=True)
-class Mars:
+class Mars(SegmentPolicy):
     """MARS-Cache (VidLaDA, arXiv 2601.17868): text and frames refreshed at their own intervals, deep layers more often.
 
     Layers form groups. The deepest is refreshed every `text` steps (frames: every `ratio` times as many); going down,
@@ -78,7 +78,7 @@ class Mars:
     fused: bool | None = setting(None, "Chunk attention as one kernel.")
 
     def __post_init__(self) -> None:
-        check_named("cache", self)
+        super().__post_init__()
         needs_window = {name: getattr(self, name) for name in ("anchors", "per_head", "chunk_first", "scene", "fused")}
         for name, value in needs_window.items():
             if value and not self.chunks:
