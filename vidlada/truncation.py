@@ -49,7 +49,7 @@ def _mp4(data: mmap.mmap) -> bool | None:
     place, size, name = 0, len(data), b""
     while place + 8 <= size:
         length, name = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
-        if name == b"sidx" and place + length + _referenced(data, place) > size:
+        if name == b"sidx" and place + length + _referenced_bytes(data, place) > size:
             return True
         if name not in MP4_BOXES:
             return False  # what cameras append behind the last box
@@ -63,7 +63,7 @@ def _mp4(data: mmap.mmap) -> bool | None:
     return place > size or name == b"moof" or (0 < size - place < 8 and any(data[place:size]))
 
 
-def _referenced(data: mmap.mmap, place: int) -> int:
+def _referenced_bytes(data: mmap.mmap, place: int) -> int:
     """Bytes that the index of fragments at a place says follow it."""
     wide = 16 if data[place + 8] else 8  # of its times and offsets, with version 1
     first = int.from_bytes(data[place + 20 + wide // 2 : place + 20 + wide])

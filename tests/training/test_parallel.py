@@ -152,9 +152,9 @@ def zero2(tmp_path_factory):
 
 
 def launched(settings, folder):
-    code, said = launch(settings, folder)
-    assert code == 0, said
-    return settings, said
+    code, log = launch(settings, folder)
+    assert code == 0, log
+    return settings, log
 
 
 def copy_of(settings, folder):
@@ -179,15 +179,15 @@ def test_passes_are_a_whole_batch_in_parts(one, tmp_path):
 
 
 def test_two_processes_follow_the_curve_of_one(one, two):
-    settings, said = two
-    follows(settings, said, one)
+    settings, log = two
+    follows(settings, log, one)
     sharded = (checkpoints(Path(settings.output))[-1] / "pytorch_model_fsdp_0").is_dir()
     assert sharded == (settings.parallel == "fsdp")
 
 
 def test_two_processes_continue(two, tmp_path):
-    settings, said = two
-    resumes(copy_of(settings, tmp_path), said, tmp_path)
+    settings, log = two
+    resumes(copy_of(settings, tmp_path), log, tmp_path)
 
 
 def test_one_process_continues_what_two_began(one, two, tmp_path):
@@ -201,10 +201,10 @@ def test_one_process_continues_what_two_began(one, two, tmp_path):
 
 def test_two_processes_score_as_one(two, tmp_path):
     """Each answers its own questions; sharded weights are whole meanwhile. One answer may tip."""
-    settings, said = two
+    settings, log = two
     lines = []
     train(config(tmp_path / "one", evaluation=EVALUATION), report=lines.append)
-    found, expected = (evaluations(text) for text in (said, "\n".join(lines)))
+    found, expected = (evaluations(text) for text in (log, "\n".join(lines)))
     assert len(found) == len(expected) == 3
     for (loss, score), (loss_of_one, score_of_one) in zip(found, expected, strict=True):
         assert loss == pytest.approx(loss_of_one, abs=2e-4)
@@ -218,18 +218,18 @@ DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs dee
 
 @DEEPSPEED
 def test_deepspeed_follows_the_curve_of_one_process(one_like_deepspeed, zero2):
-    settings, said = zero2
-    follows(settings, said, one_like_deepspeed)
+    settings, log = zero2
+    follows(settings, log, one_like_deepspeed)
     assert written_by_both(settings)
 
 
 @DEEPSPEED
 def test_deepspeed_s_sharded_weights_follow_the_curve_of_one_process(one_like_deepspeed, tmp_path):
     """Resuming takes the same code with zero2."""
-    settings, said = launched(config_of_deepspeed(tmp_path / "run", parallel="zero3"), tmp_path)
-    follows(settings, said, one_like_deepspeed)
+    settings, log = launched(config_of_deepspeed(tmp_path / "run", parallel="zero3"), tmp_path)
+    follows(settings, log, one_like_deepspeed)
     assert written_by_both(settings)
-    resumes(settings, said, tmp_path)
+    resumes(settings, log, tmp_path)
 
 
 def written_by_both(settings):
@@ -242,9 +242,9 @@ def written_by_both(settings):
 def test_deepspeed_is_not_continued_by_another_number_of_processes(zero2, tmp_path):
     """In a line: its own error is of a missing file. The model of the checkpoint is a start for another run."""
     settings = copy_of(zero2[0], tmp_path)
-    code, said = launch(settings, tmp_path, "--resume", processes=1)
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert code != 0 and len(errors) == 1, said
+    code, log = launch(settings, tmp_path, "--resume", processes=1)
+    errors = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert code != 0 and len(errors) == 1, log
     assert "written by 2 processes of DeepSpeed, which cannot be continued by 1" in errors[0]
     start = str(checkpoints(tmp_path / "run")[-1] / "model")
     assert start in errors[0]
@@ -255,17 +255,17 @@ def evaluations(text):
     return [tuple(map(float, each)) for each in re.findall(r"evaluation after .* loss ([\d.]+) score ([\d.]+)%", text)]
 
 
-def follows(settings, said, expected):
+def follows(settings, log, expected):
     """Two processes came to the losses and weights of one."""
     assert len(expected[1]) == 6
-    assert losses(said) == pytest.approx(expected[1], abs=2e-4)
+    assert losses(log) == pytest.approx(expected[1], abs=2e-4)
     found = weights(Path(settings.output) / "model")
     for name, tensor in expected[0].items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
     assert not list(Path(settings.output).glob("*.partial"))
 
 
-def resumes(settings, said, folder):
+def resumes(settings, log, folder):
     """Where two processes go on, as after kill -9 between step 4 and 6, they come to the same weights to the bit."""
     output = Path(settings.output)
     expected = weights(output / "model")
@@ -273,7 +273,7 @@ def resumes(settings, said, folder):
         leftover.rename(folder / leftover.name)
     code, resumed = launch(settings, folder, "--resume")
     assert code == 0, resumed
-    assert losses(resumed) == losses(said)[4:]
+    assert losses(resumed) == losses(log)[4:]
     assert_same(output / "model", expected)
 
 
@@ -302,9 +302,9 @@ def accelerate_launch(folder, kind):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", pytest.param("deepspeed", marks=DEEPSPEED)])
 def test_accelerate_launch_decides_where_the_run_says_auto(one_like_deepspeed, tmp_path, kind):
     settings = config_of_deepspeed(tmp_path / "run", checkpoint_every=6)
-    code, said = launch_by(accelerate_launch(tmp_path, kind), settings, tmp_path)
-    assert code == 0, said
-    follows(settings, said, one_like_deepspeed)
+    code, log = launch_by(accelerate_launch(tmp_path, kind), settings, tmp_path)
+    assert code == 0, log
+    follows(settings, log, one_like_deepspeed)
     files = {path.name for path in checkpoints(tmp_path / "run")[-1].iterdir()}
     assert files & {"model.safetensors", "pytorch_model_fsdp_0", "pytorch_model"} == {
         {"ddp": "model.safetensors", "fsdp": "pytorch_model_fsdp_0", "deepspeed": "pytorch_model"}[kind]
@@ -339,13 +339,13 @@ def test_adapters_under_fsdp_follow_the_curve_of_one_process(base, tmp_path):
     """LoRA and recomputed activations; in bf16, where the frozen weights stay as they are stored, roughly."""
     changes = {"model": None, "init_from": str(base), "lora": Lora(rank=4, alpha=8), "gradient_checkpointing": True}
     expected = alone(config_of_deepspeed(tmp_path / "one", **changes))
-    settings, said = launched(config_of_deepspeed(tmp_path / "run", parallel="fsdp", **changes), tmp_path)
-    follows(settings, said, expected)
-    resumes(settings, said, tmp_path)
+    settings, log = launched(config_of_deepspeed(tmp_path / "run", parallel="fsdp", **changes), tmp_path)
+    follows(settings, log, expected)
+    resumes(settings, log, tmp_path)
     assert not (tmp_path / "run" / "model" / "model.safetensors").exists()
-    code, said = launch(replace(settings, precision="bf16"), tmp_path, "--overwrite")
-    assert code == 0, said
-    assert losses(said) == pytest.approx(expected[1], rel=0.03)
+    code, log = launch(replace(settings, precision="bf16"), tmp_path, "--overwrite")
+    assert code == 0, log
+    assert losses(log) == pytest.approx(expected[1], rel=0.03)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler, for torch.compile on CPUs")
@@ -436,9 +436,9 @@ def test_two_nodes_follow_the_curve_of_one_process(one, tmp_path):
     variables = {**os.environ, "PYTHON": sys.executable}
     command = ["unshare", "-Urn", "bash", "-c", TWO_NODES, "bash", str(SCRIPT), str(path)]
     ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900)
-    said = ended.stdout + ended.stderr
-    assert ended.returncode == 0, said
-    assert losses(said) == pytest.approx(one[1], abs=2e-4)
+    log = ended.stdout + ended.stderr
+    assert ended.returncode == 0, log
+    assert losses(log) == pytest.approx(one[1], abs=2e-4)
     assert (tmp_path / "run" / "checkpoint-0000006" / "random_states_1.pkl").is_file()
 
 
@@ -458,7 +458,7 @@ def test_sigterm_to_torchrun_saves_first(tmp_path):
         time.sleep(0.2)
     running.send_signal(signal.SIGTERM)
     running.wait(timeout=200)
-    said = errors.read_text()
-    assert re.search(r"stopped by signal 15 after step \d+; continue with --resume", said), said
+    log = errors.read_text()
+    assert re.search(r"stopped by signal 15 after step \d+; continue with --resume", log), log
     (saved,) = checkpoints(tmp_path / "run")
-    assert f"after step {int(saved.name.split('-')[1])};" in said
+    assert f"after step {int(saved.name.split('-')[1])};" in log

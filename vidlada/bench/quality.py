@@ -114,11 +114,11 @@ def ask_all(
     """Ask every question in one way; videos that were not encoded before join `watched`."""
     passes = work = 0
 
-    def answers(video: Path | None, asked: Sequence[Asked]) -> list[str]:
+    def answers(video: Path | None, questions: Sequence[Asked]) -> list[str]:
         nonlocal passes, work
         if video not in watched:
             watched[video] = vidlada.encode_video(video)
-        found = vidlada.ask_many([(watched[video], question) for question, _ in asked], **options)
+        found = vidlada.ask_many([(watched[video], question) for question, _ in questions], **options)
         passes += sum(answer.statistics.forward_passes for answer in found)
         work += sum(sum(answer.statistics.layer_tokens) for answer in found)
         return [answer.text for answer in found]

@@ -188,7 +188,7 @@ def still(clip: Clip, second: int) -> Clip:
     return Clip(1, clip.seed, things, clip.clock, first_second=second + clip.first_second)
 
 
-def slowed(clip: Clip, factor: int) -> Clip:
+def slow_down(clip: Clip, factor: int) -> Clip:
     """The same clip, in which everything takes `factor` times as long, up to the last whole second's frame."""
     things = tuple(
         replace(

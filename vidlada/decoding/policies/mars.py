@@ -101,7 +101,10 @@ class Mars(SegmentPolicy):
             return Plan(EVERYTHING, chunked=chunked, search=search, probes=probes)
         start = dict(ANSWER)
         for segment, interval in (("text", self.text), ("visual", self.text * self.ratio)):
-            due = self._moved(context, segment) if self.drift else self._groups(context.layers, context.step, interval)
+            if self.drift:
+                due = self._drifted_groups(context, segment)
+            else:
+                due = self._due_groups(context.layers, context.step, interval)
             if due:
                 start[segment] = min(due)
         return Plan(start, chunked=self.chunks, probes=probes)
@@ -130,13 +133,13 @@ class Mars(SegmentPolicy):
         fused = can_fuse(prompt.device) if self.fused is None else self.fused
         return ChunkPattern(frames, self.window, anchors, self.queries, self.per_head, scenes, fused)
 
-    def _moved(self, context: StepContext, segment: str) -> list[int]:
+    def _drifted_groups(self, context: StepContext, segment: str) -> list[int]:
         """Entries of the groups where a segment has drifted too far."""
         entries = [0, *self.entries(context.layers)]
         drifts = context.drift.get(segment, [0.0] * len(entries))
         return [entry for entry, drift in zip(entries, drifts, strict=True) if drift > self.drift]
 
-    def _groups(self, layers: int, step: int, interval: int) -> list[int]:
+    def _due_groups(self, layers: int, step: int, interval: int) -> list[int]:
         """Entries of the groups that are due at a step."""
         firsts = [0, *self.entries(layers)]
         return [
