@@ -16,9 +16,9 @@ TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 ask: $(VENV)/ready
 	$(BIN)/vidlada ask examples/order.mp4 "what happens before the green circle disappears ?"
 
-# The fast tests, two files at a time: no network, no browser, no compiler.
+# The fast tests, two files at a time: no network, no browser, no compiler. TESTS="tests/model …" runs some of them.
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --durations 10
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --durations 10 $(TESTS)
 
 # All tests, with DeepSpeed, trackers and SmolLM2, which are else skipped; those of torch.compile need a C++ compiler.
 test-all: $(VENV)/ready-all

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vidlada.api", "vidlada.training.trainer", "vidlada.serve.server", "vidlada.cli"])
+FORKS.set_forkserver_preload(["vidlada.api", "vidlada.training.trainer", "vidlada.serve.app", "vidlada.cli", "peft"])
 
 
 class Command:
