@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidlada.decoding.attention import FrameMap, upload
-from vidlada.decoding.kv_cache import KVCache, PartialPass, concatenated
+from vidlada.decoding.kv_cache import KVCache, PartialPass, concatenate
 from vidlada.decoding.policies.base import EVERYTHING, AttentionPattern, Plan, Policy, StepContext
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDATextConfig
@@ -139,7 +139,7 @@ class RequestCache:
             joins.setdefault(start, []).append(self.segment(segment))
         self.add_probes(plan, joins)
         self.attention.begin_pass(plan, self.segment("block"))
-        self.attention.joins = {start: concatenated(positions) for start, positions in joins.items()}
+        self.attention.joins = {start: concatenate(positions) for start, positions in joins.items()}
         return PartialPass(
             self.kv_cache,
             self.attention.joins,
