@@ -48,6 +48,7 @@ async def watched(engine, job):
     return updates[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"cache": "none"}, {"cache": "dual"}, {"cache": "mars", "temperature": 0.7}, {"cache": "dllm"},
     {"cache": "interval", "threshold": 0.3}, {"cache": "none", "think": True, "think_length": 8},
