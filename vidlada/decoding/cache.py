@@ -84,6 +84,7 @@ class RequestCache:
         self.masked = torch.ones(slots, dtype=torch.bool)  # in the last pass; on the CPU
         self.undecided = self.masked
         self.attention = policy.attention(self.frames, prompt)
+        self.repeatable = True  # the last pass would do the same if it ran again
         # of policies that refresh by measured drift
         self.probed: dict[str, Tensor] = {}
         self.refreshed_from: dict[str, int] = {}
@@ -132,6 +133,8 @@ class RequestCache:
             self.kv_cache = KVCache(self.config, embeddings, self.entries, self.devices)
             plan = replace(plan, start=self.reuse_visual(self.kv_cache), narrow=None)
         self.step += 1
+        # what changed most is found by comparing with values that the pass overwrites
+        self.repeatable = plan.narrow is None and plan.layerwise in (None, 1.0)
         for segment in self.refreshes:
             self.refreshes[segment] += segment in plan.start
         joins: dict[int, list[Tensor]] = {}
