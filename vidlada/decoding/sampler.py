@@ -19,6 +19,7 @@ from torch import Tensor
 from vidlada.decoding.attention import upload
 from vidlada.decoding.commit import CommitRule, compute_measure
 from vidlada.decoding.kv_cache import concatenate, refresh
+from vidlada.decoding.memory import is_out_of_memory
 from vidlada.decoding.request import Request, State, Statistics
 from vidlada.decoding.running import Prediction, RunningRequest
 from vidlada.decoding.static_step import StaticStep
@@ -44,6 +45,7 @@ class Denoiser:
         self.refresh = StaticStep(model.language_model) if use_static else partial(refresh, model.language_model)
         self.suppressed = upload({"": np.array(model.config.suppressed_token_ids, dtype=np.int64)}, device)[""]
         self.rows: list[RunningRequest] = []
+        self.spoiled: set[int] = set()  # numbers of requests that a failed step left in no usable state
         self.count = 0
 
     def add(self, request: Request) -> tuple[int, State | None]:
@@ -63,14 +65,33 @@ class Denoiser:
         """Drop a request, whether or not it is complete."""
         self.rows = [row for row in self.rows if row.number != number]
 
+    def clear_graphs(self) -> None:
+        """Free the memory of captured graphs; they are captured anew where they pay."""
+        if isinstance(self.refresh, StaticStep):
+            self.refresh.clear()
+
     @torch.inference_mode()
     def step(self) -> list[tuple[int, State]]:
         """One denoising step of every request; the finished ones leave.
 
+        If memory runs out, requests are left as before the step, which may be made again, with fewer of them; except
+        those that are not `repeatable`: they must be added anew.
+
         Returns:
             Number and state of each.
         """
-        rows = self.rows
+        undo = [row.rollback() for row in self.rows]
+        try:
+            return self._step(self.rows)
+        except Exception as error:
+            if is_out_of_memory(error):
+                self.spoiled = {row.number for row in self.rows if not row.repeatable}
+                for restore in undo:
+                    restore()
+            raise
+
+    def _step(self, rows: Sequence[RunningRequest]) -> list[tuple[int, State]]:
+        """See `step`."""
         guided = [row for row in rows if row.settings.cfg_scale > 0]
         parts = dict(zip(rows, self.split(rows, self.block_logits(rows)), strict=True))
         if guided:

@@ -15,6 +15,7 @@ from typing import Any
 
 from vidlada.api import VidLaDA
 from vidlada.engine.requests import RequestHandle, Update
+from vidlada.errors import VidLaDAError
 from vidlada.serve.schema import AnswerRequest
 from vidlada.serve.service import Submitted
 
@@ -178,7 +179,9 @@ class Reply:
 
     def news(self, number: int, update: Update) -> tuple[str, str, list[dict[str, Any]]]:
         """Thought, text and the text's tokens that were not sent yet."""
-        self.last[number] = update
+        before, self.last[number] = self.last[number], update
+        if before is not None and not update.stable.text.startswith(before.stable.text):
+            raise VidLaDAError("memory ran out, and the repeated answer differs from what was sent already; ask again")
         text, reasoning = self.text(number, update), self.reasoning(update)
         new_reasoning = reasoning[self.sent_thought[number] :]
         self.sent_thought[number] = max(self.sent_thought[number], len(reasoning))

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap
@@ -87,6 +88,16 @@ class AttentionPattern:
         """What tells the passes apart whose attention runs over the same buffers whatever the values in them, so that
         they may be captured once and replayed (`vidlada.decoding.static_step`); None if the next pass must not be."""
         return () if type(self) is AttentionPattern else None
+
+    def prune(self, frames: FrameMap, numbers: np.ndarray) -> None:
+        """Take note that visual tokens were dropped, so that remembered positions are void.
+
+        Args:
+            frames: where the rest stands now.
+            numbers: ascending, of the visual tokens that are left, among those before.
+        """
+        self.anchors.clear()
+        self.compact.clear()
 
     def begin_pass(self, plan: Plan, block: Tensor) -> None:
         """Prepare for the next pass.

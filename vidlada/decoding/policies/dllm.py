@@ -65,7 +65,7 @@ class LayerwiseUpdate(AttentionPattern):
         config = language_model.config
         hidden = kv_cache.hidden[0].index_select(0, answer)  # (slots, width)
         table = language_model.rotation(kv_cache.tokens, hidden.dtype, hidden.device)
-        rotation = table.index_select(1, answer)
+        rotation = table.index_select(1, kv_cache.rotary_positions(answer))
         if self.added is None:
             self.added = hidden.new_zeros(config.num_hidden_layers, *hidden.shape)
         count = max(1, round(self.share * len(answer)))
@@ -74,13 +74,13 @@ class LayerwiseUpdate(AttentionPattern):
             queries, states = language_model.enter(layer, hidden, rotation)
             chosen = torch.arange(len(answer), device=answer.device)
             if count < len(answer):
-                stored = kv_cache.values[number].index_select(1, answer)
+                stored = kv_cache.read(number)[1].index_select(1, answer)
                 values = states[len(stored) :]
                 similarity = F.cosine_similarity(values.transpose(0, 1).flatten(1), stored.transpose(0, 1).flatten(1))
                 chosen = similarity.topk(count, largest=False).indices.sort().values
-            kv_cache.layers[number].index_copy_(1, answer.index_select(0, chosen), states.index_select(1, chosen))
+            kv_cache.write(number, answer.index_select(0, chosen), states.index_select(1, chosen))
             asking, entering = queries.index_select(1, chosen), hidden.index_select(0, chosen)
-            mixed = attend_grouped(asking, kv_cache.keys[number], kv_cache.values[number])
+            mixed = attend_grouped(asking, *kv_cache.read(number))
             fresh = language_model.leave(layer, entering, mixed.transpose(0, 1).flatten(1))
             self.added[number].index_copy_(0, chosen, fresh - entering)
             hidden = (hidden + self.added[number]).index_copy(0, chosen, fresh)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,6 +58,11 @@ class ElasticPattern(AttentionPattern):
         self.watched: dict[int, tuple[Tensor, Tensor]] = {}
         self.testing = False
         self.placed: tuple[Tensor, Tensor] | None = None
+
+    def prune(self, frames: FrameMap, numbers: np.ndarray) -> None:
+        """The watched tokens have moved, or are gone: the next pass finds them anew."""
+        super().prune(frames, numbers)
+        self.watched.clear()
 
     def begin_pass(self, plan: Plan, block: Tensor) -> None:
         """Only passes over the block alone are tested; others begin anew."""

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -185,6 +186,17 @@ class ChunkPattern(AttentionPattern):
         self.kernel: FusedChunks | None = None
         self.ordered: tuple[Tensor, Tensor] | None = None  # active positions, and their order with visual ones first
 
+    def prune(self, frames: FrameMap, numbers: np.ndarray) -> None:
+        """Every layer finds anchors among what is left when it is next refreshed."""
+        super().prune(frames, numbers)
+        ends = np.cumsum([len(scene) for scene in self.scenes])[:-1]
+        left = torch.arange(len(numbers), device=frames.visual.device)
+        scenes = left.tensor_split(np.searchsorted(numbers, ends).tolist())
+        self.scenes = tuple(scene for scene in scenes if len(scene))
+        self.frames, self.kernel, self.ordered = frames, None, None
+        self.window = min(self.window, len(frames.sizes) - 1)
+        self.anchor_count = min(self.anchor_count, len(numbers))
+
     def begin_pass(self, plan: Plan, block: Tensor) -> None:
         """Note from which layer on the visual tokens are recomputed (single ones that are probed see everything)."""
         self.visual_start = plan.start.get("visual")
@@ -202,7 +214,7 @@ class ChunkPattern(AttentionPattern):
         visual = self.frames.visual
         order = self._visual_first(active)
         visual_queries = queries.index_select(1, order[: len(visual)])
-        if self.search:
+        if self.search or (self.anchor_count and layer not in self.anchors):
             best = [self._find_anchors(visual_queries[:, scene], keys[:, visual[scene]]) for scene in self.scenes]
             self.anchors[layer] = torch.cat(
                 [visual[scene][chosen] for scene, chosen in zip(self.scenes, best, strict=True)], dim=-1
