@@ -32,7 +32,7 @@ def is_cut(path: Path, container: str) -> bool | None:
         container: FFmpeg's name of it.
 
     Returns:
-        None where the container does not tell: it states no lengths, or this file leaves them out.
+        None where the container does not show it: it states no lengths, or this file leaves them out.
     """
     check = next((check for name, check in CHECKS.items() if name in container.split(",")), None)
     if check is None:

@@ -43,7 +43,7 @@ KNOWS = {
 
 
 class Stub(ThreadingHTTPServer):
-    """Plays every model; keeps the requests; fails when told to."""
+    """Plays every model; keeps the requests; fails at `fail_at`."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)

@@ -225,7 +225,7 @@ def test_drift_decides_where_a_renewal_starts():
 
 
 def test_drift_above_nothing_renews_everything_that_moved(small):
-    """A threshold that any movement passes renews often, an unreachable one never; both probe in every step."""
+    """A threshold that any movement passes refreshes often, an unreachable one never; both probe in every step."""
     index = layout(2, [6] * 4, 4)
     states = {}
     for drift in (1e-9, 2.0):

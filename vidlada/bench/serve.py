@@ -113,7 +113,7 @@ def memory(url: str) -> float:
     text = httpx2.get(f"{url}/metrics").text
     found = re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE)
     if found is None:
-        raise VidLaDAError("the server does not tell its memory; this needs Linux")
+        raise VidLaDAError("the server does not report its memory; this needs Linux")
     return float(found[1]) / MEBI
 
 

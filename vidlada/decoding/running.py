@@ -46,7 +46,7 @@ class RunningRequest:
     """A request while it is decoded. Its ids, masks and stops live on the CPU.
 
     Args:
-        number: tells it from the others of a batch.
+        number: of the request, among all of its batch.
         request: what is asked for.
         model: that decodes it.
 

@@ -166,7 +166,7 @@ class Reply:
         return b""
 
     def events(self, number: int, update: Update) -> bytes:
-        """The events of an update; none if there is nothing new to tell."""
+        """The events of an update; none if there is nothing new."""
         raise NotImplementedError
 
     def closing(self, include_usage: bool) -> bytes:
