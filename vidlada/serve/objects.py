@@ -243,7 +243,7 @@ class TextChoice(TypedDict):
     index: int
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: str | None
 
 
 class TextCompletion(TypedDict):
