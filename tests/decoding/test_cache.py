@@ -207,16 +207,16 @@ def test_the_schedule_of_mars():
 
 
 @given(policy=st.builds(Mars, st.integers(1, 5), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3)))
-def test_a_shallow_renewal_includes_the_deeper_groups(policy):
+def test_a_shallow_refresh_includes_the_deeper_groups(policy):
     """Whatever is due at a group is due at every deeper one."""
     for step in range(1, 60):
         for interval in (policy.text, policy.text * policy.ratio):
-            due = policy._groups(16, step, interval)
+            due = policy._due_groups(16, step, interval)
             firsts = [0, *policy.entries(16)]
             assert due == list(reversed(firsts[len(firsts) - len(due) :]))
 
 
-def test_drift_decides_where_a_renewal_starts():
+def test_drift_decides_where_a_refresh_starts():
     policy = Mars(group=4, drift=0.1)
     drift = {"text": [0.0, 0.2, 0.3], "visual": [0.05, 0.1, 0.1]}
     assert policy.plan(StepContext(5, 0, 12, drift)).start.get("text") == 4
