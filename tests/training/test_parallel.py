@@ -96,7 +96,7 @@ def launch(settings, folder, *options, processes=2):
         time.sleep(0.05)
     for rank in ranks:
         rank.kill()
-        rank.wait()
+    codes = [rank.wait() for rank in ranks]
     return next(filter(None, codes), 0), "".join(rank.errors + rank.output for rank in ranks)
 
 
