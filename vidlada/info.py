@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vidlada.checkpoint.load import Checkpoint, weights_type
-from vidlada.decoding.memory import kept_bytes, pass_bytes
+from vidlada.decoding.memory import PROMPT_TOKENS, kept_bytes, pass_bytes
 from vidlada.errors import InputError
 from vidlada.generation import CachePolicy, GenerationSettings
 from vidlada.machine import processor
@@ -19,7 +19,6 @@ from vidlada.model.vision import FRAMES_PER_PASS
 from vidlada.tiling import MediaShape, pictures_of
 
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
-PROMPT_TOKENS = 128  # room for a question, its header and the system message, in estimates
 GIB = 2**30
 
 
