@@ -14,7 +14,8 @@ from vidlada.decoding.memory import PROMPT_TOKENS, kept_bytes, pass_bytes
 from vidlada.errors import InputError
 from vidlada.generation import CachePolicy, GenerationSettings
 from vidlada.machine import processor
-from vidlada.model.config import VidLaDAConfig
+from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
+from vidlada.model.quantization import WEIGHT_BYTES
 from vidlada.model.vision import FRAMES_PER_PASS
 from vidlada.tiling import MediaShape, pictures_of
 
@@ -121,19 +122,31 @@ def parameter_count(checkpoint: Checkpoint) -> int:
     return sum(torch.Size(e.shape).numel() for e in (*checkpoint.entries.values(), *checkpoint.tower.values()))
 
 
-def check_memory_of_weights(checkpoint: Checkpoint, dtype: str | torch.dtype, device: torch.device) -> None:
+def check_memory_of_weights(
+    checkpoint: Checkpoint, dtype: str | torch.dtype, device: torch.device, quantization: str | None = None
+) -> None:
     """Raise an error before loading weights that cannot fit.
 
     Args:
         checkpoint: to be loaded.
         dtype: its weights' type once loaded; `auto` is the stored one.
         device: where to.
+        quantization: of the language model's layers, one after another while they are loaded.
 
     Raises:
         InputError: less memory is free, or there is no such type.
     """
-    need = parameter_count(checkpoint) * loaded_bytes(checkpoint, dtype)
+    each = loaded_bytes(checkpoint, dtype)
+    need = parameter_count(checkpoint) * each
+    if quantization is not None:
+        need -= int(layer_parameters(checkpoint.config.text) * (each - WEIGHT_BYTES[quantization]))
     check_memory(need, device, f"loading {checkpoint.folder}", "use a smaller type (bfloat16) or another device")
+
+
+def layer_parameters(config: VidLaDATextConfig) -> int:
+    """Number of weights in the projections of all layers but one, which is whole while it is made smaller."""
+    attention = 2 * config.hidden_size + 2 * config.num_key_value_heads * config.head_dim
+    return (config.num_hidden_layers - 1) * config.hidden_size * (attention + 3 * config.intermediate_size)
 
 
 def loaded_bytes(checkpoint: Checkpoint, dtype: str | torch.dtype) -> int:

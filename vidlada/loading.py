@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vidlada.api import VidLaDA
-from vidlada.checkpoint.load import describe, load_model, load_tokenizer, load_with_adapter
+from vidlada.checkpoint.load import describe, load_model, load_tokenizer, load_with_adapter, stored_type, weights_type
 from vidlada.errors import InputError
 from vidlada.info import check_memory_of_weights
 from vidlada.model.hub import local_folder, with_revision
-from vidlada.model.quantization import Quantization, quantize
+from vidlada.model.language_model import Layer
+from vidlada.model.quantization import Quantization, check_quantization, quantize
 from vidlada.processor import VidLaDAProcessor
 
 SHIPPED = "tiny"
@@ -49,8 +51,9 @@ def load(
         dtype: of the weights; `auto` is float32 on a CPU, and the stored type elsewhere.
         device: `cuda`, `cpu`, …; the first GPU by default, else the CPU.
         device_map: as in transformers, to spread a model over devices.
-        quantization: of the language model's projections; see `vidlada.model.quantization`. On a GPU it compiles too,
-            as it is slower than none without.
+        quantization: of the language model's projections; see `vidlada.model.quantization`. Each layer is made smaller
+            before the next is loaded, unless there is an adapter or a device map. On a GPU it compiles too, as it is
+            slower than none without.
         compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
         graphs: replay repeated cached passes as CUDA graphs; by default on a GPU. Elsewhere they run over the same
             fixed buffers without one, which is of use only in tests.
@@ -67,18 +70,31 @@ def load(
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
     checkpoint = describe(folder)
+    if quantization is not None:
+        check_quantization(
+            quantization, torch.device(device), weights_type(dtype) or stored_type(checkpoint)
+        )  # before anything is loaded
     if device_map is None:
-        check_memory_of_weights(checkpoint, dtype, torch.device(device))
+        one_by_one = quantization if adapter is None else None
+        check_memory_of_weights(checkpoint, dtype, torch.device(device), one_by_one)
+
+    def finish(layer: nn.Module) -> None:
+        assert isinstance(layer, Layer)
+        layer.pack()
+        if quantization is not None:
+            quantize(layer, quantization)
+
     places = {"device": device, "device_map": device_map, "checkpoint": checkpoint}
+    if quantization is not None:
+        places["finish"] = finish
     if adapter is None:
         model = load_model(folder, dtype, **places)
     else:
         model = load_with_adapter(model_folder(adapter, what="adapter"), dtype, folder, **places)
     model.eval()
-    model.language_model.pack()
+    if quantization is None:
+        model.language_model.pack()
     model.language_model.static = graphs
-    if quantization is not None:
-        quantize(model.language_model, quantization)
     # uncompiled, int8 turns every weight into its wide type in every product: slower than none on a GPU
     if compiled or (quantization is not None and model.device.type == "cuda"):
         model.language_model.compile_layers()

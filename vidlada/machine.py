@@ -12,7 +12,7 @@ import torch
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 MAPPED = Path("/proc/self/statm")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-MEBI, GIBI = 2**20, 2**30
+MEBI = 2**20
 RESET_PEAK = "5"  # proc(5): resets the peak resident set size
 
 

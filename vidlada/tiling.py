@@ -172,13 +172,6 @@ class Tiling:
             return rows, columns
         return max(1, int(rows // times)), max(1, int(columns // times))
 
-    def most_tokens(self, alone: bool = True) -> int:
-        """Visual tokens that no image exceeds."""
-        if not alone or not self.aspect_ratio.startswith("anyres"):
-            return self.patches**2 + 1
-        tiles = max(width * height for width, height in self.resolutions) // self.tile**2
-        return self.patches**2 + tiles * self.patches * (self.patches + 1)
-
     def tokens(self, shape: ImageShape) -> int:
         """Visual tokens of an image."""
         whole = self.patches**2

@@ -6,8 +6,6 @@ import json
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -19,6 +17,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from media import number_of, picture, write_video
+from processes import Command
 from serve.running import running_server
 
 from vidlada.cli import main
@@ -277,14 +276,13 @@ def test_a_signal_ends_a_build_at_once(tmp_path, stub, config, four_at_once, num
             release.wait(300) or gave_up.set()
 
     stub.wait = wait
-    command = [sys.executable, "-m", "vidlada", "data", "build", str(four_at_once)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        for _ in range(4):
-            assert waiting.acquire(timeout=240)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=240)
-    assert not gave_up.is_set() and "Traceback" not in said  # it ended before any request was answered
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: -signal.SIGTERM}[number]
+    process = Command("data", "build", four_at_once)
+    for _ in range(4):
+        assert waiting.acquire(timeout=240)
+    process.send_signal(number)
+    code = process.wait(240)
+    assert not gave_up.is_set() and "Traceback" not in process.errors  # it ended before any request was answered
+    assert code == {signal.SIGINT: 130, signal.SIGTERM: -signal.SIGTERM}[number]
     release.set()
     stub.wait = lambda body: None
     assert build(four_at_once).exit_code == 0 and build(config).exit_code == 0

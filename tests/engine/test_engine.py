@@ -256,11 +256,11 @@ def test_choices_count_as_requests_of_one_step(small):
     async def run(engine):
         charge = engine.scheduler.charge
 
-        def charged(computed):
+        def record_charge(computed):
             running.append((len(engine.running), computed))
             charge(computed)
 
-        engine.scheduler.charge = charged
+        engine.scheduler.charge = record_charge
         jobs = [choice_of(small, gen_length=8) for _ in range(3)]
         return await asyncio.gather(*(answer(engine, job) for job in jobs)), jobs
 

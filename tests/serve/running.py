@@ -1,17 +1,15 @@
 """A really started server in a process of its own."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
 
 import httpx2
+from processes import Command
 
 KEY = "secret"
 JSON = {"Content-Type": "application/json"}
@@ -39,10 +37,7 @@ class RunningServer:
     """
 
     def __init__(self, *arguments, **environment):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "vidlada", "serve", "--port", "0", *map(str, arguments)],
-            stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
-        )  # fmt: skip
+        self.process = Command("serve", "--port", 0, *arguments, pipe=True, **environment)
         self.lines = []
         started = threading.Event()
         threading.Thread(target=self._read, args=(started,), daemon=True).start()

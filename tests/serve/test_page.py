@@ -238,14 +238,14 @@ def test_a_question_waits_for_its_video(page, clip):
 
 
 def test_a_removed_video_is_deleted(page, server, clip):
-    def stored():
+    def read_storage():
         return {file["id"] for file in server.http().get("/v1/files").json()["data"]}
 
-    before = stored()
+    before = read_storage()
     choose(page, clip)
-    (first,) = stored() - before
+    (first,) = read_storage() - before
     page.get_by_role("button", name="Remove clip.mp4").click()
-    wait_for(lambda: first not in stored())
+    wait_for(lambda: first not in read_storage())
 
 
 def test_a_drop_beside_the_box_stays_on_the_page(page):

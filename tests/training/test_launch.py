@@ -47,13 +47,13 @@ def child_of(process):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
-    ("number", "codes", "said"),
+    ("number", "codes", "messages"),
     [
         (signal.SIGKILL, [1, 1], ["process 0 was killed (SIGKILL)", "another process of this launch has ended"]),
         (signal.SIGTERM, [130, 130], ["stopped by signal 15", "stopped by signal 15"]),
     ],
 )
-def test_a_process_that_ends_is_one_line_on_each_node(tmp_path, number, codes, said):
+def test_a_process_that_ends_is_one_line_on_each_node(tmp_path, number, codes, messages):
     settings = run(tmp_path / "run", stages=(Stage("a", 1e-3, DATA, 100_000),), checkpoint_every=10**6)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(settings)))))
@@ -69,7 +69,7 @@ def test_a_process_that_ends_is_one_line_on_each_node(tmp_path, number, codes, s
         for each in nodes:
             each.kill()
             each.wait()
-    for log, expected in zip(logs, said, strict=True):
+    for log, expected in zip(logs, messages, strict=True):
         errors = [line for line in log.read_text().splitlines() if not line.startswith("step")]
         assert errors[-1].startswith("error: ") and expected in errors[-1], errors
         assert len(errors) <= 3, errors  # what is read, the number of parameters, and this

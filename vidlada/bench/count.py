@@ -89,14 +89,14 @@ def count_work(
     with pretended_device() as counts:
         move(model, counts)
         denoiser, width = Denoiser(model), model.language_model.config.hidden_size
-        asked = [
+        requests = [
             shape_request(width, shape.tokens_per_frame, frames or shape.frames, settings, dtype, counts)
             for _ in range(rows)
         ]
         counts.take()
-        denoiser.add(asked[0])
+        denoiser.add(requests[0])
         joined = Work.of(counts.take())
-        for request in asked[1:]:
+        for request in requests[1:]:
             denoiser.add(request)
         counts.take()
         found: list[Work] = []

@@ -351,7 +351,7 @@ def commit_rule(settings: GenerationSettings) -> CommitRule:
     return rule
 
 
-def measured(measure: str, logits: Tensor) -> Tensor:
+def compute_measure(measure: str, logits: Tensor) -> Tensor:
     """A further figure of every slot's distribution, as `CommitRule.measure` names it.
 
     Args:

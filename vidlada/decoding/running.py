@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vidlada.decoding.attention import upload
 from vidlada.decoding.cache import RequestCache, VisualCache
+from vidlada.decoding.choices import policy_of
 from vidlada.decoding.commit import Proposals, commit_rule, within_nucleus
 from vidlada.decoding.counter_noise import uniform
 from vidlada.decoding.memory import is_out_of_memory
-from vidlada.decoding.policies import parse_policy
-from vidlada.decoding.policies.blockwise import Full
 from vidlada.decoding.request import Request, State, Statistics
+from vidlada.decoding.token_reduction import parse_pruning
 from vidlada.decoding.verify import verify
 from vidlada.errors import InputError
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
@@ -75,6 +75,7 @@ class RunningRequest:
                 f"use fewer frames or a smaller gen_length"
             )
         self.counter = settings.noise == "counter" or (settings.noise == "auto" and device.type != "cpu")
+        self.pruning, self.pruned = parse_pruning(settings.visual_prune), 0  # visual tokens
         self.draws = 0  # of the counter-based generator
         self.generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same numbers on every device
         self.caches = self.make_caches(model)
@@ -86,9 +87,7 @@ class RunningRequest:
 
     def make_caches(self, model: VidLaDAForMaskedDiffusion) -> list[RequestCache]:
         """One cache, or a second one for the guided pass; none without a policy."""
-        policy = parse_policy(self.settings.cache)
-        if policy is None and self.rule.revokes:
-            policy = Full()  # the same ids; tokens are verified against its keys and values
+        policy = policy_of(self.settings)
         if policy is None:
             return []
         prompt, config = self.request.prompt, model.language_model.config
@@ -100,10 +99,13 @@ class RunningRequest:
         if self.settings.cfg_scale > 0:
             prompts.append(self.hidden_prompt(model))
         given = [self.request.visual, None]  # a hidden prompt has no frames
-        devices, reuse = model.language_model.devices, self.settings.reuse
+        devices, reuse, kv_dtype = model.language_model.devices, self.settings.reuse, self.settings.kv_dtype
+        observe = [self.pruning is not None, False]
         return [
-            RequestCache(config, policy, each, frame_index, len(self.ids), tokens, visual, reuse, devices)
-            for each, visual in zip(prompts, given, strict=False)
+            RequestCache(
+                config, policy, each, frame_index, len(self.ids), tokens, visual, reuse, devices, observed, kv_dtype
+            )
+            for each, visual, observed in zip(prompts, given, observe, strict=False)
         ]
 
     def hidden_prompt(self, model: VidLaDAForMaskedDiffusion) -> Tensor:
@@ -203,9 +205,23 @@ class RunningRequest:
             layer_tokens=self.layer_tokens(layers),
             refreshes=dict(self.caches[0].refreshes) if self.caches else {},
             seconds={"denoising": time.perf_counter() - self.started},
+            pruned=self.pruned,
         )
+        if self.statistics.steps == 1 and not self.done:
+            self.prune()
         shown = torch.where(masked, found.tokens, self.ids[slots])
         return self.snapshot(slots, shown, found.probability.where(masked, 1.0 if verified is None else verified))
+
+    def prune(self) -> None:
+        """Drop the visual tokens that the first step attended to least, from the guided pass too."""
+        if self.pruning is None or self.caches[0].observed is None:
+            return
+        observed = self.caches[0].observed
+        count = self.pruning.count(len(observed.received))
+        numbers = observed.most_attended(count).cpu().numpy()  # the host waits, once an answer
+        self.pruned = len(observed.received) - count
+        for cache in self.caches:
+            cache.prune(numbers)
 
     def sample(self, logits: Tensor) -> Tensor:
         """Add Gumbel noise in float64: exp(logits) / (-log u)^temperature; greedy at temperature 0."""

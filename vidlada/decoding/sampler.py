@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from vidlada.decoding.attention import upload
-from vidlada.decoding.commit import CommitRule, measured
-from vidlada.decoding.kv_cache import concatenated, refresh
+from vidlada.decoding.commit import CommitRule, compute_measure
+from vidlada.decoding.kv_cache import concatenate, refresh
 from vidlada.decoding.memory import is_out_of_memory
 from vidlada.decoding.request import Request, State, Statistics
 from vidlada.decoding.running import Prediction, RunningRequest
@@ -125,21 +125,21 @@ class Denoiser:
             logits: (block, vocabulary) float32 of each row.
             verified: what `RunningRequest.verify` returned, of each row; nothing by default.
         """
-        whole = concatenated(logits)  # (blocks, vocabulary)
+        whole = concatenate(logits)  # (blocks, vocabulary)
         if len(self.suppressed):
             whole = whole.index_fill(-1, self.suppressed, -torch.inf)
         if any(type(row.rule).adjust is not CommitRule.adjust for row in rows):
             adjusted = zip(rows, self.split(rows, whole), strict=True)
-            whole = concatenated([row.rule.adjust(part) for row, part in adjusted])
+            whole = concatenate([row.rule.adjust(part) for row, part in adjusted])
         parts = self.split(rows, whole)
         if any(row.settings.temperature for row in rows):
-            tokens = concatenated([row.sample(part).argmax(-1) for row, part in zip(rows, parts, strict=True)])
+            tokens = concatenate([row.sample(part).argmax(-1) for row, part in zip(rows, parts, strict=True)])
         else:
             tokens = whole.argmax(-1)  # (blocks,)
         probability = whole.double().softmax(-1).gather(-1, tokens[:, None])[:, 0]
         given: dict[str, list[Tensor | None]] = {
             "measured": [
-                None if row.rule.measure is None else measured(row.rule.measure, part)
+                None if row.rule.measure is None else compute_measure(row.rule.measure, part)
                 for row, part in zip(rows, parts, strict=True)
             ],
             "verified": list(verified or [None] * len(rows)),
@@ -148,7 +148,7 @@ class Denoiser:
         for name, found in given.items():
             if any(own is not None for own in found):
                 nothing = [probability.new_zeros(row.settings.block_length) for row in rows]
-                columns[name] = concatenated(
+                columns[name] = concatenate(
                     [empty if own is None else own for own, empty in zip(found, nothing, strict=True)]
                 )
         caches = [cache for row in rows for cache in row.caches]
@@ -193,7 +193,7 @@ class Denoiser:
         self.refresh(passes)
         for each, cache in zip(passes, caches, strict=True):
             cache.attention.finish_pass(self.model.language_model, each.kv_cache, cache.answer)
-        return concatenated([cache.block_states(row.slots) for cache, row in zip(caches, rows, strict=True)])
+        return concatenate([cache.block_states(row.slots) for cache, row in zip(caches, rows, strict=True)])
 
     def plain_states(self, rows: Sequence[RunningRequest], guided: bool) -> Tensor:
         """The same by running every position through every layer. Sequences of one length form a batch, so that none
@@ -206,7 +206,7 @@ class Denoiser:
             for row, hidden in zip(alike, self.model.language_model(batch), strict=True):
                 first = len(row.request.prompt)
                 states[row] = hidden[first + row.slots.start : first + row.slots.stop]
-        return concatenated([states[row] for row in rows])
+        return concatenate([states[row] for row in rows])
 
 
 def denoise(model: VidLaDAForMaskedDiffusion, requests: Sequence[Request]) -> Iterator[tuple[int, State]]:

@@ -14,7 +14,6 @@ from vidlada.video import Sampling
 
 MOST_CHOICES = 16  # answers to one request
 MOST_GUIDED = 100  # answers to choose between
-MOST_LOGPROBS = 20
 EFFORTS = {"none": False, "minimal": False, **dict.fromkeys(("low", "medium", "high", "xhigh", "max"), True)}
 
 Text = Annotated[str, Field(max_length=1_000_000)]
