@@ -7,9 +7,9 @@ from click.testing import CliRunner
 
 from vidlada.bench.roofline import plan_figures, steps_of
 from vidlada.cli import main
+from vidlada.decoding.memory import PROMPT_TOKENS
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.decoding.memory import PROMPT_TOKENS
 from vidlada.model.config import VidLaDAConfig
 
 

@@ -12,8 +12,7 @@ from vidlada.bench.sizes import random_model, random_request
 from vidlada.decoding.policies.blockwise import Frozen
 from vidlada.decoding.sampler import denoise
 from vidlada.generation import GenerationSettings
-from vidlada.info import free_memory
-from vidlada.machine import MEBI, now
+from vidlada.machine import MEBI, free_memory, now
 from vidlada.model.config import VidLaDATextConfig
 
 BEYOND_CACHES = 256 * MEBI  # of weights or keys, so that they come from memory as in a pass

@@ -15,7 +15,7 @@ from vidlada.bench.sizes import subject
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.sampler import Denoiser, Request, State, denoise
 from vidlada.generation import GenerationSettings
-from vidlada.machine import GIBI, machine, now, peak_memory, reset_peak_memory
+from vidlada.machine import GIB, machine, now, peak_memory, reset_peak_memory
 from vidlada.markdown import table
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
@@ -203,6 +203,6 @@ def decoding_table(figures: dict[str, Any]) -> str:
             f"{row['least_s']:.2f} to {row['most_s']:.2f}", f"{row['first_token_s']:.3f}",
             f"{row['first_step_s']:.3f}", f"{row['later_step_s']:.4f}", f"{row['tokens_per_second']:.2f}",
             f"{row['times_faster']:.1f}", f"{work[0]:,} to {work[-1]:,}",
-            f"{peak / GIBII:.2f}", f"{100 * row['agreement']:.0f}",
+            f"{peak / GIB:.2f}", f"{100 * row['agreement']:.0f}",
         ])  # fmt: skip
     return "\n".join([title, "", *table(head, rows)])

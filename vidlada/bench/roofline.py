@@ -14,7 +14,7 @@ from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.policies.base import EVERYTHING, StepContext
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.machine import GIBI
+from vidlada.machine import GIB
 from vidlada.model.config import VidLaDAConfig
 
 # Counted (`vidlada bench count`), and of launching one by others' measurements
@@ -85,7 +85,7 @@ class StepWork:
         return self.products + self.attention + self.few_products + self.few_attention
 
     def costs(self, device: Device, layers: int) -> dict[str, float]:
-        """Return seconds, by what they are spent on: of products and of attention the larger of arithmetic and bytes."""
+        """Return seconds, by what they go to: of products and of attention the larger of arithmetic and bytes."""
         products, weights = self.products / device.products, self.weights / device.bandwidth
         attention, keys_values = self.attention / device.attention, self.keys_values / device.bandwidth
         if device.few_products is None or device.few_attention is None:
@@ -152,7 +152,9 @@ def steps_of(config: VidLaDAConfig, visual: int, settings: GenerationSettings, r
         active = [sum(sizes[name] for name, first in start.items() if first <= layer) for layer in range(layers)]
         if policy is not None and step and plan.narrow is not None:
             active[1:] = [max(1, round(plan.narrow * settings.gen_length))] * (layers - 1)
-        if share is not None:  # a pass of its own; each layer's keys are those of all positions, but its attention is not
+        if (
+            share is not None
+        ):  # a pass of its own; each layer's keys are those of all positions, but its attention is not
             active = [count + max(1, round(share * settings.gen_length)) for count in active]
         few = [count for count in active if requests * count <= FEW_QUERIES]
         many = [count for count in active if requests * count > FEW_QUERIES]
@@ -223,7 +225,8 @@ def plan_figures(
     return {
         "gpu": gpu, "value_bytes": size, "frames": frames, "tokens": tokens, "cache": settings.to_dict()["cache"],
         "gen_length": settings.gen_length, "steps": len(alone), "concurrency": together,
-        "weights_gib": size * parameters / GIBI, "request_gib": each / GIBI, "total_gib": (fixed + together * each) / GIBI,
+        "weights_gib": size * parameters / GIB, "request_gib": each / GIB,
+        "total_gib": (fixed + together * each) / GIB,
         "fits": fits, "first_step_s": alone[0].seconds(device, layers), "cached_step_s":
         sorted(step.seconds(device, layers) for step in alone)[len(alone) // 2], "latency_s": latency,
         "tokens_per_second_alone": settings.gen_length / latency, "batch_s": total,

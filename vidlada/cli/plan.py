@@ -8,8 +8,12 @@ from vidlada.cli.options import one_line_errors
 
 
 @click.command("plan")
-@click.option("--model", default="8b", show_default=True,
-              help="8b: VidLaDA-8B's shape; mid: that of the benchmarks on a CPU; or a checkpoint.")
+@click.option(
+    "--model",
+    default="8b",
+    show_default=True,
+    help="8b: VidLaDA-8B's shape; mid: that of the benchmarks on a CPU; or a checkpoint.",
+)
 @click.option("--gpu", default="h200", show_default=True,
               help="a100, h100, h200, rtx4090; or cpu, this machine's, measured for some seconds first.")  # fmt: skip
 @click.option("--frames", type=click.IntRange(1), default=64, show_default=True, help="Of every video.")
