@@ -15,8 +15,7 @@ from vidlada.bench.sizes import subject
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.sampler import Denoiser, Request, State, denoise
 from vidlada.generation import GenerationSettings
-from vidlada.info import GIB
-from vidlada.machine import machine, now, peak_memory, reset_peak_memory
+from vidlada.machine import GIB, machine, now, peak_memory, reset_peak_memory
 from vidlada.markdown import table
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 

@@ -14,6 +14,7 @@ from vidlada.decoding.small_kv import stored_bytes
 from vidlada.generation import GenerationSettings
 from vidlada.model.config import VidLaDATextConfig
 
+PROMPT_TOKENS = 128  # room for a question, its header and the system message, in estimates
 # cuBLAS, the driver and PyTorch's allocator on a CPU raise plain RuntimeErrors
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 

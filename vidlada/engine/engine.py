@@ -47,8 +47,7 @@ from vidlada.engine.requests import (
 )
 from vidlada.engine.scheduler import Scheduler
 from vidlada.errors import VidLaDAError
-from vidlada.info import free_memory
-from vidlada.machine import MEBI
+from vidlada.machine import MEBI, free_memory
 
 FRAMES_PER_TURN = 8  # through the vision tower between two steps; always the same, so that features are too
 
