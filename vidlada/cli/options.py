@@ -79,14 +79,17 @@ class ModelSource:
     quantization: str | None
     compiled: bool
 
-    def load(self) -> Any:
+    def load(self, tensor_parallel: int = 1) -> Any:
         """Load it behind our own spinner instead of transformers' progress bars; a download shows the hub's."""
         from vidlada.loading import load, model_folder
 
         folder = model_folder(self.model)
         without_progress_bars()
         with progress(f"loading {self.model}"):
-            vidlada = load(folder, self.dtype, self.device, quantization=self.quantization, compiled=self.compiled)  # type: ignore[arg-type]
+            vidlada = load(
+                folder, self.dtype, self.device, quantization=self.quantization, compiled=self.compiled,  # type: ignore[arg-type]
+                tensor_parallel=tensor_parallel,
+            )  # fmt: skip
         vidlada.name = self.model
         return vidlada
 
