@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from vidlada.bench.roofline import Device
+from vidlada.bench.devices import Device
 from vidlada.bench.sizes import random_model, random_request
 from vidlada.decoding.policies.blockwise import Frozen
 from vidlada.decoding.sampler import denoise

@@ -21,8 +21,8 @@ import torch
 
 from vidlada import __version__
 from vidlada.bench.calibration import calibrate
+from vidlada.bench.devices import GPUS
 from vidlada.bench.gpu_stages import STAGES, Session
-from vidlada.bench.roofline import GPUS
 from vidlada.bench.sizes import SIZES
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.files import read_json, write_json, write_text

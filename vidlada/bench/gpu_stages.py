@@ -17,10 +17,11 @@ from torch import Tensor
 from vidlada.bench.calibration import FEW, KEYS, MANY, attention_rate, bandwidth, host_seconds, products_rate
 from vidlada.bench.count import CACHES, STOP, count_work, usual
 from vidlada.bench.decoding import Run, measure
+from vidlada.bench.devices import GPUS, Device
 from vidlada.bench.launches import launches_of
 from vidlada.bench.paper import BLOCK, SLOTS
 from vidlada.bench.paper import CACHES as PEERS
-from vidlada.bench.roofline import GPUS, Device, steps_of
+from vidlada.bench.roofline import steps_of
 from vidlada.bench.sizes import SIZES, TEXT_TOKENS, Size, random_model, random_request, size_config
 from vidlada.decoding.memory import kept_bytes, pass_bytes
 from vidlada.decoding.sampler import Denoiser, Request, denoise
