@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -208,7 +209,7 @@ def _timeline(path: Path, container: InputContainer, stream: VideoStream, packet
     timed = shown & (packets.pts != UNKNOWN)
     reordered = container.format.name == "avi" and stream.codec_context.name in UNTIMED_REORDERING
     # those that FFmpeg makes up for raw streams are often wrong
-    raw = bool(container.format.flags & Flags.no_timestamps.value)
+    raw = bool(container.format.flags & cast(int, Flags.no_timestamps.value))
     ordered = reordered or raw or timed.sum() < shown.sum() / 2
     unit, found_pts = float(stream.time_base or 1), packets.pts
     if ordered:

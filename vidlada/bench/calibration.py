@@ -3,6 +3,7 @@ predictions (`vidlada.bench.roofline`)."""
 
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def products_rate(text: VidLaDATextConfig, rows: int, device: str, dtype: torch.
     ]  # fmt: skip
     size = sum(out * inner for out, inner in shapes)
     layers = max(1, min(text.num_hidden_layers, BEYOND_CACHES // (size * dtype.itemsize)))
-    kind = {"device": device, "dtype": dtype}
+    kind: Any = {"device": device, "dtype": dtype}
     weights = [[torch.randn(shape, **kind) * 0.02 for shape in shapes] for _ in range(layers)]
     inputs = {inner: torch.randn(rows, inner, **kind) for _, inner in shapes}
 
@@ -58,7 +59,7 @@ def products_rate(text: VidLaDATextConfig, rows: int, device: str, dtype: torch.
 
 def attention_rate(text: VidLaDATextConfig, queries: int, keys: int, device: str, dtype: torch.dtype) -> float:
     """Return the operations a second of attention of so many queries to so many keys."""
-    kind = {"device": device, "dtype": dtype}
+    kind: Any = {"device": device, "dtype": dtype}
     size = 2 * keys * text.num_key_value_heads * text.head_dim * dtype.itemsize
     layers = max(1, min(text.num_hidden_layers, BEYOND_CACHES // size))
     asking = torch.randn(1, text.num_attention_heads, queries, text.head_dim, **kind)

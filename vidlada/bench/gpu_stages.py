@@ -384,8 +384,8 @@ def weight_cases(session: Session) -> Iterator[Case]:
         run = measure(model, request)
         expected = session.predicted(settings) if kind is None else None
         return [
-            Figure("first step", "s", expected and expected[0], run.seconds[0]),
-            Figure("later step, median", "ms", expected and 1e3 * statistics.median(expected[1:]),
+            Figure("first step", "s", expected[0] if expected else None, run.seconds[0]),
+            Figure("later step, median", "ms", 1e3 * statistics.median(expected[1:]) if expected else None,
                    1e3 * statistics.median(run.seconds[1:])),
             Figure("peak memory", "GiB", None, run.peak / GIB),
         ]  # fmt: skip
