@@ -207,7 +207,9 @@ def _timeline(path: Path, container: InputContainer, stream: VideoStream, packet
     shown = (packets.flags & (HIDDEN | CORRUPT) == 0) & (np.arange(len(packets)) >= packets.first)
     timed = shown & (packets.pts != UNKNOWN)
     reordered = container.format.name == "avi" and stream.codec_context.name in UNTIMED_REORDERING
-    raw = bool(container.format.flags & Flags.no_timestamps.value)  # those that FFmpeg makes up for raw streams are often wrong
+    raw = bool(
+        container.format.flags & Flags.no_timestamps.value
+    )  # those that FFmpeg makes up for raw streams are often wrong
     ordered = reordered or raw or timed.sum() < shown.sum() / 2
     unit, found_pts = float(stream.time_base or 1), packets.pts
     if ordered:
@@ -274,8 +276,8 @@ def _on_grid(timeline: Timeline, rates: Sequence[float]) -> Timeline:
 
 
 def _ogg_times(packets: Packets, stream: VideoStream) -> Packets:
-    """True times of frames in Ogg. It states when a packet ends; FFmpeg takes that for the start of the next, though there
-    may be a gap in between."""
+    """True times of frames in Ogg. It states when a packet ends; FFmpeg takes that for the start of the next, though
+    there may be a gap in between."""
     last = (stream.start_time or 0) + stream.duration if stream.duration else packets.pts[-1] + packets.durations[-1]
     ends = np.append(packets.pts[1:], last)
     known = (ends != UNKNOWN) & (packets.pts != UNKNOWN)
