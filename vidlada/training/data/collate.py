@@ -303,9 +303,9 @@ class StepDataset:
         """The batch of a part; besides the collator's entries, how it stands in the step:
 
         `step`, `part`, `parts`, `row`; `first_sample`, `total_samples` (numbers of samples before it and in the whole
-        step); `weight`, 0 for a part that only keeps its process in step, since the step has fewer items than parts or all
-        it found is broken; `skipped`: a message for each broken sample that another was taken for; and `more_rows`,
-        batches like this one, where packed rows may have so many tokens only.
+        step); `weight`, 0 for a part that only keeps its process in step, since the step has fewer items than parts or
+        all it found is broken; `skipped`: a message for each broken sample that another was taken for; `more_rows`:
+        batches like this one, where packed rows are bounded.
         """
         items = self.source.plan(part.step)
         first, end = (len(items) * number // part.parts for number in (part.number, part.number + 1))
