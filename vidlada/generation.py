@@ -147,6 +147,20 @@ class GenerationSettings:
         metavar="SHARE",
     )
 
+    visual_prune: str | None = setting(
+        None,
+        "Which visual tokens are dropped after the first step: none, or those that the answer attends to least, e.g. "
+        "redvtp:keep=0.25 (RedVTP).",
+        max_length=200,
+        metavar="PRUNING",
+    )
+    kv_dtype: Literal["auto", "int8", "float8"] = setting(
+        "auto",
+        "Type of a cache's keys and values: auto, as the weights, or int8 or float8 with a scale for every token and "
+        "head: about half of the memory, and slower. Needs a cache.",
+        choices=("auto", "int8", "float8"),
+    )
+
     think: bool | None = setting(
         None,
         "Let the model think before it answers, or tell it not to; by default as the checkpoint was made.",
@@ -183,6 +197,8 @@ class GenerationSettings:
             raise InputError("threshold and factor compare probabilities; they need remasking low_confidence")
         if self.reuse and self.cache == "none":
             raise InputError("reuse needs a cache to reuse; choose one, e.g. mars")
+        if self.kv_dtype != "auto" and self.cache == "none":
+            raise InputError(f"kv_dtype {self.kv_dtype} needs a cache whose type it is; choose one, e.g. mars")
         if any(not word for word in self.stop):
             raise InputError("a stop string must not be empty")
 

@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vidlada.api import VidLaDA
-from vidlada.checkpoint.load import describe, load_model, load_tokenizer, load_with_adapter
+from vidlada.checkpoint.load import describe, load_model, load_tokenizer, load_with_adapter, stored_type, weights_type
 from vidlada.errors import InputError
 from vidlada.info import check_memory_of_weights
 from vidlada.model.hub import local_folder, with_revision
-from vidlada.model.quantization import Quantization, quantize
+from vidlada.model.language_model import Layer
+from vidlada.model.parallel import check_shares, make_mesh, shard
+from vidlada.model.quantization import Quantization, check_quantization, quantize
 from vidlada.processor import VidLaDAProcessor
 
 SHIPPED = "tiny"
@@ -40,6 +43,7 @@ def load(
     graphs: bool | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
+    tensor_parallel: int = 1,
 ) -> VidLaDA:
     """Load a model.
 
@@ -49,14 +53,17 @@ def load(
         dtype: of the weights; `auto` is float32 on a CPU, and the stored type elsewhere.
         device: `cuda`, `cpu`, …; the first GPU by default, else the CPU.
         device_map: as in transformers, to spread a model over devices.
-        quantization: of the language model's projections; see `vidlada.model.quantization`. On a GPU it compiles too,
-            as it is slower than none without.
+        quantization: of the language model's projections; see `vidlada.model.quantization`. Each layer is made smaller
+            before the next is loaded, unless there is an adapter or a device map. On a GPU it compiles too, as it is
+            slower than none without.
         compiled: let torch.compile fuse what cached steps run; the first steps take seconds longer.
         graphs: replay repeated cached passes as CUDA graphs; by default on a GPU. Elsewhere they run over the same
             fixed buffers without one, which is of use only in tests.
         adapter: folder or name of a LoRA adapter for this model, to be merged into it. (An adapter may also be loaded
             by its own name; its base is then the one it names.)
         revision: of a name of the hub: a branch, tag or commit.
+        tensor_parallel: processes, started together by torchrun, that divide every layer among them. All must make the
+            same calls; see `vidlada.model.parallel`.
 
     Raises:
         InputError: there is no such folder, or it is not a checkpoint of this family.
@@ -67,18 +74,42 @@ def load(
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
     checkpoint = describe(folder)
-    if device_map is None:
-        check_memory_of_weights(checkpoint, dtype, torch.device(device))
+    if quantization is not None:
+        check_quantization(
+            quantization, torch.device(device), weights_type(dtype) or stored_type(checkpoint)
+        )  # before anything is loaded
+    mesh = None
+    if tensor_parallel > 1:
+        if quantization is not None or device_map is not None or compiled:
+            raise InputError("tensor_parallel excludes quantization, device_map and compiled")
+        check_shares(checkpoint.config.text, tensor_parallel)
+        mesh = make_mesh(tensor_parallel, torch.device(device).type)
+        device = f"cuda:{torch.cuda.current_device()}" if torch.device(device).type == "cuda" else device
+        graphs = False
+    elif device_map is None:
+        one_by_one = quantization if adapter is None else None
+        check_memory_of_weights(checkpoint, dtype, torch.device(device), one_by_one)
+
+    def finish(layer: nn.Module) -> None:
+        assert isinstance(layer, Layer)
+        if mesh is not None:
+            shard(layer, mesh)
+            return
+        layer.pack()
+        if quantization is not None:
+            quantize(layer, quantization)
+
     places = {"device": device, "device_map": device_map, "checkpoint": checkpoint}
+    if quantization is not None or mesh is not None:
+        places["finish"] = finish
     if adapter is None:
         model = load_model(folder, dtype, **places)
     else:
         model = load_with_adapter(model_folder(adapter, what="adapter"), dtype, folder, **places)
     model.eval()
-    model.language_model.pack()
+    if "finish" not in places:
+        model.language_model.pack()
     model.language_model.static = graphs
-    if quantization is not None:
-        quantize(model.language_model, quantization)
     # uncompiled, int8 turns every weight into its wide type in every product: slower than none on a GPU
     if compiled or (quantization is not None and model.device.type == "cuda"):
         model.language_model.compile_layers()

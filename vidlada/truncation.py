@@ -12,8 +12,7 @@ from pathlib import Path
 MP4_BOXES = frozenset(
     b"ftyp styp moov moof mdat mfra sidx ssix free skip wide uuid meta udta emsg prft pdin pnot".split()
 )
-EBML, SEGMENT, CLUSTER = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
-ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+SEGMENT, CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
 ASF_HEADER, ASF_FILE = (
     bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"),
     bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"),
@@ -34,7 +33,7 @@ def is_cut(path: Path, container: str) -> bool | None:
         container: FFmpeg's name of it.
 
     Returns:
-        None where the container does not tell: it states no lengths, or this file leaves them out.
+        None where the container does not show it: it states no lengths, or this file leaves them out.
     """
     check = next((check for name, check in CHECKS.items() if name in container.split(",")), None)
     if check is None:
@@ -51,7 +50,7 @@ def _mp4(data: mmap.mmap) -> bool | None:
     place, size, name = 0, len(data), b""
     while place + 8 <= size:
         length, name = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
-        if name == b"sidx" and place + length + _referenced(data, place) > size:
+        if name == b"sidx" and place + length + _referenced_bytes(data, place) > size:
             return True
         if name not in MP4_BOXES:
             return False  # what cameras append behind the last box
@@ -65,7 +64,7 @@ def _mp4(data: mmap.mmap) -> bool | None:
     return place > size or name == b"moof" or (0 < size - place < 8 and any(data[place:size]))
 
 
-def _referenced(data: mmap.mmap, place: int) -> int:
+def _referenced_bytes(data: mmap.mmap, place: int) -> int:
     """Bytes that the index of fragments at a place says follow it."""
     wide = 16 if data[place + 8] else 8  # of its times and offsets, with version 1
     first = int.from_bytes(data[place + 20 + wide // 2 : place + 20 + wide])

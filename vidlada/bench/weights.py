@@ -58,7 +58,7 @@ def weights_figures(
         progress(f"{kind}, warming up")
         made = subject(size, frames, device, getattr(torch, kind.dtype))
         if kind.quantization is not None:
-            quantize(made.model.language_model, kind.quantization)
+            quantize(made.model.language_model.layers, kind.quantization)
         if kind.compiled:
             made.model.language_model.compile_layers()
         measure(made.model, made.request(settings))

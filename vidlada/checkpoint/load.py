@@ -1,14 +1,16 @@
 """Describe, load and save checkpoint folders."""
 
+import copy
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vidlada.checkpoint.configs import Weights, read_config, read_json
@@ -30,6 +32,7 @@ from vidlada.files import write_text
 from vidlada.messages import END_OF_TEXT
 from vidlada.model.config import VidLaDAConfig
 from vidlada.model.hub import is_hub_name, local_folder
+from vidlada.model.language_model import Layer
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.noise import quiet_libraries
 from vidlada.processor import VidLaDAProcessor
@@ -194,7 +197,7 @@ def stored_type(checkpoint: Checkpoint) -> torch.dtype:
 
 def load_model(
     folder: Path, dtype: str | torch.dtype = "auto", device: str | None = None, device_map: Any = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint | None = None, finish: Callable[[nn.Module], None] | None = None,
 ) -> VidLaDAForMaskedDiffusion:  # fmt: skip
     """Load a checkpoint of any layout. The weights are read shard by shard into one copy.
 
@@ -204,20 +207,25 @@ def load_model(
         device: where to put it; the CPU by default.
         device_map: as in transformers, to spread it over devices; excludes `device`.
         checkpoint: what `describe` found in the folder, where that is known; else it is read.
+        finish: called with every layer of the language model once it is loaded, before the next one is: to make it
+            smaller, so that there never is a whole copy as stored.
 
     Raises:
         InputError: the folder is not a checkpoint of this family, or a tensor is missing, unknown or mis-shaped.
     """
     if (folder / ADAPTER_CONFIG).is_file():
-        return load_with_adapter(folder, dtype=dtype, device=device, device_map=device_map, checkpoint=checkpoint)
+        return load_with_adapter(
+            folder, dtype=dtype, device=device, device_map=device_map, checkpoint=checkpoint, finish=finish
+        )
     checkpoint = checkpoint or describe(folder)
     places = sources(checkpoint)
     inside = {key: name for key, (name, entry) in places.items() if entry.file.parent == folder}
     pickled = any(entry.file.suffix == PICKLED for entry in checkpoint.entries.values())
+    one_by_one = finish is not None and device_map is None
     with quiet_libraries(LOADING_REPORT):  # what it would say has been checked
         model = VidLaDAForMaskedDiffusion.from_pretrained(
             folder,
-            config=checkpoint.config,
+            config=with_one_layer(checkpoint.config) if one_by_one else checkpoint.config,
             key_mapping={f"^{re.escape(name)}$": key for key, name in inside.items() if name != key},
             dtype=weights_type(dtype) or stored_type(checkpoint),
             device_map=device_map or device,
@@ -232,7 +240,49 @@ def load_model(
         values = {key.removeprefix("vision.tower."): places[key] for key in places if key.startswith("vision.tower.")}
         tensors = read_tensors({key: (name, entry) for key, (name, entry) in values.items()})
         tower.load_state_dict({key: tensor.to(parameter.device, parameter.dtype) for key, tensor in tensors})
+    if one_by_one:
+        load_layers(model, checkpoint.config, places, finish)  # type: ignore[arg-type]
+    elif finish is not None:
+        for layer in model.language_model.layers:
+            finish(layer)
     return model
+
+
+def with_one_layer(config: VidLaDAConfig) -> VidLaDAConfig:
+    """A configuration whose language model has a single layer."""
+    config = copy.deepcopy(config)
+    config.text.num_hidden_layers = 1
+    return config
+
+
+def load_layers(
+    model: VidLaDAForMaskedDiffusion,
+    config: VidLaDAConfig,
+    places: dict[str, tuple[str, Entry]],
+    finish: Callable[[nn.Module], None],
+) -> None:
+    """Add the layers that a model loaded by `with_one_layer` lacks, one after another.
+
+    Args:
+        model: with the lowest layer of its language model.
+        config: of the whole model.
+        places: as of `sources`.
+        finish: as of `load_model`.
+    """
+    language_model = model.language_model
+    finish(language_model.layers[0])
+    weight = language_model.embed_tokens.weight
+    for number in range(1, config.text.num_hidden_layers):
+        with torch.device("meta"):
+            layer = Layer(config.text)
+        prefix = f"language_model.layers.{number}."
+        own = {key.removeprefix(prefix): place for key, place in places.items() if key.startswith(prefix)}
+        layer.load_state_dict(
+            {key: tensor.to(weight.device, weight.dtype) for key, tensor in read_tensors(own)}, assign=True
+        )
+        language_model.layers.append(layer)
+        finish(layer)
+    model.config, language_model.config = config, config.text
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -253,7 +303,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_with_adapter(
-    folder: Path, dtype: str | torch.dtype = "auto", base_folder: Path | None = None, **places: Any
+    folder: Path,
+    dtype: str | torch.dtype = "auto",
+    base_folder: Path | None = None,
+    finish: Callable[[nn.Module], None] | None = None,
+    **places: Any,
 ) -> VidLaDAForMaskedDiffusion:
     """Load the base model with an adapter merged into its weights.
 
@@ -261,6 +315,7 @@ def load_with_adapter(
         folder: of the adapter.
         dtype: of the weights.
         base_folder: of the base model; by default the one the adapter names.
+        finish: called with every layer of the language model once the adapter is merged into the whole model.
         places: `device`, `device_map`, `checkpoint` (of the base) of `vidlada.checkpoint.load.load_model`.
 
     Raises:
@@ -277,6 +332,9 @@ def load_with_adapter(
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder}: does not fit its base model: {str(error).splitlines()[0]}") from error
     merged: VidLaDAForMaskedDiffusion = adapted.merge_and_unload()
+    if finish is not None:
+        for layer in merged.language_model.layers:
+            finish(layer)
     return merged
 
 

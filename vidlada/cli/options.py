@@ -79,14 +79,17 @@ class ModelSource:
     quantization: str | None
     compiled: bool
 
-    def load(self) -> Any:
+    def load(self, tensor_parallel: int = 1) -> Any:
         """Load it behind our own spinner instead of transformers' progress bars; a download shows the hub's."""
         from vidlada.loading import load, model_folder
 
         folder = model_folder(self.model)
         without_progress_bars()
         with progress(f"loading {self.model}"):
-            vidlada = load(folder, self.dtype, self.device, quantization=self.quantization, compiled=self.compiled)  # type: ignore[arg-type]
+            vidlada = load(
+                folder, self.dtype, self.device, quantization=self.quantization, compiled=self.compiled,  # type: ignore[arg-type]
+                tensor_parallel=tensor_parallel,
+            )  # fmt: skip
         vidlada.name = self.model
         return vidlada
 
@@ -204,7 +207,8 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
         ("Model", ("--compile", "compiled"),
          {"is_flag": True, "help": "Fuse what cached steps run (torch.compile); the first steps take seconds longer."}),
         ("Model", ("--quantize", "quantization"),
-         {"type": click.Choice(["int8", "int8-dynamic"]), "help": "8-bit projections: weights, or activations too."}),
+         {"type": click.Choice(["int8", "int8-dynamic", "float8", "float8-dynamic", "int4"]),
+          "help": "Smaller projections: weights in 8 or 4 bits; -dynamic: products in 8 bits too."}),
         ("Model", ("--dtype",),
          {"type": click.Choice(["auto", "float32", "bfloat16", "float16"]), "default": "auto", "show_default": True,
           "help": "Type of the weights."}),

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidlada.decoding.attention import FrameMap, upload
-from vidlada.decoding.kv_cache import KVCache, PartialPass, concatenated
+from vidlada.decoding.kv_cache import KVCache, PartialPass, concatenate
 from vidlada.decoding.policies.base import EVERYTHING, AttentionPattern, Plan, Policy, StepContext
+from vidlada.decoding.small_kv import kv_cache_of
+from vidlada.decoding.token_reduction import ObservedAttention
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDATextConfig
 
@@ -53,6 +55,9 @@ class RequestCache:
             the frames have other positions, or the states of other layers are needed.
         reuse: layers, from the lowest, whose keys and values of the frames are taken from `visual` and left for others.
         devices: of the layers, where the model is spread over several.
+        observe: find out in the first pass what the masked answer attends to, for `prune`.
+        kv_dtype: as in `GenerationSettings`.
+        heads: of keys and values in this process; the model's by default.
 
     Raises:
         InputError: the policy does not fit this request, or not a model that is spread over devices.
@@ -69,21 +74,25 @@ class RequestCache:
         visual: VisualCache | None = None,
         reuse: int = 0,
         devices: Sequence[torch.device] | None = None,
+        observe: bool = False,
+        kv_dtype: str = "auto",
+        heads: int | None = None,
     ):
-        self.config, self.policy, self.prompt, self.devices = config, policy, prompt, devices
+        self.config, self.policy, self.prompt, self.devices, self.kv_dtype = config, policy, prompt, devices, kv_dtype
         index = np.full(tokens, -1)
         index[: len(frame_index)] = frame_index
-        self.frames = FrameMap.from_frame_index(index, prompt.device)
-        positions, self.first = np.arange(tokens), len(prompt)  # where the answer begins
-        is_answer = (positions >= self.first) & (positions < self.first + slots)
-        own = upload({"answer": positions[is_answer], "text": positions[(index < 0) & ~is_answer]}, prompt.device)
-        self.answer, self.text = own["answer"], own["text"]
+        self.arrange(index, len(prompt), slots)
+        self.observe = observe and bool((index >= 0).any())
+        self.observed: ObservedAttention | None = None
+        self.exported: VisualCache | None = None  # before tokens were dropped
+        self.heads = heads or config.num_key_value_heads
         self.kv_cache: KVCache | None = None
         self.step, self.step_in_block, self.block = 0, -1, slice(0, 0)
         self.refreshes = {"text": 0, "visual": 0}
         self.masked = torch.ones(slots, dtype=torch.bool)  # in the last pass; on the CPU
         self.undecided = self.masked
         self.attention = policy.attention(self.frames, prompt)
+        self.repeatable = True  # the last pass would do the same if it ran again
         # of policies that refresh by measured drift
         self.probed: dict[str, Tensor] = {}
         self.refreshed_from: dict[str, int] = {}
@@ -97,6 +106,35 @@ class RequestCache:
         self.reused = visual if alike and 0 < self.reuse == len(visual.layers) else None  # type: ignore[union-attr]
         if len(set(devices or ())) > 1 and type(self.attention) is not AttentionPattern:
             raise InputError(f"cache {policy.name} runs on a single device; spread the model over none, or use dual")
+        self.check_heads()
+
+    def check_heads(self) -> None:
+        """Refuse, where another process has some of the heads, what is decided by all of them."""
+        if self.heads == self.config.num_key_value_heads:
+            return
+        plan = self.policy.plan(StepContext(1, 1, self.config.num_hidden_layers))
+        if type(self.attention) is not AttentionPattern or plan.narrow is not None or plan.probes:
+            raise InputError(
+                f"cache {self.policy.name} decides by the heads of all processes; with tensor parallelism use prefix, "
+                f"dual, frozen, dkv, or mars without window and drift"
+            )
+        if self.observe:
+            raise InputError("visual_prune decides by the heads of all processes; it excludes tensor parallelism")
+
+    def arrange(self, index: np.ndarray, first: int, slots: int) -> None:
+        """Note where frames, text and answer stand.
+
+        Args:
+            index: frame of each position, -1 for none.
+            first: where the answer begins.
+            slots: of the answer.
+        """
+        self.index, self.first, device = index, first, self.prompt.device
+        positions = np.arange(len(index))
+        is_answer = (positions >= first) & (positions < first + slots)
+        self.frames = FrameMap.from_frame_index(index, device)
+        own = upload({"answer": positions[is_answer], "text": positions[(index < 0) & ~is_answer]}, device)
+        self.answer, self.text = own["answer"], own["text"]
 
     def segment(self, name: str) -> Tensor:
         """Positions of a segment of `vidlada.decoding.policies.base.SEGMENTS`, or of what is undecided."""
@@ -129,9 +167,15 @@ class RequestCache:
         if self.kv_cache is None:
             after = embed(torch.cat((answer, suffix)))
             embeddings = torch.cat((self.prompt.to(after.dtype), after))
-            self.kv_cache = KVCache(self.config, embeddings, self.entries, self.devices)
+            self.kv_cache = kv_cache_of(self.kv_dtype)(self.config, embeddings, self.entries, self.devices, self.heads)
             plan = replace(plan, start=self.reuse_visual(self.kv_cache), narrow=None)
+            if self.observe:
+                asking = upload({"": masked.nonzero()[:, 0].numpy() + self.first}, self.answer.device)[""]
+                self.observed = ObservedAttention(self.attention, asking, self.frames.visual)
+        observed = self.observed if self.step == 0 else None
         self.step += 1
+        # what changed most is found by comparing with values that the pass overwrites
+        self.repeatable = plan.narrow is None and plan.layerwise in (None, 1.0)
         for segment in self.refreshes:
             self.refreshes[segment] += segment in plan.start
         joins: dict[int, list[Tensor]] = {}
@@ -139,11 +183,11 @@ class RequestCache:
             joins.setdefault(start, []).append(self.segment(segment))
         self.add_probes(plan, joins)
         self.attention.begin_pass(plan, self.segment("block"))
-        self.attention.joins = {start: concatenated(positions) for start, positions in joins.items()}
+        self.attention.joins = {start: concatenate(positions) for start, positions in joins.items()}
         return PartialPass(
             self.kv_cache,
             self.attention.joins,
-            self.attention,
+            observed or self.attention,
             None if plan.narrow is None else max(1, round(plan.narrow * len(self.answer))),
             (answer, slice(self.first, self.first + len(answer))),
             self.attention.compact,
@@ -154,8 +198,8 @@ class RequestCache:
         if self.reused is None:
             return EVERYTHING
         positions = self.frames.visual
-        for own, states in zip(kv_cache.layers, self.reused.layers, strict=False):
-            own.index_copy_(1, positions.to(own.device), states)
+        for layer, states in enumerate(self.reused.layers):
+            kv_cache.write(layer, positions.to(states.device), states)
         for layer, states in self.reused.hidden.items():
             kv_cache.hidden[layer].index_copy_(0, positions.to(states.device), states)
         self.attention.anchors = dict(self.reused.anchors)
@@ -164,10 +208,10 @@ class RequestCache:
 
     def export_visual(self) -> VisualCache | None:
         """The visual tokens' part, for a further question about the same video; None before the first step."""
-        if self.kv_cache is None:
-            return None
+        if self.kv_cache is None or self.exported is not None:
+            return self.exported
         positions, kv_cache = self.frames.visual, self.kv_cache
-        layers = [states.index_select(1, positions.to(states.device)) for states in kv_cache.layers[: self.reuse]]
+        layers = [kv_cache.select(layer, positions.to(kv_cache.devices[layer])) for layer in range(self.reuse)]
         hidden = {
             layer: states.index_select(0, positions.to(states.device))
             for layer, states in kv_cache.hidden.items()
@@ -175,6 +219,26 @@ class RequestCache:
         }
         anchors = {layer: found for layer, found in self.attention.anchors.items() if layer < self.reuse}
         return VisualCache(self.layout, layers, hidden, anchors)
+
+    def prune(self, numbers: np.ndarray) -> None:
+        """Drop visual tokens after a pass. What is left keeps its position ids, frames and states.
+
+        Args:
+            numbers: ascending, of those that are left, counted frame after frame.
+        """
+        assert self.kv_cache is not None
+        if self.reuse:  # another question may need what this one does not
+            self.exported = self.export_visual()
+        (visual,) = (self.index >= 0).nonzero()
+        visual = visual[np.argsort(self.index[visual], kind="stable")]
+        is_left = self.index < 0
+        is_left[visual[numbers]] = True
+        (places,) = is_left.nonzero()
+        self.kv_cache.keep(upload({"": places}, self.answer.device)[""])
+        self.arrange(self.index[places], int((places < self.first).sum()), len(self.answer))
+        self.attention.prune(self.frames, numbers)
+        self.probed.clear()
+        self.references.clear()
 
     def add_probes(self, plan: Plan, joins: dict[int, list[Tensor]]) -> None:
         """Recompute a few positions of the segments that are not refreshed, to measure how far they moved."""
@@ -199,7 +263,7 @@ class RequestCache:
         entries, drifts = [0, *self.policy.entries(self.config.num_hidden_layers)], []
         for segment, positions in self.probed.items():
             # (entries, probes, key/value heads × head_dim)
-            values = torch.stack([self.kv_cache.values[entry].index_select(1, positions) for entry in entries])
+            values = torch.stack([self.kv_cache.select(entry, positions).chunk(2)[1] for entry in entries])
             values = values.transpose(1, 2).flatten(2).float()
             if segment in self.refreshed_from or segment not in self.references:
                 # a refresh from some layer up leaves what lies below as the earlier one left it

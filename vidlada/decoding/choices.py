@@ -1,7 +1,10 @@
-"""Settings that name a cache policy and a commit rule, checked before any work starts."""
+"""Settings that name a cache policy, a commit rule or a pruning, checked before any work starts."""
 
 from vidlada.decoding.commit import commit_rule
 from vidlada.decoding.policies import parse_policy
+from vidlada.decoding.policies.base import Policy
+from vidlada.decoding.policies.blockwise import Full
+from vidlada.decoding.token_reduction import parse_pruning
 from vidlada.generation import GenerationSettings
 
 
@@ -13,3 +16,16 @@ def check_choices(settings: GenerationSettings) -> None:
     """
     parse_policy(settings.cache)
     commit_rule(settings)
+    parse_pruning(settings.visual_prune)
+
+
+def policy_of(settings: GenerationSettings) -> Policy | None:
+    """The cache policy that an answer runs with; None for the plain loop.
+
+    What verifies tokens against keys and values, or drops some of these, needs a KV cache, and with `cache="none"` runs
+    as `full`, which gives the same ids.
+    """
+    policy = parse_policy(settings.cache)
+    if policy is None and (commit_rule(settings).revokes or parse_pruning(settings.visual_prune) is not None):
+        return Full()
+    return policy

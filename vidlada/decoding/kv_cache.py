@@ -70,8 +70,11 @@ class KVCache:
         embeddings: (tokens, width) of the whole sequence; a copy is kept.
         entries: layers at which positions may join later than layer 0. Hidden states are kept at their entries.
         devices: of the layers, where a model is spread over several; the embeddings' by default.
+        heads: of keys and values, where they are not all here (tensor parallelism); the model's by default.
 
     Attributes:
+        tokens: of the whole sequence, those that were dropped later included.
+        position_ids: of what is left once positions were dropped; None before, where they count from 0.
         layers: for each layer, on its device, (2 × key/value heads, tokens, head_dim): keys, and below them values.
         keys, values: views of them, (key/value heads, tokens, head_dim) for each layer.
         hidden: entry layer → (tokens, width) states entering it; the number of layers → states leaving the top.
@@ -87,20 +90,54 @@ class KVCache:
         embeddings: Tensor,
         entries: Sequence[int] = (),
         devices: Sequence[torch.device] | None = None,
+        heads: int | None = None,
     ):
         self.tokens, width = embeddings.shape
+        self.position_ids: Tensor | None = None
         self.serial = next(self.serials)
-        top, heads = config.num_hidden_layers, config.num_key_value_heads
+        top, self.heads = config.num_hidden_layers, heads or config.num_key_value_heads
         self.devices = list(devices or [embeddings.device] * top)
-        shape = (2 * heads, self.tokens, config.head_dim)
-        self.layers = [embeddings.new_empty(shape, device=device) for device in self.devices]
-        self.keys = [states[:heads] for states in self.layers]
-        self.values = [states[heads:] for states in self.layers]
+        shape = (2 * self.heads, self.tokens, config.head_dim)
+        self.layers = [self.allocate(embeddings, shape, device) for device in self.devices]
+        self._divide()
         self.hidden = {0: embeddings.to(self.devices[0], copy=True)}
         for layer in sorted({*entries, top} - {0}):
             device = self.devices[min(layer, top - 1)]
             self.hidden[layer] = embeddings.new_empty(self.tokens, width, device=device)
         self.computed = [0] * top
+
+    def allocate(self, like: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Room for the keys and values of one layer."""
+        return like.new_empty(shape, device=device)
+
+    def _divide(self) -> None:
+        self.keys = [states[: self.heads] for states in self.layers]
+        self.values = [states[self.heads :] for states in self.layers]
+
+    def write(self, layer: int, positions: Tensor, states: Tensor) -> None:
+        """Put in (2 × key/value heads, positions, head_dim) keys, and below them values."""
+        self.layers[layer].index_copy_(1, positions, states)
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions, each (key/value heads, tokens, head_dim)."""
+        return self.keys[layer], self.values[layer]
+
+    def select(self, layer: int, positions: Tensor) -> Tensor:
+        """Keys, and below them values, of some positions."""
+        return self.layers[layer].index_select(1, positions)
+
+    def rotary_positions(self, places: Tensor) -> Tensor:
+        """Position ids of rows of this cache."""
+        return places if self.position_ids is None else self.position_ids.to(places.device).index_select(0, places)
+
+    def keep(self, places: Tensor) -> None:
+        """Drop all rows but those at the ascending `places`; what is left keeps its position ids."""
+        self.position_ids = self.rotary_positions(places)
+        self.serial = next(self.serials)  # other buffers: what was captured over the old ones must not run again
+        self.layers = [states.index_select(1, places.to(states.device)) for states in self.layers]
+        self._divide()
+        for layer, states in self.hidden.items():
+            self.hidden[layer] = states.index_select(0, places.to(states.device))
 
     def nbytes(self) -> int:
         """Memory it takes."""
@@ -166,7 +203,8 @@ def _refresh(language_model: LanguageModel, passes: Sequence[PartialPass]) -> No
             continue
         if moved or narrowed or number == 0 or any(number in each.joins for each in passes):
             table = language_model.rotation(longest, hidden.dtype, hidden.device)
-            rotation = table.index_select(1, concatenated(active))
+            places = [each.kv_cache.rotary_positions(own) for each, own in zip(passes, active, strict=True)]
+            rotation = table.index_select(1, concatenate(places))
         assert isinstance(layer, Layer)
         sizes = [len(positions) for positions in active]
         queries, keys_values = language_model.enter(layer, hidden, rotation)
@@ -174,14 +212,14 @@ def _refresh(language_model: LanguageModel, passes: Sequence[PartialPass]) -> No
         if number == 0:
             changed = [_changes(each, positions, fresh) for each, positions, _, fresh in parts]
         hidden = language_model.leave(
-            layer, hidden, concatenated([_attend(part[0], number, *part[1:]) for part in parts])
+            layer, hidden, concatenate([_attend(part[0], number, *part[1:]) for part in parts])
         )
     normed = language_model.norm(hidden).split([len(positions) for positions in active])
     for kv_cache, positions, states in zip(caches, active, normed, strict=True):
         kv_cache.hidden[len(devices)].index_copy_(0, positions, states)
 
 
-def concatenated(parts: Sequence[Tensor]) -> Tensor:
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
     """Along the first dimension, without a copy of a single one."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
@@ -200,14 +238,14 @@ def _join(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor, n
             active[place] = torch.cat((active[place], joining)) if len(states) else joining
             states = torch.cat((states, joined)) if len(states) else joined
         parts.append(states)
-    return concatenated(parts)
+    return concatenate(parts)
 
 
 def _changes(each: PartialPass, active: Tensor, keys_values: Tensor) -> Tensor:
     """How far the first layer's fresh values of each active position are from the stored ones, as 1 - cosine."""
     if each.narrow is None:
         return keys_values.new_empty(0)
-    stored = each.kv_cache.values[0].index_select(1, active)
+    stored = each.kv_cache.read(0)[1].index_select(1, active)
     values = keys_values[len(stored) :]
     similarity = F.cosine_similarity(values.transpose(0, 1).flatten(1), stored.transpose(0, 1).flatten(1), dim=-1)
     return 1 - similarity
@@ -221,17 +259,18 @@ def _narrow(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor,
             most = changed[place].to(states.device).topk(each.narrow).indices.sort().values
             active[place], states = active[place].index_select(0, most), states.index_select(0, most)
         parts.append(states)
-    return concatenated(parts)
+    return concatenate(parts)
 
 
 def _attend(each: PartialPass, layer: int, active: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:
     """Write one request's fresh keys and values, then let its queries look: (active, heads × head_dim)."""
     kv_cache = each.kv_cache
-    kv_cache.layers[layer].index_copy_(1, active, keys_values)
+    kv_cache.write(layer, active, keys_values)
     kv_cache.computed[layer] += len(active)
-    keys, values = kv_cache.keys[layer], kv_cache.values[layer]
     compact = each.compact.get(layer)
-    if compact is not None:
+    if compact is None:
+        keys, values = kv_cache.read(layer)
+    else:
         compact[:, : len(active)].copy_(keys_values)
         keys, values = compact.chunk(2)
     mixed = each.attention(queries, keys, values, layer, active)

@@ -1,14 +1,29 @@
-"""How much memory requests take while they are decoded, from their shapes alone: to be asked before they start."""
+"""How much memory requests take while they are decoded, from their shapes alone: to be asked before they start. And how
+to tell that there was too little of it."""
 
 from collections.abc import Sequence
 
+import torch
+
+from vidlada.decoding.choices import policy_of
 from vidlada.decoding.kv_cache import key_value_bytes
-from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.policies.dllm import DLLM
 from vidlada.decoding.policies.sparse import Sparse
 from vidlada.decoding.request import Request
+from vidlada.decoding.small_kv import stored_bytes
 from vidlada.generation import GenerationSettings
 from vidlada.model.config import VidLaDATextConfig
+
+PROMPT_TOKENS = 128  # room for a question, its header and the system message, in estimates
+# cuBLAS, the driver and PyTorch's allocator on a CPU raise plain RuntimeErrors
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def kept_bytes(
@@ -23,13 +38,13 @@ def kept_bytes(
         settings: of the request.
         value_bytes: bytes a value in the type it runs in.
     """
-    policy, layers, width = parse_policy(settings.cache), config.num_hidden_layers, config.hidden_size
+    policy, layers, width = policy_of(settings), config.num_hidden_layers, config.hidden_size
     if policy is None:
         return 0
     reuse = min(settings.reuse, layers)
     entries = {*policy.entries(layers), reuse} - {0, layers}
     states = 2 + len(entries)  # entering the first layer, leaving the last
-    kept = key_value_bytes(config, tokens, value_bytes) + states * tokens * width * value_bytes
+    kept = stored_bytes(config, tokens, value_bytes, settings.kv_dtype) + states * tokens * width * value_bytes
     if isinstance(policy, Sparse):
         block = min(settings.block_length, tokens)
         kept += key_value_bytes(config, block + max(1, round(policy.keep * (tokens - block))), value_bytes)

@@ -1,4 +1,4 @@
-"""What the denoising loop is asked for, and what it tells after every step."""
+"""What the denoising loop takes, and what it reports after every step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -44,6 +44,7 @@ class Statistics:
         forward_passes: passes through the model; guidance takes two a step.
         tokens: slots committed.
         layer_tokens: positions computed, by layer.
+        pruned: visual tokens dropped after the first step.
         refreshes: how often the prompt's text and frames were recomputed; empty without a cache, where every pass does.
         seconds: by phase; `denoising` is the wall time the request spent in the loop.
     """
@@ -54,6 +55,7 @@ class Statistics:
     layer_tokens: tuple[int, ...] = ()
     refreshes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    pruned: int = 0
 
     @property
     def tokens_per_forward(self) -> float:
@@ -75,6 +77,7 @@ class Statistics:
             tuple(sum(counts) for counts in zip_longest(self.layer_tokens, other.layer_tokens, fillvalue=0)),
             {name: self.refreshes.get(name, 0) + other.refreshes.get(name, 0) for name in sorted(names)},
             {phase: self.seconds.get(phase, 0.0) + other.seconds.get(phase, 0.0) for phase in phases},
+            self.pruned + other.pruned,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,6 +89,7 @@ class Statistics:
             "tokens_per_forward": round(self.tokens_per_forward, 4),
             "layer_tokens": list(self.layer_tokens),
             "refreshes": self.refreshes,
+            "pruned": self.pruned,
             "seconds": {phase: round(seconds, 4) for phase, seconds in self.seconds.items()},
         }
 

@@ -28,20 +28,21 @@ def verify(
     Returns:
         (tokens,) float64.
     """
-    language_model, config = model.language_model, model.language_model.config
-    count, tokens = len(positions), kv_cache.tokens
+    language_model = model.language_model
+    count, tokens = len(positions), kv_cache.keys[0].shape[1]
     hidden = language_model.embed_tokens(torch.full_like(ids, model.config.mask_token_id))  # (count, width)
     own = torch.eye(count, dtype=torch.bool, device=hidden.device)
     seen = torch.ones(count, tokens, dtype=torch.bool, device=hidden.device).scatter_(1, positions[:, None], False)
     mask = torch.cat((seen, own), dim=1)  # (count, tokens + count)
-    heads = config.num_key_value_heads
+    places = kv_cache.rotary_positions(positions)
     for number, (layer, device) in enumerate(zip(language_model.layers, kv_cache.devices, strict=True)):
         assert isinstance(layer, Layer)
-        hidden, mask, positions = hidden.to(device), mask.to(device), positions.to(device)
-        rotation = language_model.rotation(tokens, hidden.dtype, device).index_select(1, positions)
+        hidden, mask, places = hidden.to(device), mask.to(device), places.to(device)
+        rotation = language_model.rotation(kv_cache.tokens, hidden.dtype, device).index_select(1, places)
         queries, fresh = language_model.enter(layer, hidden, rotation)
-        states = torch.cat((kv_cache.layers[number], fresh), dim=1)
-        mixed = attend_grouped(queries, states[:heads], states[heads:], mask)
+        stored = zip(kv_cache.read(number), fresh.chunk(2), strict=True)
+        keys, values = (torch.cat(states, dim=1) for states in stored)
+        mixed = attend_grouped(queries, keys, values, mask)
         hidden = language_model.leave(layer, hidden, mixed.transpose(0, 1).flatten(1))
         kv_cache.computed[number] += count
     logits = model.lm_head(language_model.norm(hidden)).float()

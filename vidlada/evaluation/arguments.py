@@ -19,6 +19,8 @@ DECODING = (
     "factor",
     "reuse",
     "visual_keep",
+    "visual_prune",
+    "kv_dtype",
 )  # generation settings that model arguments may give for all tasks
 PACES = ("steps", "gen_steps", "threshold", "factor", "commit")  # how many tokens a step commits; one replaces another
 RENAMED = {"torch_dtype": "dtype", "peft": "adapter"}
@@ -48,9 +50,9 @@ class ModelArguments:
             what follows it counts.
         system_prompt: instead of the checkpoint's system message.
         dtype, device, quantization, compiled: as `vidlada.load` takes them.
-        cache, commit, threshold, factor, reuse, visual_keep: of `GenerationSettings`; `--gen_kwargs` come after. The
-            settings of a cache or rule are separated by `;`, because lmms-eval splits at commas:
-            `cache=mars:text=8;ratio=2`.
+        cache, commit, threshold, factor, reuse, visual_keep, visual_prune, kv_dtype: of `GenerationSettings`;
+            `--gen_kwargs` come after. The settings of a cache or rule are separated by `;`, because lmms-eval splits at
+            commas: `cache=mars:text=8;ratio=2`.
         mc_num: Monte Carlo samples of a likelihood.
         batch_size_ppl: of these, how many run together.
         mc_seed: of their masks.
@@ -77,6 +79,8 @@ class ModelArguments:
     factor: float | None = None
     reuse: int | None = None
     visual_keep: float | None = None
+    visual_prune: str | None = None
+    kv_dtype: str | None = None
     mc_num: int = 128
     batch_size_ppl: int = 32
     mc_seed: int = 0

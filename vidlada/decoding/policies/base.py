@@ -9,10 +9,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap
 from vidlada.decoding.kv_cache import KVCache, attend_grouped
+from vidlada.decoding.named import check_named
 from vidlada.generation import MAX_SLOTS
 from vidlada.model.language_model import LanguageModel
 
@@ -87,6 +89,16 @@ class AttentionPattern:
         they may be captured once and replayed (`vidlada.decoding.static_step`); None if the next pass must not be."""
         return () if type(self) is AttentionPattern else None
 
+    def prune(self, frames: FrameMap, numbers: np.ndarray) -> None:
+        """Take note that visual tokens were dropped, so that remembered positions are void.
+
+        Args:
+            frames: where the rest stands now.
+            numbers: ascending, of the visual tokens that are left, among those before.
+        """
+        self.anchors.clear()
+        self.compact.clear()
+
     def begin_pass(self, plan: Plan, block: Tensor) -> None:
         """Prepare for the next pass.
 
@@ -140,7 +152,13 @@ class Policy(Protocol):
 
 
 class SegmentPolicy:
-    """Base of policies that recompute whole segments from layer 0, with full attention."""
+    """Base of policies: dataclasses of listed settings. By itself it recomputes whole segments from layer 0, with full
+    attention."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_named("cache", self)
 
     def entries(self, layers: int) -> list[int]:
         """None."""

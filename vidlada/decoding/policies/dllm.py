@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap
 from vidlada.decoding.kv_cache import KVCache, attend_grouped
-from vidlada.decoding.named import check_named
 from vidlada.decoding.policies.base import EVERYTHING, MAX_STEPS, AttentionPattern, Plan, SegmentPolicy, StepContext
 from vidlada.model.language_model import LanguageModel, Layer
 from vidlada.settings import setting
@@ -30,9 +29,6 @@ class DLLM(SegmentPolicy):
     prompt: int = setting(25, "Steps between refreshes of text and frames.", minimum=1, maximum=MAX_STEPS)
     response: int = setting(7, "Steps between refreshes of the answer.", minimum=1, maximum=MAX_STEPS)
     share: float = setting(0.25, "Of the answer recomputed in the other steps, layer by layer.", above=0, maximum=1)
-
-    def __post_init__(self) -> None:
-        check_named("cache", self)
 
     def plan(self, context: StepContext) -> Plan:
         """Whatever is due; the answer is left to `LayerwiseUpdate`."""
@@ -69,7 +65,7 @@ class LayerwiseUpdate(AttentionPattern):
         config = language_model.config
         hidden = kv_cache.hidden[0].index_select(0, answer)  # (slots, width)
         table = language_model.rotation(kv_cache.tokens, hidden.dtype, hidden.device)
-        rotation = table.index_select(1, answer)
+        rotation = table.index_select(1, kv_cache.rotary_positions(answer))
         if self.added is None:
             self.added = hidden.new_zeros(config.num_hidden_layers, *hidden.shape)
         count = max(1, round(self.share * len(answer)))
@@ -78,13 +74,13 @@ class LayerwiseUpdate(AttentionPattern):
             queries, states = language_model.enter(layer, hidden, rotation)
             chosen = torch.arange(len(answer), device=answer.device)
             if count < len(answer):
-                stored = kv_cache.values[number].index_select(1, answer)
+                stored = kv_cache.read(number)[1].index_select(1, answer)
                 values = states[len(stored) :]
                 similarity = F.cosine_similarity(values.transpose(0, 1).flatten(1), stored.transpose(0, 1).flatten(1))
                 chosen = similarity.topk(count, largest=False).indices.sort().values
-            kv_cache.layers[number].index_copy_(1, answer.index_select(0, chosen), states.index_select(1, chosen))
+            kv_cache.write(number, answer.index_select(0, chosen), states.index_select(1, chosen))
             asking, entering = queries.index_select(1, chosen), hidden.index_select(0, chosen)
-            mixed = attend_grouped(asking, kv_cache.keys[number], kv_cache.values[number])
+            mixed = attend_grouped(asking, *kv_cache.read(number))
             fresh = language_model.leave(layer, entering, mixed.transpose(0, 1).flatten(1))
             self.added[number].index_copy_(0, chosen, fresh - entering)
             hidden = (hidden + self.added[number]).index_copy(0, chosen, fresh)

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -11,13 +12,13 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors, scenes_of
 from vidlada.decoding.fused import FusedChunks, can_fuse
 from vidlada.decoding.kv_cache import attend_grouped
-from vidlada.decoding.named import check_named
 from vidlada.decoding.policies.base import (
     ANSWER,
     EVERYTHING,
     MAX_STEPS,
     AttentionPattern,
     Plan,
+    SegmentPolicy,
     StepContext,
 )
 from vidlada.errors import InputError
@@ -29,7 +30,7 @@ log = logging.getLogger("vidlada.decoding")
 
 
 @dataclass(frozen=True)
-class Mars:
+class Mars(SegmentPolicy):
     """MARS-Cache (VidLaDA, arXiv 2601.17868): text and frames refreshed at their own intervals, deep layers more often.
 
     Layers form groups. The deepest is refreshed every `text` steps (frames: every `ratio` times as many); going down,
@@ -78,7 +79,7 @@ class Mars:
     fused: bool | None = setting(None, "Chunk attention as one kernel.")
 
     def __post_init__(self) -> None:
-        check_named("cache", self)
+        super().__post_init__()
         needs_window = {name: getattr(self, name) for name in ("anchors", "per_head", "chunk_first", "scene", "fused")}
         for name, value in needs_window.items():
             if value and not self.chunks:
@@ -101,7 +102,10 @@ class Mars:
             return Plan(EVERYTHING, chunked=chunked, search=search, probes=probes)
         start = dict(ANSWER)
         for segment, interval in (("text", self.text), ("visual", self.text * self.ratio)):
-            due = self._moved(context, segment) if self.drift else self._groups(context.layers, context.step, interval)
+            if self.drift:
+                due = self._drifted_groups(context, segment)
+            else:
+                due = self._due_groups(context.layers, context.step, interval)
             if due:
                 start[segment] = min(due)
         return Plan(start, chunked=self.chunks, probes=probes)
@@ -130,13 +134,13 @@ class Mars:
         fused = can_fuse(prompt.device) if self.fused is None else self.fused
         return ChunkPattern(frames, self.window, anchors, self.queries, self.per_head, scenes, fused)
 
-    def _moved(self, context: StepContext, segment: str) -> list[int]:
+    def _drifted_groups(self, context: StepContext, segment: str) -> list[int]:
         """Entries of the groups where a segment has drifted too far."""
         entries = [0, *self.entries(context.layers)]
         drifts = context.drift.get(segment, [0.0] * len(entries))
         return [entry for entry, drift in zip(entries, drifts, strict=True) if drift > self.drift]
 
-    def _groups(self, layers: int, step: int, interval: int) -> list[int]:
+    def _due_groups(self, layers: int, step: int, interval: int) -> list[int]:
         """Entries of the groups that are due at a step."""
         firsts = [0, *self.entries(layers)]
         return [
@@ -182,6 +186,17 @@ class ChunkPattern(AttentionPattern):
         self.kernel: FusedChunks | None = None
         self.ordered: tuple[Tensor, Tensor] | None = None  # active positions, and their order with visual ones first
 
+    def prune(self, frames: FrameMap, numbers: np.ndarray) -> None:
+        """Every layer finds anchors among what is left when it is next refreshed."""
+        super().prune(frames, numbers)
+        ends = np.cumsum([len(scene) for scene in self.scenes])[:-1]
+        left = torch.arange(len(numbers), device=frames.visual.device)
+        scenes = left.tensor_split(np.searchsorted(numbers, ends).tolist())
+        self.scenes = tuple(scene for scene in scenes if len(scene))
+        self.frames, self.kernel, self.ordered = frames, None, None
+        self.window = min(self.window, len(frames.sizes) - 1)
+        self.anchor_count = min(self.anchor_count, len(numbers))
+
     def begin_pass(self, plan: Plan, block: Tensor) -> None:
         """Note from which layer on the visual tokens are recomputed (single ones that are probed see everything)."""
         self.visual_start = plan.start.get("visual")
@@ -199,7 +214,7 @@ class ChunkPattern(AttentionPattern):
         visual = self.frames.visual
         order = self._visual_first(active)
         visual_queries = queries.index_select(1, order[: len(visual)])
-        if self.search:
+        if self.search or (self.anchor_count and layer not in self.anchors):
             best = [self._find_anchors(visual_queries[:, scene], keys[:, visual[scene]]) for scene in self.scenes]
             self.anchors[layer] = torch.cat(
                 [visual[scene][chosen] for scene, chosen in zip(self.scenes, best, strict=True)], dim=-1
