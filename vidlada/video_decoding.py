@@ -159,8 +159,8 @@ class Reader:
             return f"the frame at {self.timeline.seconds[number]:.2f} s cannot be decoded; it is damaged"
         if self.stream.codec_context.name in NEED_PARAMETER_SETS and not self.stream.codec_context.extradata:
             return (
-                "no frame can be decoded: the parameter sets are missing. Clips that were cut out of an mp4 into a "
-                "transport stream without re-encoding lack them: cut into an mp4 or mkv, or re-encode"
+                "no frame can be decoded: the parameter sets are missing. It begins behind them, or was cut out of an "
+                "mp4 into a transport stream without re-encoding: cut it anew into an mp4 or mkv, or re-encode"
             )
         return "no frame can be decoded: the file is damaged, or not of the codec it claims"
 

@@ -11,13 +11,13 @@ from typing import cast
 import av
 import numpy as np
 from av.container import InputContainer
-from av.format import Flags
 from av.video.stream import VideoStream
 
 from vidlada.errors import InputError
 from vidlada.truncation import is_cut
 
 UNKNOWN = -(2**63)  # a time stamp that is not there
+NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS: raw streams
 KEY, HIDDEN, CORRUPT, AT_ONCE = 1, 2, 4, 8  # flags of packets
 MOST_MISSING = 0.02  # share of the promised length a readable file may lack before it counts as truncated
 STATES_ITS_LENGTH = frozenset({"mov", "matroska", "avi", "asf"})  # a file that `is_cut` denies is whole
@@ -208,8 +208,7 @@ def _timeline(path: Path, container: InputContainer, stream: VideoStream, packet
     shown = (packets.flags & (HIDDEN | CORRUPT) == 0) & (np.arange(len(packets)) >= packets.first)
     timed = shown & (packets.pts != UNKNOWN)
     reordered = container.format.name == "avi" and stream.codec_context.name in UNTIMED_REORDERING
-    # those that FFmpeg makes up for raw streams are often wrong
-    raw = bool(container.format.flags & cast(int, Flags.no_timestamps.value))
+    raw = bool(container.format.flags & NO_TIMESTAMPS)  # those that FFmpeg makes up are often wrong
     ordered = reordered or raw or timed.sum() < shown.sum() / 2
     unit, found_pts = float(stream.time_base or 1), packets.pts
     if ordered:

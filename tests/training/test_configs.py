@@ -77,3 +77,9 @@ def test_a_variable_that_is_not_set_is_named(data, monkeypatch):
     monkeypatch.delenv("VIDEO_FOLDER")
     with pytest.raises(InputError, match="stages.*video_folder.*VIDEO_FOLDER is not set"):
         load_config(CONFIGS / "vidlada-8b-lora.yaml")
+
+
+def test_a_data_file_may_stand_for_a_mixture(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA", str(tmp_path / "all.json"))
+    (source,) = stage_sources(load_config(CONFIGS / "vidlada-8b-lora.yaml"))
+    assert len(source.entries) == ENTRIES

@@ -78,13 +78,13 @@ def test_a_process_that_ends_is_one_line_on_each_node(tmp_path, number, codes, m
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.sh"
 
 
-def script(folder, **variables):
+def script(folder, *arguments, **variables):
     """The launch script with a Python that only tells how it was called."""
     python = folder / "python"
     python.write_text('#!/bin/sh\necho "$@"\necho "$RANK" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"\n')
     python.chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), **variables}
-    command = [str(SCRIPT), "run.yaml", "--resume"]
+    command = [str(SCRIPT), *arguments, "run.yaml", "--resume"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -115,3 +115,10 @@ def test_the_script_starts_torchrun_as_its_variables_say(tmp_path):
 def test_the_script_refuses_variables_that_would_hang_or_fail_in_torchrun(tmp_path, variables, match):
     ended = script(tmp_path, **{"NPROC_PER_NODE": "1", **variables})
     assert ended.returncode == 2 and ended.stderr.startswith(f"error: {match}") and not ended.stdout
+
+
+def test_the_script_takes_a_number_of_devices_as_the_published_one(tmp_path):
+    launched = script(tmp_path, "2", NPROC_PER_NODE="4").stdout.splitlines()[0]
+    assert "--nnodes 1 --node-rank 0 --nproc-per-node 2 " in launched
+    assert launched.endswith("-m vidlada train run.yaml --resume")
+    assert script(tmp_path, "1").stdout.splitlines()[0] == "-m vidlada train run.yaml --resume"

@@ -124,16 +124,53 @@ def test_questions_that_share_a_video_are_refused(model_and_processor):
         train(run("out", stages=(Stage("a", 1e-3, CLIPS, 1, collate=CollateSettings(packing=True)),)))
 
 
+@pytest.mark.parametrize("ends", [0, 7])
+def test_rows_keep_to_their_budget(samples, model_and_processor, ends):
+    """In order, nothing lost; with what may follow an answer, and the frame that stands in."""
+    _, processor = model_and_processor
+    settings = CollateSettings(packing=True, end_slots=ends)
+    many = [samples[number % 4] for number in range(11)]
+    alone = [Collator(processor, CollateSettings())([sample], np.random.default_rng(0)) for sample in samples]
+    longest = max(batch["input_ids"].shape[1] for batch in alone)
+    for stand_in in (None, SIZE):
+        unseen = len(processor.media_frame_index(1)) if stand_in else 0
+        for budget in (longest + ends + unseen, 3 * longest):
+            collator = Collator(processor, replace(settings, tokens_per_row=budget), stand_in)
+            rows = collator.rows(many, np.random.default_rng(0))
+            assert len(rows) > 1 and max(batch["input_ids"].shape[1] for _, batch in rows) <= budget
+            counts = [len(batch["force"]) for _, batch in rows]
+            assert [first for first, _ in rows] == np.cumsum([0, *counts[:-1]]).tolist() and sum(counts) == 11
+        tight = Collator(processor, replace(settings, tokens_per_row=longest + ends + unseen - 1), stand_in)
+        with pytest.raises(InputError, match="more than the .* of a packed row"):
+            for sample in many:
+                tight.check(tight.cut(sample))
+
+
+def test_budgets_of_rows_are_checked():
+    for values, said in (
+        ({}, "set packing: true"),
+        ({"packing": True, "end_slots": 64}, "leave no room"),
+        ({"packing": True, "pad_to_multiple_of": 48}, "no multiple of pad_to_multiple_of"),
+    ):
+        with pytest.raises(InputError, match=said):
+            CollateSettings(tokens_per_row=64, **values)
+    stage = Stage("a", 1e-3, CLIPS, 1, collate=CollateSettings(packing=True, tokens_per_row=64))
+    with pytest.raises(InputError, match="tokens_per_row.*fsdp"):
+        run("out", stages=(stage,), parallel="fsdp")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
 def test_a_packed_run_comes_to_the_weights_of_an_unpacked_one(tmp_path, one_thread, objective):
-    """Every answer is hidden whole, so that nothing is drawn but the data; two passes a step."""
-    data = {**CLIPS, "seconds": [2, 4], "questions": 1}
+    """Every answer is hidden whole, so that nothing is drawn but the data; two passes a step, or several rows."""
+    data = {**CLIPS, "seconds": [2, 4], "questions": 1, "frames_per_batch": 16}
     found = []
-    for packing in (False, True):
-        collate = CollateSettings(force_up_to=99, packing=packing)
+    for packing in ({}, {"packing": True}, {"packing": True, "tokens_per_row": 64}):
+        collate = CollateSettings(force_up_to=99, **packing)
         stage = Stage("a", 1e-2, data, 4, collate=collate)
-        settings = run(tmp_path / str(packing), stages=(stage,), objective=objective, per_device_batch=1)
+        passes = None if "tokens_per_row" in packing else 1
+        settings = run(tmp_path / str(len(found)), stages=(stage,), objective=objective, per_device_batch=passes)
         found.append(weights(train(settings, report=quietly)))
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor, rtol=0, atol=1e-4)
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-4)

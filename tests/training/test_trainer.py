@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from trainings import MODEL, PICTURES, STEPS, assert_same, quietly, run, weights
 import vidlada.training.checkpoints as checkpoints
 import vidlada.training.losses as losses
 import vidlada.training.output as output_folder
+import vidlada.training.trainer as trainer
 from vidlada.checkpoint.load import load_model, save_model
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.processor import VidLaDAProcessor
@@ -332,3 +334,16 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_changes_nothing(tmp_path
     with pytest.raises(VidLaDAError, match="gradient of step 3 is nan"):
         train(run(tmp_path / "run"), report=quietly)
     assert names(tmp_path / "run") == ["checkpoint-0000002"]
+
+
+def test_freed_memory_is_returned_only_where_the_process_has_grown(monkeypatch):
+    """Resident bytes at each look; those after a return are the new measure."""
+    sizes, returned = iter([100, 90, 110, 112, 113, 105]), []
+    monkeypatch.setattr(trainer, "resident_memory", lambda: next(sizes))
+    monkeypatch.setattr(trainer, "return_free_memory", lambda: returned.append(True))
+    looks = SimpleNamespace(trimmed=0)
+    counts = []
+    for _ in range(4):
+        trainer.Run.trim(looks)
+        counts.append(len(returned))
+    assert counts == [1, 1, 1, 2] and looks.trimmed == 105

@@ -16,6 +16,7 @@ from vidlada.machine import machine, now
 from vidlada.markdown import table
 from vidlada.shapes.questions import vocabulary
 from vidlada.training.config import CollateSettings, Stage, TrainingConfig
+from vidlada.training.data.collate import rows_of
 from vidlada.training.figures import Figures, Progress
 from vidlada.training.models import initial_model
 from vidlada.training.objective import diffusion_loss, draw_masking, draw_times
@@ -41,7 +42,9 @@ VISION = {
 CONVERSATIONS = 512
 WARM_UP = 3  # steps that are not counted
 SHORTEST, LONGEST = 8, 700  # words of an answer
+TOKENS_PER_ROW = 1024
 PADDED, GROUPED, PACKED = "padded", "padded, grouped by length", "packed"
+BOUNDED = f"packed, at most {TOKENS_PER_ROW} tokens a row"
 
 
 def training_config(output: str, data: dict[str, Any], model: dict[str, Any], **changes: Any) -> TrainingConfig:
@@ -161,10 +164,12 @@ def packing_figures(
         data = {"kind": "llava", "json_path": str(Path(folder) / "conversations.json"), "batch_size": batch_size}
         plain = training_config(folder, data, MODEL)
         packing = CollateSettings(force_up_to=2, packing=True)
+        bounded = replace(packing, tokens_per_row=TOKENS_PER_ROW)
         configs = {
             PADDED: plain,
             GROUPED: replace(plain, stages=(replace(plain.stages[0], data={**data, "group_by_length": True}),)),
             PACKED: replace(plain, stages=(replace(plain.stages[0], collate=packing),)),
+            BOUNDED: replace(plain, stages=(replace(plain.stages[0], collate=bounded),)),
         }
         runs = {name: new_run(config) for name, config in configs.items()}
         streams = {name: run.batches.steps(run.sources, 0) for name, run in runs.items()}
@@ -178,7 +183,7 @@ def packing_figures(
                 if number >= WARM_UP:
                     seconds[name] += now("cpu") - started
                     tokens[name] += figures.tokens
-                    slots[name] += sum(batch["input_ids"].numel() for batch in batches)
+                    slots[name] += sum(row["input_ids"].numel() for batch in batches for row in rows_of(batch))
         for run in runs.values():
             run.close()
     return {

@@ -41,6 +41,9 @@ class CollateSettings:
             as much as so many short answers. 0: each answer counts once.
         packing: all samples of a pass stand in one row, one after another, and do not see one another: no padding.
             Only for samples that do not share a row.
+        tokens_per_row: with packing, most tokens of a row: what the samples of a pass need beyond it goes into further
+            rows, each with a forward and backward of its own, so that memory is bounded; gradients are those of one
+            row. Longer samples are skipped. None: one row, however long.
         pad_to_multiple_of: rows get a multiple of so many tokens. Kernels are made for every shape they meet, which on
             a CPU costs a tenth of a step whose shape is new.
     """
@@ -55,12 +58,26 @@ class CollateSettings:
     max_length: PositiveInt | None = None
     weigh_every: NonNegativeInt = 0
     packing: bool = False
+    tokens_per_row: PositiveInt | None = None
     pad_to_multiple_of: PositiveInt = 1
 
     def __post_init__(self) -> None:
         for name in ("conversation_mask", "pad_targets"):
             if self.packing and getattr(self, name):
                 raise InputError(f"packing and {name} exclude each other")
+        if self.tokens_per_row is None:
+            return
+        if not self.packing:
+            raise InputError("tokens_per_row is of packed rows; set packing: true too")
+        if self.tokens_per_row <= self.end_targets + self.end_slots:
+            raise InputError(
+                f"tokens_per_row: {self.tokens_per_row} tokens leave no room beside {self.end_targets} end_targets and "
+                f"{self.end_slots} end_slots"
+            )
+        if self.tokens_per_row % self.pad_to_multiple_of:
+            raise InputError(
+                f"tokens_per_row: {self.tokens_per_row} is no multiple of pad_to_multiple_of, {self.pad_to_multiple_of}"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -254,6 +271,8 @@ class TrainingConfig:
         sharded = self.parallel in ("fsdp", "zero2", "zero3")
         if sharded and self.optimizer == "muon":
             raise InputError(f"optimizer: muon needs whole matrices, which {self.parallel} splits; use adamw or ddp")
+        if sharded and any(stage.collate.tokens_per_row for stage in self.stages):
+            raise InputError(f"tokens_per_row: processes would need as many rows under {self.parallel}; use ddp")
         if self.parallel in ("zero2", "zero3") and len({stage.frozen for stage in self.stages}) > 1:
             raise InputError(f"{self.parallel} cannot freeze other parts in other stages; use fsdp, or freeze alike")
         if self.objective == "autoregressive" and self.complementary:

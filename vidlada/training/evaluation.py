@@ -17,6 +17,7 @@ from vidlada.processor import VidLaDAProcessor
 from vidlada.training.answers import AskedQuestion, answer_questions, is_right
 from vidlada.training.batches import Batches
 from vidlada.training.config import Evaluation
+from vidlada.training.data.collate import rows_of
 from vidlada.training.data.samples import Source
 from vidlada.training.losses import BatchLoss
 from vidlada.training.parallel import total, whole_weights
@@ -97,7 +98,7 @@ class HeldOut:
         steps = range(self.settings.steps)
         with closing(self.batches.of(self.source, self.settings.collate, EVALUATION, steps)) as batches:
             for batch in batches:
-                loss += float(self.batch_loss(batch, batch["step"], stream=EVALUATION))
+                loss += sum(float(self.batch_loss(row, batch["step"], stream=EVALUATION)) for row in rows_of(batch))
                 self.records.note_skipped(done, batch["skipped"])
         return total(self.accelerator, [loss])[0] / self.settings.steps
 

@@ -60,8 +60,9 @@ class BatchLoss:
         generator = masking_generator(seed, 0, step)
         count = int(sample_index.max()) + 1
         times = draw_times(batch["total_samples"], generator, config.stratified)
-        if batch["parts"] > 1:
-            generator = masking_generator(seed, batch["part"] + 1, step)
+        row = batch.get("row", 0)
+        if batch["parts"] > 1 or row:
+            generator = masking_generator(seed, batch["part"] + 1 + batch["parts"] * row, step)
         times = times[batch["first_sample"] : batch["first_sample"] + count]
         targets = labels >= 0
         maskings = [draw_masking(targets, sample_index, times, generator, batch["force"])]

@@ -74,6 +74,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         accelerator.state.fsdp_plugin = fsdp
     if config.optimizer == "muon" and is_sharded(accelerator):
         raise InputError("optimizer: muon needs whole matrices, which this launch splits; use adamw")
+    if any(stage.collate.tokens_per_row for stage in config.stages) and is_sharded(accelerator):
+        raise InputError("tokens_per_row: processes would need as many rows, since this launch splits the model")
     return accelerator
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from vidlada.tiling import pictures_of
 from vidlada.training.batches import Batches
 from vidlada.training.checkpoints import NotSaved, load_checkpoint, save_checkpoint, save_final, write_folder
 from vidlada.training.config import TrainingConfig
+from vidlada.training.data.collate import rows_of
 from vidlada.training.evaluation import BEST, Evaluated, HeldOut, best_so_far, summary
 from vidlada.training.figures import Figures, Progress, figures_of, line_of, parameter_counts
 from vidlada.training.flops import FlopCount
@@ -222,13 +223,17 @@ class Run:
         shares = accelerator.num_processes * (1 if is_deepspeed(accelerator) else passes)
         own = Figures(steps=1)
         for batch in batches:
+            rows = rows_of(batch)
             with accelerator.accumulate(self.model):
-                loss = self.loss(batch, step)
-                accelerator.backward(loss * shares)
-            self.count(own, batch, float(loss.detach()))
+                for row in rows:
+                    # processes may have different numbers of rows: only after the last do they meet
+                    with nullcontext() if row is rows[-1] else accelerator.no_sync(self.model):
+                        loss = self.loss(row, step)
+                        accelerator.backward(loss * shares)
+                    self.count(own, row, float(loss.detach()))
+                    if not math.isfinite(own.loss):
+                        self.records.save_batch(step, row)
             self.records.note_skipped(step, batch["skipped"])
-            if not math.isfinite(own.loss):
-                self.records.save_batch(step, batch)
             samples = batch["total_samples"]
         own.signals = float(len(stop_requested))
         names = ("loss", "tokens", "flops", "skipped", "signals", "frames")

@@ -41,6 +41,11 @@ class Collator:
         self.end_of_text = processor.token_id(END_OF_TEXT)
         self.end_of_turn = processor.token_id(END_OF_TURN)
         self.mask = processor.token_id(MASK)
+        self.ends = settings.end_targets + settings.end_slots  # most that may follow an answer
+        self.budget: int | None = None  # tokens of a sample that has a packed row for itself
+        if settings.tokens_per_row is not None:
+            unseen = 0 if stand_in is None else len(processor.media_frame_index(1))
+            self.budget = settings.tokens_per_row - self.ends - unseen
         self.padding = {
             "input_ids": processor.tokenizer.pad_token_id,
             "labels": IGNORED,
@@ -110,6 +115,22 @@ class Collator:
             batch["media_shapes"] = shapes
         return batch
 
+    def rows(self, samples: Sequence[Sample], generator: np.random.Generator) -> list[tuple[int, dict[str, Any]]]:
+        """The samples as one batch or, where packed rows may have so many tokens only, several: the number of the first
+        sample of each, and its tensors."""
+        if self.budget is None:
+            return [(0, self(samples, generator))]
+        groups: list[tuple[int, list[Sample]]] = []
+        left = 0
+        for number, sample in enumerate(self.cut(sample) for sample in samples):
+            length = self._length(sample) + self.ends
+            if not groups or length > left:
+                groups.append((number, []))
+                left = self.budget + self.ends
+            groups[-1][1].append(sample)
+            left -= length
+        return [(first, self(group, generator)) for first, group in groups]
+
     def cut(self, sample: Sample) -> Sample:
         """The sample with its images as the pictures that pass the vision tower; a single image is tiled."""
         if len(sample.shapes) == len(sample.videos):
@@ -125,11 +146,16 @@ class Collator:
         """Raise `InputError` if a sample has nothing to learn, or more tokens than the model or the stage takes."""
         if not any(answer.strip() for _, answer in sample.exchanges):
             raise InputError("every answer is empty")
-        messages = messages_of(sample.shapes, sample.exchanges, sample.system)
-        encoded = self.processor.encode(messages, sample.shapes, add_generation_prompt=False)
-        length, most = len(encoded.input_ids), self.settings.max_length
+        length, most = self._length(sample), self.settings.max_length
         if most is not None and length > most:
             raise InputError(f"the sample has {length} tokens, more than the stage's {most}")
+        if self.budget is not None and length > self.budget:
+            raise InputError(f"the sample has {length} tokens, more than the {self.budget} of a packed row")
+
+    def _length(self, sample: Sample) -> int:
+        """Tokens of a sample."""
+        messages = messages_of(sample.shapes, sample.exchanges, sample.system)
+        return len(self.processor.encode(messages, sample.shapes, add_generation_prompt=False).input_ids)
 
     def _fill(self, row: Row, length: int) -> Row:
         """A row filled up with end-of-text targets."""
@@ -276,9 +302,10 @@ class StepDataset:
     def __getitem__(self, part: Part) -> dict[str, Any]:
         """The batch of a part; besides the collator's entries, how it stands in the step:
 
-        `step`, `part`, `parts`; `first_sample`, `total_samples` (numbers of samples before it and in the whole step);
-        `weight`, 0 for a part that only keeps its process in step, since the step has fewer items than parts or all
-        it found is broken; and `skipped`: a message for each broken sample that another was taken for.
+        `step`, `part`, `parts`, `row`; `first_sample`, `total_samples` (numbers of samples before it and in the whole
+        step); `weight`, 0 for a part that only keeps its process in step, since the step has fewer items than parts or
+        all it found is broken; `skipped`: a message for each broken sample that another was taken for; `more_rows`:
+        batches like this one, where packed rows are bounded.
         """
         items = self.source.plan(part.step)
         first, end = (len(items) * number // part.parts for number in (part.number, part.number + 1))
@@ -289,16 +316,23 @@ class StepDataset:
         # as many samples, of almost nothing: what is broken may be too long as well
         blind = [Sample([], [("-", "-")] * len(item.exchanges), item.separate) for item in own or items[:1]]
         seeds = [self.seed, part.step, 1] + ([part.number] if part.parts > 1 else [])
-        return {
-            **self.collator(samples if usable else blind, np.random.default_rng(seeds)),  # type: ignore[arg-type]
-            "step": part.step,
-            "part": part.number,
-            "parts": part.parts,
-            "first_sample": sum(item.samples for item in items[:first]) if own else 0,
-            "total_samples": sum(item.samples for item in items),
-            "weight": float(usable),
-            "skipped": skipped,
-        }
+        before = sum(item.samples for item in items[:first]) if own else 0
+        rows = self.collator.rows(samples if usable else blind, np.random.default_rng(seeds))  # type: ignore[arg-type]
+        batches = [
+            {
+                **row,
+                "step": part.step,
+                "part": part.number,
+                "parts": part.parts,
+                "row": number,
+                "first_sample": before + start,
+                "total_samples": sum(item.samples for item in items),
+                "weight": float(usable),
+                "skipped": [] if number else skipped,
+            }
+            for number, (start, row) in enumerate(rows)
+        ]
+        return {**batches[0], "more_rows": batches[1:]}
 
     def sample(self, item: Item) -> Sample:
         """The sample of an item; `InputError` where it is broken or unfit."""
@@ -316,6 +350,11 @@ class StepDataset:
                 skipped.append(f"{item.origin}: {error}" if item.origin else str(error))
                 item = self.source.instead_of(item, attempt)
         return None
+
+
+def rows_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """A batch of `StepDataset` and its further rows: what passes the model at once."""
+    return [batch, *batch.get("more_rows", ())]
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
