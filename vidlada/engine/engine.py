@@ -85,7 +85,7 @@ class Engine:
         self.denoiser = Denoiser(vidlada.model)
         self.features: LRUCache[Tensor] = LRUCache(limits.feature_store_mb * MEBI)
         self.visual: LRUCache[VisualCache] = LRUCache(limits.visual_store_mb * MEBI)
-        self.totals = Totals()
+        self.totals, self.warned = Totals(), False
         self.waiting: deque[RequestHandle] = deque()
         self.decoding: dict[int, RequestHandle] = {}  # by their numbers in the denoiser
         self.choosing: list[RequestHandle] = []  # to be answered in one step
@@ -347,7 +347,7 @@ class Engine:
         assert isinstance(turn, Turn | FormTurn)
         request = turn.request
         if state.visual is not None:
-            self.visual.put(handle.job.visual_key, state.visual, state.visual.nbytes)
+            self._keep_visual(handle, state.visual)
         state, stable = turn.take(state)
         state = replace(state, visual=None)  # readers have no use for it
         if stable.finish_reason is not None or turn.request is not request:
@@ -361,6 +361,14 @@ class Engine:
             handle.confidence = handle.committed = None
             handle.task.restart(handle.job.settings.gen_length)
             self._start(handle)
+
+    def _keep_visual(self, handle: RequestHandle, visual: VisualCache) -> None:
+        """Keep what a further question about a video reuses, or say once that there is no room for it."""
+        if visual.nbytes > self.visual.max_bytes and not self.warned:
+            self.warned = True
+            need, room = (-(-size // MEBI) for size in (visual.nbytes, self.visual.max_bytes))
+            log.warning("reuse: the frames' keys and values take %d MiB, visual_store_mb is %d", need, room)
+        self.visual.put(handle.job.visual_key, visual, visual.nbytes)
 
     def _finished(self) -> None:
         """Take note of a complete answer."""
