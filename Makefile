@@ -51,10 +51,10 @@ $(VENV)/ready-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@ $(VENV)/ready $(VENV)/ready-eval
 
 $(VENV)/ready-all: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]' $(TRIED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,eval]' $(TRIED)
 	$(LMMS_EVAL)
 	$(TRIED_ALONE)
-	touch $@ $(VENV)/ready $(VENV)/ready-dev $(VENV)/ready-eval
+	touch $@ $(VENV)/ready $(VENV)/ready-dev $(VENV)/ready-docs $(VENV)/ready-eval
 
 eval-env: $(VENV)/ready-eval
 

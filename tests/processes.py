@@ -7,10 +7,12 @@ launchers, tests start `python -m vidlada` itself.
 import atexit
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import threading
+import weakref
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -34,8 +36,9 @@ class Command:
     """
 
     def __init__(self, *arguments, code=None, stdin="", pipe=False, new_session=False, **environment):
-        self._folder = tempfile.TemporaryDirectory()
-        self._output, self._errors, source = (Path(self._folder.name) / name for name in ("out", "err", "in"))
+        folder = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._output, self._errors, source = (folder / name for name in ("out", "err", "in"))
         source.write_text(stdin)
         reader, writer = FORKS.Pipe(duplex=False) if pipe else (None, None)
         variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}

@@ -12,6 +12,7 @@ from vidlada.errors import InputError
 from vidlada.info import check_memory_of_weights
 from vidlada.model.hub import local_folder, with_revision
 from vidlada.model.language_model import Layer
+from vidlada.model.parallel import check_shares, make_mesh, shard
 from vidlada.model.quantization import Quantization, check_quantization, quantize
 from vidlada.processor import VidLaDAProcessor
 
@@ -42,6 +43,7 @@ def load(
     graphs: bool | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
+    tensor_parallel: int = 1,
 ) -> VidLaDA:
     """Load a model.
 
@@ -60,6 +62,8 @@ def load(
         adapter: folder or name of a LoRA adapter for this model, to be merged into it. (An adapter may also be loaded
             by its own name; its base is then the one it names.)
         revision: of a name of the hub: a branch, tag or commit.
+        tensor_parallel: processes, started together by torchrun, that divide every layer among them. All must make the
+            same calls; see `vidlada.model.parallel`.
 
     Raises:
         InputError: there is no such folder, or it is not a checkpoint of this family.
@@ -74,25 +78,36 @@ def load(
         check_quantization(
             quantization, torch.device(device), weights_type(dtype) or stored_type(checkpoint)
         )  # before anything is loaded
-    if device_map is None:
+    mesh = None
+    if tensor_parallel > 1:
+        if quantization is not None or device_map is not None or compiled:
+            raise InputError("tensor_parallel excludes quantization, device_map and compiled")
+        check_shares(checkpoint.config.text, tensor_parallel)
+        mesh = make_mesh(tensor_parallel, torch.device(device).type)
+        device = f"cuda:{torch.cuda.current_device()}" if torch.device(device).type == "cuda" else device
+        graphs = False
+    elif device_map is None:
         one_by_one = quantization if adapter is None else None
         check_memory_of_weights(checkpoint, dtype, torch.device(device), one_by_one)
 
     def finish(layer: nn.Module) -> None:
         assert isinstance(layer, Layer)
+        if mesh is not None:
+            shard(layer, mesh)
+            return
         layer.pack()
         if quantization is not None:
             quantize(layer, quantization)
 
     places = {"device": device, "device_map": device_map, "checkpoint": checkpoint}
-    if quantization is not None:
+    if quantization is not None or mesh is not None:
         places["finish"] = finish
     if adapter is None:
         model = load_model(folder, dtype, **places)
     else:
         model = load_with_adapter(model_folder(adapter, what="adapter"), dtype, folder, **places)
     model.eval()
-    if quantization is None:
+    if "finish" not in places:
         model.language_model.pack()
     model.language_model.static = graphs
     # uncompiled, int8 turns every weight into its wide type in every product: slower than none on a GPU

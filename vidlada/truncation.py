@@ -19,6 +19,7 @@ ASF_HEADER, ASF_FILE = (
 )
 TS_SIZES, TS_SYNC, TS_PAYLOAD = (188, 192, 204), 0x47, 188
 OGG_MOST_PAGE = 27 + 255 + 255 * 255
+MXF_KEY = b"\x06\x0e\x2b\x34"
 PS_PACK, PS_END = 0xBA, 0xB9
 PS_TAIL = 2**18  # bytes, more than the longest packet of a program stream
 DV_FRAMES = {0: 120000, 1: 144000}  # bytes of a frame, 60 or 50 fields a second
@@ -32,7 +33,7 @@ def is_cut(path: Path, container: str) -> bool | None:
         container: FFmpeg's name of it.
 
     Returns:
-        None where the container does not tell: it states no lengths, or this file leaves them out.
+        None where the container does not show it: it states no lengths, or this file leaves them out.
     """
     check = next((check for name, check in CHECKS.items() if name in container.split(",")), None)
     if check is None:
@@ -176,6 +177,20 @@ def _mpeg(data: mmap.mmap) -> bool | None:
     return place > size or 0 < size - place < 6
 
 
+def _mxf(data: mmap.mmap) -> bool | None:
+    """Elements of key, length and value."""
+    place, size = 0, len(data)
+    while place + 17 <= size:
+        if data[place : place + 4] != MXF_KEY:
+            return None
+        length, place = data[place + 16], place + 17
+        if length >= 0x80:
+            wide = length & 0x7F
+            length, place = int.from_bytes(data[place : place + wide]), place + wide
+        place += length
+    return place != size
+
+
 def _gif(data: mmap.mmap) -> bool | None:
     """The trailer; some programs put zeros behind it."""
     end = len(data)
@@ -218,6 +233,7 @@ CHECKS: dict[str, Callable[[mmap.mmap], bool | None]] = {
     "flv": _flv,
     "mpegts": _mpegts,
     "mpeg": _mpeg,
+    "mxf": _mxf,
     "gif": _gif,
     "mjpeg": _mjpeg,
     "yuv4mpegpipe": _y4m,

@@ -104,7 +104,7 @@ def test_a_run_killed_midway_is_resumed(start, expected, tmp_path):
     done = lines_of(out)
     process = start(out, "--ray", "--workers", 1)
     process.wait(300)
-    assert f"; {done} before" in process.errors
+    assert f"lines answered, {done} before; " in process.errors
     assert answers_of(out) == expected
 
 

@@ -35,7 +35,7 @@ def test_more_answers_take_longer_together_and_less_each():
     assert one["weights_gib"] == pytest.approx(15.6, abs=0.1)
     crowd = plan_figures(config, 8_400_000_000, "rtx4090", 64, 16, settings)
     assert crowd["concurrency"] < 16
-    with pytest.raises(InputError, match="unknown GPU"):
+    with pytest.raises(InputError, match="unknown device"):
         plan_figures(config, 1, "abacus", 1, 1, settings)
 
 

@@ -15,7 +15,7 @@ KEY = "secret"
 JSON = {"Content-Type": "application/json"}
 LIMITS = ("--max-upload-mb", 4, "--max-stored-mb", 6, "--max-body-mb", 8, "--max-duration", 100,
           "--max-pixels", 500_000, "--max-frames", 32, "--max-running", 8, "--max-queue", 60, "--decode-seconds", 300,
-          "--body-seconds", 10, "--reader-seconds", 5)  # fmt: skip
+          "--body-seconds", 6, "--reader-seconds", 5)  # fmt: skip
 
 
 # for a model that cannot end early (`tireless`): hundreds of steps; in one block, so that every event tells all slots

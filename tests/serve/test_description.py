@@ -33,6 +33,7 @@ def matches(value, schema, description):
 @pytest.mark.parametrize("diffusing", [False, True])
 def test_answers_are_as_described(small, clip, diffusing):
     text = {"model": "small", "prompt": ["is it", "red"], "gen_length": 4, "logprobs": 1, "diffusing": diffusing}
+    response = {"model": "small", "input": "is it red ?", "gen_length": 4, "diffusing": diffusing}
     chat = {**QUESTION, "logprobs": True, "top_logprobs": 1, "n": 2, "diffusing": diffusing}
 
     async def run():
@@ -44,8 +45,9 @@ def test_answers_are_as_described(small, clip, diffusing):
                 ("get", "/health", {}), ("get", "/version", {}), ("get", "/v1/models", {}),
                 ("get", "/v1/models/{name}", {}), ("get", "/v1/files", {}), ("get", VIDEO, {}),
                 ("get", f"{VIDEO}/frames", {"params": {"frames": 2}}), ("post", "/v1/chat/completions", {"json": chat}),
-                ("post", "/v1/completions", {"json": text}), ("post", "/tokenize", {"json": chat}),
-                ("post", "/detokenize", {"json": {"tokens": [5, 6]}}), ("delete", VIDEO, {}),
+                ("post", "/v1/responses", {"json": response}), ("post", "/v1/completions", {"json": text}),
+                ("post", "/tokenize", {"json": chat}), ("post", "/detokenize", {"json": {"tokens": [5, 6]}}),
+                ("delete", VIDEO, {}),
             ]  # fmt: skip
             for method, route, options in calls:
                 answer = await http.request(method, route.format(file_id=upload, name="small"), **options)

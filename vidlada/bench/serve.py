@@ -113,7 +113,7 @@ def memory(url: str) -> float:
     text = httpx2.get(f"{url}/metrics").text
     found = re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE)
     if found is None:
-        raise VidLaDAError("the server does not tell its memory; this needs Linux")
+        raise VidLaDAError("the server does not report its memory; this needs Linux")
     return float(found[1]) / MEBI
 
 
@@ -169,8 +169,7 @@ def serve_figures(
     if any(number < 1 for number in (*clients, requests)):
         raise InputError("clients and requests must be at least 1")
     body, short = question("describe the video .", gen_length), question("is it red ?", SHORT)
-    rows: list[dict[str, Any]] = []
-    common = ["--model", model, "--device", device]
+    rows, common = list[dict[str, Any]](), ["--model", model, "--device", device]
     progress("starting the servers")
     with running_server([*common, *SERVERS["one at a time"]]) as alone, running_server(common) as together:
         body["model"] = short["model"] = httpx2.get(f"{together}/v1/models").json()["data"][0]["id"]
@@ -181,10 +180,10 @@ def serve_figures(
             for name, url in urls.items():
                 progress(f"{name}, {number} clients")
                 rows.append({"server": name, "clients": number, **asyncio.run(load(url, body, number, requests))})
-        mixed: dict[str, Any] = {}
-        for name, url in urls.items() if mixed_requests else ():
-            progress(f"{name}, requests of mixed length")
-            mixed[name] = load_mixed(url, body, mixed_requests, rate, promises or {})
+        mixed = {}
+        if mixed_requests:
+            progress("requests of mixed length")
+            mixed = {name: load_mixed(url, body, mixed_requests, rate, promises or {}) for name, url in urls.items()}
         memory_mib = watch_memory(together, short, max(clients), memory_requests, progress) if memory_requests else []
     answers = {row.pop("answer") for row in rows}
     return {

@@ -231,7 +231,7 @@ def _read_text(stored: ConfigValues, names: dict[str, str], weights: Weights) ->
     Args:
         stored: the file's fields.
         names: what the file calls ours.
-        weights: tell the sizes.
+        weights: for the sizes.
     """
 
     def shape(key: str, dimensions: int) -> tuple[int, ...]:

@@ -1,13 +1,16 @@
 """`vidlada ask` and `vidlada chat`."""
 
+import os
 import sys
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any
 
 import click
 
 from vidlada.cli.options import (
     GroupedCommand,
+    GroupedOption,
     ModelSource,
     answer_options,
     download_progress,
@@ -28,13 +31,15 @@ from vidlada.generation import GenerationSettings
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: answer, model, frames, statistics.")
 @click.option("--show", is_flag=True, help="Draw the answer denoising live.")
 @click.option("--choices", help="Answers to choose from, with commas between them: the likeliest is printed.")
+@click.option("--tensor-parallel", type=click.IntRange(1), default=1, metavar="N", group="Model", cls=GroupedOption,
+              help="Divide the model's layers among N processes, each with a GPU of its own.")  # fmt: skip
 @setting_options(Fetching, "Limits")
 @answer_options
 @model_option
 @one_line_errors
 def ask(
-    media: tuple[str, ...], question: str, as_json: bool, show: bool, choices: str | None, source: ModelSource,
-    **options: Any,
+    media: tuple[str, ...], question: str, as_json: bool, show: bool, choices: str | None, tensor_parallel: int,
+    source: ModelSource, **options: Any,
 ) -> None:  # fmt: skip
     """Ask a QUESTION about videos and images and print the answer.
 
@@ -45,7 +50,9 @@ def ask(
         raise click.UsageError("--json and --show exclude each other")
     if show and choices:
         raise click.UsageError("--choices and --show exclude each other: choosing decodes nothing")
-    vidlada, conversation = watch(media, source, options)
+    if tensor_parallel > 1:
+        in_processes(tensor_parallel)
+    vidlada, conversation = watch(media, source, options, tensor_parallel)
     if show:
         show_drafts(conversation, question)
     else:
@@ -58,10 +65,22 @@ def ask(
         click.echo(answer.text)
 
 
-def watch(media: tuple[str, ...], source: ModelSource, options: dict[str, Any]) -> tuple[Any, Any]:
+def in_processes(count: int) -> None:
+    """Run this command in several processes and exit; within one of them, go on, silent in all but the first."""
+    from vidlada.model.parallel import launch, launched, speaks
+
+    if launched() == 1:
+        sys.exit(launch(sys.argv[1:], count))
+    if not speaks():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+
+
+def watch(
+    media: tuple[str, ...], source: ModelSource, options: dict[str, Any], tensor_parallel: int = 1
+) -> tuple[Any, Any]:
     """Load the model and encode the media."""
     given = given_options(options)
-    vidlada = source.load()
+    vidlada = source.load(tensor_parallel)
     with download_progress() as vidlada.progress, progress(f"watching {', '.join(media)}"):
         return vidlada, vidlada.chat(list(media), **given)
 

@@ -80,7 +80,7 @@ class ModelSource:
     compiled: bool
     graphs: bool | None = None
 
-    def load(self) -> Any:
+    def load(self, tensor_parallel: int = 1) -> Any:
         """Load it behind our own spinner instead of transformers' progress bars; a download shows the hub's."""
         from vidlada.loading import load, model_folder
 
@@ -88,13 +88,9 @@ class ModelSource:
         without_progress_bars()
         with progress(f"loading {self.model}"):
             vidlada = load(
-                folder,
-                self.dtype,
-                self.device,
-                quantization=self.quantization,  # type: ignore[arg-type]
-                compiled=self.compiled,
-                graphs=self.graphs,
-            )
+                folder, self.dtype, self.device, quantization=self.quantization, compiled=self.compiled,  # type: ignore[arg-type]
+                graphs=self.graphs, tensor_parallel=tensor_parallel,
+            )  # fmt: skip
         vidlada.name = self.model
         return vidlada
 

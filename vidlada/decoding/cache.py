@@ -57,6 +57,7 @@ class RequestCache:
         devices: of the layers, where the model is spread over several.
         observe: find out in the first pass what the masked answer attends to, for `prune`.
         kv_dtype: as in `GenerationSettings`.
+        heads: of keys and values in this process; the model's by default.
 
     Raises:
         InputError: the policy does not fit this request, or not a model that is spread over devices.
@@ -75,6 +76,7 @@ class RequestCache:
         devices: Sequence[torch.device] | None = None,
         observe: bool = False,
         kv_dtype: str = "auto",
+        heads: int | None = None,
     ):
         self.config, self.policy, self.prompt, self.devices, self.kv_dtype = config, policy, prompt, devices, kv_dtype
         index = np.full(tokens, -1)
@@ -83,6 +85,7 @@ class RequestCache:
         self.observe = observe and bool((index >= 0).any())
         self.observed: ObservedAttention | None = None
         self.exported: VisualCache | None = None  # before tokens were dropped
+        self.heads = heads or config.num_key_value_heads
         self.kv_cache: KVCache | None = None
         self.step, self.step_in_block, self.block = 0, -1, slice(0, 0)
         self.refreshes = {"text": 0, "visual": 0}
@@ -103,6 +106,20 @@ class RequestCache:
         self.reused = visual if alike and 0 < self.reuse == len(visual.layers) else None  # type: ignore[union-attr]
         if len(set(devices or ())) > 1 and type(self.attention) is not AttentionPattern:
             raise InputError(f"cache {policy.name} runs on a single device; spread the model over none, or use dual")
+        self.check_heads()
+
+    def check_heads(self) -> None:
+        """Refuse, where another process has some of the heads, what is decided by all of them."""
+        if self.heads == self.config.num_key_value_heads:
+            return
+        plan = self.policy.plan(StepContext(1, 1, self.config.num_hidden_layers))
+        if type(self.attention) is not AttentionPattern or plan.narrow is not None or plan.probes:
+            raise InputError(
+                f"cache {self.policy.name} decides by the heads of all processes; with tensor parallelism use prefix, "
+                f"dual, frozen, dkv, or mars without window and drift"
+            )
+        if self.observe:
+            raise InputError("visual_prune decides by the heads of all processes; it excludes tensor parallelism")
 
     def arrange(self, index: np.ndarray, first: int, slots: int) -> None:
         """Note where frames, text and answer stand.
@@ -150,7 +167,7 @@ class RequestCache:
         if self.kv_cache is None:
             after = embed(torch.cat((answer, suffix)))
             embeddings = torch.cat((self.prompt.to(after.dtype), after))
-            self.kv_cache = kv_cache_of(self.kv_dtype)(self.config, embeddings, self.entries, self.devices)
+            self.kv_cache = kv_cache_of(self.kv_dtype)(self.config, embeddings, self.entries, self.devices, self.heads)
             plan = replace(plan, start=self.reuse_visual(self.kv_cache), narrow=None)
             if self.observe:
                 asking = upload({"": masked.nonzero()[:, 0].numpy() + self.first}, self.answer.device)[""]

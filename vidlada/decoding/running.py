@@ -46,7 +46,7 @@ class RunningRequest:
     """A request while it is decoded. Its ids, masks and stops live on the CPU.
 
     Args:
-        number: tells it from the others of a batch.
+        number: of the request, among all of its batch.
         request: what is asked for.
         model: that decodes it.
 
@@ -103,8 +103,19 @@ class RunningRequest:
         observe = [self.pruning is not None, False]
         return [
             RequestCache(
-                config, policy, each, frame_index, len(self.ids), tokens, visual, reuse, devices, observed, kv_dtype
-            )
+                config,
+                policy,
+                each,
+                frame_index,
+                len(self.ids),
+                tokens,
+                visual,
+                reuse,
+                devices,
+                observed,
+                kv_dtype,
+                model.language_model.key_value_heads,
+            )  # fmt: skip
             for each, visual, observed in zip(prompts, given, observe, strict=False)
         ]
 

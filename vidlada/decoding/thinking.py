@@ -1,4 +1,4 @@
-"""Think mode: a thought in slots of its own, then the answer; and the two told apart in what a model says.
+"""Think mode: a thought in slots of its own, then the answer; and how the two are separated in what a model says.
 
 A model of the chain-of-thought stage answers `<think>{thought}</think>\n{answer}`. Where a thought is asked for, its
 opening tag is given, the thought is decoded until its closing tag or the end of its slots, and the answer is decoded

@@ -131,7 +131,6 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """The thread runs."""
         return self.thread.is_alive()
 
     # --- the thread ---

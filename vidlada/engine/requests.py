@@ -1,4 +1,4 @@
-"""What an engine is asked, and what it tells: questions, updates, and the handle that connects a client with both."""
+"""What an engine takes and reports: questions, updates, and the handle that connects a client with both."""
 
 import asyncio
 import time

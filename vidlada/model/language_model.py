@@ -381,6 +381,11 @@ class LanguageModel(nn.Module):
         return table
 
     @property
+    def key_value_heads(self) -> int:
+        """Of a layer in this process; fewer than the configuration's where they are divided among several."""
+        return self.layers[0].self_attn.heads_of[1]  # type: ignore[union-attr, index, return-value]
+
+    @property
     def devices(self) -> list[torch.device]:
         """Of the layers; more than one where the model is spread over several."""
         return [layer.input_layernorm.weight.device for layer in self.layers]  # type: ignore[union-attr, misc]

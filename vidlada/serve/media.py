@@ -34,7 +34,7 @@ class MediaReference:
 
     Attributes:
         url: of it, or the id of an upload.
-        is_image: the client says that it is an image; else its content tells.
+        is_image: the client says that it is an image; else its content decides.
         inline: no line break follows it: it stands in the place of a mark within a text.
     """
 
@@ -48,7 +48,7 @@ class Medium:
     """A file to be decoded.
 
     Attributes:
-        path: where it lies; its suffix tells images from videos.
+        path: where it lies; its suffix distinguishes images from videos.
         key: of its content.
     """
 

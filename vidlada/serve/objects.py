@@ -243,7 +243,7 @@ class TextChoice(TypedDict):
     index: int
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: str | None
 
 
 class TextCompletion(TypedDict):
@@ -255,4 +255,61 @@ class TextCompletion(TypedDict):
     model: str
     choices: list[TextChoice]
     usage: Usage
+    diffusion: NotRequired[Draft]
+
+
+class OutputPart(TypedDict):
+    """Text of an answer or of its thought."""
+
+    type: Literal["output_text", "reasoning_text"]
+    text: str
+    annotations: NotRequired[list[Any]]
+    logprobs: NotRequired[list[TokenLogprob]]
+
+
+class OutputItem(TypedDict):
+    """An answer or its thought."""
+
+    id: str
+    type: Literal["message", "reasoning"]
+    status: str
+    content: list[OutputPart]
+    role: NotRequired[Literal["assistant"]]
+    summary: NotRequired[list[Any]]
+
+
+class ResponseUsage(TypedDict):
+    """Token counts."""
+
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: CompletionTokens
+    total_tokens: int
+
+
+class ResponseObject(TypedDict):
+    """An answer in OpenAI's newer interface; what it has no part in is constant."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["completed", "incomplete"]
+    output: list[OutputItem]
+    usage: ResponseUsage
+    incomplete_details: dict[str, str] | None
+    temperature: float
+    top_p: float | None
+    max_output_tokens: int | None
+    text: dict[str, Any]
+    error: None
+    instructions: None
+    metadata: dict[str, str]
+    parallel_tool_calls: bool
+    previous_response_id: None
+    store: bool
+    tool_choice: str
+    tools: list[Any]
+    truncation: str
     diffusion: NotRequired[Draft]

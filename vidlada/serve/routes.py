@@ -22,6 +22,7 @@ from vidlada.serve.objects import (
     Health,
     ModelList,
     ModelObject,
+    ResponseObject,
     TextCompletion,
     Tokens,
     Version,
@@ -110,7 +111,7 @@ async def chat(request: Request, server: Serving, owner: Owner) -> Response:
     return await server.answer(request, owner, ChatRequest, ChatReply)
 
 
-@router.post("/v1/responses", openapi_extra=body_of(ResponsesRequest))
+@router.post("/v1/responses", response_model=ResponseObject, openapi_extra=body_of(ResponsesRequest))
 async def responses(request: Request, server: Serving, owner: Owner) -> Response:
     """The same in OpenAI's newer interface."""
     return await server.answer(request, owner, ResponsesRequest, ResponsesReply)

@@ -179,7 +179,7 @@ class AnswerRequest(Settings):
         guided_choice: answer with the likeliest of these.
         guided_json: a JSON schema of the answer; what `response_format` comes to.
         include_reasoning: give the thought beside the answer.
-        diffusing: also tell the draft: in a stream after every step.
+        diffusing: also send the draft: in a stream after every step.
         gen_length and all other settings of `Sampling`, `PromptSettings` and `GenerationSettings`: as listed there. By
             default there are as many slots as `max_tokens` needs, and no more frames than allowed.
     """

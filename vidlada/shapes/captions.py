@@ -72,7 +72,7 @@ def timeline_of(clip: Clip) -> str:
 
 
 def events_recovered(answer: str, clip: Clip) -> tuple[float, float, float]:
-    """How much of a clip a caption or timeline tells.
+    """How much of a clip a caption or timeline covers.
 
     Args:
         answer: the model's text.
