@@ -7,8 +7,7 @@ What is special about it:
 - an answer is the same as alone: requests share steps, not settings, blocks or random numbers;
 - vision features are kept, bounded, under a key made from the video's content; so are the frames' keys and values
   where a request's settings say `reuse`;
-- an answer chosen from given ones is a request like any other, of one step;
-- a cancelled request is gone before the next step;
+- a chosen answer is a request of one step; a cancelled request is gone before the next step;
 - when memory runs out, what is only kept to save time is given up; then the youngest request waits again, to be decoded
   from its start when there is room, and the others repeat the step. Only a request that does not fit alone fails.
 
@@ -365,8 +364,8 @@ class Engine:
         """Keep what a further question about a video reuses, or say once that there is no room for it."""
         if visual.nbytes > self.visual.max_bytes and not self.warned:
             self.warned = True
-            need, room = (-(-size // MEBI) for size in (visual.nbytes, self.visual.max_bytes))
-            log.warning("reuse: the frames' keys and values take %d MiB, visual_store_mb is %d", need, room)
+            sizes = (-(-size // MEBI) for size in (visual.nbytes, self.visual.max_bytes))
+            log.warning("reuse: the frames' keys and values take %d MiB, visual_store_mb is %d", *sizes)
         self.visual.put(handle.job.visual_key, visual, visual.nbytes)
 
     def _finished(self) -> None:
@@ -397,8 +396,8 @@ class Engine:
         taken = list(dict.fromkeys([*self.running, *self.joining, *failed]))
         released = self._release()
         if len(taken) == 1 and (not released or taken[0].retried):
-            advice = "use fewer frames, a smaller gen_length or a smaller type"
-            self._fail(MemoryExhaustedError(f"{error}, though nothing else was running; {advice}"), taken)
+            advice = "though nothing else was running; use fewer frames, a smaller gen_length or a smaller type"
+            self._fail(MemoryExhaustedError(f"{error}, {advice}"), taken)
             return
         back = list(spoiled) or ([] if released else [max(taken, key=lambda handle: handle.submitted)])
         if not released:
