@@ -207,9 +207,7 @@ def _timeline(path: Path, container: InputContainer, stream: VideoStream, packet
     shown = (packets.flags & (HIDDEN | CORRUPT) == 0) & (np.arange(len(packets)) >= packets.first)
     timed = shown & (packets.pts != UNKNOWN)
     reordered = container.format.name == "avi" and stream.codec_context.name in UNTIMED_REORDERING
-    raw = bool(
-        container.format.flags & Flags.no_timestamps.value
-    )  # those that FFmpeg makes up for raw streams are often wrong
+    raw = bool(container.format.flags & Flags.no_timestamps.value)  # those that FFmpeg makes up for raw streams are often wrong
     ordered = reordered or raw or timed.sum() < shown.sum() / 2
     unit, found_pts = float(stream.time_base or 1), packets.pts
     if ordered:
