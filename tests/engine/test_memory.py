@@ -170,3 +170,17 @@ def test_a_repeated_answer_that_differs_is_not_put_behind_what_was_sent():
     assert [reply.news(0, update(text))[1] for text in ("a", "a cat", "a cat sits")] == ["a", " cat", " sits"]
     with pytest.raises(VidLaDAError, match="differs from what was sent"):
         reply.news(0, update("a dog"))
+
+
+def test_what_is_too_large_to_be_kept_is_said_once(small, caplog):
+    async def run(engine):
+        engine.visual.max_bytes = 10
+        for question in ("count", "is it red ?"):
+            await answer(engine, job_of(small, question, frames=3, cache="frozen", reuse=1))
+        return engine.visual.nbytes
+
+    with engine_of(small) as engine:
+        assert asyncio.run(run(engine)) == 0
+    assert [record.message for record in caplog.records].count(
+        "reuse: the frames' keys and values take 1 MiB, visual_store_mb is 1"
+    ) == 1

@@ -10,6 +10,7 @@ on where it was. A stage that has used up its time leaves its other cases for th
 import argparse
 import json
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -80,7 +81,7 @@ def run_stage(name: str, session: Session, folder: Path, minutes: float | None =
         if time.monotonic() > ends:
             results.left.append(case)
             continue
-        print(f"{name}: {case}", flush=True)
+        print(f"{name}: {case}", file=sys.stderr, flush=True)
         try:
             results.rows += [{"case": case, **asdict(figure)} for figure in figures()]
         except Exception as error:  # a case that cannot run must not cost the others

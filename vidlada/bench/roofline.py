@@ -145,7 +145,7 @@ def plan_figures(
         settings: of decoding.
         questions_per_hour: to be answered by a fleet.
         visual: visual tokens of a video, where the model says no more than its language model's shape.
-        device: what the device reaches; of a CPU it is measured by default (`vidlada.bench.calibration`).
+        device: what the device reaches; a CPU's is to be measured (`vidlada.bench.calibration`).
 
     Raises:
         InputError: an unknown device.
@@ -154,9 +154,7 @@ def plan_figures(
     if gpu not in DEVICES:
         raise InputError(f"unknown device {gpu!r}; use {', '.join(DEVICES)}")
     if device is None and gpu == CPU:
-        from vidlada.bench.calibration import calibrate
-
-        device = calibrate(text)
+        raise InputError("what this CPU reaches is to be measured first; see vidlada.bench.calibration")
     device = device or GPUS[gpu]
     size = device.value_bytes
     visual = config.visual_tokens(frames) if visual is None else visual

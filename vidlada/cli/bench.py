@@ -157,6 +157,28 @@ def bench_count(caches: tuple[str, ...], as_json: bool, **options: Any) -> None:
     click.echo(json.dumps(figures) if as_json else count_table(figures))
 
 
+@bench.command("gpu")
+@click.option("--out", type=click.Path(path_type=Path), required=True,
+              help="Folder of the results; those in it are kept.")  # fmt: skip
+@click.option("--device", help="cuda, cuda:1, cpu; the first GPU by default, else the CPU.")
+@click.option("--size", type=click.Choice(["tiny", "mid", "8b"]), help="Random weights; 8b on a GPU, tiny on a CPU.")
+@click.option("--frames", type=click.IntRange(1), help="Of the video; the size's own by default.")
+@click.option("--stage", "stages", multiple=True, help="May be repeated; all by default.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="For each stage; its own budget by default.")
+@one_line_errors
+def bench_gpu(out: Path, device: str | None, size: str | None, **options: Any) -> None:
+    """All that was predicted for a GPU beside what this one measures, in less than 40 minutes.
+
+    Without this package's dependencies: python -m vidlada.bench.gpu --out DIR.
+    """
+    from vidlada.bench import gpu
+    from vidlada.loading import usable_device
+
+    device = usable_device(device)
+    size = size or ("8b" if device.startswith("cuda") else gpu.TINY)
+    click.echo(gpu.bench_gpu(out, device, size, **options).read_text())
+
+
 @bench.command("weights")
 @click.option("--frames", type=click.IntRange(1), help="Of the video, as for decode.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Interleaved repeats.")

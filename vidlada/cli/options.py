@@ -70,7 +70,7 @@ class ModelSource:
 
     Attributes:
         model: its folder or name, of the hub with its revision.
-        device, dtype, quantization, compiled: as `vidlada.load` takes them.
+        device, dtype, quantization, compiled, graphs: as `vidlada.load` takes them.
     """
 
     model: str
@@ -78,6 +78,7 @@ class ModelSource:
     dtype: str
     quantization: str | None
     compiled: bool
+    graphs: bool | None = None
 
     def load(self, tensor_parallel: int = 1) -> Any:
         """Load it behind our own spinner instead of transformers' progress bars; a download shows the hub's."""
@@ -88,7 +89,7 @@ class ModelSource:
         with progress(f"loading {self.model}"):
             vidlada = load(
                 folder, self.dtype, self.device, quantization=self.quantization, compiled=self.compiled,  # type: ignore[arg-type]
-                tensor_parallel=tensor_parallel,
+                graphs=self.graphs, tensor_parallel=tensor_parallel,
             )  # fmt: skip
         vidlada.name = self.model
         return vidlada
@@ -197,15 +198,16 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def wrapped(
         model: str, revision: str | None, device: str | None, dtype: str, quantization: str | None, compiled: bool,
-        **options: Any,
+        no_graphs: bool, **options: Any,
     ) -> Any:  # fmt: skip
-        return command(
-            source=ModelSource(name_with_revision(model, revision), device, dtype, quantization, compiled), **options
-        )
+        name, graphs = name_with_revision(model, revision), False if no_graphs else None
+        return command(source=ModelSource(name, device, dtype, quantization, compiled, graphs), **options)
 
     for group, names, settings in (
         ("Model", ("--compile", "compiled"),
          {"is_flag": True, "help": "Fuse what cached steps run (torch.compile); the first steps take seconds longer."}),
+        ("Model", ("--no-graphs",),
+         {"is_flag": True, "help": "On a GPU, launch repeated passes kernel by kernel, not as CUDA graphs."}),
         ("Model", ("--quantize", "quantization"),
          {"type": click.Choice(["int8", "int8-dynamic", "float8", "float8-dynamic", "int4"]),
           "help": "Smaller projections: weights in 8 or 4 bits; -dynamic: products in 8 bits too."}),

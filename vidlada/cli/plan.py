@@ -28,7 +28,8 @@ from vidlada.cli.options import one_line_errors
 def plan(model: str, gpu: str, frames: int, concurrency: int, cache: str, gen_length: int, block_length: int,
          steps: int | None, questions_per_hour: float | None, as_json: bool) -> None:  # fmt: skip
     """Predict memory, latency and throughput on a GPU, without one, or on this CPU."""
-    from vidlada.bench.roofline import model_parameters, plan_figures, plan_text
+    from vidlada.bench.calibration import calibrate
+    from vidlada.bench.roofline import CPU, model_parameters, plan_figures, plan_text
     from vidlada.bench.sizes import SIZES, size_config
     from vidlada.checkpoint.load import describe
     from vidlada.generation import GenerationSettings
@@ -47,5 +48,6 @@ def plan(model: str, gpu: str, frames: int, concurrency: int, cache: str, gen_le
         checkpoint = describe(model_folder(model))
         config, parameters = checkpoint.config, parameter_count(checkpoint)
     settings = GenerationSettings(gen_length=gen_length, block_length=block_length, steps=steps, cache=cache)
-    figures = plan_figures(config, parameters, gpu, frames, concurrency, settings, questions_per_hour, visual)
+    device = calibrate(config.text) if gpu == CPU else None
+    figures = plan_figures(config, parameters, gpu, frames, concurrency, settings, questions_per_hour, visual, device)
     click.echo(json.dumps(figures) if as_json else plan_text(figures))

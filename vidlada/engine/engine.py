@@ -7,8 +7,7 @@ What is special about it:
 - an answer is the same as alone: requests share steps, not settings, blocks or random numbers;
 - vision features are kept, bounded, under a key made from the video's content; so are the frames' keys and values
   where a request's settings say `reuse`;
-- an answer chosen from given ones is a request like any other, of one step;
-- a cancelled request is gone before the next step;
+- a chosen answer is a request of one step; a cancelled request is gone before the next step;
 - when memory runs out, what is only kept to save time is given up; then the youngest request waits again, to be decoded
   from its start when there is room, and the others repeat the step. Only a request that does not fit alone fails.
 
@@ -85,7 +84,7 @@ class Engine:
         self.denoiser = Denoiser(vidlada.model)
         self.features: LRUCache[Tensor] = LRUCache(limits.feature_store_mb * MEBI)
         self.visual: LRUCache[VisualCache] = LRUCache(limits.visual_store_mb * MEBI)
-        self.totals = Totals()
+        self.totals, self.warned = Totals(), False
         self.waiting: deque[RequestHandle] = deque()
         self.decoding: dict[int, RequestHandle] = {}  # by their numbers in the denoiser
         self.choosing: list[RequestHandle] = []  # to be answered in one step
@@ -131,7 +130,6 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """The thread runs."""
         return self.thread.is_alive()
 
     # --- the thread ---
@@ -347,7 +345,7 @@ class Engine:
         assert isinstance(turn, Turn | FormTurn)
         request = turn.request
         if state.visual is not None:
-            self.visual.put(handle.job.visual_key, state.visual, state.visual.nbytes)
+            self._keep_visual(handle, state.visual)
         state, stable = turn.take(state)
         state = replace(state, visual=None)  # readers have no use for it
         if stable.finish_reason is not None or turn.request is not request:
@@ -361,6 +359,14 @@ class Engine:
             handle.confidence = handle.committed = None
             handle.task.restart(handle.job.settings.gen_length)
             self._start(handle)
+
+    def _keep_visual(self, handle: RequestHandle, visual: VisualCache) -> None:
+        """Keep what a further question about a video reuses, or say once that there is no room for it."""
+        if visual.nbytes > self.visual.max_bytes and not self.warned:
+            self.warned = True
+            sizes = (-(-size // MEBI) for size in (visual.nbytes, self.visual.max_bytes))
+            log.warning("reuse: the frames' keys and values take %d MiB, visual_store_mb is %d", *sizes)
+        self.visual.put(handle.job.visual_key, visual, visual.nbytes)
 
     def _finished(self) -> None:
         """Take note of a complete answer."""
@@ -390,8 +396,8 @@ class Engine:
         taken = list(dict.fromkeys([*self.running, *self.joining, *failed]))
         released = self._release()
         if len(taken) == 1 and (not released or taken[0].retried):
-            advice = "use fewer frames, a smaller gen_length or a smaller type"
-            self._fail(MemoryExhaustedError(f"{error}, though nothing else was running; {advice}"), taken)
+            advice = "though nothing else was running; use fewer frames, a smaller gen_length or a smaller type"
+            self._fail(MemoryExhaustedError(f"{error}, {advice}"), taken)
             return
         back = list(spoiled) or ([] if released else [max(taken, key=lambda handle: handle.submitted)])
         if not released:
