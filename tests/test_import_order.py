@@ -1,6 +1,7 @@
 """The rooms of the package import downwards only, without circles (docs/architecture.md)."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -84,3 +85,13 @@ def test_no_circles():
     for module in FILES:
         rooms[room(module)] |= {room(other) for other in imports(module)} - {room(module)}
     TopologicalSorter(rooms).prepare()
+
+
+def test_the_architecture_page_names_every_room():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = {name.removesuffix(".py").rstrip("/") for name in re.findall(r"`([\w/]+(?:\.py|/))`", page)}
+    assert ROW.keys() - {"__init__", "__main__"} <= named
+    paths = {file.relative_to(PACKAGE).as_posix() for file in FILES.values()}
+    known = paths | {path.rpartition("/")[2] for path in paths} | {"alternate.py"}
+    mentioned = set(re.findall(r"`([\w/]+\.py)`", page)) - known
+    assert all((PACKAGE.parent / name).is_file() for name in mentioned), mentioned

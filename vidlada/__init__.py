@@ -6,7 +6,7 @@
 """
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from vidlada.errors import InputError, VidLaDAError
@@ -21,7 +21,10 @@ LAZY = {
     "load": "loading",
 }  # fmt: skip
 
-__version__ = version("vidlada")
+try:
+    __version__ = version("vidlada")
+except PackageNotFoundError:  # a copied working tree, as on a GPU machine with nothing but torch and transformers
+    __version__ = "0+unknown"
 __all__ = ["Answer", "Conversation", "EncodedVideo", "InputError", "VidLaDA", "VidLaDAError", "__version__", "load"]
 
 

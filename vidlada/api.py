@@ -16,7 +16,7 @@ from vidlada.checkpoint.load import save_model
 from vidlada.checkpoint.publish import upload
 from vidlada.conversation import Answer, Conversation, Draft, EncodedVideo
 from vidlada.decoding.choices import check_choices
-from vidlada.decoding.memory import request_bytes
+from vidlada.decoding.memory import PROMPT_TOKENS, request_bytes
 from vidlada.decoding.sampler import Denoiser, Request, State
 from vidlada.decoding.streaming import StableText
 from vidlada.decoding.thinking import Turn, split_thought
@@ -24,7 +24,8 @@ from vidlada.decoding.token_reduction import reduce_visual
 from vidlada.errors import InputError
 from vidlada.fetch import Fetching, Progress
 from vidlada.generation import GenerationSettings, PromptSettings
-from vidlada.info import PROMPT_TOKENS, MemoryNeed, check_memory, free_memory, memory_need
+from vidlada.info import PROMPT_TOKENS, MemoryNeed, check_memory, memory_need
+from vidlada.machine import free_memory
 from vidlada.media import Pictures, is_image, local, media_list, read_image, read_video
 from vidlada.messages import THINK, Message, pieces_of
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion

@@ -157,7 +157,7 @@ class Conversation:
         if self.prompt.time_instruction:
             videos = [medium for medium in self.media if not medium.is_image]
             if len(videos) != 1:
-                raise InputError(f"time_instruction tells the times of one video, not of {len(videos)}")
+                raise InputError(f"time_instruction names the times of one video, not of {len(videos)}")
             question = f"{time_instruction(videos[0].times, videos[0].duration)}\n{question}"
         parts = [{"type": "image" if medium.is_image else "video"} for medium in self.media]
         return {"role": "user", "content": place_media(question, parts)}

@@ -15,7 +15,7 @@ CHUNK = 2**18
 MEBI = 2**20
 SECONDS = 30.0  # without a byte
 KNOWN_SUFFIX = 5  # characters of a suffix, at most
-# What the first bytes of pictures are, for addresses whose name does not tell.
+# What the first bytes of pictures are, for addresses whose name does not show it.
 PICTURES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG\r\n\x1a\n": ".png", b"BM": ".bmp", b"II*\0": ".tif", b"MM\0*": ".tif"}
 
 Progress = Callable[[str, int, int | None], Any]  # address, bytes so far, bytes in all if known

@@ -14,10 +14,15 @@ from vidlada.errors import InputError
 PARTIAL = ".partial"  # ends the names of files and folders that are being written
 
 
+def partial_of(path: Path) -> Path:
+    """Name of a file or folder while it is being written, or a folder deleted."""
+    return path.with_name(path.name + PARTIAL)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it replaces `path` in the end, or is removed where an error ends the block."""
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial_of(path)
     try:
         yield partial
         partial.replace(path)
@@ -35,7 +40,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is in use; give a new folder")
-    partial = folder.with_name(folder.name + PARTIAL)
+    partial = partial_of(folder)
     try:
         partial.mkdir(parents=True)
     except FileExistsError as error:
@@ -61,20 +66,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def lock(file: IO[Any] | int, busy: str, shared: bool = False) -> None:
-    """Lock an open file, or the descriptor of a folder, until it is closed; processes that inherit it share the lock.
+def lock(file: IO[Any] | int, busy: str, shared: bool = False, inherited: bool = True) -> None:
+    """Lock an open file, or the descriptor of a folder, until it is closed.
 
     Args:
         file: to lock.
         busy: message of the error.
         shared: allow other shared locks.
+        inherited: processes that inherit the file share the lock; else it is of this process alone.
 
     Raises:
         InputError: somebody else has locked it.
     """
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        (fcntl.flock if inherited else fcntl.lockf)(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
         raise InputError(busy) from error
 
 

@@ -4,24 +4,21 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from vidlada.checkpoint.load import Checkpoint, weights_type
-from vidlada.decoding.memory import kept_bytes, pass_bytes
+from vidlada.decoding.memory import PROMPT_TOKENS, kept_bytes, pass_bytes
 from vidlada.errors import InputError
 from vidlada.generation import CachePolicy, GenerationSettings
-from vidlada.machine import processor
+from vidlada.machine import GIB, free_memory, processor
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
 from vidlada.model.quantization import WEIGHT_BYTES
 from vidlada.model.vision import FRAMES_PER_PASS
 from vidlada.tiling import MediaShape, pictures_of
 
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
-PROMPT_TOKENS = 128  # room for a question, its header and the system message, in estimates
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -87,19 +84,6 @@ def memory_need(
     through = min(pictures, FRAMES_PER_PASS) * cells * tower + pictures * cells * width * value_bytes
     denoising = pass_bytes(text, tokens, gen_length, value_bytes)
     return MemoryNeed(tokens, parameters * value_bytes, through, denoising, kept)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Return the free memory of a device in bytes; None where the system does not report it."""
-    if device.type == "cuda":
-        # what PyTorch's allocator keeps of freed tensors can be had again
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    listing = Path("/proc/meminfo")
-    if device.type != "cpu" or not listing.exists():
-        return None
-    found = [line for line in listing.read_text().splitlines() if line.startswith("MemAvailable:")]
-    return int(found[0].split()[1]) * 1024 if found else None
 
 
 def check_memory(need: int, device: torch.device, what: str, instead: str) -> None:

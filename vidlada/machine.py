@@ -12,7 +12,7 @@ import torch
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 MAPPED = Path("/proc/self/statm")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-MEBI, GIBI = 2**20, 2**30
+MEBI, GIB = 2**20, 2**30
 RESET_PEAK = "5"  # proc(5): resets the peak resident set size
 
 
@@ -62,6 +62,19 @@ def peak_memory(device: str) -> int:
 def resident_memory() -> int:
     """Return the resident memory of this process in bytes; 0 where the system does not report it."""
     return int(MAPPED.read_text().split()[1]) * resource.getpagesize() if MAPPED.exists() else 0
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the free memory of a device in bytes; None where the system does not report it."""
+    if device.type == "cuda":
+        # what PyTorch's allocator keeps of freed tensors can be had again
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    listing = Path("/proc/meminfo")
+    if device.type != "cpu" or not listing.exists():
+        return None
+    found = [line for line in listing.read_text().splitlines() if line.startswith("MemAvailable:")]
+    return int(found[0].split()[1]) * 1024 if found else None
 
 
 def keep_freed_memory() -> None:

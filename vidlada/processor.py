@@ -250,19 +250,11 @@ class VidLaDAProcessor(ProcessorMixin):
         Raises:
             InputError: an unknown role or part, a wrong number of media, or more tokens than `max_length`.
         """
-        start, end, end_of_turn = (self.token_id(token) for token in (START_HEADER, END_HEADER, END_OF_TURN))
+        end_of_turn = self.token_id(END_OF_TURN)
         encoded = EncodedConversation()
         encoded.append([self.token_id(BOS)], 0, control=True)
         shapes = iter(media)
         turn, first_frame = -1, 0
-
-        def header(role: str, turn: int) -> None:
-            encoded.append([start], turn, control=True)
-            encoded.append(self.text_ids(role), turn, control=role == "assistant")
-            encoded.append([end], turn, control=True)
-            if role == "assistant":
-                encoded.append(self.text_ids("\n\n"), turn, control=True)
-
         for message in self.with_system_message(messages):
             pieces = pieces_of(message)
             if not pieces:
@@ -270,7 +262,7 @@ class VidLaDAProcessor(ProcessorMixin):
             role = message["role"]
             turn += role == "user"
             here, is_answer = max(turn, 0), role == "assistant"
-            header(role, here)
+            self._append_header(encoded, role, here)
             if not is_answer:
                 pieces[0] = f"\n\n{pieces[0]}"  # tokenized in one piece with what stands before it
             for piece in pieces:
@@ -290,13 +282,21 @@ class VidLaDAProcessor(ProcessorMixin):
                 f"{len(media)} videos and images were given, more than the conversation has parts for them"
             )
         if add_generation_prompt:
-            header("assistant", max(turn, 0))
+            self._append_header(encoded, "assistant", max(turn, 0))
         if len(encoded.input_ids) > self.max_length:
             raise InputError(
                 f"the conversation has {len(encoded.input_ids)} tokens, more than the model's {self.max_length}; "
                 f"use fewer frames, images or a shorter text"
             )
         return encoded
+
+    def _append_header(self, encoded: EncodedConversation, role: str, turn: int) -> None:
+        """Append what stands before a message."""
+        encoded.append([self.token_id(START_HEADER)], turn, control=True)
+        encoded.append(self.text_ids(role), turn, control=role == "assistant")
+        encoded.append([self.token_id(END_HEADER)], turn, control=True)
+        if role == "assistant":
+            encoded.append(self.text_ids("\n\n"), turn, control=True)
 
     def __call__(
         self,

@@ -1,17 +1,22 @@
 """Images of any shape as tiles for the vision tower (LLaVA's anyres), and the grid their visual tokens form.
 
-Knows nothing of models or files, and imports no torch: the processes that decode strangers' files use it too.
+Knows nothing of models or files, and imports no torch: the processes that decode strangers' files use it too. Pillow is
+imported where an image is cut, so that a model runs without it.
 """
+
+from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import Image
 
 from vidlada.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MergeType = Literal["spatial_unpad", "spatial", "flat"]
 ASPECT_RATIO = re.compile(r"frame|pad|anyres(?:_max_([1-9]\d{0,2}))?")
@@ -122,6 +127,8 @@ class Tiling:
         Returns:
             (pictures, tile, tile, 3) uint8, and its shape.
         """
+        from PIL import Image
+
         shape = self.shape_of(image.shape[0], image.shape[1], alone)
         picture = Image.fromarray(image)
         if shape.tiles == 1:
@@ -137,6 +144,8 @@ class Tiling:
         return np.concatenate((self._resize(picture)[None], tiles.reshape(-1, self.tile, self.tile, 3))), shape
 
     def _resize(self, picture: Image.Image) -> np.ndarray:
+        from PIL import Image
+
         return np.asarray(picture.resize((self.tile, self.tile), Image.Resampling.BICUBIC))
 
     # --- the grid of visual tokens ---
@@ -163,13 +172,6 @@ class Tiling:
             return rows, columns
         return max(1, int(rows // times)), max(1, int(columns // times))
 
-    def most_tokens(self, alone: bool = True) -> int:
-        """Visual tokens that no image exceeds."""
-        if not alone or not self.aspect_ratio.startswith("anyres"):
-            return self.patches**2 + 1
-        tiles = max(width * height for width, height in self.resolutions) // self.tile**2
-        return self.patches**2 + tiles * self.patches * (self.patches + 1)
-
     def tokens(self, shape: ImageShape) -> int:
         """Visual tokens of an image."""
         whole = self.patches**2
@@ -190,6 +192,8 @@ def _middle(total: int, kept: int) -> slice:
 
 def _square(picture: Image.Image) -> Image.Image:
     """An image in the middle of a grey square."""
+    from PIL import Image
+
     width, height = picture.size
     if width == height:
         return picture

@@ -12,14 +12,14 @@ from pathlib import Path
 MP4_BOXES = frozenset(
     b"ftyp styp moov moof mdat mfra sidx ssix free skip wide uuid meta udta emsg prft pdin pnot".split()
 )
-EBML, SEGMENT, CLUSTER = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
-ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+SEGMENT, CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
 ASF_HEADER, ASF_FILE = (
     bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"),
     bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"),
 )
 TS_SIZES, TS_SYNC, TS_PAYLOAD = (188, 192, 204), 0x47, 188
 OGG_MOST_PAGE = 27 + 255 + 255 * 255
+MXF_KEY = b"\x06\x0e\x2b\x34"
 PS_PACK, PS_END = 0xBA, 0xB9
 PS_TAIL = 2**18  # bytes, more than the longest packet of a program stream
 DV_FRAMES = {0: 120000, 1: 144000}  # bytes of a frame, 60 or 50 fields a second
@@ -33,7 +33,7 @@ def is_cut(path: Path, container: str) -> bool | None:
         container: FFmpeg's name of it.
 
     Returns:
-        None where the container does not tell: it states no lengths, or this file leaves them out.
+        None where the container does not show it: it states no lengths, or this file leaves them out.
     """
     check = next((check for name, check in CHECKS.items() if name in container.split(",")), None)
     if check is None:
@@ -50,7 +50,7 @@ def _mp4(data: mmap.mmap) -> bool | None:
     place, size, name = 0, len(data), b""
     while place + 8 <= size:
         length, name = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
-        if name == b"sidx" and place + length + _referenced(data, place) > size:
+        if name == b"sidx" and place + length + _referenced_bytes(data, place) > size:
             return True
         if name not in MP4_BOXES:
             return False  # what cameras append behind the last box
@@ -64,7 +64,7 @@ def _mp4(data: mmap.mmap) -> bool | None:
     return place > size or name == b"moof" or (0 < size - place < 8 and any(data[place:size]))
 
 
-def _referenced(data: mmap.mmap, place: int) -> int:
+def _referenced_bytes(data: mmap.mmap, place: int) -> int:
     """Bytes that the index of fragments at a place says follow it."""
     wide = 16 if data[place + 8] else 8  # of its times and offsets, with version 1
     first = int.from_bytes(data[place + 20 + wide // 2 : place + 20 + wide])
@@ -177,6 +177,20 @@ def _mpeg(data: mmap.mmap) -> bool | None:
     return place > size or 0 < size - place < 6
 
 
+def _mxf(data: mmap.mmap) -> bool | None:
+    """Elements of key, length and value."""
+    place, size = 0, len(data)
+    while place + 17 <= size:
+        if data[place : place + 4] != MXF_KEY:
+            return None
+        length, place = data[place + 16], place + 17
+        if length >= 0x80:
+            wide = length & 0x7F
+            length, place = int.from_bytes(data[place : place + wide]), place + wide
+        place += length
+    return place != size
+
+
 def _gif(data: mmap.mmap) -> bool | None:
     """The trailer; some programs put zeros behind it."""
     end = len(data)
@@ -219,6 +233,7 @@ CHECKS: dict[str, Callable[[mmap.mmap], bool | None]] = {
     "flv": _flv,
     "mpegts": _mpegts,
     "mpeg": _mpeg,
+    "mxf": _mxf,
     "gif": _gif,
     "mjpeg": _mjpeg,
     "yuv4mpegpipe": _y4m,

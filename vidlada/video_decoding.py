@@ -22,6 +22,8 @@ FRAMELESS = 2  # packets in a row that may give no frame of their own in a sound
 
 Opener = Callable[[], AbstractContextManager[tuple[InputContainer, VideoStream]]]
 NumberedFrame = tuple[int, av.VideoFrame]
+NEED_PARAMETER_SETS = frozenset({"h264", "hevc", "vvc"})
+MOST_LEADING = 16  # frames shown before the key picture they are decoded after
 MOST_DISORDER = 3  # frames that may leave the decoder too late, as the first of a stream do, before its times are wrong
 
 
@@ -104,11 +106,10 @@ class Reader:
             self.advance(number)
             if not self.found(number):
                 self.retry(number)
-            if self.shown is None and self.ahead is not None and self.timeline.begins_anywhere:
+            if self.shown is None and self.ahead is not None and self.may_start_at(self.ahead[0]):
                 raise LateStartError(self.ahead[0])
             if self.shown is None or self.too_far(number):
-                path, seconds = self.timeline.info.path, self.timeline.seconds[number]
-                raise InputError(f"{path}: the frame at {seconds:.2f} s cannot be decoded; it is damaged")
+                raise InputError(f"{self.timeline.info.path}: {self.problem_at(number)}")
             yield self.shown
 
     def start_of(self, number: int, earlier: int = 0) -> int:
@@ -139,11 +140,29 @@ class Reader:
         """Whether a frame came, or its packet has none of its own."""
         return self.shown is not None and number - self.shown[0] <= FRAMELESS
 
+    def may_start_at(self, number: int) -> bool:
+        """Whether a recording may begin with frames that cannot be decoded, up to this one: cut without re-encoding,
+        the first lean on a picture that is not there."""
+        timeline = self.timeline
+        little = timeline.seconds[number] <= MOST_MISSING * timeline.info.duration
+        return timeline.begins_anywhere or number <= MOST_LEADING or bool(little)
+
     def too_far(self, number: int) -> bool:
         """Whether so much is missing before a frame that the last one cannot stand for it."""
         assert self.shown is not None
         gap = self.timeline.seconds[number] - self.timeline.seconds[self.shown[0]]
         return not self.found(number) and bool(gap > MOST_MISSING * self.timeline.info.duration)
+
+    def problem_at(self, number: int) -> str:
+        """What to say of a frame that did not come."""
+        if number or self.ahead is not None:
+            return f"the frame at {self.timeline.seconds[number]:.2f} s cannot be decoded; it is damaged"
+        if self.stream.codec_context.name in NEED_PARAMETER_SETS and not self.stream.codec_context.extradata:
+            return (
+                "no frame can be decoded: the parameter sets are missing. Clips that were cut out of an mp4 into a "
+                "transport stream without re-encoding lack them: cut into an mp4 or mkv, or re-encode"
+            )
+        return "no frame can be decoded: the file is damaged, or not of the codec it claims"
 
     def demux(self) -> Iterator[av.Packet]:
         """Packets of the file from here on, and an empty one at its end."""

@@ -10,23 +10,26 @@ from pathlib import Path
 import av
 import numpy as np
 from av.container import InputContainer
+from av.format import Flags
 from av.video.stream import VideoStream
 
 from vidlada.errors import InputError
 from vidlada.truncation import is_cut
 
 UNKNOWN = -(2**63)  # a time stamp that is not there
-KEY, HIDDEN, CORRUPT = 1, 2, 4  # flags of packets
+KEY, HIDDEN, CORRUPT, AT_ONCE = 1, 2, 4, 8  # flags of packets
 MOST_MISSING = 0.02  # share of the promised length a readable file may lack before it counts as truncated
 STATES_ITS_LENGTH = frozenset({"mov", "matroska", "avi", "asf"})  # a file that `is_cut` denies is whole
 HEADERLESS = frozenset({"mpegts", "mpeg"})
 RESTARTING_CLOCKS = frozenset({"mpegts", "mpeg", "flv", "matroska"})  # joined recordings begin again at 0
-GUESSED_TIMES = frozenset({"m4v"})  # FFmpeg makes the time stamps up; after a seek they are others
 GUESS_SECONDS, GUESS_FRAMES = 0.5, 5  # how far guessed time stamps may be off
 JUMPING_CLOCK, JUMP_SECONDS = "mpegts", 3600.0  # a pause may be long; a broadcast that joins another jumps further
 UNTIMED_REORDERING = {"h264": frozenset({5}), "hevc": frozenset({20})}  # NAL types every later frame is shown after
 NAL_START = re.compile(b"\\0\\0\\x01(.)", re.DOTALL)
 NAL_TYPE = {"h264": (0, 0x1F), "hevc": (1, 0x3F)}
+MPEG_VIDEO = frozenset({"mpeg1video", "mpeg2video"})
+MPEG_PICTURE = re.compile(b"\\0\\0\\x01\\0.(.)", re.DOTALL)  # the header of a picture; it says of which type it is
+B_PICTURE = 3
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Packets:
     Attributes:
         pts, dts: presentation and decoding time stamps in stream units; UNKNOWN where there is none.
         durations: in stream units; 0 where unknown.
-        flags: KEY, HIDDEN (decoded, but not shown), CORRUPT.
+        flags: KEY, HIDDEN (decoded, but not shown), CORRUPT, AT_ONCE (shown before all pictures that are decoded later;
+            looked for only in program streams).
         restarts: numbers of the packets that every later packet is shown after; looked for only where there are no
             presentation times.
     """
@@ -168,6 +172,7 @@ class _Columns:
         self.restarts: list[int] = []
         self.codec = stream.codec_context.name
         self.untimed = container.format.name == "avi" or stream.start_time is None
+        self.types = container.format.name == "mpeg" and self.codec in MPEG_VIDEO
 
     def append(self, packet: av.Packet) -> None:
         pts, dts = packet.pts, packet.dts
@@ -180,6 +185,8 @@ class _Columns:
             kinds = {found.group(1)[0] >> place & bits for found in NAL_START.finditer(bytes(packet))}
             if kinds & UNTIMED_REORDERING[self.codec]:
                 self.restarts.append(len(self.flags) - 1)
+        if self.types and (picture := MPEG_PICTURE.search(bytes(packet))):
+            self.flags[-1] |= AT_ONCE * (picture.group(1)[0] >> 3 & 7 == B_PICTURE)
 
     def packets(self) -> Packets:
         pts, dts, durations = (np.array(column, np.int64) for column in (self.pts, self.dts, self.durations))
@@ -200,17 +207,20 @@ def _timeline(path: Path, container: InputContainer, stream: VideoStream, packet
     shown = (packets.flags & (HIDDEN | CORRUPT) == 0) & (np.arange(len(packets)) >= packets.first)
     timed = shown & (packets.pts != UNKNOWN)
     reordered = container.format.name == "avi" and stream.codec_context.name in UNTIMED_REORDERING
-    ordered = reordered or timed.sum() < shown.sum() / 2
+    raw = bool(
+        container.format.flags & Flags.no_timestamps.value
+    )  # those that FFmpeg makes up for raw streams are often wrong
+    ordered = reordered or raw or timed.sum() < shown.sum() / 2
     unit, found_pts = float(stream.time_base or 1), packets.pts
     if ordered:
         numbers, stamps = np.flatnonzero(shown), packets.dts[shown]
-        if (stamps == UNKNOWN).any():
-            rate = float(stream.codec_context.framerate or stream.guessed_rate or 25)
+        if raw or (stamps == UNKNOWN).any():
+            rate = float(stream.guessed_rate or stream.codec_context.framerate or 25)
             stamps, unit = np.arange(len(numbers)), 1 / rate
         stamps = np.sort(stamps)
         starts = np.flatnonzero(np.isin(numbers, packets.restarts))
     else:
-        if stream.codec_context.name == "theora":
+        if container.format.name == "ogg":
             packets = _ogg_times(packets, stream)
         pts, usable = _one_clock(container, packets, unit)
         numbers = np.flatnonzero(timed & usable)
@@ -234,26 +244,42 @@ def _timeline(path: Path, container: InputContainer, stream: VideoStream, packet
     found = Timeline(
         info, seconds, constant, numbers, starts, packets.first, stamps_or_none, seek_to, ordered, anywhere
     )
-    # program streams time few of their packets; begun between those, the first guesses run into the first true times
-    if container.format.name == "mpeg" and not ordered and (np.diff(seconds) <= 0).any():
-        return _on_grid(found.in_decoder_order(), _stated_rates(stream))
-    return found.in_decoder_order() if container.format.name in GUESSED_TIMES else found
+    if container.format.name != "mpeg" or ordered or constant:
+        return found
+    if stream.codec_context.name in MPEG_VIDEO:
+        numbers = _shown_order(packets, numbers)
+        starts = np.flatnonzero(packets.flags[numbers] & KEY)
+        return _on_grid(replace(found, packets=numbers, starts=starts, stamps=None), _stated_rates(stream))
+    return _on_grid(found.in_decoder_order(), _stated_rates(stream)) if (np.diff(seconds) <= 0).any() else found
+
+
+def _shown_order(packets: Packets, numbers: np.ndarray) -> np.ndarray:
+    """Numbers of the packets of an MPEG video as they are shown: B pictures at once, others when the next comes."""
+    numbers = np.sort(numbers)
+    at_once = packets.flags[numbers] & AT_ONCE > 0
+    places = np.arange(len(numbers))
+    shown_at = places - 1
+    shown_at[~at_once] = np.append(places[~at_once][1:], len(numbers)) - 1
+    return numbers[np.argsort(shown_at, kind="stable")]
 
 
 def _on_grid(timeline: Timeline, rates: Sequence[float]) -> Timeline:
-    """The same with even times, if all are within a few frames of those."""
+    """The same with even times, if all are within a few frames of those. Program streams time few of their packets;
+    begun between those, the first times are guesses that run into the first true ones."""
     numbers = np.arange(len(timeline.seconds))
     for rate in rates:
-        if np.abs(timeline.seconds * rate - numbers).max() < GUESS_FRAMES:
+        off = timeline.seconds * rate - numbers
+        if np.abs(off - np.median(off)).max() < GUESS_FRAMES:
             info = replace(timeline.info, fps=rate, duration=len(numbers) / rate)
             return replace(timeline, info=info, seconds=numbers / rate, constant=True)
     return timeline
 
 
 def _ogg_times(packets: Packets, stream: VideoStream) -> Packets:
-    """True times of Theora frames. Ogg states when a packet ends; FFmpeg takes that for the start of the next, though
-    there may be a gap in between."""
-    ends = np.append(packets.pts[1:], stream.duration or packets.pts[-1] + packets.durations[-1])
+    """True times of frames in Ogg. It states when a packet ends; FFmpeg takes that for the start of the next, though there
+    may be a gap in between."""
+    last = (stream.start_time or 0) + stream.duration if stream.duration else packets.pts[-1] + packets.durations[-1]
+    ends = np.append(packets.pts[1:], last)
     known = (ends != UNKNOWN) & (packets.pts != UNKNOWN)
     pts = np.where(known, np.maximum(packets.pts, ends - packets.durations), packets.pts)
     return replace(packets, pts=pts)
@@ -307,6 +333,8 @@ def _one_clock(container: InputContainer, packets: Packets, unit: float) -> tupl
     """Presentation times on a clock that runs on through joined recordings, and which packets can be shown by them."""
     pts = packets.pts.copy()
     usable = np.zeros(len(pts), bool)
+    at_once = packets.flags & AT_ONCE > 0
+    types_known = bool(at_once.any())
     end = None
     for start, stop in _parts(container, packets, unit):
         part = pts[start:stop]
@@ -316,7 +344,12 @@ def _one_clock(container: InputContainer, packets: Packets, unit: float) -> tupl
             continue
         key = int(keys[0]) if len(keys) else 0
         # what is shown before the first key picture leans on pictures that are not there
-        fit = stamped & (np.arange(len(part)) >= key) & (part >= part[key])
+        fit = stamped & (np.arange(len(part)) >= key)
+        if types_known:
+            others = fit & ~at_once[start:stop]
+            fit &= others | (np.cumsum(others) > 1)
+        else:
+            fit &= part >= part[key]
         if end is not None:
             shown = np.sort(part[fit])
             step = int(np.median(np.diff(shown))) if len(shown) > 1 else 1
@@ -338,7 +371,6 @@ def _refuse_truncated(
     before the end that its header announces."""
     name = container.format.name
     cut = is_cut(path, name)
-    known = len(stream.index_entries)
     there = f"{timeline.info.duration:.1f} seconds"
     if problem:
         raise InputError(f"{path}: the file is damaged behind its first {there}: {problem}")
@@ -346,10 +378,8 @@ def _refuse_truncated(
         return
     if cut or (cut is None and packets.flags[-1] & CORRUPT):
         reason = "its last part is incomplete"
-    elif known - len(packets) > MOST_MISSING * known:
-        reason = f"{len(packets)} of {known} frames are there"
     else:
-        promised = _header_duration(container, stream)
+        promised = _promised_duration(container, stream, packets)
         seconds = timeline.seconds
         seen = seconds[-1] if timeline.ordered else _span(packets) * float(stream.time_base or 1)
         # how long the last picture is shown, nobody may have written down
@@ -363,14 +393,16 @@ def _refuse_truncated(
     )
 
 
-def _header_duration(container: InputContainer, stream: VideoStream) -> float:
-    """Seconds the header promises; 0 if there is no header, or it promises nothing."""
+def _promised_duration(container: InputContainer, stream: VideoStream, packets: Packets) -> float:
+    """Seconds that the header or an index promises; 0 if there is neither."""
     if container.format.name in HEADERLESS:  # what FFmpeg says of them, it saw at their ends
         return 0.0
-    unit = stream.time_base or 1
+    unit = float(stream.time_base or 1)
+    entries, known = stream.index_entries, packets.dts[packets.dts != UNKNOWN]
+    indexed = (entries[-1].timestamp - int(known[0])) * unit if len(entries) and len(known) else 0.0
     if stream.duration:
-        return float(stream.duration * unit)
+        return max(indexed, stream.duration * unit)
     if container.duration and len(container.streams) == 1:
-        before = (stream.start_time or 0) * unit if container.format.name == "flv" else 0  # which counts from 0
-        return float(container.duration / av.time_base - before)
-    return 0.0
+        before = max(0.0, (stream.start_time or 0) * unit)  # some count from 0, some from the first frame
+        return max(indexed, container.duration / av.time_base - before)
+    return indexed

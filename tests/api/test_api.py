@@ -1,4 +1,4 @@
-"""The front door on real files, with a small model of random weights: batches, reuse, streaming, errors."""
+"""`vidlada.load()` on real files, with a small model of random weights: batches, reuse, streaming, errors."""
 
 import numpy as np
 import pytest

@@ -1,15 +1,12 @@
 """`vidlada batch`: every line answered once, in order, whatever happens."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from click.testing import CliRunner
 from media import write_video
+from processes import Command
 
 from vidlada.cli import main
 
@@ -111,14 +108,13 @@ def test_killed_and_resumed_nothing_is_lost_or_doubled(folder, small_folder, tmp
     options = ["--model", str(small_folder), "--gen-length", "16", "--concurrency", "2"]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert run(folder / "many.jsonl", whole, *options)[0] == 0
-    command = [sys.executable, "-m", "vidlada", "batch", str(folder / "many.jsonl"), "--out", str(out), *options]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = Command("batch", folder / "many.jsonl", "--out", out, *options)
     while not out.exists() or out.read_bytes().count(b"\n") < 3:
         assert process.poll() is None
         time.sleep(0.01)
     code, err = run(folder / "many.jsonl", out, *options)
     assert (code, "another run" in err) == (2, True)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     out.write_bytes(out.read_bytes() + b'{"line": half a li')
     assert run(folder / "many.jsonl", out, *options)[0] == 0

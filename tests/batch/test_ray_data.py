@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 from media import write_video
+from processes import Command
 
 pytestmark = pytest.mark.slow
 
@@ -44,10 +44,7 @@ def questions(tmp_path_factory):
 def start(cluster, questions, small_folder):
     def start(out, *options):
         command = ["batch", questions, "--out", out, "--model", small_folder, "--gen-length", "32", *options]
-        environment = {**os.environ, "RAY_ADDRESS": cluster.address}
-        return subprocess.Popen(
-            [sys.executable, "-m", "vidlada", *map(str, command)], stderr=subprocess.PIPE, text=True, env=environment
-        )
+        return Command(*command, RAY_ADDRESS=cluster.address)
 
     return start
 
@@ -78,7 +75,7 @@ def lines_of(out):
 
 def wait_for_lines(process, out, number):
     while lines_of(out) < number:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.errors
         time.sleep(0.01)
 
 
@@ -93,9 +90,8 @@ def test_a_death_midway_loses_and_doubles_nothing(cluster, start, expected, tmp_
     else:
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
         cluster.add_node(num_cpus=1)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1  # a line could not be answered
-    assert f"{LINES} lines answered, 0 before; 1 of all {LINES} are errors" in err
+    assert process.wait(300) == 1  # a line could not be answered
+    assert f"{LINES} lines answered, 0 before; 1 of all {LINES} are errors" in process.errors
     assert answers_of(tmp_path / "out.jsonl") == expected
 
 
@@ -107,8 +103,8 @@ def test_a_run_killed_midway_is_resumed(start, expected, tmp_path):
     process.wait()
     done = lines_of(out)
     process = start(out, "--ray", "--workers", 1)
-    _, err = process.communicate(timeout=300)
-    assert f"; {done} before" in err
+    process.wait(300)
+    assert f"lines answered, {done} before; " in process.errors
     assert answers_of(out) == expected
 
 
@@ -119,8 +115,7 @@ def test_refusals_are_one_line(start, tmp_path):
         (("--workers", 1), "add --ray"),
     ]:
         process = start(tmp_path / "out.jsonl", *options)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 2, err
-        assert message in err.splitlines()[-1]
-        assert "Traceback" not in err
+        assert process.wait(300) == 2, process.errors
+        assert message in process.errors.splitlines()[-1]
+        assert "Traceback" not in process.errors
     assert lines_of(tmp_path / "out.jsonl") == 0

@@ -50,10 +50,10 @@ def test_faster_paces():
 
 
 def test_bad_settings_are_refused_before_anything_is_measured():
-    said = []
+    lines = []
     with pytest.raises(InputError, match="anchors"):
-        decoding_figures("mid", caches=["mars:window=1,anchors=1000"], progress=said.append, **SMALL)
-    assert said == ["making the model"]
+        decoding_figures("mid", caches=["mars:window=1,anchors=1000"], progress=lines.append, **SMALL)
+    assert lines == ["making the model"]
     with pytest.raises(InputError, match="unknown cache"):
         decoding_figures("mid", caches=["lazy"], **SMALL)
     with pytest.raises(InputError, match="2 to 60 s, not 61"):

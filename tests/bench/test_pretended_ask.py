@@ -27,6 +27,7 @@ CACHES = {
     "chunk_first": "mars:window=1,fused=false,chunk_first=true,text=1,anchors=0",
     "drift": "mars:drift=0.0001,probes=4,group=1",
 }
+FEW = ("none", "dual", "elastic", "mars", "chunks")  # of every kind, for what a cache has no part in
 # Where the host may wait, and how often. Of every question: its ids go up, and its places are counted.
 QUESTION_WAITS = {"api.py tensor of host data": 1, "model/video_model.py _local_scalar_dense": 1}
 # Of every step: the one copy of its proposals.
@@ -85,21 +86,21 @@ def same(there, small, counts, media=FRAMES, allowed=(), **options):
     assert found.statistics.refreshes == expected.statistics.refreshes
 
 
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("name", FEW)
 def test_every_commit_rule(pretended, small, name):
     there, _, counts = pretended
     for rule in RULES:
         same(there, small, counts, cache=CACHES[name], commit=rule, allowed=OF_CACHES.get(name, {}))
 
 
-@pytest.mark.parametrize("name", CACHES)
+OF_SAMPLING = ({"temperature": 0.7}, {"temperature": 0.9, "top_p": 0.8}, {"remasking": "random"}, {"steps": 2})
+OF_SEQUENCES = ({"cfg_scale": 1.0}, {"suffix": " now", "stop": ("last color",)}, {"visual_keep": 0.5})
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"cfg_scale": 1.0}, {"temperature": 0.7}, {"temperature": 0.9, "top_p": 0.8}, {"remasking": "random"},
-        {"suffix": " now", "stop": ("last color",)}, {"visual_keep": 0.5}, {"steps": 2},
-    ],
-)  # fmt: skip
+    ("name", "options"),
+    [(name, options) for name in CACHES for options in OF_SEQUENCES + (OF_SAMPLING if name in FEW else ())],
+)
 def test_every_setting(pretended, small, name, options):
     there, _, counts = pretended
     allowed = Counter({where: 2 * number for where, number in OF_CACHES.get(name, {}).items()})

@@ -7,9 +7,9 @@ from click.testing import CliRunner
 
 from vidlada.bench.roofline import plan_figures, steps_of
 from vidlada.cli import main
+from vidlada.decoding.memory import PROMPT_TOKENS
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.info import PROMPT_TOKENS
 from vidlada.model.config import VidLaDAConfig
 
 
@@ -23,7 +23,7 @@ def test_the_arithmetic_is_what_is_counted(cache):
     # as many positions as were counted: there is more room for text in the prediction
     visual = 4 * 210 + 2 * TEXT_TOKENS - PROMPT_TOKENS
     for work, step in zip(counted, steps_of(VidLaDAConfig(), visual, settings, 1), strict=False):
-        assert step.products + step.attention == pytest.approx(work.flops, rel=0.06)
+        assert step.operations == pytest.approx(work.flops, rel=0.06)
 
 
 def test_more_answers_take_longer_together_and_less_each():

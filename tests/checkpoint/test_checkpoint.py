@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from published import llada_state
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vectors import formula_state_dict, load_reference_model, our_key, published_config
@@ -162,25 +163,6 @@ def test_published_names_follow_the_recorded_table():
 
 
 # --- the text-only ancestor ---
-
-
-def llada_state(model):
-    """Weights under the ancestor's names, written out independently of the converter's table."""
-    blocks = {"self_attn.q_proj": "q_proj", "self_attn.k_proj": "k_proj", "self_attn.v_proj": "v_proj",
-              "self_attn.o_proj": "attn_out", "mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj",
-              "mlp.down_proj": "ff_out", "input_layernorm": "attn_norm",
-              "post_attention_layernorm": "ff_norm"}  # fmt: skip
-    ours = model.state_dict()
-    state = {
-        "model.transformer.wte.weight": ours["language_model.embed_tokens.weight"],
-        "model.transformer.ln_f.weight": ours["language_model.norm.weight"],
-        "model.transformer.ff_out.weight": ours["lm_head.weight"],
-    }
-    for layer in range(model.config.text_config.num_hidden_layers):
-        for name, theirs in blocks.items():
-            tensor = ours[f"language_model.layers.{layer}.{name}.weight"]
-            state[f"model.transformer.blocks.{layer}.{theirs}.weight"] = tensor
-    return {key: tensor.clone() for key, tensor in state.items()}
 
 
 @pytest.fixture

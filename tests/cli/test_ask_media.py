@@ -54,14 +54,14 @@ def ask(tiler, *arguments):
     return CliRunner().invoke(main, ["ask", *map(str, arguments), *options])
 
 
-def answered(tiler, *arguments):
+def ask_json(tiler, *arguments):
     result = ask(tiler, *arguments)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
 def test_images_and_a_video(tiler, files):
-    found = answered(tiler, files / "a.jpg", files / "b.jpg", files / "clip.mp4", "compare them")
+    found = ask_json(tiler, files / "a.jpg", files / "b.jpg", files / "clip.mp4", "compare them")
     kinds = [(medium["kind"], medium["visual_tokens"], len(medium["frames"])) for medium in found["media"]]
     # several images are untiled: 3 × 3 patches and a newline; a frame is 2 × 2 cells and a newline a row
     assert kinds == [("image", 10, 1), ("image", 10, 1), ("video", 2 * 6, 2)]
@@ -71,15 +71,15 @@ def test_images_and_a_video(tiler, files):
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual", "frozen", "interval", "sparse", "mars", "mars:window=1"])
 def test_every_cache_knows_images(tiler, files, cache):
     media = (files / "clip.mp4", files / "a.jpg")
-    found = answered(tiler, *media, "first <image> then <image> which ?", "--cache", cache)
+    found = ask_json(tiler, *media, "first <image> then <image> which ?", "--cache", cache)
     assert [medium["kind"] for medium in found["media"]] == ["video", "image"]
     assert found["media"][1]["visual_tokens"] > 10  # the only image is tiled
     assert found["statistics"]["tokens"] == 8
 
 
 def test_addresses_on_the_web(tiler, files, web):
-    there = answered(tiler, f"{web}/clip.mp4", f"{web}/a.jpg", "what is it ?")
-    here = answered(tiler, files / "clip.mp4", files / "a.jpg", "what is it ?")
+    there = ask_json(tiler, f"{web}/clip.mp4", f"{web}/a.jpg", "what is it ?")
+    here = ask_json(tiler, files / "clip.mp4", files / "a.jpg", "what is it ?")
     assert there["answer"] == here["answer"]
     assert [medium["visual_tokens"] for medium in there["media"]] == [
         medium["visual_tokens"] for medium in here["media"]
@@ -114,12 +114,12 @@ def test_nobody_there(tiler):
 
 def test_as_many_frames_as_fit(tiler, files):
     write_video(files / "long.mp4", frames=60, fps=2)
-    found = answered(tiler, files / "long.mp4", "what is it ?", "--frames", "auto")
+    found = ask_json(tiler, files / "long.mp4", "what is it ?", "--frames", "auto")
     assert len(found["frames"]) == 30  # all that one a second gives: they fit
     assert ask(tiler, files / "long.mp4", "what ?", "--frames", "many").exit_code == 2
 
 
 def test_think_on_the_command_line(tiler, files):
-    found = answered(tiler, files / "clip.mp4", "what is it ?", "--think", "--think-length", "8")
+    found = ask_json(tiler, files / "clip.mp4", "what is it ?", "--think", "--think-length", "8")
     assert found["settings"]["think"] is True and found["statistics"]["tokens"] > 8
-    assert answered(tiler, files / "clip.mp4", "what is it ?", "--no-think")["settings"]["think"] is False
+    assert ask_json(tiler, files / "clip.mp4", "what is it ?", "--no-think")["settings"]["think"] is False

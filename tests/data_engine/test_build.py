@@ -5,13 +5,8 @@ import fcntl
 import json
 import re
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import openai
@@ -19,81 +14,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from media import number_of, picture, write_video
+from processes import Command
 from serve.running import running_server
 
 from vidlada.cli import main
-from vidlada.data_engine.endpoints import Endpoint, Segment, complete
-from vidlada.data_engine.questions import Candidate, candidates_in, letter_in, with_choices
-from vidlada.errors import InputError, VidLaDAError
+from vidlada.data_engine.endpoints import Endpoint, Segment
+from vidlada.data_engine.questions import Candidate, letter_in, with_choices
 from vidlada.shapes.dataset import write_dataset
 from vidlada.training.data.mixture import read_llava
 from vidlada.video import Sampling, sample_frames
-
-QUESTIONS = [
-    {"question": "Who waves?", "answer": "the cook", "wrong": ["the cat", "nobody"]},
-    {"question": "Which is a colour?", "answer": "red", "wrong": ["seven", "up"]},
-    {"question": "What falls?", "answer": "a cup", "wrong": ["a tree", "snow"]},
-    {"question": "malformed", "answer": "", "wrong": []},
-]
-# Which questions each model answers right.
-KNOWS = {
-    "blind": {"Which is a colour?"},
-    "first": {"Who waves?", "Which is a colour?", "What falls?"},
-    "second": {"Who waves?"},
-}
-
-
-class Stub(ThreadingHTTPServer):
-    """Plays every model; keeps the requests; fails when told to."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests, self.fail_at, self.fail_with, self.raw = [], None, 401, None
-        self.headers = {}
-        self.refuses, self.wait = lambda body: False, lambda body: None
-
-    def answer(self, body):
-        content = body["messages"][0]["content"]
-        text = content if isinstance(content, str) else content[-1]["text"]
-        if body["model"] == "writer":
-            return f"Here you are:\n```json\n{json.dumps(QUESTIONS)}\n```"
-        question = next(q for q in QUESTIONS if q["question"] in text)
-        right = next(line[0] for line in text.splitlines() if line[1:] == f". {question['answer']}")
-        wrong = next(line[0] for line in text.splitlines() if line[1:] == f". {question['wrong'][0]}")
-        return f"{right}." if question["question"] in KNOWS[body["model"]] else f"I think {wrong}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):  # noqa: N802 - the library's name
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        stub = self.server
-        stub.requests.append((self.path, self.headers.get("Authorization"), body))
-        stub.wait(body)
-        failed = stub.fail_at is not None and len(stub.requests) >= stub.fail_at
-        if failed and stub.fail_with in (429, 503):
-            stub.fail_at = None
-        refused = stub.refuses(body)
-        reply = None if stub.raw else {"choices": [{"message": {"content": stub.answer(body)}}]}
-        content = stub.raw or json.dumps({"error": "no"} if failed or refused else reply, indent=1).encode()
-        self.send_response(stub.fail_with if failed else 400 if refused else 200)
-        self.send_header("Content-Length", str(len(content)))
-        for name, value in stub.headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        with suppress(ConnectionError):  # it may have heard enough
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def stub():
-    server = Stub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture
@@ -277,14 +206,13 @@ def test_a_signal_ends_a_build_at_once(tmp_path, stub, config, four_at_once, num
             release.wait(300) or gave_up.set()
 
     stub.wait = wait
-    command = [sys.executable, "-m", "vidlada", "data", "build", str(four_at_once)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        for _ in range(4):
-            assert waiting.acquire(timeout=240)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=240)
-    assert not gave_up.is_set() and "Traceback" not in said  # it ended before any request was answered
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: -signal.SIGTERM}[number]
+    process = Command("data", "build", four_at_once)
+    for _ in range(4):
+        assert waiting.acquire(timeout=240)
+    process.send_signal(number)
+    code = process.wait(240)
+    assert not gave_up.is_set() and "Traceback" not in process.errors  # it ended before any request was answered
+    assert code == {signal.SIGINT: 130, signal.SIGTERM: -signal.SIGTERM}[number]
     release.set()
     stub.wait = lambda body: None
     assert build(four_at_once).exit_code == 0 and build(config).exit_code == 0
@@ -309,14 +237,6 @@ def test_a_busy_server_is_asked_again_when_it_says(stub, config, tmp_path, monke
     assert [wait for wait in waits if wait != 0.1] == [7]
 
 
-def test_no_key_no_header(stub, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setenv("OPENAI_ORG_ID", "org")
-    stub.raw = b'{"choices": [{"message": {"content": "A"}}]}'
-    assert complete(Endpoint(f"http://127.0.0.1:{stub.server_port}/v1", "m"), "hello") == "A"
-    assert [authorization for _, authorization, _ in stub.requests] == [None]
-
-
 def test_wrong_builds_are_named(tmp_path, config):
     values = yaml.safe_load(config.read_text())
     for change, match in (
@@ -333,67 +253,6 @@ def test_wrong_builds_are_named(tmp_path, config):
         config.write_text(yaml.safe_dump({**values, **change}))
         result = build(config)
         assert result.exit_code == 2 and re.search(match, result.output), result.output
-
-
-HALF_A_CHARACTER = '[{"question": "\\ud800", "answer": "a", "wrong": ["b"]}]'
-
-
-@pytest.mark.parametrize(
-    "reply",
-    ["", "[", "no json", '[{"question": "a"}]', "[1]", '{"question": "a"}', HALF_A_CHARACTER, '[{"a": ' + "[" * 10**5],
-)
-def test_unusable_replies(reply):
-    assert candidates_in(reply) == []
-
-
-def test_questions_after_other_brackets():
-    written = json.dumps(QUESTIONS)
-    for reply in (f"<think>Perhaps [{{1}}]?</think>{written}", f"Frames [1] to [3]: {written} [end]"):
-        assert [candidate.question for candidate in candidates_in(reply)] == [q["question"] for q in QUESTIONS[:3]]
-
-
-@pytest.mark.parametrize(
-    ("raw", "match"),
-    [(b"{", "not a chat completion"), (b"[" * 10**5, "not a chat completion"), (b'{"choices": []}', "not a chat"),
-     (b'{"choices": [{"message": {"content": ["A"]}}]}', "not a chat completion"), (b" " * 2**25, "no whole reply")],
-)  # fmt: skip
-def test_what_is_no_completion_is_named(stub, raw, match):
-    stub.raw = raw
-    with pytest.raises(VidLaDAError, match=match):
-        complete(Endpoint(f"http://127.0.0.1:{stub.server_port}/v1", "m", tries=1), "hello")
-
-
-def test_a_model_that_says_nothing_says_nothing(stub):
-    stub.raw = b'{"choices": [{"message": {"content": null}}]}'
-    assert complete(Endpoint(f"http://127.0.0.1:{stub.server_port}/v1", "m"), "hello") == ""
-
-
-def test_a_reply_that_never_ends_is_not_waited_for():
-    """Every byte comes in time, the whole does not."""
-    done = threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def drip():
-            with server.accept()[0] as connection, suppress(OSError):
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n")
-                while not done.wait(0.1):
-                    connection.sendall(b" ")
-
-        threading.Thread(target=drip, daemon=True).start()
-        endpoint = Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", timeout=0.5, tries=1)
-        with pytest.raises(VidLaDAError, match="no whole reply in 0.5 seconds"):
-            complete(endpoint, "hello")  # the bytes go on until it has given up
-        done.set()
-
-
-def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(stub, monkeypatch):
-    endpoint = Endpoint(f"http://127.0.0.1:{stub.server_port}/v1", "m")
-    for key in ("sk-secret\n", "sk-secretü"):
-        monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(InputError, match="OPENAI_API_KEY holds") as caught:
-            complete(endpoint, "hello")
-        assert "secret" not in str(caught.value)
-    assert not stub.requests
 
 
 def test_a_build_is_not_continued_with_other_settings(tmp_path, config):

@@ -67,10 +67,10 @@ def request(model, frame_index, seed=0, **changes):
 def test_recorded_answers(variant, cache):
     found = arrays(variant)
     prompt, frame_index = torch.from_numpy(found["splice.embeds"])[0], found["splice.frame_index"].reshape(-1).tolist()
-    for block_length, steps in ((8, 32), (32, 12)):
-        settings = GenerationSettings(gen_length=32, block_length=block_length, steps=steps, cache=cache)
-        (state,) = decode(load_reference_model(variant), Request(prompt, settings, frame_index=frame_index))
-        assert state.answer_ids() == found[f"generate.block{block_length}_steps{steps}"].reshape(-1).tolist()
+    block_length, steps = {"mha": (32, 12), "gqa": (8, 32)}[variant]
+    settings = GenerationSettings(gen_length=32, block_length=block_length, steps=steps, cache=cache)
+    (state,) = decode(load_reference_model(variant), Request(prompt, settings, frame_index=frame_index))
+    assert state.answer_ids() == found[f"generate.block{block_length}_steps{steps}"].reshape(-1).tolist()
 
 
 @given(
@@ -207,16 +207,16 @@ def test_the_schedule_of_mars():
 
 
 @given(policy=st.builds(Mars, st.integers(1, 5), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3)))
-def test_a_shallow_renewal_includes_the_deeper_groups(policy):
+def test_a_shallow_refresh_includes_the_deeper_groups(policy):
     """Whatever is due at a group is due at every deeper one."""
     for step in range(1, 60):
         for interval in (policy.text, policy.text * policy.ratio):
-            due = policy._groups(16, step, interval)
+            due = policy._due_groups(16, step, interval)
             firsts = [0, *policy.entries(16)]
             assert due == list(reversed(firsts[len(firsts) - len(due) :]))
 
 
-def test_drift_decides_where_a_renewal_starts():
+def test_drift_decides_where_a_refresh_starts():
     policy = Mars(group=4, drift=0.1)
     drift = {"text": [0.0, 0.2, 0.3], "visual": [0.05, 0.1, 0.1]}
     assert policy.plan(StepContext(5, 0, 12, drift)).start.get("text") == 4
@@ -225,7 +225,7 @@ def test_drift_decides_where_a_renewal_starts():
 
 
 def test_drift_above_nothing_renews_everything_that_moved(small):
-    """A threshold that any movement passes renews often, an unreachable one never; both probe in every step."""
+    """A threshold that any movement passes refreshes often, an unreachable one never; both probe in every step."""
     index = layout(2, [6] * 4, 4)
     states = {}
     for drift in (1e-9, 2.0):

@@ -24,7 +24,7 @@ from vidlada.decoding.commit import (
     TopK,
     Wino,
     commit_rule,
-    measured,
+    compute_measure,
     most_confident,
     spread,
     within_nucleus,
@@ -203,8 +203,8 @@ def test_wino_takes_back_fewer_than_it_committed(block, bound, committed):
 
 def test_figures_of_distributions():
     logits = torch.tensor([[0.0, 0.0, -torch.inf], [3.0, 1.0, 0.0]])
-    torch.testing.assert_close(measured("entropy", logits)[0], torch.tensor(math.log(2), dtype=torch.float64))
-    assert measured("gap", logits).tolist() == [0.0, 2.0]
+    torch.testing.assert_close(compute_measure("entropy", logits)[0], torch.tensor(math.log(2), dtype=torch.float64))
+    assert compute_measure("gap", logits).tolist() == [0.0, 2.0]
 
 
 @pytest.mark.parametrize("commit", BOLD)
@@ -299,8 +299,8 @@ def test_what_may_be_taken_back_is_not_settled(small):
 def test_a_stop_that_may_be_taken_back_is_not_told(small):
     free = decode(small.model, request(small.model, commit="wino:draft=0.01,verify=0.99"))[0].answer_ids()
     asked = replace(request(small.model, commit="wino:draft=0.01,verify=0.99"), stop_sequences=[(free[5],)])
-    told = [state.stop_at for _, state in denoise(small.model, [asked]) if state.stop_at is not None]
-    assert len(set(told)) == 1
+    stops = [state.stop_at for _, state in denoise(small.model, [asked]) if state.stop_at is not None]
+    assert len(set(stops)) == 1
 
 
 def test_every_rule_is_tried_here():

@@ -2,7 +2,7 @@
 
 import torch
 
-from vidlada.decoding.counter_noise import mixed, uniform
+from vidlada.decoding.counter_noise import mix_bits, uniform
 
 CPU = torch.device("cpu")
 
@@ -13,7 +13,7 @@ def test_splitmix64():
     states = [(1234567 + gamma * n) % 2**64 for n in (1, 2, 3)]
     signed = torch.tensor([state - 2**64 if state >= 2**63 else state for state in states])
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert [int(value) % 2**64 for value in mixed(signed)] == expected
+    assert [int(value) % 2**64 for value in mix_bits(signed)] == expected
 
 
 def test_uniform():

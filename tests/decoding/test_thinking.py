@@ -76,7 +76,7 @@ class Scripted:
         return states
 
 
-def steered(vidlada, script, monkeypatch):
+def steer(vidlada, script, monkeypatch):
     monkeypatch.setattr("vidlada.api.Denoiser", lambda model: Scripted(vidlada, script))
 
 
@@ -87,10 +87,10 @@ def words(vidlada, text):
 def test_a_thought_is_followed_by_its_answer(thinker, monkeypatch):
     end = thinker.processor.think_ids["</think>"]
     thought, answer = words(thinker, "it is red"), words(thinker, "red circle")
-    steered(thinker, [[*thought, end], answer], monkeypatch)
+    steer(thinker, [[*thought, end], answer], monkeypatch)
     drafts = list(thinker.stream(None, "is it red ?", think=True, **FAST))
     chat = thinker.chat(None, think=True, **FAST)
-    steered(thinker, [[*thought, end], answer], monkeypatch)
+    steer(thinker, [[*thought, end], answer], monkeypatch)
     found = chat.ask("is it red ?")
     assert (found.reasoning, found.text, found.token_ids) == ("it is red", "red circle", answer)
     assert found.finish_reason == "stop"
@@ -101,7 +101,7 @@ def test_a_thought_is_followed_by_its_answer(thinker, monkeypatch):
 
 def test_the_thought_ends_with_its_budget(thinker, monkeypatch):
     thought = words(thinker, "red " * 20)
-    steered(thinker, [thought, words(thinker, "blue")], monkeypatch)
+    steer(thinker, [thought, words(thinker, "blue")], monkeypatch)
     answer = thinker.ask(None, "is it red ?", think=True, **FAST)
     assert answer.reasoning == " ".join(["red"] * 12)
     assert answer.text == "blue"

@@ -2,57 +2,17 @@
 
 import asyncio
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from engines import INFO, alone, answer, engine_of, frames_of, job_of
 
-from vidlada.engine.engine import Engine
 from vidlada.engine.feature_store import LRUCache
 from vidlada.engine.requests import EngineRequest, MediaInput
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.serve.limits import Limits
 from vidlada.tiling import Tiling
-from vidlada.video import Frames, VideoInfo
-
-INFO = VideoInfo("", 20, 1.0, 20.0, 36, 36, "raw")
-
-
-def frames_of(number, seed=0):
-    images = np.random.default_rng(seed).integers(0, 255, (number, 36, 36, 3), np.uint8)
-    return Frames(images, tuple(map(float, range(number))), tuple(range(number)), INFO)
-
-
-@contextmanager
-def engine_of(model, **limits):
-    engine = Engine(model, Limits(**limits))
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def job_of(model, question="is it red ?", frames=0, seed=0, max_tokens=None, **generation):
-    generation.setdefault("gen_length", 16)
-    shown = [MediaInput(("video", seed, frames), frames_of(frames, seed))] if frames else []
-    content = [{"type": "video"}, {"type": "text", "text": question}] if frames else question
-    encoded = model.processor.encode([{"role": "user", "content": content}], [frames] if frames else [])
-    return EngineRequest(encoded, shown, model.settings(**generation), max_tokens)
-
-
-async def answer(engine, job):
-    updates = [update async for update in engine.submit(job).updates()]
-    texts = [update.stable.text for update in updates]
-    assert all(later.startswith(text) for text, later in zip(texts, texts[1:], strict=False))
-    return updates[-1]
-
-
-def alone(model, question, frames=0, seed=0, **generation):
-    generation.setdefault("gen_length", 16)
-    video = frames_of(frames, seed) if frames else None
-    return model.ask(video, question, **generation)
-
+from vidlada.video import Frames
 
 CASES = [
     {"question": "is it red ?", "frames": 20},
@@ -296,11 +256,11 @@ def test_choices_count_as_requests_of_one_step(small):
     async def run(engine):
         charge = engine.scheduler.charge
 
-        def charged(computed):
+        def record_charge(computed):
             running.append((len(engine.running), computed))
             charge(computed)
 
-        engine.scheduler.charge = charged
+        engine.scheduler.charge = record_charge
         jobs = [choice_of(small, gen_length=8) for _ in range(3)]
         return await asyncio.gather(*(answer(engine, job) for job in jobs)), jobs
 

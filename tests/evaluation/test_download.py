@@ -34,7 +34,7 @@ def hub(monkeypatch):
         yield server
 
 
-def zipped(files):
+def zip_of(files):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in files.items():
@@ -42,7 +42,7 @@ def zipped(files):
     return buffer.getvalue()
 
 
-def tarred(files):
+def tar_of(files):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, data in files.items():
@@ -69,13 +69,13 @@ def publish(hub, root, benchmark):
         hub.repositories[benchmark.repository, "main"] = questions
         hub.repositories[benchmark.repository, benchmark.unpacked] = {**questions, **videos}
     elif benchmark.repository.startswith("longvideobench"):
-        whole = tarred(videos)
+        whole = tar_of(videos)
         cuts = [whole[: len(whole) // 3], whole[len(whole) // 3 :]]
         parts = {f"videos.tar.part.a{letter}": part for letter, part in zip("ab", cuts, strict=True)}
         hub.repositories[benchmark.repository, "main"] = {**questions, **parts}
     else:
         names = list(videos)
-        packed = {f"videos_chunked_{n:02d}.zip": zipped({name: videos[name] for name in names[n::2]}) for n in (0, 1)}
+        packed = {f"videos_chunked_{n:02d}.zip": zip_of({name: videos[name] for name in names[n::2]}) for n in (0, 1)}
         hub.repositories[benchmark.repository, "main"] = {**questions, **packed}
 
 
@@ -156,9 +156,9 @@ def test_offline(root, tmp_path, monkeypatch, vidlada_eval, there):
 
 
 def test_tars_of_their_own_and_tars_in_parts(tmp_path):
-    whole = tarred({"b/2.mp4": b"2" * 5000, "b/3.mp4": b"3"})
-    (tmp_path / "one_1.tar").write_bytes(tarred({"a/0.mp4": b"0"}))
-    (tmp_path / "one_2.tar").write_bytes(tarred({"a/1.mp4": b"1"}))
+    whole = tar_of({"b/2.mp4": b"2" * 5000, "b/3.mp4": b"3"})
+    (tmp_path / "one_1.tar").write_bytes(tar_of({"a/0.mp4": b"0"}))
+    (tmp_path / "one_2.tar").write_bytes(tar_of({"a/1.mp4": b"1"}))
     for letter, start in zip("abc", (0, 1000, 4000), strict=True):
         end = {0: 1000, 1000: 4000, 4000: None}[start]
         (tmp_path / f"two.tar.part.a{letter}").write_bytes(whole[start:end])
@@ -171,20 +171,20 @@ def test_tars_of_their_own_and_tars_in_parts(tmp_path):
         "a/0.mp4": b"0", "a/1.mp4": b"1", "b/2.mp4": b"2" * 5000, "b/3.mp4": b"3"}  # fmt: skip
 
 
-@pytest.mark.parametrize("pack", [zipped, tarred])
+@pytest.mark.parametrize("pack", [zip_of, tar_of])
 def test_archives_write_nowhere_else(tmp_path, pack):
-    packed = tmp_path / f"evil.{'zip' if pack is zipped else 'tar'}"
+    packed = tmp_path / f"evil.{'zip' if pack is zip_of else 'tar'}"
     packed.write_bytes(pack({"../outside.mp4": b"x"}))
     with pytest.raises(InputError, match="outside of"):
         unpack([packed], tmp_path / "out")
     assert not (tmp_path / "outside.mp4").exists()
 
 
-@pytest.mark.parametrize("pack", [zipped, tarred])
+@pytest.mark.parametrize("pack", [zip_of, tar_of])
 def test_damaged_archives(tmp_path, pack):
-    packed = tmp_path / f"cut.{'zip' if pack is zipped else 'tar'}"
+    packed = tmp_path / f"cut.{'zip' if pack is zip_of else 'tar'}"
     packed.write_bytes(
-        pack({"a.mp4": b"a" * 3000, "b.mp4": bytes(range(256)) * 30})[: -3000 if pack is zipped else 6000]
+        pack({"a.mp4": b"a" * 3000, "b.mp4": bytes(range(256)) * 30})[: -3000 if pack is zip_of else 6000]
     )
     with pytest.raises(InputError, match="cannot be unpacked"):
         unpack([packed], tmp_path / "out")

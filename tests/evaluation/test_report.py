@@ -182,8 +182,8 @@ def test_hidden_answers_give_no_score(tmp_path):
 
 
 def test_open_answers_of_video_mmmu():
-    def right(answer, said):
-        return video_mmmu_right({"question_type": "open", "answer": answer, "parsed_pred": said})
+    def right(answer, parsed):
+        return video_mmmu_right({"question_type": "open", "answer": answer, "parsed_pred": parsed})
 
     assert right("12.50", ["about", 12.5]) and right("1,200", [1200.0]) and right("red circle", ["a red circle."])
     assert not right("12.5", [12.6]) and not right("d", ["red"]) and right("d", ["d or e"])
@@ -191,11 +191,11 @@ def test_open_answers_of_video_mmmu():
 
 
 @pytest.mark.parametrize(
-    "said, right", [("B", True), ("A", False), ([" b", "b "], True), ([" a", "a "], False), ("API Error", False)]
+    "parsed, right", [("B", True), ("A", False), ([" b", "b "], True), ([" a", "a "], False), ("API Error", False)]
 )
-def test_letters_of_video_mmmu(said, right):
+def test_letters_of_video_mmmu(parsed, right):
     for kind in ("multiple-choice", "perception"):
-        assert video_mmmu_right({"question_type": kind, "answer": "B", "parsed_pred": said}) == right
+        assert video_mmmu_right({"question_type": kind, "answer": "B", "parsed_pred": parsed}) == right
 
 
 def test_only_whole_benchmarks_are_set_against_the_paper(tmp_path):

@@ -53,7 +53,7 @@ MESSAGES = st.fixed_dictionaries(
 )
 
 
-def rendered(processor, encoded):
+def render(processor, encoded):
     """Token ids as text again, a run of stand-ins as one mark for each medium."""
     text, previous = "", -1
     pending = []
@@ -74,7 +74,7 @@ def test_what_is_encoded_is_what_the_template_renders(name, messages, prompt):
     kinds = [part["type"] for m in messages if isinstance(m["content"], list) for part in m["content"]]
     shapes = [1 if kind == "video" else ImageShape(3, 5) for kind in kinds if kind != "text"]
     encoded = processor.encode(messages, shapes, add_generation_prompt=prompt)
-    assert rendered(processor, encoded) == processor.apply_chat_template(messages, add_generation_prompt=prompt)
+    assert render(processor, encoded) == processor.apply_chat_template(messages, add_generation_prompt=prompt)
 
 
 def test_media_stand_where_the_parts_are(small):
@@ -82,7 +82,7 @@ def test_media_stand_where_the_parts_are(small):
     content = [{"type": "text", "text": " first "}, {"type": "image"}, {"type": "text", "text": " then  "},
                {"type": "video"}, {"type": "text", "text": "what? "}]  # fmt: skip
     encoded = processor.encode([{"role": "user", "content": content}], [ImageShape(10, 20), 2])
-    assert rendered(processor, encoded).endswith(
+    assert render(processor, encoded).endswith(
         "user<|end_header_id|>\n\nfirst <image>\n then  <image><image>\nwhat?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )

@@ -1,23 +1,21 @@
 """A really started server in a process of its own."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
 
 import httpx2
+from processes import Command
 
 KEY = "secret"
 JSON = {"Content-Type": "application/json"}
 LIMITS = ("--max-upload-mb", 4, "--max-stored-mb", 6, "--max-body-mb", 8, "--max-duration", 100,
           "--max-pixels", 500_000, "--max-frames", 32, "--max-running", 8, "--max-queue", 60, "--decode-seconds", 300,
-          "--body-seconds", 10, "--reader-seconds", 5)  # fmt: skip
+          "--body-seconds", 6, "--reader-seconds", 5)  # fmt: skip
 
 
 # for a model that cannot end early (`tireless`): hundreds of steps; in one block, so that every event tells all slots
@@ -39,10 +37,7 @@ class RunningServer:
     """
 
     def __init__(self, *arguments, **environment):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "vidlada", "serve", "--port", "0", *map(str, arguments)],
-            stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
-        )  # fmt: skip
+        self.process = Command("serve", "--port", 0, *arguments, pipe=True, **environment)
         self.lines = []
         started = threading.Event()
         threading.Thread(target=self._read, args=(started,), daemon=True).start()

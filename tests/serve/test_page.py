@@ -238,14 +238,14 @@ def test_a_question_waits_for_its_video(page, clip):
 
 
 def test_a_removed_video_is_deleted(page, server, clip):
-    def stored():
+    def read_storage():
         return {file["id"] for file in server.http().get("/v1/files").json()["data"]}
 
-    before = stored()
+    before = read_storage()
     choose(page, clip)
-    (first,) = stored() - before
+    (first,) = read_storage() - before
     page.get_by_role("button", name="Remove clip.mp4").click()
-    wait_for(lambda: first not in stored())
+    wait_for(lambda: first not in read_storage())
 
 
 def test_a_drop_beside_the_box_stays_on_the_page(page):
@@ -296,8 +296,7 @@ def test_keyboard_alone(page):
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 768, 1440])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (360, "dark"), (768, "dark"), (1440, "light")])
 def test_sizes_and_accessibility(page, clip, width, scheme):
     page.set_viewport_size({"width": width, "height": 800})
     page.emulate_media(color_scheme=scheme)

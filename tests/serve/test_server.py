@@ -3,12 +3,11 @@
 import base64
 import io
 import json
-import subprocess
-import sys
 
 import openai
 import pytest
 from PIL import Image
+from processes import run_vidlada
 from serve.running import JSON, KEY, wait_for
 
 pytestmark = pytest.mark.slow
@@ -41,12 +40,9 @@ def data_uri(content, kind="video/mp4"):
 @pytest.fixture(scope="module")
 def expected(clip):
     """What the command line answers."""
-    done = subprocess.run(
-        [sys.executable, "-m", "vidlada", "ask", str(clip), QUESTION, "--gen-length", "32", "--threshold", "0.5",
-         "--json"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return json.loads(done.stdout)
+    code, out, err = run_vidlada("ask", clip, QUESTION, "--gen-length", 32, "--threshold", 0.5, "--json")
+    assert code == 0, err
+    return json.loads(out)
 
 
 def test_models(client):
@@ -92,10 +88,10 @@ def test_a_stream_tells_the_same_and_takes_nothing_back(client, clip, expected):
 
 def test_diffusing_tells_every_step(client, clip, expected):
     stream = ask(client, text(), video(f"file://{clip}"), stream=True, extra={"diffusing": True})
-    drafts, said = [], ""
+    drafts, content_so_far = [], ""
     for chunk in stream:
         if chunk.choices:
-            said += chunk.choices[0].delta.content or ""
+            content_so_far += chunk.choices[0].delta.content or ""
         if hasattr(chunk, "diffusion"):
             draft = chunk.diffusion
             stable = ""
@@ -103,7 +99,7 @@ def test_diffusing_tells_every_step(client, clip, expected):
                 if not token["final"]:
                     break
                 stable += token["text"]
-            assert stable.startswith(said)
+            assert stable.startswith(content_so_far)
             drafts.append(draft)
     assert [draft["step"] for draft in drafts] == list(range(1, expected["statistics"]["steps"] + 1))
     assert all(0 <= token["confidence"] <= 1 for draft in drafts for token in draft["tokens"])
@@ -234,12 +230,12 @@ def test_upload_limits(server):
     assert large.status_code == 413
     assert "4 MiB" in large.json()["error"]["message"]
 
-    def unannounced():
+    def pieces():
         for _ in range(60):
             yield b"x" * 100_000
 
     kind = {"Content-Type": "multipart/form-data; boundary=b"}
-    assert http.post("/v1/files", content=unannounced(), headers=kind).status_code in (400, 413)
+    assert http.post("/v1/files", content=pieces(), headers=kind).status_code in (400, 413)
     assert http.post("/v1/files", json={}).status_code == 422
     body = b'{"model": "' + b"x" * 9 * 2**20 + b'"}'
     assert http.post("/v1/chat/completions", content=body, headers=JSON).status_code == 413

@@ -133,7 +133,7 @@ def test_uploads_are_listed_in_pages(small):
                 form = {"purpose": "vision" if number % 2 else "user_data"}
                 ids.append((await http.post(FILES, files={"file": ("x", b"x")}, data=form)).json()["id"])
 
-            async def listed(**query):
+            async def list_files(**query):
                 found, after = [], None
                 for _ in range(10):
                     page = (await http.get(FILES, params={**query, **({"after": after} if after else {})})).json()
@@ -145,10 +145,10 @@ def test_uploads_are_listed_in_pages(small):
                     after = page["last_id"]
                 raise AssertionError("the pages do not end")
 
-            assert await listed() == await listed(limit=2) == await listed(limit=5) == ids[::-1]
-            assert await listed(order="asc", limit=3) == ids
-            assert await listed(purpose="vision", order="asc", limit=1) == [ids[1], ids[3]]
-            assert await listed(purpose="batch") == []
+            assert await list_files() == await list_files(limit=2) == await list_files(limit=5) == ids[::-1]
+            assert await list_files(order="asc", limit=3) == ids
+            assert await list_files(purpose="vision", order="asc", limit=1) == [ids[1], ids[3]]
+            assert await list_files(purpose="batch") == []
             for query, status in [({"after": "file-x"}, 404), ({"limit": 0}, 422), ({"order": "up"}, 422)]:
                 assert (await http.get(FILES, params=query)).status_code == status
 

@@ -10,7 +10,7 @@ from serve.running import HEAD, LONG, SHORT, idle, send_body, wait_for
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 10  # to send a head, and a body
+SECONDS = 6  # to send a head, and a body
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ async def others_are_answered(http):
 
 
 @contextmanager
-def blocked(monkeypatch, where, name):
+def block(monkeypatch, where, name):
     """Let a function wait, in its thread, until the context ends; gives an event that says that it was called."""
     called, free, function = threading.Event(), threading.Event(), getattr(where, name)
 
@@ -57,7 +57,7 @@ def slow_names(monkeypatch):
     """Name servers that answer, that every name is this machine, once the context ends."""
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: found)
-    with blocked(monkeypatch, socket, "getaddrinfo") as called:
+    with block(monkeypatch, socket, "getaddrinfo") as called:
         yield called
 
 
@@ -108,7 +108,7 @@ def test_parsing(small, monkeypatch):
 
     async def run():
         async with running_app(small) as (_, http):
-            with blocked(monkeypatch, body_module, "parse") as called:
+            with block(monkeypatch, body_module, "parse") as called:
                 task = asyncio.ensure_future(http.post("/v1/chat/completions", json=QUESTION))
                 await until(called.is_set)
                 assert (await http.get("/health")).status_code == 200

@@ -46,7 +46,7 @@ TRUE = {
 }  # fmt: skip
 
 
-def everything_asked(clip, rounds=400, choice_share=0.0):
+def all_questions(clip, rounds=400, choice_share=0.0):
     generator = np.random.default_rng(0)
     found = [
         ask(clip, family, generator, choice_share) for _ in range(rounds) for family in FAMILIES if family != "picture"
@@ -55,7 +55,7 @@ def everything_asked(clip, rounds=400, choice_share=0.0):
 
 
 def test_answers_are_true():
-    answers = {question.question: question.answer for question in everything_asked(CLIP)}
+    answers = {question.question: question.answer for question in all_questions(CLIP)}
     assert {question: answers[question] for question in TRUE} == TRUE
 
 
@@ -74,13 +74,13 @@ def test_captions_and_timelines():
 
 def test_no_is_never_the_answer_about_a_held_out_pair():
     for index in range(150):
-        for question in everything_asked(clip_for("train", index), rounds=3):
+        for question in all_questions(clip_for("train", index), rounds=3):
             pair = re.match(r"is there a (\w+) (\w+) in", question.question)
             assert not (pair and (pair[1], pair[2]) in HELD_OUT)
 
 
 def test_choices_hold_the_answer_once():
-    asked = [q for q in everything_asked(CLIP, 100, choice_share=1.0) if q.choices]
+    asked = [q for q in all_questions(CLIP, 100, choice_share=1.0) if q.choices]
     assert {question.family for question in asked} >= {"count", "colour", "direction", "order", "when"}
     for question in asked:
         assert len(set(question.choices)) == len(question.choices) <= 4
@@ -91,7 +91,7 @@ def test_every_word_is_known():
     tokenizer = word_tokenizer(vocabulary())
     for index in range(60):
         clip = clip_for("test", index)
-        for question in everything_asked(clip, 2, 0.5) + everything_asked(still(clip, 0), 1):
+        for question in all_questions(clip, 2, 0.5) + all_questions(still(clip, 0), 1):
             ids = tokenizer(question.question + " " + question.answer)["input_ids"]
             assert tokenizer.unk_token_id not in ids
 

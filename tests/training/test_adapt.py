@@ -90,7 +90,8 @@ def smollm2():
 def test_smollm2_learns_as_masked_diffusion(smollm2, tmp_path, monkeypatch):
     monkeypatch.setenv("SMOLLM2", smollm2)
     settings = load_config(CONFIG, output=str(tmp_path / "run"))
-    stage = replace(settings.stages[0], steps=12, final_learning_rate=None)
+    data = {**settings.stages[0].data, "frames_per_batch": 2}
+    stage = replace(settings.stages[0], steps=12, final_learning_rate=None, data=data)
     changes = {"precision": "no", "evaluation": None, "warmup_steps": 3, "log_every": 4, "checkpoint_every": 99}
     settings = replace(settings, stages=(stage,), **changes)
     losses = []

@@ -212,8 +212,8 @@ def test_wrong_configs_are_one_line(tmp_path, monkeypatch, changes, match):
     (tmp_path / "run" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     ended = CliRunner().invoke(main, ["train", str(path)])
-    *first, said = ended.stderr.splitlines()
-    assert ended.exit_code == 2 and said.startswith("error: ") and match in said
+    *first, error_line = ended.stderr.splitlines()
+    assert ended.exit_code == 2 and error_line.startswith("error: ") and match in error_line
     assert len(first) <= 1  # what is being read
 
 
@@ -221,8 +221,8 @@ def test_wrong_configs_are_one_line(tmp_path, monkeypatch, changes, match):
 def test_an_output_that_cannot_be_used_is_one_line(tmp_path, options, match):
     (tmp_path / "notes.txt").write_text("mine")
     ended = CliRunner().invoke(main, ["train", str(write(tmp_path, output=str(tmp_path))), *options])
-    *first, said = ended.stderr.splitlines()
-    assert ended.exit_code == 2 and said.startswith("error: ") and match in said
+    *first, error_line = ended.stderr.splitlines()
+    assert ended.exit_code == 2 and error_line.startswith("error: ") and match in error_line
     assert len(first) <= 1  # what is being read
 
 

@@ -1,4 +1,4 @@
-"""The end of a run of two nodes when one process dies: a line on each node, no traces."""
+"""The launch script, and the end of a run of two nodes when one process dies: a line on each node, no traces."""
 
 import json
 import os
@@ -47,13 +47,13 @@ def child_of(process):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
-    ("number", "codes", "said"),
+    ("number", "codes", "messages"),
     [
         (signal.SIGKILL, [1, 1], ["process 0 was killed (SIGKILL)", "another process of this launch has ended"]),
         (signal.SIGTERM, [130, 130], ["stopped by signal 15", "stopped by signal 15"]),
     ],
 )
-def test_a_process_that_ends_is_one_line_on_each_node(tmp_path, number, codes, said):
+def test_a_process_that_ends_is_one_line_on_each_node(tmp_path, number, codes, messages):
     settings = run(tmp_path / "run", stages=(Stage("a", 1e-3, DATA, 100_000),), checkpoint_every=10**6)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(settings)))))
@@ -69,7 +69,49 @@ def test_a_process_that_ends_is_one_line_on_each_node(tmp_path, number, codes, s
         for each in nodes:
             each.kill()
             each.wait()
-    for log, expected in zip(logs, said, strict=True):
+    for log, expected in zip(logs, messages, strict=True):
         errors = [line for line in log.read_text().splitlines() if not line.startswith("step")]
         assert errors[-1].startswith("error: ") and expected in errors[-1], errors
         assert len(errors) <= 3, errors  # what is read, the number of parameters, and this
+
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train.sh"
+
+
+def script(folder, **variables):
+    """The launch script with a Python that only tells how it was called."""
+    python = folder / "python"
+    python.write_text('#!/bin/sh\necho "$@"\necho "$RANK" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"\n')
+    python.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), **variables}
+    command = [str(SCRIPT), "run.yaml", "--resume"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_the_script_starts_torchrun_as_its_variables_say(tmp_path):
+    """And gives processes time to save: torchrun kills them 30 seconds after SIGTERM, while an 8B model is written."""
+    nodes = {"NNODES": "3", "RANK": "2", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29999"}
+    launched, environment = script(tmp_path, NPROC_PER_NODE="4", **nodes).stdout.splitlines()
+    assert launched == (
+        "-m vidlada.training.launch --nnodes 3 --node-rank 2 --nproc-per-node 4 --master-addr 10.0.0.7 "
+        "--master-port 29999 -m vidlada train run.yaml --resume"
+    )
+    assert environment == " 3600"
+    alone = script(tmp_path, NPROC_PER_NODE="1").stdout
+    assert alone.splitlines()[0] == "-m vidlada train run.yaml --resume"
+
+
+@pytest.mark.parametrize(
+    ("variables", "match"),
+    [
+        ({"NNODES": "two"}, "NNODES=two is not a whole number"),
+        ({"NNODES": "2", "RANK": "2", "MASTER_ADDR": "10.0.0.7"}, "RANK=2 is not a whole number from 0 to 1"),
+        ({"RANK": "1"}, "RANK=1 is not a whole number from 0 to 0"),
+        ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE=0"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is not a whole number from 1 to 65535"),
+        ({"NNODES": "2"}, "NNODES=2 needs MASTER_ADDR"),
+    ],
+)
+def test_the_script_refuses_variables_that_would_hang_or_fail_in_torchrun(tmp_path, variables, match):
+    ended = script(tmp_path, **{"NPROC_PER_NODE": "1", **variables})
+    assert ended.returncode == 2 and ended.stderr.startswith(f"error: {match}") and not ended.stdout

@@ -55,7 +55,7 @@ def base(tmp_path_factory):
     return folder
 
 
-def changed(before, after):
+def changed_tensors(before, after):
     return {part_of(name) for name in before if not torch.equal(before[name], after[name])}
 
 
@@ -67,14 +67,14 @@ def test_frozen_parts_stay_and_the_others_move(base, tmp_path):
     before = weights(base)
     stage = Stage("a", 1e-2, EASY, 2)
     tower = train(from_base(base, tmp_path / "t", (replace(stage, frozen=("tower",)),)), report=quietly)
-    assert changed(before, weights(tower)) == {"projector", "language_model"}
+    assert changed_tensors(before, weights(tower)) == {"projector", "language_model"}
     language = replace(stage, frozen=("tower", "language_model"))
     stages = (language, replace(stage, name="b", frozen=("language_model", "projector")))
     both = from_base(base, tmp_path / "b", stages, checkpoint_every=2, keep_checkpoints=9)
     end = weights(train(both, report=quietly))
     middle = weights(tmp_path / "b" / "checkpoint-0000002" / "model")
-    assert changed(before, middle) == {"projector"}
-    assert changed(middle, end) == {"tower"}
+    assert changed_tensors(before, middle) == {"projector"}
+    assert changed_tensors(middle, end) == {"tower"}
 
 
 def test_parts_learn_at_their_own_rates():
@@ -112,7 +112,7 @@ def test_lora_trains_adapters_that_load_merge_and_improve(base, tmp_path):
     assert "model.safetensors" not in files
     before, after = weights(base), weights(adapter)
     assert before.keys() == after.keys()
-    assert changed(before, after) == {"projector", "language_model"}
+    assert changed_tensors(before, after) == {"projector", "language_model"}
     assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
     question = "What time is it?"
@@ -230,10 +230,10 @@ def test_a_full_disk_is_told_and_keeps_the_last_checkpoint(tmp_path):
     command = ["unshare", "-rm", "sh", "-c", FULL_DISK, "sh", str(tmp_path / "disk"), sys.executable,
                str(tmp_path / "run.yaml")]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ})
-    said = ended.stdout + ended.stderr
-    assert ended.returncode == 1, said
-    assert "checkpoint-0000002 was not written" in said and "training goes on" in said
-    assert "error: checkpoint-0000003 was not written" in said and "Traceback" not in said
+    log = ended.stdout + ended.stderr
+    assert ended.returncode == 1, log
+    assert "checkpoint-0000002 was not written" in log and "training goes on" in log
+    assert "error: checkpoint-0000003 was not written" in log and "Traceback" not in log
     assert ended.stdout.split() == ["checkpoint-0000001"]
 
 

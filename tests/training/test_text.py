@@ -105,9 +105,9 @@ def processor(folder):
 @example(text="a\0b", place="video", escaped=True)
 def test_any_text_in_a_sample_is_taken_or_one_broken_sample(folder, processor, text, place, escaped):
     """Beside a good one, whose file is read all the same."""
-    said = {"question": "what ?", "answer": "red", "system": "be brief", place: text}
+    texts = {"question": "what ?", "answer": "red", "system": "be brief", place: text}
     turns = [
-        {"from": speaker, "value": said[name]}
+        {"from": speaker, "value": texts[name]}
         for speaker, name in (("system", "system"), ("human", "question"), ("gpt", "answer"))
     ]
     good = {"conversations": [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "red"}]}

@@ -1,15 +1,13 @@
 """What trackers know of a run: its name, config and figures. In processes of their own: trackers keep threads."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from importlib.util import find_spec
 
 import pytest
 import yaml
 from click.testing import CliRunner
+from processes import run_vidlada
 from trainings import PICTURES, run
 
 from vidlada.cli import main
@@ -38,9 +36,8 @@ def test_trackers(tmp_path, tracker):
         assert result.exit_code == 2 and f"pip install {tracker}" in result.output
         pytest.skip(f"{tracker} is not installed; that this is said was tested")
     places = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio")}
-    command = [sys.executable, "-m", "vidlada", "train", str(path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **places})
-    assert ended.returncode == 0, ended.stderr
+    code, _, errors = run_vidlada("train", path, **places)
+    assert code == 0, errors
     wanted = {"tensorboard": "run/logs/events*", "wandb": "wandb/offline-run-*/*.wandb", "trackio": "trackio/*.db"}
     (kept,) = (file for file in tmp_path.glob(wanted[tracker]) if file.stat().st_size > 0)
     content = b"".join(file.read_bytes() for file in kept.parent.glob(f"{kept.name}*"))  # a database's log too

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from processes import Command
 from safetensors import SafetensorError
 from trainings import MODEL, PICTURES, STEPS, assert_same, quietly, run, weights
 
@@ -130,22 +131,16 @@ def test_an_interrupted_run_continues_as_if_nothing_had_been(tmp_path, expected,
     assert_same(final, expected)
 
 
-def run_and_wait(code, where, config, errors):
-    """Run KILLED_RUN in a process group of its own; its errors go to a file, which orphaned workers do not block."""
-    values = json.dumps(asdict(config))
-    command = [sys.executable, "-c", code, where, values]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with errors.open("w") as stderr:
-        ended = subprocess.run(
-            command, env=environment, timeout=120, stdout=stderr, stderr=stderr, start_new_session=True
-        )
-    return ended.returncode, errors.read_text()
+def run_and_wait(code, where, config):
+    """Run KILLED_RUN in a process group of its own."""
+    command = Command(where, json.dumps(asdict(config)), code=code, new_session=True, OMP_NUM_THREADS=1)
+    return command.wait(120), command.errors
 
 
 @pytest.mark.parametrize(("where", "newest"), [("step", 4), ("checkpoint", 2)])
 def test_a_killed_run_continues_as_if_nothing_had_been(tmp_path, expected, where, newest):
     output = tmp_path / "run"
-    code, errors = run_and_wait(KILLED_RUN, where, run(output, workers=1), tmp_path / "errors")
+    code, errors = run_and_wait(KILLED_RUN, where, run(output, workers=1))
     assert code == -signal.SIGKILL, errors
     leftover = ["checkpoint-0000004.partial"] if where == "checkpoint" else []
     assert [name for name in names(output) if name.endswith(".partial")] == leftover
@@ -161,7 +156,7 @@ def test_signals_to_the_whole_group_leave_workers_at_work(tmp_path, expected):
     """As with Ctrl-C in a terminal: the loader's processes get the signal too."""
     output = tmp_path / "run"
     source = KILLED_RUN.replace("os.kill(os.getpid(), signal.SIGKILL)", "os.killpg(0, signal.SIGINT)")
-    _, errors = run_and_wait(source, "step", run(output, workers=1), tmp_path / "errors")
+    _, errors = run_and_wait(source, "step", run(output, workers=1))
     assert errors.strip().splitlines()[-1].startswith("vidlada.training.signals.Interrupted: stopped by signal 2")
     assert names(output)[-1] == "checkpoint-0000005"
     assert_same(train(run(output), resume=True, report=quietly), expected)
@@ -207,8 +202,8 @@ def test_a_worker_that_is_killed_when_its_work_is_done_changes_nothing(tmp_path,
     assert names(tmp_path / "run") == [f"checkpoint-{STEPS:07d}"]
 
 
-def test_resuming_a_finished_run_writes_the_same_model(tmp_path, expected):
-    train(run(tmp_path / "run"), report=quietly)
+def test_resuming_a_finished_run_writes_the_same_model(tmp_path, whole, expected):
+    shutil.copytree(whole[0], tmp_path / "run")
     assert_same(train(run(tmp_path / "run"), resume=True, report=quietly), expected)
 
 

@@ -219,18 +219,80 @@ def write_raw(path, frames=300, gop=50, **options):
 @pytest.mark.parametrize("gop", [12, 50])
 @pytest.mark.parametrize("suffix", ["mpg", "vob", "m4v"])
 def test_streams_that_begin_anywhere(tmp_path, suffix, gop, share):
-    """Few packets of a program stream have times of their own, none of a raw stream: the first may be guessed, to a few
-    frames, but no stretch is lost."""
+    """Few packets of a program stream have times of their own, none of a raw stream, but no frame is lost."""
     if suffix == "m4v":
         path = write_raw(tmp_path / "c.m4v", gop=gop, bf="2")
     else:
         path = write_video(tmp_path / f"c.{suffix}", frames=300, keyframe_every=gop, **KINDS["mpg"])
     data = path.read_bytes()
     path.write_bytes(data[int(len(data) * share) :])
-    frames = sample_frames(path)
+    frames = sample_frames(path, Sampling(fps=25, max_frames=300))
     numbers = np.array(shown(frames))
-    assert numbers[0] < 300 * share + 2 * gop + 12 and numbers[-1] >= 275
-    assert np.abs(numbers - numbers[0] - 25 * np.array(frames.times)).max() <= 4
+    assert numbers[0] < 300 * share + 2 * gop + 12 and numbers[-1] == 299
+    assert np.abs(numbers - numbers[0] - 25 * np.array(frames.times)).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [("m1v", "mpeg1video"), ("m2v", "mpeg2video"), ("hevc", "libx265"), ("mjpeg", "mjpeg")]
+)
+def test_raw_streams_are_counted(tmp_path, suffix, codec):
+    """FFmpeg makes time stamps up for some of them."""
+    form = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = write_video(tmp_path / f"c.{suffix}", frames=130, codec=codec, pixel_format=form)
+    frames = sample_frames(path, Sampling(fps=5))
+    assert shown(frames) == list(range(0, 130, 5))
+    assert np.allclose(frames.times, np.arange(26) / 5)
+
+
+def test_ogg_says_when_frames_end(tmp_path):
+    times = np.cumsum([0, 4, 2.5, 9, 3])
+    frames = sample_frames(
+        write_timed(tmp_path / "slides.ogg", times, "libvpx"), Sampling(max_frames=5, force_sample=True)
+    )
+    assert shown(frames) == list(range(5)) and np.allclose(frames.times, times, atol=2e-3)
+
+
+def open_gops(path):
+    """A video whose only picture of instant refresh is the first; the others are preceded by frames that lean on what
+    was before."""
+    options = {"x264-params": "open-gop=1:keyint=50:min-keyint=50:bframes=3:scenecut=0"}
+    return write_video(path, frames=300, keyframe_every=50, codec="libx264", options=options)
+
+
+def copy_packets(source, target, first):
+    """Copy a stream from a packet on, without re-encoding."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(old.demux(video=0)):
+            if number >= first and packet.size:
+                packet.stream = stream
+                new.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video", "mpeg4"])
+def test_clips_cut_between_open_groups(tmp_path, codec):
+    """The first frames lean on pictures that were cut off."""
+    if codec == "libx264":
+        path = open_gops(tmp_path / "c.mp4")
+    else:
+        path = write_video(tmp_path / "c.mp4", frames=300, codec=codec, keyframe_every=50, options={"bf": "2"})
+    with av.open(str(path)) as container:
+        keys = [number for number, packet in enumerate(container.demux(video=0)) if packet.is_keyframe]
+    frames = sample_frames(copy_packets(path, tmp_path / "cut.mp4", keys[2]), Sampling(fps=25, max_frames=300))
+    numbers = np.array(shown(frames))
+    assert keys[2] - 4 <= numbers[0] <= keys[2] + 4 and numbers[-1] == 299
+    assert np.abs(numbers - numbers[0] - 25 * np.array(frames.times)).max() <= 1.01
+
+
+def test_streams_without_parameter_sets_are_refused_by_name(tmp_path):
+    path = open_gops(tmp_path / "c.ts")
+    data = path.read_bytes().replace(b"\x00\x00\x01\x67", b"\x00\x00\x01\x6c").replace(
+        b"\x00\x00\x01\x68", b"\x00\x00\x01\x6c"
+    )  # fmt: skip
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="parameter sets are missing"):
+        sample_frames(path)
 
 
 @pytest.mark.parametrize("cut", ["before a fragment", "behind a fragment's head"])

@@ -52,6 +52,19 @@ class Worker:
         return {"output": json.dumps(await self.answerer.answer(Line(**json.loads(row["line"]))))}
 
 
+def connect() -> None:
+    """Join the cluster, or start one here; Ray is to keep the order and be silent."""
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    except (RayError, ConnectionError, ValueError) as error:
+        raise InputError(f"no Ray cluster: {error}") from error
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what matters arrives as an exception
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # so that InputError can be distinguished from a failure
+
+
 def answer_on_cluster(
     load: Callable[[], VidLaDA],
     lines: Sequence[Line],
@@ -78,19 +91,11 @@ def answer_on_cluster(
     """
     if not lines:
         return
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except (RayError, ConnectionError, ValueError) as error:
-        raise InputError(f"no Ray cluster: {error}") from error
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what matters arrives as an exception
+    connect()
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if workers is None and not gpus:
             raise InputError("the cluster has no GPU; say with --workers how many models are to share its CPUs")
-        context = ray.data.DataContext.get_current()
-        context.execution_options.preserve_order = True
-        context.enable_progress_bars = False
-        context.raise_original_map_exception = True  # so that InputError can be distinguished from a failure
         rows = ray.data.from_items(
             [{"line": json.dumps(asdict(line))} for line in lines],
             override_num_blocks=math.ceil(len(lines) / LINES_A_TASK),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vidlada.bench.pretend import Counts, move, pretended_device, shape_only
-from vidlada.bench.sizes import SIZES, TEXT_TOKENS, random_model
+from vidlada.bench.sizes import SIZES, TEXT_TOKENS, Size, random_model
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.sampler import Denoiser, Request
 from vidlada.errors import InputError
@@ -58,13 +58,13 @@ def shape_request(width: int, tokens_per_frame: int, frames: int, settings: Gene
 
 
 def count_work(
-    size: str, cache: str, frames: int | None = None, gen_length: int = 128, block_length: int = 32,
+    size: str | Size, cache: str, frames: int | None = None, gen_length: int = 128, block_length: int = 32,
     steps: int | None = None, rows: int = 1, dtype: torch.dtype = torch.bfloat16, **options: Any,
 ) -> tuple[Work, list[Work]]:  # fmt: skip
     """Count the joining of requests and their steps.
 
     Args:
-        size: a key of `vidlada.bench.sizes.SIZES`.
+        size: one of `vidlada.bench.sizes`, or its name.
         cache: as `GenerationSettings.cache`.
         frames: of each video; the size's own number by default.
         gen_length, block_length: of the answers.
@@ -79,9 +79,9 @@ def count_work(
     Raises:
         InputError: an unknown size, or settings that do not fit.
     """
-    if size not in SIZES:
+    if isinstance(size, str) and size not in SIZES:
         raise InputError(f"unknown size {size!r}; use {', '.join(SIZES)}")
-    shape = SIZES[size]
+    shape = SIZES[size] if isinstance(size, str) else size
     settings = GenerationSettings(gen_length=gen_length, block_length=block_length, cache=cache).replace(**options)
     model = random_model(shape.text_config, "meta", dtype)
     model.config.suppressed_token_ids = (1, 2, 3, 4)
@@ -89,14 +89,14 @@ def count_work(
     with pretended_device() as counts:
         move(model, counts)
         denoiser, width = Denoiser(model), model.language_model.config.hidden_size
-        asked = [
+        requests = [
             shape_request(width, shape.tokens_per_frame, frames or shape.frames, settings, dtype, counts)
             for _ in range(rows)
         ]
         counts.take()
-        denoiser.add(asked[0])
+        denoiser.add(requests[0])
         joined = Work.of(counts.take())
-        for request in asked[1:]:
+        for request in requests[1:]:
             denoiser.add(request)
         counts.take()
         found: list[Work] = []

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from vidlada.bench.sizes import Subject, subject
+from vidlada.bench.sizes import subject
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.sampler import Denoiser, Request, State, denoise
 from vidlada.generation import GenerationSettings
-from vidlada.info import GIB
-from vidlada.machine import machine, now, peak_memory, reset_peak_memory
+from vidlada.machine import GIB, machine, now, peak_memory, reset_peak_memory
 from vidlada.markdown import table
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
@@ -155,11 +154,11 @@ def decoding_figures(
         "block_length": block_length,
         "dtype": str(dtype).removeprefix("torch."),
         "repeats": repeats,
-        "rows": [_row(case, runs, measured) for case in cases],
+        "rows": [_row(case, runs) for case in cases],
     }
 
 
-def _row(case: Case, runs: dict[Case, list[Run]], measured: Subject) -> dict[str, Any]:
+def _row(case: Case, runs: dict[Case, list[Run]]) -> dict[str, Any]:
     """Medians of a case, beside full recompute at one token a step and at the case's own pace."""
     own, reference = runs[case], runs[next(iter(runs))]
     same_pace = next(found for other, found in runs.items() if (other.cache, other.pace) == (BASELINE, case.pace))

@@ -113,17 +113,17 @@ def fidelity_figures(
         InputError: a video, an option or a policy cannot be used, or there is no long answer.
     """
     names = [name for name in dict.fromkeys(caches) if parse_policy(name) is not None]
-    asked = [entry for entry in entries if entry["family"] in LONG_FAMILIES]
-    if not asked:
+    long = [entry for entry in entries if entry["family"] in LONG_FAMILIES]
+    if not long:
         raise InputError(f"no question with a long answer ({', '.join(LONG_FAMILIES)}) among {len(entries)}")
     distances = {name: Distance() for name in (BASELINE, *names)}
-    for number, entry in enumerate(asked, start=1):
-        progress(f"question {number} of {len(asked)}")
+    for number, entry in enumerate(long, start=1):
+        progress(f"question {number} of {len(long)}")
         chat = vidlada.chat(folder / entry["video"], **options)
         follow(vidlada.model, chat.request(question_of(entry)), names, distances)
     return {
         "model": vidlada.name,
-        "questions": len(asked),
+        "questions": len(long),
         "rows": [
             {
                 "cache": name,

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vidlada.api import VidLaDA
 from vidlada.bench.decoding import BASELINE, decoding_figures
-from vidlada.bench.quality import quality_figures
 from vidlada.decoding.commit import TopK
 from vidlada.markdown import table
+
+if TYPE_CHECKING:
+    from vidlada.api import VidLaDA
 
 # One token a step, as in the paper's speed table
 SLOTS, BLOCK = 128, 32
@@ -31,7 +32,7 @@ ROWS = CACHES | ABLATION
 def paper_figures(
     size: str,
     frames: int | None = None,
-    vidlada: VidLaDA | None = None,
+    vidlada: "VidLaDA | None" = None,
     entries: Sequence[dict[str, Any]] = (),
     folder: Path | None = None,
     device: str = "cpu",
@@ -55,6 +56,8 @@ def paper_figures(
     )
     quality = None
     if vidlada is not None and folder is not None:
+        from vidlada.bench.quality import quality_figures
+
         quality = quality_figures(vidlada, entries, folder, caches, progress=progress)
     return {"speed": speed, "quality": quality}
 

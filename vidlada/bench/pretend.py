@@ -114,7 +114,7 @@ class DeviceTensor(torch.Tensor):
             return run(func, args, kwargs or {}, counts)
 
 
-def unwrapped(value: Any) -> Any:
+def unwrap(value: Any) -> Any:
     """The tensor inside."""
     return value.contents if isinstance(value, DeviceTensor) else value
 
@@ -162,8 +162,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], counts: Counts) -> Any:
     if len(kinds) > 1 and name not in ("copy_", "_to_copy"):
         counts.promotions[place(f"{name} of {', '.join(sorted(map(str, kinds)))}")] += 1
     # a meta tensor among them: only shapes count
-    shapes = any(unwrapped(tensor).device.type == "meta" for tensor in tensors if isinstance(tensor, DeviceTensor))
-    inside = as_shape if shapes else unwrapped
+    shapes = any(unwrap(tensor).device.type == "meta" for tensor in tensors if isinstance(tensor, DeviceTensor))
+    inside = as_shape if shapes else unwrap
     inner_args, inner_kwargs = tree_map(inside, args), tree_map(inside, inner_kwargs)
     result = func(*inner_args, **inner_kwargs)
     if name not in VIEWS:
@@ -187,11 +187,11 @@ def _copy_between(target: Tensor, source: Tensor, non_blocking: bool, counts: Co
     up = isinstance(target, DeviceTensor)
     (counts.uploads if up and non_blocking else counts.waits)[place("copy_ to the device" if up else "copy_")] += 1
     if up:
-        contents = unwrapped(target)
+        contents = unwrap(target)
         if contents.device.type != "meta":
             contents.copy_(source)
         return target
-    return target.copy_(on_host(unwrapped(source)))
+    return target.copy_(on_host(unwrap(source)))
 
 
 def _check_devices(name: str, func: Any, args: Any, tensors: list[Tensor], counts: Counts) -> None:
@@ -308,7 +308,7 @@ def _fused(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise MixedDevicesError(f"{func.__name__}: tensors on both sides, at {place('')[1]}")
     if len({tensor.dtype for tensor in tensors if tensor.is_floating_point()}) > 1:
         counts.promotions[place(func.__name__)] += 1
-    inside = as_shape if any(unwrapped(tensor).device.type == "meta" for tensor in tensors) else unwrapped
+    inside = as_shape if any(unwrap(tensor).device.type == "meta" for tensor in tensors) else unwrap
     result = func(*tree_map(inside, args), **tree_map(inside, kwargs))
     what = func.__name__
     if func is F.scaled_dot_product_attention:

@@ -83,41 +83,17 @@ def quality_figures(
     outcomes: dict[tuple[str, str], Outcome] = {}
     for cache, commit in ways:
         progress(f"{cache}, {commit}")
-        counts = {"passes": 0, "work": 0}
-
-        def answers(
-            video: Path | None,
-            asked: Sequence[Asked],
-            counts: dict[str, int] = counts,
-            way: dict[str, str] = {"cache": cache, "commit": commit},  # noqa: B006 - of this turn of the loop
-        ) -> list[str]:
-            if video not in watched:
-                watched[video] = vidlada.encode_video(video)
-            found = vidlada.ask_many([(watched[video], question) for question, _ in asked], **{**options, **way})
-            counts["passes"] += sum(answer.statistics.forward_passes for answer in found)
-            counts["work"] += sum(sum(answer.statistics.layer_tokens) for answer in found)
-            return [answer.text for answer in found]
-
-        outcomes[cache, commit] = Outcome(evaluate(entries, folder, answers), **counts)
+        outcomes[cache, commit] = ask_all(vidlada, entries, folder, watched, cache=cache, commit=commit, **options)
     reference = outcomes[REFERENCE]
-    expected = [answer["answer"] for answer in reference.report.answers]
-    rows = []
-    for (cache, commit), found in outcomes.items():
-        same = sum(said["answer"] == text for said, text in zip(found.report.answers, expected, strict=True))
-        rows.append(
-            {
-                "cache": cache,
-                "commit": commit,
-                "short_percent": found.report.short.mean,
-                "short_standard_error": found.report.short.standard_error,
-                "long_percent": found.long.mean,
-                "long_standard_error": found.long.standard_error,
-                "same_percent": 100 * same / len(expected),
-                "passes": found.passes / len(expected),
-                "work_percent": 100 * found.work / reference.work,
-                "frontier": not any(dominates(other, found) for other in outcomes.values()),
-            }
-        )
+    rows = [
+        {
+            "cache": cache,
+            "commit": commit,
+            **row_of(found, reference),
+            "frontier": not any(dominates(other, found) for other in outcomes.values()),
+        }
+        for (cache, commit), found in outcomes.items()
+    ]
     return {
         "model": vidlada.name,
         "clips": len({entry["video"] for entry in entries}),
@@ -125,6 +101,43 @@ def quality_figures(
         "long_questions": len(entries) - len(reference.report.short.points),
         "options": options,
         "rows": rows,
+    }
+
+
+def ask_all(
+    vidlada: VidLaDA,
+    entries: Sequence[dict[str, Any]],
+    folder: Path,
+    watched: dict[Path | None, EncodedVideo],
+    **options: Any,
+) -> Outcome:
+    """Ask every question in one way; videos that were not encoded before join `watched`."""
+    passes = work = 0
+
+    def answers(video: Path | None, questions: Sequence[Asked]) -> list[str]:
+        nonlocal passes, work
+        if video not in watched:
+            watched[video] = vidlada.encode_video(video)
+        found = vidlada.ask_many([(watched[video], question) for question, _ in questions], **options)
+        passes += sum(answer.statistics.forward_passes for answer in found)
+        work += sum(sum(answer.statistics.layer_tokens) for answer in found)
+        return [answer.text for answer in found]
+
+    report = evaluate(entries, folder, answers)
+    return Outcome(report, passes, work)
+
+
+def row_of(found: Outcome, reference: Outcome) -> dict[str, float]:
+    """The figures of one way beside those of the reference."""
+    pairs = list(zip(found.report.answers, reference.report.answers, strict=True))
+    return {
+        "short_percent": found.report.short.mean,
+        "short_standard_error": found.report.short.standard_error,
+        "long_percent": found.long.mean,
+        "long_standard_error": found.long.standard_error,
+        "same_percent": 100 * sum(one["answer"] == other["answer"] for one, other in pairs) / len(pairs),
+        "passes": found.passes / len(pairs),
+        "work_percent": 100 * found.work / reference.work,
     }
 
 

@@ -1,23 +1,26 @@
-"""Predict what an answer takes on a GPU from its shape: arithmetic, bytes and launches, step by step of its cache.
+"""Predict what an answer takes on a device from its shape: arithmetic, bytes and launches, step by step of its cache.
 
-Everything here is predicted, nothing measured. Rates are what such cards reach in others' measurements, not their data
-sheets; the time of a step is the largest of its three costs, plus one wait of the host.
+Everything here is predicted, nothing measured. Rates of GPUs are what such cards reach in others' measurements, not
+their data sheets; those of a CPU are measured on it (`vidlada.bench.calibration`). A kernel takes as long as its
+arithmetic or its bytes, whichever is more; the host launches the next ones meanwhile, unless it is the device itself.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from vidlada.decoding.kv_cache import key_value_bytes
-from vidlada.decoding.memory import kept_bytes, pass_bytes
+from vidlada.decoding.kv_cache import FEW_QUERIES, key_value_bytes
+from vidlada.decoding.memory import PROMPT_TOKENS, kept_bytes, pass_bytes
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.policies.base import EVERYTHING, StepContext
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.info import GIB, PROMPT_TOKENS
+from vidlada.machine import GIB
 from vidlada.model.config import VidLaDAConfig
 
-KERNELS_PER_LAYER, SECONDS_PER_KERNEL = 13.5, 5e-6  # counted (`vidlada bench count`); of launching one
-SECONDS_PER_WAIT = 3e-4  # proposals to the host, commit rule, ids back
+# Counted (`vidlada bench count`), and of launching one by others' measurements
+KERNELS_PER_LAYER, SECONDS_PER_KERNEL = 13.5, 5e-6
+SECONDS_PER_STEP = 3e-4  # proposals to the host, commit rule, ids back
+CPU = "cpu"
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,25 @@ class Device:
     Attributes:
         memory: bytes.
         bandwidth: bytes a second.
-        products, attention: operations a second in bfloat16.
+        products, attention: operations a second.
+        few_products, few_attention: the same for up to `FEW_QUERIES` positions, bytes included; None where bytes and
+            the rates above tell it, as on a GPU.
+        per_layer: seconds of launching a layer's kernels.
+        per_step: seconds of a step outside the layers.
+        overlapped: the host launches while the device computes.
+        value_bytes: bytes of a weight and of a state.
     """
 
     memory: float
     bandwidth: float
     products: float
     attention: float
+    few_products: float | None = None
+    few_attention: float | None = None
+    per_layer: float = KERNELS_PER_LAYER * SECONDS_PER_KERNEL
+    per_step: float = SECONDS_PER_STEP
+    overlapped: bool = True
+    value_bytes: int = 2
 
 
 GPUS = {
@@ -42,6 +57,7 @@ GPUS = {
     "h200": Device(141e9, 4.3e12, 650e12, 450e12),
     "rtx4090": Device(24e9, 0.9e12, 150e12, 110e12),
 }
+DEVICES = (*GPUS, CPU)
 
 
 @dataclass(frozen=True)
@@ -49,33 +65,63 @@ class StepWork:
     """Of a step of all requests together.
 
     Attributes:
-        products, attention: operations.
+        products, attention: operations in layers where many positions are computed.
+        few_products, few_attention: in the others.
         weights, keys_values: bytes read.
+        states: bytes that element-wise operations read and write.
     """
 
     products: float
     attention: float
+    few_products: float
+    few_attention: float
     weights: float
     keys_values: float
+    states: float
+
+    @property
+    def operations(self) -> float:
+        """All of them."""
+        return self.products + self.attention + self.few_products + self.few_attention
 
     def costs(self, device: Device, layers: int) -> dict[str, float]:
-        """Return seconds, by what they are spent on."""
+        """Return seconds, by what they go to: of products and of attention the larger of arithmetic and bytes."""
+        products, weights = self.products / device.products, self.weights / device.bandwidth
+        attention, keys_values = self.attention / device.attention, self.keys_values / device.bandwidth
+        if device.few_products is None or device.few_attention is None:
+            products += self.few_products / device.products
+            attention += self.few_attention / device.attention
+        else:  # measured with their bytes
+            products, weights = max(products, weights if products else 0) + self.few_products / device.few_products, 0.0
+            attention, keys_values = attention + self.few_attention / device.few_attention, 0.0
         return {
-            "arithmetic": self.products / device.products + self.attention / device.attention,
-            "weights": self.weights / device.bandwidth,
-            "keys and values": self.keys_values / device.bandwidth,
-            "launches": layers * KERNELS_PER_LAYER * SECONDS_PER_KERNEL,
+            "arithmetic": (products if products >= weights else 0.0) + (attention if attention >= keys_values else 0.0),
+            "weights": weights if weights > products else 0.0,
+            "keys and values": keys_values if keys_values > attention else 0.0,
+            "element-wise operations": self.states / device.bandwidth,
+            "launches": layers * device.per_layer,
         }
 
     def seconds(self, device: Device, layers: int) -> float:
         """Return how long the step takes."""
         costs = self.costs(device, layers)
-        moved = costs["weights"] + costs["keys and values"]
-        return max(costs["arithmetic"], moved, costs["launches"]) + SECONDS_PER_WAIT
+        launches = costs.pop("launches")
+        computing = sum(costs.values())
+        return device.per_step + (max(computing, launches) if device.overlapped else computing + launches)
 
 
-def steps_of(config: VidLaDAConfig, visual: int, settings: GenerationSettings, requests: int,
-             value_bytes: int = 2) -> list[StepWork]:  # fmt: skip
+def model_parameters(config: VidLaDAConfig) -> int:
+    """Return the number of a model's weights, from its shape alone."""
+    import torch
+
+    from vidlada.model.video_model import VidLaDAForMaskedDiffusion
+
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in VidLaDAForMaskedDiffusion(config).parameters())
+
+
+def steps_of(config: VidLaDAConfig, visual: int, settings: GenerationSettings, requests: int, value_bytes: int = 2,
+             text_tokens: int = PROMPT_TOKENS) -> list[StepWork]:  # fmt: skip
     """Return the work of every step of requests of one shape that run together.
 
     Args:
@@ -84,33 +130,43 @@ def steps_of(config: VidLaDAConfig, visual: int, settings: GenerationSettings, r
         settings: of decoding; refreshes by measured drift are taken not to come.
         requests: how many.
         value_bytes: bytes a value.
+        text_tokens: of each prompt.
     """
     text, policy = config.text, parse_policy(settings.cache)
     layers, width = text.num_hidden_layers, text.hidden_size
-    tokens = visual + PROMPT_TOKENS + settings.gen_length
+    tokens = visual + text_tokens + settings.gen_length
     key_value_width = text.num_key_value_heads * text.head_dim
     per_layer = width * (2 * width + 2 * key_value_width + 3 * text.intermediate_size)
-    head = width * text.vocab_size
+    head, states = width * text.vocab_size, 30 * width + 5 * text.intermediate_size  # the latter as counted
     block = settings.block_length
     found: list[StepWork] = []
     for step in range(settings.num_blocks * settings.steps_per_block):
         number, step_in_block = divmod(step, settings.steps_per_block)
         after = settings.gen_length - (number + 1) * block
-        sizes = {"text": PROMPT_TOKENS, "visual": visual, "before": number * block, "block": block, "after": after,
+        sizes = {"text": text_tokens, "visual": visual, "before": number * block, "block": block, "after": after,
                  "undecided": settings.gen_length - step}  # fmt: skip
-        start, narrow = dict(EVERYTHING), None
+        start, share = dict(EVERYTHING), None
         if policy is not None:
             plan = policy.plan(StepContext(step, step_in_block, layers))
-            start, narrow = (plan.start if step else start), plan.narrow
+            start, share = (plan.start if step else start), plan.layerwise
         active = [sum(sizes[name] for name, first in start.items() if first <= layer) for layer in range(layers)]
-        if narrow is not None:
-            active[1:] = [max(1, round(narrow * settings.gen_length))] * (layers - 1)
+        if policy is not None and step and plan.narrow is not None:
+            active[1:] = [max(1, round(plan.narrow * settings.gen_length))] * (layers - 1)
+        if (
+            share is not None
+        ):  # a pass of its own; each layer's keys are those of all positions, but its attention is not
+            active = [count + max(1, round(share * settings.gen_length)) for count in active]
+        few = [count for count in active if requests * count <= FEW_QUERIES]
+        many = [count for count in active if requests * count > FEW_QUERIES]
         found.append(
             StepWork(
-                requests * 2.0 * (per_layer * sum(active) + block * head),
-                requests * 4.0 * sum(active) * tokens * width,
+                requests * 2.0 * per_layer * sum(many),
+                requests * 4.0 * sum(many) * tokens * width,
+                requests * 2.0 * (per_layer * sum(few) + block * head),
+                requests * 4.0 * sum(few) * tokens * width,
                 value_bytes * (per_layer * layers + head),
                 requests * key_value_bytes(text, tokens, value_bytes),
+                requests * value_bytes * states * sum(active),
             )
         )
     return found
@@ -118,31 +174,39 @@ def steps_of(config: VidLaDAConfig, visual: int, settings: GenerationSettings, r
 
 def plan_figures(
     config: VidLaDAConfig, parameters: int, gpu: str, frames: int, concurrency: int, settings: GenerationSettings,
-    questions_per_hour: float | None = None,
+    questions_per_hour: float | None = None, visual: int | None = None, device: Device | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Predict memory, latency and throughput of a model on a GPU, in bfloat16.
+    """Predict memory, latency and throughput of a model on a GPU in bfloat16, or on this CPU in float32.
 
     Args:
         config, parameters: of the model.
-        gpu: a key of `GPUS`.
+        gpu: one of `DEVICES`.
         frames: of every video.
         concurrency: answers decoded together.
         settings: of decoding.
         questions_per_hour: to be answered by a fleet.
+        visual: visual tokens of a video, where the model says no more than its language model's shape.
+        device: what the device reaches; of a CPU it is measured by default (`vidlada.bench.calibration`).
 
     Raises:
-        InputError: an unknown GPU.
+        InputError: an unknown device.
     """
-    if gpu not in GPUS:
-        raise InputError(f"unknown GPU {gpu!r}; use {', '.join(GPUS)}")
-    device, text = GPUS[gpu], config.text
-    visual = config.visual_tokens(frames)
+    text = config.text
+    if gpu not in DEVICES:
+        raise InputError(f"unknown device {gpu!r}; use {', '.join(DEVICES)}")
+    if device is None and gpu == CPU:
+        from vidlada.bench.calibration import calibrate
+
+        device = calibrate(text)
+    device = device or GPUS[gpu]
+    size = device.value_bytes
+    visual = config.visual_tokens(frames) if visual is None else visual
     tokens = visual + PROMPT_TOKENS + settings.gen_length
-    each = kept_bytes(text, tokens, visual, settings, 2)
-    fixed = 2 * parameters + pass_bytes(text, tokens, settings.block_length, 2)
+    each = kept_bytes(text, tokens, visual, settings, size)
+    fixed = size * parameters + pass_bytes(text, tokens, settings.block_length, size)
     room = int((device.memory - fixed) // each) if each else concurrency
     together = min(concurrency, max(1, room))
-    alone, batch = (steps_of(config, visual, settings, count) for count in (1, together))
+    alone, batch = (steps_of(config, visual, settings, count, size) for count in (1, together))
     layers = text.num_hidden_layers
     latency, total = (sum(step.seconds(device, layers) for step in steps) for steps in (alone, batch))
     spent: dict[str, float] = {}
@@ -153,15 +217,16 @@ def plan_figures(
     an_hour = 3600 * together / total
     fits = room >= 1
     if not fits:
-        advice = "one answer does not fit on one card: fewer frames, smaller weights, or tensor parallelism"
+        advice = "one answer does not fit on one device: fewer frames, smaller weights, or tensor parallelism"
     elif together < concurrency:
-        advice = f"memory holds {together} answers of {concurrency}: one model on each of several cards"
+        advice = f"memory holds {together} answers of {concurrency}: one model on each of several devices"
     else:
-        advice = "it fits on one card; for more questions put a model on each of several cards, not one over several"
+        advice = "it fits on one device; for more questions put a model on each of several, not one over several"
     return {
-        "gpu": gpu, "frames": frames, "tokens": tokens, "cache": settings.to_dict()["cache"],
+        "gpu": gpu, "value_bytes": size, "frames": frames, "tokens": tokens, "cache": settings.to_dict()["cache"],
         "gen_length": settings.gen_length, "steps": len(alone), "concurrency": together,
-        "weights_gib": 2 * parameters / GIB, "request_gib": each / GIB, "total_gib": (fixed + together * each) / GIB,
+        "weights_gib": size * parameters / GIB, "request_gib": each / GIB,
+        "total_gib": (fixed + together * each) / GIB,
         "fits": fits, "first_step_s": alone[0].seconds(device, layers), "cached_step_s":
         sorted(step.seconds(device, layers) for step in alone)[len(alone) // 2], "latency_s": latency,
         "tokens_per_second_alone": settings.gen_length / latency, "batch_s": total,
@@ -183,9 +248,10 @@ def plan_text(figures: dict[str, Any]) -> str:
         ("most time goes to", figures["limited_by"]),
     ]  # fmt: skip
     if figures["gpus"] is not None:
-        rows.append(("GPUs for the questions", str(figures["gpus"])))
+        rows.append(("devices for the questions", str(figures["gpus"])))
+    kind = "bfloat16" if figures["value_bytes"] == 2 else "float32"
     head = (
-        f"Predicted, not measured, without reading the video: {figures['gpu']}, bfloat16, {figures['frames']} frames, "
+        f"Predicted, not measured, without reading the video: {figures['gpu']}, {kind}, {figures['frames']} frames, "
         f"{figures['tokens']} tokens, cache {figures['cache']}, {figures['gen_length']} slots, {figures['steps']} steps"
     )
     return "\n".join([head, *(f"- {name}: {value} (predicted)" for name, value in rows), figures["advice"]])

@@ -23,7 +23,7 @@ import httpx2
 
 from vidlada.bench.mixed_load import mixed_load, mixed_rows, summary
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.machine import machine
+from vidlada.machine import MEBI, machine
 from vidlada.markdown import table
 
 SAMPLE = "serve/page/samples/order.mp4"
@@ -31,7 +31,6 @@ SERVERS = {"one at a time": ["--max-running", "1"], "together": []}
 MEMORY_SAMPLES = 10
 LONG_TIMES = 8  # as many slots as a short one, of the long requests among mixed ones
 SHORT = 16  # answer slots of the requests that only memory is watched over
-MEBI = 2**20
 
 
 @contextmanager
@@ -114,8 +113,30 @@ def memory(url: str) -> float:
     text = httpx2.get(f"{url}/metrics").text
     found = re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE)
     if found is None:
-        raise VidLaDAError("the server does not tell its memory; this needs Linux")
+        raise VidLaDAError("the server does not report its memory; this needs Linux")
     return float(found[1]) / MEBI
+
+
+def load_mixed(
+    url: str, body: dict[str, Any], requests: int, rate: float, promises: dict[str, float]
+) -> dict[str, Any]:
+    """Figures of requests of mixed length."""
+    slots = LONG_TIMES * body["gen_length"]
+    bodies = {"short": body, "long": {**body, "gen_length": slots, "max_tokens": slots}}
+    measured = asyncio.run(mixed_load(url, bodies, requests, rate))
+    return summary(measured["seconds"], measured["timings"], promises)
+
+
+def watch_memory(
+    url: str, body: dict[str, Any], clients: int, requests: int, progress: Callable[[str], None]
+) -> list[float]:
+    """MiB of a server before, during and after many requests."""
+    found = [memory(url)]
+    for part in range(1, MEMORY_SAMPLES + 1):
+        progress(f"memory, part {part} of {MEMORY_SAMPLES}")
+        asyncio.run(load(url, body, clients, max(1, requests // MEMORY_SAMPLES)))
+        found.append(memory(url))
+    return found
 
 
 def serve_figures(
@@ -148,9 +169,7 @@ def serve_figures(
     if any(number < 1 for number in (*clients, requests)):
         raise InputError("clients and requests must be at least 1")
     body, short = question("describe the video .", gen_length), question("is it red ?", SHORT)
-    rows: list[dict[str, Any]] = []
-    memory_mib: list[float] = []
-    common = ["--model", model, "--device", device]
+    rows, common = list[dict[str, Any]](), ["--model", model, "--device", device]
     progress("starting the servers")
     with running_server([*common, *SERVERS["one at a time"]]) as alone, running_server(common) as together:
         body["model"] = short["model"] = httpx2.get(f"{together}/v1/models").json()["data"][0]["id"]
@@ -161,19 +180,11 @@ def serve_figures(
             for name, url in urls.items():
                 progress(f"{name}, {number} clients")
                 rows.append({"server": name, "clients": number, **asyncio.run(load(url, body, number, requests))})
-        mixed: dict[str, Any] = {}
+        mixed = {}
         if mixed_requests:
-            slots = LONG_TIMES * gen_length
-            bodies = {"short": body, "long": {**body, "gen_length": slots, "max_tokens": slots}}
-            for name, url in urls.items():
-                progress(f"{name}, requests of mixed length")
-                measured = asyncio.run(mixed_load(url, bodies, mixed_requests, rate))
-                mixed[name] = summary(measured["seconds"], measured["timings"], promises or {})
-        for part in range(MEMORY_SAMPLES if memory_requests else 0):
-            progress(f"memory, part {part + 1} of {MEMORY_SAMPLES}")
-            memory_mib = memory_mib or [memory(together)]
-            asyncio.run(load(together, short, max(clients), max(1, memory_requests // MEMORY_SAMPLES)))
-            memory_mib.append(memory(together))
+            progress("requests of mixed length")
+            mixed = {name: load_mixed(url, body, mixed_requests, rate, promises or {}) for name, url in urls.items()}
+        memory_mib = watch_memory(together, short, max(clients), memory_requests, progress) if memory_requests else []
     answers = {row.pop("answer") for row in rows}
     return {
         "machine": machine(device),

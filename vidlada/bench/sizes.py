@@ -107,11 +107,16 @@ def _shipped(frames: int, device: str, dtype: torch.dtype) -> Subject:
     )
 
 
-def random_model(text_config: dict[str, Any], device: str, dtype: torch.dtype) -> VidLaDAForMaskedDiffusion:
-    """A model without its visual half, of VidLaDA-8B's shape but for `text_config`."""
+def size_config(text_config: dict[str, Any]) -> VidLaDAConfig:
+    """The configuration of a model without a visual half, of VidLaDA-8B's shape but for `text_config`."""
     text = {**VidLaDAConfig().text.to_dict(), **text_config}
     special = {"mask_token_id": 0, "suppressed_token_ids": (), "stop_token_ids": ()}
-    config = VidLaDAConfig(text_config=text, text_only=True, **special)
+    return VidLaDAConfig(text_config=text, text_only=True, **special)
+
+
+def random_model(text_config: dict[str, Any], device: str, dtype: torch.dtype) -> VidLaDAForMaskedDiffusion:
+    """A model without its visual half, of VidLaDA-8B's shape but for `text_config`."""
+    config = size_config(text_config)
     torch.manual_seed(0)
     with torch.device(device):
         previous = torch.get_default_dtype()

@@ -46,11 +46,11 @@ def video_figures(minutes: int, frames: int, repeats: int) -> dict[str, Any]:
                 "seek every frame": lambda path=path, sampling=sampling: seek_every_frame(path, sampling),  # type: ignore[misc]
                 "vidlada": lambda path=path, sampling=sampling: sample_frames(path, sampling, SIZE).images,  # type: ignore[misc]
             }
-            results[name] = interleaved(ways, repeats)
+            results[name] = time_interleaved(ways, repeats)
     return {"machine": machine("cpu"), "repeats": repeats, "files": results}
 
 
-def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+def time_interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
     """Median, least and most seconds of each way, and how often faster than the first it is.
 
     Raises:
@@ -129,7 +129,7 @@ def decode_everything(path: Path, sampling: Sampling) -> np.ndarray:
         stream.thread_type = "AUTO"
         wanted = sample_indices(stream.frames, float(stream.average_rate or FPS), sampling)
         keep = set(wanted)
-        found = {i: resized(frame) for i, frame in enumerate(container.decode(stream)) if i in keep}
+        found = {i: resize(frame) for i, frame in enumerate(container.decode(stream)) if i in keep}
     return np.stack([found[i] for i in wanted])
 
 
@@ -144,11 +144,11 @@ def seek_every_frame(path: Path, sampling: Sampling) -> np.ndarray:
         for index in sample_indices(info.frames, info.fps, sampling):
             stamp = round(index / info.fps / unit)
             container.seek(stamp, stream=stream, backward=True)
-            found.append(resized(next(f for f in container.decode(stream) if f.pts is not None and f.pts >= stamp)))
+            found.append(resize(next(f for f in container.decode(stream) if f.pts is not None and f.pts >= stamp)))
     return np.stack(found)
 
 
-def resized(frame: av.VideoFrame) -> np.ndarray:
+def resize(frame: av.VideoFrame) -> np.ndarray:
     """(SIZE, SIZE, 3), as `sample_frames` makes it."""
     image = frame.to_image()
     return np.asarray(image.resize((SIZE, SIZE), 3))

@@ -231,7 +231,7 @@ def _read_text(stored: ConfigValues, names: dict[str, str], weights: Weights) ->
     Args:
         stored: the file's fields.
         names: what the file calls ours.
-        weights: tell the sizes.
+        weights: for the sizes.
     """
 
     def shape(key: str, dimensions: int) -> tuple[int, ...]:
@@ -251,11 +251,11 @@ def _read_text(stored: ConfigValues, names: dict[str, str], weights: Weights) ->
     }
     text: dict[str, Any] = {"vocab_size": vocabulary}
     for name, size in found.items():
-        said = stored.integer(names[name], size)
+        stated = stored.integer(names[name], size)
         # more layers in the file than it says are unknown keys, which are named where the keys are compared
-        if said != size and not (name == "num_hidden_layers" and said < size):
-            raise InputError(f"{stored.place}: {names[name]} is {said}, but the weights' is {size}")
-        text[name] = said
+        if stated != size and not (name == "num_hidden_layers" and stated < size):
+            raise InputError(f"{stored.place}: {names[name]} is {stated}, but the weights' is {size}")
+        text[name] = stated
     heads = stored.optional_integer(names["num_attention_heads"])
     if heads is None:
         raise stored.error(names["num_attention_heads"], "the weights do not tell it, so it must be there")
@@ -342,8 +342,8 @@ def _role_tokens(stored: ConfigValues, own: ConfigValues, weights: Weights, voca
     *_, start, end = default.suppressed_token_ids
 
     def first(token: str, published: int | None, field: str | None = None) -> int | None:
-        said = stored.integers(field)[:1] if field is not None else []
-        found = [*said, *([weights.tokens[token]] if token in weights.tokens else []), published]
+        stated = stored.integers(field)[:1] if field is not None else []
+        found = [*stated, *([weights.tokens[token]] if token in weights.tokens else []), published]
         return next((number for number in found if number is not None and 0 <= number < vocabulary), None)
 
     eos = first(END_OF_TEXT, end_of_text, "eos_token_id")

@@ -59,7 +59,7 @@ def download(tasks: str | None, data_root: Path | None, as_json: bool) -> None:
     from vidlada.evaluation.benchmarks import select_benchmarks
     from vidlada.evaluation.download import download as fetch_missing
 
-    benchmarks, root = select_benchmarks(required(tasks)), data.data_root(data_root)
+    benchmarks, root = select_benchmarks(require_tasks(tasks)), data.data_root(data_root)
     for benchmark in benchmarks:
         if benchmark.name != "shapes":  # which is written, not fetched
             click.echo(f"fetching what is missing of {benchmark.repository} into {root}", err=True)
@@ -68,7 +68,7 @@ def download(tasks: str | None, data_root: Path | None, as_json: bool) -> None:
     click.echo(json.dumps(data.check_dict(root, found)) if as_json else data.check_table(root, benchmarks, found))
 
 
-def required(tasks: str | None) -> str:
+def require_tasks(tasks: str | None) -> str:
     """The tasks, which have to be given."""
     if tasks is None:
         raise InputError("give --tasks, e.g. --tasks videomme,mlvu_dev, or --tasks paper for the published eight")
@@ -138,7 +138,7 @@ def run(
     from vidlada.evaluation.results import read_run
     from vidlada.evaluation.submission import submit as submit_answers
 
-    benchmarks, root = select_benchmarks(required(tasks)), data.data_root(data_root)
+    benchmarks, root = select_benchmarks(require_tasks(tasks)), data.data_root(data_root)
     if submit and (options["limit"] is not None or all(benchmark.name != UNSENT for benchmark in benchmarks)):
         raise InputError(f"--submit sends the answers of the whole task {UNSENT}; put it in --tasks, leave --limit out")
     if output is None:

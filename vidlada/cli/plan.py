@@ -8,9 +8,14 @@ from vidlada.cli.options import one_line_errors
 
 
 @click.command("plan")
-@click.option("--model", default="8b", show_default=True, help="8b: VidLaDA-8B's shape; or a checkpoint.")
-@click.option("--gpu", type=click.Choice(["a100", "h100", "h200", "rtx4090"]), default="h200", show_default=True,
-              help="The card.")  # fmt: skip
+@click.option(
+    "--model",
+    default="8b",
+    show_default=True,
+    help="8b: VidLaDA-8B's shape; mid: that of the benchmarks on a CPU; or a checkpoint.",
+)
+@click.option("--gpu", default="h200", show_default=True,
+              help="a100, h100, h200, rtx4090; or cpu, this machine's, measured for some seconds first.")  # fmt: skip
 @click.option("--frames", type=click.IntRange(1), default=64, show_default=True, help="Of every video.")
 @click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True, help="Answers decoded together.")
 @click.option("--cache", default="mars", show_default=True, help="As for ask.")
@@ -22,19 +27,25 @@ from vidlada.cli.options import one_line_errors
 @one_line_errors
 def plan(model: str, gpu: str, frames: int, concurrency: int, cache: str, gen_length: int, block_length: int,
          steps: int | None, questions_per_hour: float | None, as_json: bool) -> None:  # fmt: skip
-    """Predict memory, latency and throughput on a GPU, without one."""
-    from vidlada.bench.roofline import plan_figures, plan_text
+    """Predict memory, latency and throughput on a GPU, without one, or on this CPU."""
+    from vidlada.bench.roofline import model_parameters, plan_figures, plan_text
+    from vidlada.bench.sizes import SIZES, size_config
     from vidlada.checkpoint.load import describe
     from vidlada.generation import GenerationSettings
     from vidlada.info import parameter_count
     from vidlada.loading import model_folder
     from vidlada.model.config import VidLaDAConfig
 
+    visual = None
     if model == "8b":
-        config, parameters = VidLaDAConfig(), 8_400_000_000
+        config = VidLaDAConfig()
+        parameters = model_parameters(config)
+    elif model in SIZES:
+        config, visual = size_config(SIZES[model].text_config), frames * SIZES[model].tokens_per_frame
+        parameters = model_parameters(config)
     else:
         checkpoint = describe(model_folder(model))
         config, parameters = checkpoint.config, parameter_count(checkpoint)
     settings = GenerationSettings(gen_length=gen_length, block_length=block_length, steps=steps, cache=cache)
-    figures = plan_figures(config, parameters, gpu, frames, concurrency, settings, questions_per_hour)
+    figures = plan_figures(config, parameters, gpu, frames, concurrency, settings, questions_per_hour, visual)
     click.echo(json.dumps(figures) if as_json else plan_text(figures))

@@ -58,13 +58,12 @@ def shapes_evaluate(questions: Path, blind: bool, report: Path | None, source: M
 
     videos: dict[Path | None, Any] = {}
 
-    def answers(video: Path | None, asked: Sequence[Asked]) -> list[str]:
+    def answers(video: Path | None, pairs: Sequence[Asked]) -> list[str]:
         if video not in videos:
             videos.clear()
             videos[video] = vidlada.chat(video, **given).media
-        return [answer.text for answer in vidlada.ask_many(
-            [(videos[video], question) for question, _ in asked], choices=[choices for _, choices in asked], **given
-        )]  # fmt: skip
+        about = [(videos[video], text) for text, _ in pairs]
+        return [answer.text for answer in vidlada.ask_many(about, [choices for _, choices in pairs], **given)]
 
     def show(done: int) -> None:
         if sys.stderr.isatty():

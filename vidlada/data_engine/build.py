@@ -187,16 +187,16 @@ def all_records(
             pending.append(record)
             refused = [one for one in pending if one["refused"]]
             if len(refused) >= config.refusals:
-                raise all_refused(refused)
+                raise refusal_error(refused)
             if not refused or is_answered(record):
                 keep()
     if pending and not any(is_answered(record) for record in records):
-        raise all_refused([record for record in pending if record["refused"]])
+        raise refusal_error([record for record in pending if record["refused"]])
     keep()
     return records
 
 
-def all_refused(records: Sequence[dict[str, Any]]) -> VidLaDAError:
+def refusal_error(records: Sequence[dict[str, Any]]) -> VidLaDAError:
     """What ends a build whose requests are refused, not one, but all."""
     return VidLaDAError(
         f"{records[-1]['problem']}; {len(records)} segments in a row were refused, and will be asked again: mend the "

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidlada.decoding.attention import FrameMap, upload
-from vidlada.decoding.kv_cache import KVCache, PartialPass, concatenated
+from vidlada.decoding.kv_cache import KVCache, PartialPass, concatenate
 from vidlada.decoding.policies.base import EVERYTHING, AttentionPattern, Plan, Policy, StepContext
 from vidlada.decoding.small_kv import kv_cache_of
 from vidlada.decoding.token_reduction import ObservedAttention
@@ -92,6 +92,7 @@ class RequestCache:
         self.masked = torch.ones(slots, dtype=torch.bool)  # in the last pass; on the CPU
         self.undecided = self.masked
         self.attention = policy.attention(self.frames, prompt)
+        self.repeatable = True  # the last pass would do the same if it ran again
         # of policies that refresh by measured drift
         self.probed: dict[str, Tensor] = {}
         self.refreshed_from: dict[str, int] = {}
@@ -173,6 +174,8 @@ class RequestCache:
                 self.observed = ObservedAttention(self.attention, asking, self.frames.visual)
         observed = self.observed if self.step == 0 else None
         self.step += 1
+        # what changed most is found by comparing with values that the pass overwrites
+        self.repeatable = plan.narrow is None and plan.layerwise in (None, 1.0)
         for segment in self.refreshes:
             self.refreshes[segment] += segment in plan.start
         joins: dict[int, list[Tensor]] = {}
@@ -180,7 +183,7 @@ class RequestCache:
             joins.setdefault(start, []).append(self.segment(segment))
         self.add_probes(plan, joins)
         self.attention.begin_pass(plan, self.segment("block"))
-        self.attention.joins = {start: concatenated(positions) for start, positions in joins.items()}
+        self.attention.joins = {start: concatenate(positions) for start, positions in joins.items()}
         return PartialPass(
             self.kv_cache,
             self.attention.joins,

@@ -206,7 +206,7 @@ class Credit(CommitRule):
             self.credit = torch.zeros_like(logits)
         best = logits.argmax(-1, keepdim=True)
         earned = logits.softmax(-1).gather(-1, best) ** self.power
-        self.credit.mul_(self.decay).scatter_add_(-1, best, earned)
+        self.credit = (self.credit * self.decay).scatter_add_(-1, best, earned)  # not in place: see `rollback`
         return logits + self.strength * self.credit.log1p()
 
     def choose(self, proposals: Proposals) -> Tensor:
@@ -351,7 +351,7 @@ def commit_rule(settings: GenerationSettings) -> CommitRule:
     return rule
 
 
-def measured(measure: str, logits: Tensor) -> Tensor:
+def compute_measure(measure: str, logits: Tensor) -> Tensor:
     """A further figure of every slot's distribution, as `CommitRule.measure` names it.
 
     Args:

@@ -11,14 +11,14 @@ GAMMA = 0x9E3779B97F4A7C15 - 2**64  # as signed numbers, which is how PyTorch mu
 FACTORS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
-def mixed(numbers: Tensor) -> Tensor:
+def mix_bits(numbers: Tensor) -> Tensor:
     """SplitMix64's mixing of int64 numbers."""
     for shift, factor in FACTORS:
-        numbers = (numbers ^ _shifted(numbers, shift)) * factor
-    return numbers ^ _shifted(numbers, 31)
+        numbers = (numbers ^ _shift_right(numbers, shift)) * factor
+    return numbers ^ _shift_right(numbers, 31)
 
 
-def _shifted(numbers: Tensor, places: int) -> Tensor:
+def _shift_right(numbers: Tensor, places: int) -> Tensor:
     """To the right, zeros coming in."""
     return (numbers >> places) & (2 ** (64 - places) - 1)
 
@@ -32,8 +32,8 @@ def uniform(seed: int, draw: int, rows: int, columns: int, device: torch.device)
         rows, columns: of the result.
         device: where to compute them.
     """
-    start = mixed(torch.tensor([seed]) * GAMMA + GAMMA)
-    offset = int(mixed(start + torch.tensor([draw]) * GAMMA))  # on the host: a plain number for the kernel
+    start = mix_bits(torch.tensor([seed]) * GAMMA + GAMMA)
+    offset = int(mix_bits(start + torch.tensor([draw]) * GAMMA))  # on the host: a plain number for the kernel
     counters = torch.arange(rows * columns, device=device).view(rows, columns)
-    bits = _shifted(mixed((counters + offset) * GAMMA), 11)  # 53 of them, as many as a float64 holds
+    bits = _shift_right(mix_bits((counters + offset) * GAMMA), 11)  # 53 of them, as many as a float64 holds
     return (bits.double() + 0.5) * 2.0**-53

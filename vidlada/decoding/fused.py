@@ -59,8 +59,8 @@ class FusedChunks:
         self.key_frames = torch.cat((of_key, copies)).repeat(heads, 1)  # (heads, keys); copies differ by layer
         partial, whole = blocks_in_sight(self.first, self.last, of_key, anchors)
         self.block_mask = BlockMask.from_kv_blocks(
-            *listed(partial),
-            *listed(whole),
+            *list_blocks(partial),
+            *list_blocks(whole),
             BLOCK_SIZE=BLOCK,
             mask_mod=self.sees,
             seq_lengths=(len(of_query), len(self.is_copy)),
@@ -106,19 +106,22 @@ def blocks_in_sight(first: Tensor, last: Tensor, of_key: Tensor, anchors: int) -
         Two boolean (blocks of queries, blocks of keys) tensors that exclude each other.
     """
     text = of_key < 0
-    lowest = blocked(of_key.masked_fill(text, BEYOND), BEYOND, anchors).amin(1)  # (blocks of keys,)
-    highest = blocked(of_key.masked_fill(text, -BEYOND), -BEYOND, anchors).amax(1)
-    has_text = blocked(text, False, anchors).any(1)
-    ends = blocked(torch.ones_like(text), False, anchors).logical_not().any(1)  # copies, or nothing, in it
+    lowest = in_blocks(of_key.masked_fill(text, BEYOND), BEYOND, anchors).amin(1)  # (blocks of keys,)
+    highest = in_blocks(of_key.masked_fill(text, -BEYOND), -BEYOND, anchors).amax(1)
+    has_text = in_blocks(text, False, anchors).any(1)
+    ends = in_blocks(torch.ones_like(text), False, anchors).logical_not().any(1)  # copies, or nothing, in it
     has_copies = ends if anchors else torch.zeros_like(ends)
-    earliest, latest_first = blocked(first, BEYOND).amin(1)[:, None], blocked(first, -BEYOND).amax(1)[:, None]
-    latest, earliest_last = blocked(last, -BEYOND).amax(1)[:, None], blocked(last, BEYOND).amin(1)[:, None]
+    earliest, latest_first = (
+        in_blocks(first, BEYOND).amin(1)[:, None],
+        in_blocks(first, -BEYOND).amax(1)[:, None],
+    )
+    latest, earliest_last = in_blocks(last, -BEYOND).amax(1)[:, None], in_blocks(last, BEYOND).amin(1)[:, None]
     near = (lowest <= latest) & (highest >= earliest)  # (blocks of queries, blocks of keys)
     whole = (lowest >= latest_first) & (highest <= earliest_last) & ~ends
     return (near | has_text | has_copies) & ~whole, whole
 
 
-def blocked(values: Tensor, fill: float, anchors: int = 0) -> Tensor:
+def in_blocks(values: Tensor, fill: float, anchors: int = 0) -> Tensor:
     """(tokens,) in blocks, places of anchors and of nothing filled: (blocks, block)."""
     count = len(values) + anchors
     padded = values.new_full((-(-count // BLOCK) * BLOCK,), fill)
@@ -126,7 +129,7 @@ def blocked(values: Tensor, fill: float, anchors: int = 0) -> Tensor:
     return padded.view(-1, BLOCK)
 
 
-def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def list_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers of the marked blocks of every row, and before them how many: what FlexAttention walks through."""
     order = blocks.logical_not().int().argsort(dim=1, stable=True)
     return blocks.sum(1).int()[None, None], order.int()[None, None]

@@ -204,7 +204,7 @@ def _refresh(language_model: LanguageModel, passes: Sequence[PartialPass]) -> No
         if moved or narrowed or number == 0 or any(number in each.joins for each in passes):
             table = language_model.rotation(longest, hidden.dtype, hidden.device)
             places = [each.kv_cache.rotary_positions(own) for each, own in zip(passes, active, strict=True)]
-            rotation = table.index_select(1, concatenated(places))
+            rotation = table.index_select(1, concatenate(places))
         assert isinstance(layer, Layer)
         sizes = [len(positions) for positions in active]
         queries, keys_values = language_model.enter(layer, hidden, rotation)
@@ -212,14 +212,14 @@ def _refresh(language_model: LanguageModel, passes: Sequence[PartialPass]) -> No
         if number == 0:
             changed = [_changes(each, positions, fresh) for each, positions, _, fresh in parts]
         hidden = language_model.leave(
-            layer, hidden, concatenated([_attend(part[0], number, *part[1:]) for part in parts])
+            layer, hidden, concatenate([_attend(part[0], number, *part[1:]) for part in parts])
         )
     normed = language_model.norm(hidden).split([len(positions) for positions in active])
     for kv_cache, positions, states in zip(caches, active, normed, strict=True):
         kv_cache.hidden[len(devices)].index_copy_(0, positions, states)
 
 
-def concatenated(parts: Sequence[Tensor]) -> Tensor:
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
     """Along the first dimension, without a copy of a single one."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
@@ -238,7 +238,7 @@ def _join(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor, n
             active[place] = torch.cat((active[place], joining)) if len(states) else joining
             states = torch.cat((states, joined)) if len(states) else joined
         parts.append(states)
-    return concatenated(parts)
+    return concatenate(parts)
 
 
 def _changes(each: PartialPass, active: Tensor, keys_values: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def _narrow(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor,
             most = changed[place].to(states.device).topk(each.narrow).indices.sort().values
             active[place], states = active[place].index_select(0, most), states.index_select(0, most)
         parts.append(states)
-    return concatenated(parts)
+    return concatenate(parts)
 
 
 def _attend(each: PartialPass, layer: int, active: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
-"""How much memory requests take while they are decoded, from their shapes alone: to be asked before they start."""
+"""How much memory requests take while they are decoded, from their shapes alone: to be asked before they start. And how
+to tell that there was too little of it."""
 
 from collections.abc import Sequence
+
+import torch
 
 from vidlada.decoding.choices import policy_of
 from vidlada.decoding.kv_cache import key_value_bytes
@@ -10,6 +13,17 @@ from vidlada.decoding.request import Request
 from vidlada.decoding.small_kv import stored_bytes
 from vidlada.generation import GenerationSettings
 from vidlada.model.config import VidLaDATextConfig
+
+PROMPT_TOKENS = 128  # room for a question, its header and the system message, in estimates
+# cuBLAS, the driver and PyTorch's allocator on a CPU raise plain RuntimeErrors
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def kept_bytes(

@@ -1,4 +1,4 @@
-"""What the denoising loop is asked for, and what it tells after every step."""
+"""What the denoising loop takes, and what it reports after every step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

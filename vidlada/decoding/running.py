@@ -1,22 +1,28 @@
 """One request while it is decoded: its ids and masks, its caches, its random numbers, what it commits in a step."""
 
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vidlada.decoding.attention import upload
-from vidlada.decoding.cache import RequestCache
+from vidlada.decoding.cache import RequestCache, VisualCache
 from vidlada.decoding.choices import policy_of
 from vidlada.decoding.commit import Proposals, commit_rule, within_nucleus
 from vidlada.decoding.counter_noise import uniform
+from vidlada.decoding.memory import is_out_of_memory
 from vidlada.decoding.request import Request, State, Statistics
 from vidlada.decoding.token_reduction import parse_pruning
 from vidlada.decoding.verify import verify
 from vidlada.errors import InputError
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
+
+log = logging.getLogger("vidlada.decoding")
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class RunningRequest:
     """A request while it is decoded. Its ids, masks and stops live on the CPU.
 
     Args:
-        number: tells it from the others of a batch.
+        number: of the request, among all of its batch.
         request: what is asked for.
         model: that decodes it.
 
@@ -246,6 +252,35 @@ class RunningRequest:
         self.draws += 1
         return uniform(self.settings.seed, self.draws, rows, columns, device).to(dtype)
 
+    def rollback(self) -> Callable[[], None]:
+        """Return a function that takes back the step that is about to be made, should it fail for lack of memory.
+
+        What a pass wrote into the KV cache stays: the same pass writes the same again. See `repeatable`.
+        """
+        parts = [self, self.rule, *self.caches, *(cache.attention for cache in self.caches)]
+        before = [(part, {name: shallow_copy(value) for name, value in vars(part).items()}) for part in parts]
+        counts = [(cache.kv_cache, list(cache.kv_cache.computed)) for cache in self.caches if cache.kv_cache]
+        tensors = {name: getattr(self, name).clone() for name in ("ids", "masked", "revocable")}
+        numbers = self.generator.get_state() if not self.counter else None
+
+        def restore() -> None:
+            for part, values in before:
+                vars(part).clear()
+                vars(part).update(values)
+            for kv_cache, computed in counts:
+                kv_cache.computed = computed
+            for name, values in tensors.items():
+                getattr(self, name).copy_(values)  # in place: on a GPU they are pinned
+            if numbers is not None:
+                self.generator.set_state(numbers)
+
+        return restore
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a step that failed may be made again after `rollback`."""
+        return all(cache.repeatable for cache in self.caches)
+
     def find_stop(self) -> int | None:
         """First slot at which a stop sequence stands in full.
 
@@ -271,5 +306,20 @@ class RunningRequest:
             stop_at=None if self.stop_at is None or bool(self.revocable[self.stop_at :].any()) else self.stop_at,
             done=self.done,
             statistics=self.statistics,
-            visual=self.caches[0].export_visual() if self.done and self.settings.reuse else None,
+            visual=self.export_visual() if self.done and self.settings.reuse else None,
         )
+
+    def export_visual(self) -> VisualCache | None:
+        """What a further question may reuse; nothing where there is no memory for a copy."""
+        try:
+            return self.caches[0].export_visual()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("no memory to keep a video's keys and values: a further question computes them again")
+            return None
+
+
+def shallow_copy(value: Any) -> Any:
+    """A copy of a list or dictionary, else the value itself."""
+    return value.copy() if isinstance(value, list | dict) else value

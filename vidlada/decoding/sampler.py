@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from vidlada.decoding.attention import upload
-from vidlada.decoding.commit import CommitRule, measured
-from vidlada.decoding.kv_cache import concatenated, refresh
+from vidlada.decoding.commit import CommitRule, compute_measure
+from vidlada.decoding.kv_cache import concatenate, refresh
+from vidlada.decoding.memory import is_out_of_memory
 from vidlada.decoding.request import Request, State, Statistics
 from vidlada.decoding.running import Prediction, RunningRequest
 from vidlada.decoding.static_step import StaticStep
@@ -44,6 +45,7 @@ class Denoiser:
         self.refresh = StaticStep(model.language_model) if use_static else partial(refresh, model.language_model)
         self.suppressed = upload({"": np.array(model.config.suppressed_token_ids, dtype=np.int64)}, device)[""]
         self.rows: list[RunningRequest] = []
+        self.spoiled: set[int] = set()  # numbers of requests that a failed step left in no usable state
         self.count = 0
 
     def add(self, request: Request) -> tuple[int, State | None]:
@@ -63,14 +65,33 @@ class Denoiser:
         """Drop a request, whether or not it is complete."""
         self.rows = [row for row in self.rows if row.number != number]
 
+    def clear_graphs(self) -> None:
+        """Free the memory of captured graphs; they are captured anew where they pay."""
+        if isinstance(self.refresh, StaticStep):
+            self.refresh.clear()
+
     @torch.inference_mode()
     def step(self) -> list[tuple[int, State]]:
         """One denoising step of every request; the finished ones leave.
 
+        If memory runs out, requests are left as before the step, which may be made again, with fewer of them; except
+        those that are not `repeatable`: they must be added anew.
+
         Returns:
             Number and state of each.
         """
-        rows = self.rows
+        undo = [row.rollback() for row in self.rows]
+        try:
+            return self._step(self.rows)
+        except Exception as error:
+            if is_out_of_memory(error):
+                self.spoiled = {row.number for row in self.rows if not row.repeatable}
+                for restore in undo:
+                    restore()
+            raise
+
+    def _step(self, rows: Sequence[RunningRequest]) -> list[tuple[int, State]]:
+        """See `step`."""
         guided = [row for row in rows if row.settings.cfg_scale > 0]
         parts = dict(zip(rows, self.split(rows, self.block_logits(rows)), strict=True))
         if guided:
@@ -104,21 +125,21 @@ class Denoiser:
             logits: (block, vocabulary) float32 of each row.
             verified: what `RunningRequest.verify` returned, of each row; nothing by default.
         """
-        whole = concatenated(logits)  # (blocks, vocabulary)
+        whole = concatenate(logits)  # (blocks, vocabulary)
         if len(self.suppressed):
             whole = whole.index_fill(-1, self.suppressed, -torch.inf)
         if any(type(row.rule).adjust is not CommitRule.adjust for row in rows):
             adjusted = zip(rows, self.split(rows, whole), strict=True)
-            whole = concatenated([row.rule.adjust(part) for row, part in adjusted])
+            whole = concatenate([row.rule.adjust(part) for row, part in adjusted])
         parts = self.split(rows, whole)
         if any(row.settings.temperature for row in rows):
-            tokens = concatenated([row.sample(part).argmax(-1) for row, part in zip(rows, parts, strict=True)])
+            tokens = concatenate([row.sample(part).argmax(-1) for row, part in zip(rows, parts, strict=True)])
         else:
             tokens = whole.argmax(-1)  # (blocks,)
         probability = whole.double().softmax(-1).gather(-1, tokens[:, None])[:, 0]
         given: dict[str, list[Tensor | None]] = {
             "measured": [
-                None if row.rule.measure is None else measured(row.rule.measure, part)
+                None if row.rule.measure is None else compute_measure(row.rule.measure, part)
                 for row, part in zip(rows, parts, strict=True)
             ],
             "verified": list(verified or [None] * len(rows)),
@@ -127,7 +148,7 @@ class Denoiser:
         for name, found in given.items():
             if any(own is not None for own in found):
                 nothing = [probability.new_zeros(row.settings.block_length) for row in rows]
-                columns[name] = concatenated(
+                columns[name] = concatenate(
                     [empty if own is None else own for own, empty in zip(found, nothing, strict=True)]
                 )
         caches = [cache for row in rows for cache in row.caches]
@@ -172,7 +193,7 @@ class Denoiser:
         self.refresh(passes)
         for each, cache in zip(passes, caches, strict=True):
             cache.attention.finish_pass(self.model.language_model, each.kv_cache, cache.answer)
-        return concatenated([cache.block_states(row.slots) for cache, row in zip(caches, rows, strict=True)])
+        return concatenate([cache.block_states(row.slots) for cache, row in zip(caches, rows, strict=True)])
 
     def plain_states(self, rows: Sequence[RunningRequest], guided: bool) -> Tensor:
         """The same by running every position through every layer. Sequences of one length form a batch, so that none
@@ -185,7 +206,7 @@ class Denoiser:
             for row, hidden in zip(alike, self.model.language_model(batch), strict=True):
                 first = len(row.request.prompt)
                 states[row] = hidden[first + row.slots.start : first + row.slots.stop]
-        return concatenated([states[row] for row in rows])
+        return concatenate([states[row] for row in rows])
 
 
 def denoise(model: VidLaDAForMaskedDiffusion, requests: Sequence[Request]) -> Iterator[tuple[int, State]]:

@@ -89,6 +89,11 @@ class StaticStep:
         for each, done in zip(passes, record.computed, strict=True):
             each.kv_cache.computed = [a + b for a, b in zip(each.kv_cache.computed, done, strict=True)]
 
+    def clear(self) -> None:
+        """Forget all graphs, and free their memory."""
+        self.records.clear()
+        self.pool = None
+
     def _add(self, key: Hashable, passes: Sequence[PartialPass]) -> None:
         """Note a kind of pass; forget those whose requests are gone, or that were used longest ago."""
         gone = [old for old, record in self.records.items() if any(cache() is None for cache in record.caches)]

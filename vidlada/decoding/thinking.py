@@ -1,4 +1,4 @@
-"""Think mode: a thought in slots of its own, then the answer; and the two told apart in what a model says.
+"""Think mode: a thought in slots of its own, then the answer; and how the two are separated in what a model says.
 
 A model of the chain-of-thought stage answers `<think>{thought}</think>\n{answer}`. Where a thought is asked for, its
 opening tag is given, the thought is decoded until its closing tag or the end of its slots, and the answer is decoded
@@ -66,7 +66,7 @@ class Turn:
         max_tokens: int | None = None,
     ):
         self.final, self.processor, self.model, self.max_tokens = request, processor, model, max_tokens
-        self.request, self.said = request, ""
+        self.request, self.spoken = request, ""
         self.thought_tokens, self.earlier = 0, Statistics()
         if not request.settings.think:
             return
@@ -77,7 +77,7 @@ class Turn:
                 f"prompt, thought, answer slots and suffix take {length} tokens, more than the model's "
                 f"{model.config.max_length}; use fewer frames, or a smaller think_length or gen_length"
             )
-        self.said = THINK
+        self.spoken = THINK
         self.request = replace(
             self._behind(request, processor.answer_ids(THINK)),
             settings=request.settings.of_thought(),
@@ -102,7 +102,7 @@ class Turn:
         most = None if self.thinks else self.max_tokens
         stable = stable_text(state, self.processor.decode, self.request.stop_sequences, stops, most)
         complete = stable.finish_reason is not None and not self.thinks
-        thought, text = split_thought(self.said + stable.text, complete)
+        thought, text = split_thought(self.spoken + stable.text, complete)
         whole = replace(state, step=self.earlier.steps + state.step, statistics=self.earlier + state.statistics)
         if not self.thinks:
             return whole, replace(stable, text=text, reasoning=thought, reasoning_tokens=self.thought_tokens)
@@ -115,7 +115,7 @@ class Turn:
         ids = self.processor.answer_ids(stable.text)
         if state.stop_at is not None or stable.finish_reason == "length":  # else the tag stands within a token
             ids = [int(token) for token in state.proposed[: stable.tokens]]
-        self.said += f"{stable.text}{END_OF_THINK}\n"
+        self.spoken += f"{stable.text}{END_OF_THINK}\n"
         self.thought_tokens, self.earlier = stable.tokens, state.statistics
         behind = self._behind(self.request, ids + self.processor.answer_ids(f"{END_OF_THINK}\n"))
         self.request = self.final = replace(

@@ -9,7 +9,7 @@ changes afterwards; the visual tokens that they attend to least leave the KV cac
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from vidlada.decoding.kv_cache import Attention
 from vidlada.decoding.named import check_named, parse_named
-from vidlada.processor import EncodedConversation
 from vidlada.settings import setting
+
+if TYPE_CHECKING:
+    from vidlada.processor import EncodedConversation
 
 QUERIES_AT_ONCE = 32  # whose weights on all keys are in memory together
 
@@ -58,8 +60,8 @@ def merge_tokens(tokens: Tensor, frames: list[int], keep: float) -> tuple[Tensor
 
 
 def reduce_visual(
-    encoded: EncodedConversation, visual_tokens: Tensor, keep: float
-) -> tuple[EncodedConversation, Tensor]:
+    encoded: "EncodedConversation", visual_tokens: Tensor, keep: float
+) -> tuple["EncodedConversation", Tensor]:
     """A conversation with fewer visual tokens; what is left keeps its order, its frame and its place among the text.
 
     Args:

@@ -8,7 +8,9 @@ What is special about it:
 - vision features are kept, bounded, under a key made from the video's content; so are the frames' keys and values
   where a request's settings say `reuse`;
 - an answer chosen from given ones is a request like any other, of one step;
-- a cancelled request is gone before the next step.
+- a cancelled request is gone before the next step;
+- when memory runs out, what is only kept to save time is given up; then the youngest request waits again, to be decoded
+  from its start when there is room, and the others repeat the step. Only a request that does not fit alone fails.
 
 It knows nothing of HTTP. Whoever submits a job gets a handle, and reads updates from it in an asyncio event loop.
 """
@@ -18,29 +20,38 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from vidlada.api import VidLaDA
 from vidlada.decoding.cache import VisualCache
-from vidlada.decoding.memory import peak_bytes
+from vidlada.decoding.memory import is_out_of_memory, peak_bytes
 from vidlada.decoding.sampler import Denoiser, State, Statistics
 from vidlada.decoding.thinking import Turn
 from vidlada.engine.choosing import ChoosingTurn
 from vidlada.engine.feature_store import LRUCache
 from vidlada.engine.forms import FormTurn
 from vidlada.engine.limits import EngineLimits
-from vidlada.engine.requests import EngineClosedError, EngineRequest, MediaInput, RequestHandle, Update
+from vidlada.engine.requests import (
+    EngineClosedError,
+    EngineRequest,
+    MediaInput,
+    MemoryExhaustedError,
+    RequestHandle,
+    Update,
+)
 from vidlada.engine.scheduler import Scheduler
 from vidlada.errors import VidLaDAError
-from vidlada.info import free_memory
-from vidlada.machine import MEBI
+from vidlada.machine import MEBI, free_memory
 
 FRAMES_PER_TURN = 8  # through the vision tower between two steps; always the same, so that features are too
+
+Result = TypeVar("Result")
 
 log = logging.getLogger("vidlada.engine")
 
@@ -57,6 +68,7 @@ class Totals:
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
+    put_back: int = 0
     stepping_seconds: float = 0.0
 
 
@@ -88,8 +100,7 @@ class Engine:
 
     def submit(self, job: EngineRequest) -> RequestHandle:
         """Queue a job; to be called in the event loop that reads the handle."""
-        handle = RequestHandle(job, asyncio.get_running_loop())
-        handle.task.bytes = self.bytes_of(job)
+        handle = RequestHandle(job, asyncio.get_running_loop(), self.bytes_of(job))
         with self.condition:
             if self.closing:
                 raise EngineClosedError
@@ -148,16 +159,20 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         gone = [handle for handle in [*self.running, *self.joining] if handle.cancelled]
-        self.decoding = {number: handle for number, handle in self.decoding.items() if not handle.cancelled}
-        self.choosing = [handle for handle in self.choosing if not handle.cancelled]
-        self.denoiser.rows = [row for row in self.denoiser.rows if row.number in self.decoding]
-        self.joining = {handle: pieces for handle, pieces in self.joining.items() if not handle.cancelled}
+        self._remove(gone)
         with self.condition:
             gone += [handle for handle in self.waiting if handle.cancelled]
             self.waiting = deque(handle for handle in self.waiting if not handle.cancelled)
         self.totals.cancelled += len(gone)
         for handle in gone:
             handle.put(VidLaDAError("the request was cancelled"))
+
+    def _remove(self, gone: Collection[RequestHandle]) -> None:
+        """Take requests out of whatever is done with them."""
+        self.decoding = {number: handle for number, handle in self.decoding.items() if handle not in gone}
+        self.choosing = [handle for handle in self.choosing if handle not in gone]
+        self.denoiser.rows = [row for row in self.denoiser.rows if row.number in self.decoding]
+        self.joining = {handle: pieces for handle, pieces in self.joining.items() if handle not in gone}
 
     def bytes_of(self, job: EngineRequest) -> int:
         """Memory a request takes: what it keeps between steps, and its part of a pass over everything."""
@@ -187,12 +202,9 @@ class Engine:
         tasks = {handle.task: handle for handle in self.joining}
         handle = tasks[self.scheduler.prepare(list(tasks))]
         started = time.perf_counter()
-        try:
-            done = next(self.joining[handle], "done") == "done"
-        except Exception as error:
-            del self.joining[handle]
-            self.totals.failed += 1
-            handle.put(self._as_vidlada_error(error))
+        done = self._attempt(lambda: next(self.joining[handle], "done") == "done")
+        if isinstance(done, VidLaDAError):
+            self._recover(done, [handle], spoiled=[handle])
             return
         handle.seconds["vision"] = handle.seconds.get("vision", 0.0) + time.perf_counter() - started
         if done:
@@ -272,23 +284,24 @@ class Engine:
         for handle in handles:
             turn = handle.turn
             assert isinstance(turn, ChoosingTurn | FormTurn)
-            earlier = turn.statistics
-            try:
-                state, stable, scores = turn.step()
-            except Exception as error:
-                self.choosing.remove(handle)
-                self._fail(self._as_vidlada_error(error), [handle])
-                continue
+            earlier, found = turn.statistics, self._attempt(turn.step)
+            if isinstance(found, VidLaDAError):
+                self._recover(found, [handle])
+                break  # others may be gone too
+            state, stable, scores = found
             computed += self._count(handle, state.statistics, earlier)
             if turn.choosing:
                 continue
             self.choosing.remove(handle)
             if stable.finish_reason is None:  # the rest of the form is to be decoded
                 handle.task.restart(handle.job.settings.gen_length)
-                self._start(handle)
+                error = self._attempt(partial(self._start, handle))
+                if error is not None:
+                    self._recover(error, [handle], [handle])
+                    break
                 continue
             handle.turn = None
-            self.totals.finished += 1
+            self._finished()
             handle.put(Update(state, stable, dict(handle.seconds), state.confidence, scores))
         return computed
 
@@ -299,18 +312,22 @@ class Engine:
         if not rows:
             return 0.0
         before = {row.number: row.statistics for row in rows}
-        self.denoiser.rows = rows
-        try:
-            states = self.denoiser.step()
-        except Exception as error:
-            self.denoiser.rows = others
-            self._fail(self._as_vidlada_error(error), [self.decoding.pop(number) for number in before])
+        self.denoiser.rows, self.denoiser.spoiled = rows, set()
+        states = self._attempt(self.denoiser.step)
+        self.denoiser.rows = [*self.denoiser.rows, *others]
+        if isinstance(states, VidLaDAError):
+            spoiled = [self.decoding[number] for number in self.denoiser.spoiled]
+            self._recover(states, [self.decoding[number] for number in before], spoiled)
             return 0.0
-        self.denoiser.rows += others
-        computed = 0.0
+        computed, failed = 0.0, list[tuple[VidLaDAError, RequestHandle]]()
         for number, state in states:
-            computed += self._count(self.decoding[number], state.statistics, before[number])
-            self._deliver(number, state)
+            handle = self.decoding[number]
+            computed += self._count(handle, state.statistics, before[number])
+            error = self._attempt(partial(self._deliver, number, state))
+            if error is not None:
+                failed.append((error, handle))
+        for error, handle in failed:
+            self._recover(error, [handle], [handle])
         return computed
 
     def _count(self, handle: RequestHandle, statistics: Statistics, earlier: Statistics) -> float:
@@ -331,27 +348,76 @@ class Engine:
         request = turn.request
         if state.visual is not None:
             self.visual.put(handle.job.visual_key, state.visual, state.visual.nbytes)
-        try:
-            state, stable = turn.take(state)
-        except VidLaDAError as error:
-            self.denoiser.remove(number)
-            self._fail(error, [self.decoding.pop(number)])
-            return
+        state, stable = turn.take(state)
         state = replace(state, visual=None)  # readers have no use for it
         if stable.finish_reason is not None or turn.request is not request:
             self.denoiser.remove(number)
             del self.decoding[number]
         if stable.finish_reason is not None:
             handle.turn = None
-            self.totals.finished += 1
+            self._finished()
         handle.put(Update(state, stable, dict(handle.seconds), handle.confidence_after(state)))
         if turn.request is not request:  # the thought is complete, and the answer has slots of its own
             handle.confidence = handle.committed = None
             handle.task.restart(handle.job.settings.gen_length)
             self._start(handle)
 
-    def _fail(self, error: VidLaDAError, handles: Iterable[RequestHandle]) -> None:
+    def _finished(self) -> None:
+        """Take note of a complete answer."""
+        self.totals.finished += 1
+        self.scheduler.finished()
+
+    def _attempt(self, run: Callable[[], Result]) -> "Result | VidLaDAError":
+        """What something returns, or the error it ends with, when the traceback, which keeps tensors alive, is gone."""
+        try:
+            return run()
+        except Exception as error:
+            return self._as_vidlada_error(error)
+
+    def _recover(
+        self, error: VidLaDAError, failed: Collection[RequestHandle], spoiled: Collection[RequestHandle] = ()
+    ) -> None:
+        """Deal with an error.
+
+        Args:
+            error: if it is not that memory ran out, the requests it happened to fail.
+            failed: those requests.
+            spoiled: those of them that cannot go on from where they were.
+        """
+        if not isinstance(error, MemoryExhaustedError):
+            self._fail(error, failed)
+            return
+        taken = list(dict.fromkeys([*self.running, *self.joining, *failed]))
+        released = self._release()
+        if len(taken) == 1 and (not released or taken[0].retried):
+            advice = "use fewer frames, a smaller gen_length or a smaller type"
+            self._fail(MemoryExhaustedError(f"{error}, though nothing else was running; {advice}"), taken)
+            return
+        back = list(spoiled) or ([] if released else [max(taken, key=lambda handle: handle.submitted)])
+        if not released:
+            self.scheduler.exhausted([handle.task for handle in taken], [handle.task for handle in back])
+        log.warning("%s; %d of %d requests are put back", error, len(back), len(taken))
+        self._remove(back)
+        self.totals.put_back += len(back)
+        for handle in sorted(back, key=lambda handle: handle.submitted, reverse=True):
+            handle.retried = len(taken) == 1
+            handle.reset(self.bytes_of(handle.job))
+            with self.condition:
+                self.waiting.appendleft(handle)
+
+    def _release(self) -> bool:
+        """Free what is only kept to save time; says whether that was anything worth a second try."""
+        kept = self.features.nbytes + self.visual.nbytes
+        for store in (self.features, self.visual):
+            store.clear()
+        self.denoiser.clear_graphs()
+        if self.vidlada.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return kept > 0
+
+    def _fail(self, error: VidLaDAError, handles: Collection[RequestHandle]) -> None:
         """Tell requests that there will be no answer."""
+        self._remove(handles)
         for handle in handles:
             self.totals.failed += 1
             handle.put(error)
@@ -371,6 +437,8 @@ class Engine:
     def _as_vidlada_error(error: Exception) -> VidLaDAError:
         if isinstance(error, VidLaDAError):
             return error
-        log.exception("the model failed", exc_info=error)
         lines = str(error).splitlines() or [""]
+        if is_out_of_memory(error):
+            return MemoryExhaustedError(f"the model ran out of memory: {lines[0].rstrip('.')}")
+        log.exception("the model failed", exc_info=error)
         return VidLaDAError(f"the model failed: {type(error).__name__}: {lines[0]}")

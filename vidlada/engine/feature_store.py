@@ -38,3 +38,8 @@ class LRUCache(Generic[Value]):
         self.nbytes += nbytes
         while self.nbytes > self.max_bytes:
             self.nbytes -= self.entries.popitem(last=False)[1][1]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.entries.clear()
+        self.nbytes = 0

@@ -1,4 +1,4 @@
-"""What an engine is asked, and what it tells: questions, updates, and the handle that connects a client with both."""
+"""What an engine takes and reports: questions, updates, and the handle that connects a client with both."""
 
 import asyncio
 import time
@@ -29,6 +29,10 @@ class EngineClosedError(VidLaDAError):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down")
+
+
+class MemoryExhaustedError(VidLaDAError):
+    """A pass of the model ran out of memory."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +113,32 @@ class Update:
 
 
 class RequestHandle:
-    """A submitted job, seen from the event loop that submitted it."""
+    """A submitted job, seen from the event loop that submitted it.
 
-    def __init__(self, job: EngineRequest, loop: asyncio.AbstractEventLoop):
+    Args:
+        job: what is asked.
+        loop: that reads the updates.
+        bytes: of memory that it takes at its peak.
+    """
+
+    def __init__(self, job: EngineRequest, loop: asyncio.AbstractEventLoop, bytes: int):
         self.job, self.loop = job, loop
-        settings = job.settings
+        self.cancelled = False
+        self.retried = False  # after it had run out of memory alone
+        self.seconds: dict[str, float] = {}
+        self.submitted = time.perf_counter()
+        self.updated = self.seen = 0  # updates since it began, and the most before it had to begin again
+        self.reset(bytes)
+        self.pending: deque[Update | BaseException] = deque(maxlen=MOST_PENDING)
+        self.news = asyncio.Event()
+
+    def reset(self, bytes: int) -> None:
+        """Be as before the first step, perhaps for a second time.
+
+        Args:
+            bytes: of memory that the request takes.
+        """
+        job, settings = self.job, self.job.settings
         pace = settings.block_length / min(settings.steps_per_block, settings.block_length)
         self.task = Task(
             tokens=job.tokens,
@@ -121,15 +146,12 @@ class RequestHandle:
             pace=settings.slots if job.choices else pace,  # choices take one step
             passes=2 if settings.cfg_scale > 0 else 1,
             frames=sum(len(shown.frames.times) for shown in job.videos),
+            bytes=bytes,
         )
-        self.cancelled = False
-        self.seconds: dict[str, float] = {}
-        self.submitted = time.perf_counter()
         self.turn: Turn | ChoosingTurn | FormTurn | None = None  # while it runs
         self.confidence: Tensor | None = None
         self.committed: Tensor | None = None
-        self.pending: deque[Update | BaseException] = deque(maxlen=MOST_PENDING)
-        self.news = asyncio.Event()
+        self.updated, self.seen = 0, max(self.seen, self.updated)
 
     def cancel(self) -> None:
         """Give up; the place is free before the next step. Harmless once it is done."""
@@ -169,7 +191,11 @@ class RequestHandle:
         return self.confidence
 
     def put(self, update: "Update | BaseException") -> None:
-        """Called by the engine's thread."""
+        """Called by the engine's thread. Updates that a request repeats after a `reset` are left out."""
+        if isinstance(update, Update):
+            self.updated += 1
+            if self.updated <= self.seen and update.stable.finish_reason is None:
+                return
 
         def deliver() -> None:
             self.pending.append(update)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from vidlada.engine.limits import EngineLimits
 
 PEERS = 1.25  # rows whose steps cost the same to within this factor are stepped together
+GROWTH = 17 / 16  # of the memory budget with every answer that is finished
 EXTRA = 4  # one place, and one token, more for every so many, for requests with at most this part of the longest's work
 
 
@@ -86,6 +87,7 @@ class Scheduler:
         self.turns = self.admissions = self.preparations = 0
         self.lead = 0.0  # tokens by which the shortest have had more than the oldest
         self.by_age = False  # how this turn's were chosen
+        self.budget: float | None = None  # bytes that may run together; known once memory has run out
 
     def admit(self, waiting: Sequence[Task], running: Sequence[Task]) -> Task | None:
         """The request that gets a place now, if there is one for it.
@@ -122,9 +124,27 @@ class Scheduler:
         )
 
     def has_memory(self, task: Task, running: Sequence[Task]) -> bool:
-        """Whether a request fits into memory beside those that have not taken theirs yet."""
+        """Whether a request fits into memory beside those that have not taken theirs yet, as far as is known."""
+        if self.budget is not None and task.bytes + sum(other.bytes for other in running) > self.budget:
+            return False
         free = self.free()
         return free is None or task.bytes + sum(other.bytes for other in running if not other.steps) <= free
+
+    def exhausted(self, running: Sequence[Task], put_back: Sequence[Task]) -> None:
+        """Take note that memory ran out: fewer may run together from now on.
+
+        Args:
+            running: when it ran out, with those being prepared.
+            put_back: of them.
+        """
+        # if all are, all but one of them may have fitted
+        gone = put_back if len(put_back) < len(running) else put_back[:1]
+        self.budget = float(sum(task.bytes for task in running) - sum(task.bytes for task in gone))
+
+    def finished(self) -> None:
+        """Take note that an answer is complete: a little more may run together, until memory runs out again."""
+        if self.budget is not None:
+            self.budget *= GROWTH
 
     def prepare(self, tasks: Sequence[Task]) -> Task:
         """The request to prepare next: in turns the one with the fewest frames left and the first that came."""

@@ -115,14 +115,14 @@ def video_mmmu_right(judged: dict[str, Any]) -> float:
     """
     truths = judged["answer"] if isinstance(judged["answer"], list) else [judged["answer"]]
     if judged["question_type"] in ("multiple-choice", "perception"):
-        said = judged["parsed_pred"] if isinstance(judged["parsed_pred"], list) else [judged["parsed_pred"]]
-        letters = {str(form).strip().upper() for form in said}
+        parsed = judged["parsed_pred"] if isinstance(judged["parsed_pred"], list) else [judged["parsed_pred"]]
+        letters = {str(form).strip().upper() for form in parsed}
         return float(any(str(truth).strip().upper() in letters for truth in truths))
     wanted = [form for truth in truths for form in _forms(str(truth))]
-    said = judged["parsed_pred"] if isinstance(judged["parsed_pred"], list) else [judged["parsed_pred"]]
+    parsed = judged["parsed_pred"] if isinstance(judged["parsed_pred"], list) else [judged["parsed_pred"]]
     return float(
         any(form in answer if isinstance(form, str) and isinstance(answer, str) else form == answer
-            for answer in said for form in wanted)
+            for answer in parsed for form in wanted)
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from vidlada.errors import InputError
 from vidlada.evaluation.plots import write_plot
-from vidlada.evaluation.report import cost, cost_lines, format_setting, json_number, number, signed
+from vidlada.evaluation.report import cost, cost_lines, format_setting, format_signed, json_number, number
 from vidlada.evaluation.results import Run, Sample, run_labels, score_of
 from vidlada.files import write_json, write_text
 from vidlada.markdown import table
@@ -95,7 +95,7 @@ def compare_text(compared: dict[str, Any]) -> str:
     name_of = dict(zip(compared["runs"], names, strict=True))
     rows = [
         (row["title"], row["number"], number(row["baseline_percent"]), name_of[row["run"]], number(row["percent"]),
-         signed(row["difference"]), number(row["standard_error"]), f"{row['better']} / {row['worse']}",
+         format_signed(row["difference"]), number(row["standard_error"]), f"{row['better']} / {row['worse']}",
          f"{row['p']:.3g}")
         for row in compared["compared"]
     ]  # fmt: skip

@@ -130,13 +130,13 @@ class VidLaDAChat(lmms):
         """
         _, to_messages, arguments, doc_id, task, split = request.args
         document = self.document(task, split, doc_id)
-        said: list[str] = []
+        answers: list[str] = []
         seen: dict[Hashable, tuple[Media, list[EncodedVideo] | str]] = {}
         information, error = None, None
         while True:
             try:
                 messages, finished, _, information = to_messages(
-                    document, round_idx=len(said), previous_output=said, previous_round_info=information
+                    document, round_idx=len(answers), previous_output=answers, previous_round_info=information
                 )
             except TASK_ERRORS as failure:
                 question = missing_video(task, document, failure)
@@ -156,7 +156,7 @@ class VidLaDAChat(lmms):
             else:
                 reply = Reply(error=error)
             yield question, reply
-            said = [*said, reply.text]
+            answers = [*answers, reply.text]
 
     def encode(self, media: Media, settings: GenerationSettings) -> list[EncodedVideo] | str:
         """Visual tokens, or why there are none."""

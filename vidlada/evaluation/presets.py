@@ -8,7 +8,7 @@ PresetName = Literal["paper", "task"]
 
 
 def model_arguments(preset: PresetName, benchmark: Benchmark) -> dict[str, Any]:
-    """How videos are shown: 64 frames at most, one a second, and their times told to MVBench only."""
+    """How videos are shown: 64 frames at most, one a second, and their times named to MVBench only."""
     return {
         "max_frames_num": 64,
         "video_fps": 1.0,

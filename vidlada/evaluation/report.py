@@ -24,7 +24,7 @@ def number(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def signed(value: float | None) -> str:
+def format_signed(value: float | None) -> str:
     """A difference, or a dash."""
     return "–" if value is None or math.isnan(value) else f"{value:+.1f}"
 
@@ -102,7 +102,7 @@ def report_text(run: Run) -> str:
     rows, notes = [], []
     for result in run.results.values():
         score, paper = result.score, result.benchmark.paper
-        mark, gain = " *" if run.is_partial(result) else "", signed(difference(run, result))
+        mark, gain = " *" if run.is_partial(result) else "", format_signed(difference(run, result))
         rows.append(
             (result.benchmark.title + mark, len(result.samples) - len(result.skipped), score,
              number(score.standard_error), number(paper), gain, len(result.failed), number(result.without_letter, 0))

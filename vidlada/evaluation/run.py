@@ -389,8 +389,8 @@ def reason(output: Path) -> str:
     """Why lmms-eval failed: the last error in its log."""
     lines = (output / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line for line in lines if "Error" in line or "does not exist" in line]
-    said = errors[-1].split(" - ")[-1].strip() if errors else " ".join(lines[-LOG_LINES:])
-    return f"{said} (all of it: {output / LOG_FILE})"
+    cause = errors[-1].split(" - ")[-1].strip() if errors else " ".join(lines[-LOG_LINES:])
+    return f"{cause} (all of it: {output / LOG_FILE})"
 
 
 def keep_interrupted(cache: Path) -> None:

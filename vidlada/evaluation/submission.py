@@ -66,11 +66,11 @@ def submit(output: Path, wait: float = WAIT) -> dict[str, Any]:
         return known
     server = os.environ.get(SERVER_VARIABLE, SERVER)
     reply = _post(server, answers, wait)
-    said = VERDICT.search(reply)
-    if said is None:
+    accuracy = VERDICT.search(reply)
+    if accuracy is None:
         raise VidLaDAError(f"{server} took {output / SUBMISSION_FILE} but gave no accuracy: {reply[:300]}")
     verdict = {
-        "accuracy": float(said[1]), "number": len(json.loads(answers)), "reply": reply, "server": server,
+        "accuracy": float(accuracy[1]), "number": len(json.loads(answers)), "reply": reply, "server": server,
         "answers": hashlib.sha256(answers).hexdigest(),
     }  # fmt: skip
     write_json(output / VERDICT_FILE, verdict)

@@ -15,6 +15,8 @@ from typing import Any
 
 from vidlada.api import VidLaDA
 from vidlada.engine.requests import RequestHandle, Update
+from vidlada.errors import VidLaDAError
+from vidlada.serve.objects import Draft, DraftToken, TokenLogprob, Usage
 from vidlada.serve.schema import AnswerRequest
 from vidlada.serve.service import Submitted
 
@@ -90,7 +92,7 @@ class Reply:
         """By phase."""
         return {**self.submitted[number].seconds, **update.seconds, **update.state.statistics.seconds}
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> Usage:
         """Token counts; visual tokens are part of the prompt's, which counts once for all its answers, and those of a
         thought part of the completion's."""
         each = self.submitted[:: self.order.n]
@@ -108,7 +110,7 @@ class Reply:
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
 
-    def token_logprobs(self, number: int, update: Update, first: int = 0) -> list[dict[str, Any]]:
+    def token_logprobs(self, number: int, update: Update, first: int = 0) -> list[TokenLogprob]:
         """Each stable token, from the `first` on, with the log of the probability with which it was committed.
 
         For an answer that was chosen from `guided_choice`: the choice as a whole, and the others beside it.
@@ -122,7 +124,7 @@ class Reply:
             return [{**entries[0], "top_logprobs": entries[: self.wanted_logprobs]}]
         state, decode = update.state, self.vidlada.processor.decode
         ids = state.proposed[: update.stable.tokens].tolist()
-        found = []
+        found: list[TokenLogprob] = []
         for place in range(first, len(ids)):
             text = decode(ids[: place + 1])[len(decode(ids[:place])) :]
             entry = entry_of(text, float(update.confidence[place]))
@@ -134,17 +136,17 @@ class Reply:
         """Alternatives asked for."""
         return getattr(self.order, "top_logprobs", 0)
 
-    def diffusion(self, number: int, update: Update) -> dict[str, Any]:
+    def diffusion(self, number: int, update: Update) -> Draft:
         """The draft: every slot up to the last one that has a proposal."""
         state = update.state
         pieces = self.vidlada.draft(state).pieces
-        tokens = [
+        tokens: list[DraftToken] = [
             {"text": text, "final": final, "confidence": round(confidence, 4)}
             for (text, final), confidence in zip(pieces, state.confidence.tolist(), strict=False)
         ]
         while tokens and tokens[-1]["text"] is None:
             tokens.pop()
-        draft = {"step": state.step, "slots": len(pieces), "thinking": update.stable.thinking, "tokens": tokens}
+        draft: Draft = {"step": state.step, "slots": len(pieces), "thinking": update.stable.thinking, "tokens": tokens}
         if update.stable.finish_reason is not None:
             job = self.submitted[number].handle.job
             draft["frame_times"] = [round(time, 3) for video in job.videos for time in video.frames.times]
@@ -165,7 +167,7 @@ class Reply:
         return b""
 
     def events(self, number: int, update: Update) -> bytes:
-        """The events of an update; none if there is nothing new to tell."""
+        """The events of an update; none if there is nothing new."""
         raise NotImplementedError
 
     def closing(self, include_usage: bool) -> bytes:
@@ -176,14 +178,16 @@ class Reply:
         """An error after the stream began."""
         return event(body)
 
-    def news(self, number: int, update: Update) -> tuple[str, str, list[dict[str, Any]]]:
+    def news(self, number: int, update: Update) -> tuple[str, str, list[TokenLogprob]]:
         """Thought, text and the text's tokens that were not sent yet."""
-        self.last[number] = update
+        before, self.last[number] = self.last[number], update
+        if before is not None and not update.stable.text.startswith(before.stable.text):
+            raise VidLaDAError("memory ran out, and the repeated answer differs from what was sent already; ask again")
         text, reasoning = self.text(number, update), self.reasoning(update)
         new_reasoning = reasoning[self.sent_thought[number] :]
         self.sent_thought[number] = max(self.sent_thought[number], len(reasoning))
         new = text[self.sent[number] :]
-        tokens = []
+        tokens: list[TokenLogprob] = []
         if getattr(self.order, "logprobs", None) not in (None, False) and new:
             tokens = self.token_logprobs(number, update, self.sent_tokens[number])
             self.sent_tokens[number] = update.stable.tokens
@@ -266,7 +270,7 @@ def event(content: dict[str, Any], name: str | None = None) -> bytes:
     return line + b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
 
 
-def entry_of(text: str, probability: float) -> dict[str, Any]:
+def entry_of(text: str, probability: float) -> TokenLogprob:
     """A token with its log-probability, as OpenAI has it."""
     logprob = math.log(probability) if probability > 0 else LEAST_LOGPROB
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

@@ -83,7 +83,7 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
 
 @dataclass(frozen=True)
 class SiteRules:
-    """Which web pages may use a server that has no keys. What browsers send without a page's consent tells.
+    """Which web pages may use a server that has no keys. Browsers say which page asks, whether it likes or not.
 
     Args:
         hosts: names by which the server may be called, in `Host`; None for any.

@@ -5,6 +5,7 @@ from typing import Any
 
 from vidlada.engine.requests import Update
 from vidlada.serve.completions import DONE, Reply, event
+from vidlada.serve.objects import TextChoice, TextLogprobs, TokenLogprob
 from vidlada.serve.schema import CompletionRequest
 
 
@@ -39,7 +40,7 @@ class TextReply(Reply):
         draft, reason = self.draft(number, update), update.stable.finish_reason
         if not (text or draft or reason):
             return b""
-        return self.chunk({**choice_of(number, text, reason, tokens or None, offset)}, draft)
+        return self.chunk(choice_of(number, text, reason, tokens or None, offset), draft)
 
     def closing(self, include_usage: bool) -> bytes:
         """Usage, if asked for, and the end mark."""
@@ -50,14 +51,14 @@ class TextReply(Reply):
         """What every object begins with."""
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.name}
 
-    def chunk(self, choice: dict[str, Any], draft: dict[str, Any] | None = None) -> bytes:
+    def chunk(self, choice: TextChoice, draft: dict[str, Any] | None = None) -> bytes:
         """An event of one answer."""
         return event({**self.head(), "choices": [choice], **(draft or {})})
 
 
 def choice_of(
-    number: int, text: str, reason: str | None, tokens: list[dict[str, Any]] | None = None, offset: int = 0
-) -> dict[str, Any]:
+    number: int, text: str, reason: str | None, tokens: list[TokenLogprob] | None = None, offset: int = 0
+) -> TextChoice:
     """An answer as this interface has it.
 
     Args:
@@ -67,7 +68,7 @@ def choice_of(
         tokens: with their log-probabilities; None for none.
         offset: characters before the first of them.
     """
-    logprobs = None
+    logprobs: TextLogprobs | None = None
     if tokens is not None:
         texts = [token["token"] for token in tokens]
         logprobs = {

@@ -34,7 +34,7 @@ class MediaReference:
 
     Attributes:
         url: of it, or the id of an upload.
-        is_image: the client says that it is an image; else its content tells.
+        is_image: the client says that it is an image; else its content decides.
         inline: no line break follows it: it stands in the place of a mark within a text.
     """
 
@@ -48,7 +48,7 @@ class Medium:
     """A file to be decoded.
 
     Attributes:
-        path: where it lies; its suffix tells images from videos.
+        path: where it lies; its suffix distinguishes images from videos.
         key: of its content.
     """
 
@@ -197,9 +197,9 @@ class MediaSource:
         addresses = await look_up(host, port or parts.scheme)
         if not self.private_urls and not all(is_public(address) for address in addresses):
             raise RequestError(403, "the URL points to an address that is not public", "forbidden_url")
-        asked = httpx2.URL(url)
-        headers = {"Host": asked.netloc.decode(), "Accept-Encoding": "identity", "User-Agent": "vidlada"}
-        target, name = asked.copy_with(host=addresses[0]), asked.raw_host.decode()
+        named = httpx2.URL(url)
+        headers = {"Host": named.netloc.decode(), "Accept-Encoding": "identity", "User-Agent": "vidlada"}
+        target, name = named.copy_with(host=addresses[0]), named.raw_host.decode()
         return client.build_request("GET", target, headers=headers, extensions={"sni_hostname": name})
 
 

@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus."""
+"""What `/metrics` reports to Prometheus."""
 
 from collections.abc import Iterator
 
@@ -45,6 +45,7 @@ class ServiceCollector(Collector):
             "finished_answers": ("Answers completed", totals.finished),
             "cancelled_answers": ("Answers given up by their clients", totals.cancelled),
             "failed_answers": ("Answers the model failed to give", totals.failed),
+            "put_back_answers": ("Answers begun again because memory ran out", totals.put_back),
             "decoder_deaths": ("Worker processes that died over a video", service.decoders.deaths),
             "feature_store_hits": ("Videos found encoded", engine.features.hits),
             "feature_store_misses": ("Videos not found encoded", engine.features.misses),

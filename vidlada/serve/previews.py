@@ -2,16 +2,16 @@
 
 import base64
 import io
-from typing import Any
 
 from PIL import Image
 
+from vidlada.serve.objects import FrameStrip, Picture
 from vidlada.video import Frames
 
 
-def strip(frames: Frames) -> dict[str, Any]:
+def strip(frames: Frames) -> FrameStrip:
     """Frames as JPEG data URIs with their times."""
-    pictures = []
+    pictures: list[Picture] = []
     for image, seconds in zip(frames.images, frames.times, strict=True):
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "JPEG", quality=80)

@@ -13,6 +13,7 @@ from vidlada.engine.requests import Update
 from vidlada.serve.body import validate
 from vidlada.serve.completions import Reply, event
 from vidlada.serve.errors import RequestError
+from vidlada.serve.objects import TokenLogprob
 from vidlada.serve.refusals import unsupported_error
 from vidlada.serve.schema import AnswerRequest, ChatRequest, Part, Reference, Strict, Text, as_reference
 from vidlada.serve.service import Submitted
@@ -213,7 +214,7 @@ class ResponsesReply(Reply):
         thought = self.reasoning(update)
         return [*([self.item("reasoning", self.part("reasoning", thought))] if thought else []), message]
 
-    def part(self, kind: str, text: str, tokens: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    def part(self, kind: str, text: str, tokens: Sequence[TokenLogprob] = ()) -> dict[str, Any]:
         """The content of an item."""
         part = {"type": self.parts[kind], "text": text}
         return {**part, "annotations": [], "logprobs": list(tokens)} if kind == "message" else part

@@ -4,16 +4,43 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from vidlada import __version__
 from vidlada.serve.completions import ChatReply
 from vidlada.serve.http import answer_head
 from vidlada.serve.legacy import TextReply
+from vidlada.serve.objects import (
+    ChatCompletion,
+    DecodedTokens,
+    DeletedFile,
+    ErrorObject,
+    FileList,
+    FileObject,
+    FrameStrip,
+    Health,
+    ModelList,
+    ModelObject,
+    ResponseObject,
+    TextCompletion,
+    Tokens,
+    Version,
+)
 from vidlada.serve.responses import ResponsesReply, ResponsesRequest
-from vidlada.serve.schema import ChatRequest, CompletionRequest
+from vidlada.serve.schema import ChatRequest, CompletionRequest, DetokenizeRequest
 from vidlada.serve.server import Server
 
-router = APIRouter()
+router = APIRouter(responses={"4XX": {"model": ErrorObject}, "5XX": {"model": ErrorObject}})
+COMPONENTS = "#/components/schemas/"
+BODIES: tuple[type[BaseModel], ...] = (ChatRequest, ResponsesRequest, CompletionRequest, DetokenizeRequest)
+
+
+def body_of(*models: type[BaseModel]) -> dict[str, Any]:
+    """Describe the body of a route that parses its own, within bounds."""
+    schemas = [{"$ref": f"{COMPONENTS}{model.__name__}"} for model in models]
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 async def server_of(request: Request) -> Server:
@@ -34,19 +61,20 @@ Owner = Annotated[str, Depends(owner_of)]
 
 
 @router.get("/health")
-async def health(server: Serving) -> Response:
+async def health(server: Serving, response: Response) -> Health:
     """Whether the engine runs."""
     alive = server.service.engine.alive
-    return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+    response.status_code = 200 if alive else 503
+    return {"status": "ok" if alive else "the engine has stopped"}
 
 
 @router.get("/version")
-async def version() -> Response:
+async def version() -> Version:
     """The package's version."""
-    return JSONResponse({"version": __version__})
+    return {"version": __version__}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(server: Serving, owner: Owner) -> Response:
     """Figures in Prometheus' format."""
     return PlainTextResponse(server.metrics.text())
@@ -55,51 +83,54 @@ async def metrics(server: Serving, owner: Owner) -> Response:
 @router.get("/openapi.json", include_in_schema=False)
 async def openapi(request: Request, owner: Owner) -> Response:
     """The description of the interface."""
-    return JSONResponse(request.app.openapi())
+    description = request.app.openapi()
+    _, bodies = models_json_schema([(each, "validation") for each in BODIES], ref_template=COMPONENTS + "{model}")
+    description["components"]["schemas"] |= bodies["$defs"]
+    return JSONResponse(description)
 
 
 @router.get("/v1/models")
-async def models(server: Serving, owner: Owner) -> Response:
+async def models(server: Serving, owner: Owner) -> ModelList:
     """The model, as a list."""
-    return JSONResponse({"object": "list", "data": [server.model()]})
+    return {"object": "list", "data": [server.model()]}
 
 
 @router.get("/v1/models/{name:path}")
-async def model(server: Serving, owner: Owner, name: str) -> Response:
+async def model(server: Serving, owner: Owner, name: str) -> ModelObject:
     """The model."""
     server.check_model(name)
-    return JSONResponse(server.model())
+    return server.model()
 
 
 # --- answers; their bodies are parsed in a thread, within bounds ---
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", response_model=ChatCompletion, openapi_extra=body_of(ChatRequest))
 async def chat(request: Request, server: Serving, owner: Owner) -> Response:
     """The answer to a conversation."""
     return await server.answer(request, owner, ChatRequest, ChatReply)
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", response_model=ResponseObject, openapi_extra=body_of(ResponsesRequest))
 async def responses(request: Request, server: Serving, owner: Owner) -> Response:
     """The same in OpenAI's newer interface."""
     return await server.answer(request, owner, ResponsesRequest, ResponsesReply)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", response_model=TextCompletion, openapi_extra=body_of(CompletionRequest))
 async def completions(request: Request, server: Serving, owner: Owner) -> Response:
     """A text continued."""
     return await server.answer(request, owner, CompletionRequest, TextReply)
 
 
-@router.post("/tokenize")
-async def tokenize(request: Request, server: Serving, owner: Owner) -> Response:
+@router.post("/tokenize", openapi_extra=body_of(ChatRequest, CompletionRequest))
+async def tokenize(request: Request, server: Serving, owner: Owner) -> Tokens:
     """The token ids of a request or a text."""
     return await server.tokenize(request, owner)
 
 
-@router.post("/detokenize")
-async def detokenize(request: Request, server: Serving, owner: Owner) -> Response:
+@router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
+async def detokenize(request: Request, server: Serving, owner: Owner) -> DecodedTokens:
     """The text of token ids."""
     return await server.detokenize(request)
 
@@ -108,7 +139,7 @@ async def detokenize(request: Request, server: Serving, owner: Owner) -> Respons
 
 
 @router.post("/v1/files")
-async def upload(request: Request, server: Serving, owner: Owner) -> Response:
+async def upload(request: Request, server: Serving, owner: Owner) -> FileObject:
     """A file sent as multipart/form-data."""
     return await server.upload(request, owner)
 
@@ -121,22 +152,22 @@ async def files(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
     purpose: str | None = None,
-) -> Response:
+) -> FileList:
     """A page of uploads."""
     uploads, has_more = server.service.files.page(owner, after, limit, order == "desc", purpose)
     ids = [upload.id for upload in uploads]
-    page: dict[str, Any] = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
+    first, last = (ids[0], ids[-1]) if ids else (None, None)
     data = [server.file_object(each) for each in uploads]
-    return JSONResponse({"object": "list", "data": data, **page, "has_more": has_more})
+    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more}
 
 
 @router.get("/v1/files/{file_id}")
-async def file(server: Serving, owner: Owner, file_id: str) -> Response:
+async def file(server: Serving, owner: Owner, file_id: str) -> FileObject:
     """An upload."""
-    return JSONResponse(server.file_object(server.service.files.get(file_id, owner)))
+    return server.file_object(server.service.files.get(file_id, owner))
 
 
-@router.get("/v1/files/{file_id}/content")
+@router.get("/v1/files/{file_id}/content", response_class=FileResponse)
 async def content(server: Serving, owner: Owner, file_id: str) -> Response:
     """What was uploaded."""
     found = server.service.files.get(file_id, owner)
@@ -152,16 +183,16 @@ async def frames(
     frames: int | None = None,
     fps: float | None = None,
     force_sample: bool = False,
-) -> Response:
+) -> FrameStrip:
     """The frames that the model sees of an upload."""
     return await server.frames(request, owner, file_id, server.service.sampling(frames, fps, force_sample))
 
 
 @router.delete("/v1/files/{file_id}")
-async def delete(server: Serving, owner: Owner, file_id: str) -> Response:
+async def delete(server: Serving, owner: Owner, file_id: str) -> DeletedFile:
     """Remove an upload."""
     server.service.files.delete(file_id, owner)
-    return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+    return {"id": file_id, "object": "file", "deleted": True}
 
 
 answer_head(router)

@@ -14,7 +14,6 @@ from vidlada.video import Sampling
 
 MOST_CHOICES = 16  # answers to one request
 MOST_GUIDED = 100  # answers to choose between
-MOST_LOGPROBS = 20
 EFFORTS = {"none": False, "minimal": False, **dict.fromkeys(("low", "medium", "high", "xhigh", "max"), True)}
 
 Text = Annotated[str, Field(max_length=1_000_000)]
@@ -180,7 +179,7 @@ class AnswerRequest(Settings):
         guided_choice: answer with the likeliest of these.
         guided_json: a JSON schema of the answer; what `response_format` comes to.
         include_reasoning: give the thought beside the answer.
-        diffusing: also tell the draft: in a stream after every step.
+        diffusing: also send the draft: in a stream after every step.
         gen_length and all other settings of `Sampling`, `PromptSettings` and `GenerationSettings`: as listed there. By
             default there are as many slots as `max_tokens` needs, and no more frames than allowed.
     """

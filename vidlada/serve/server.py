@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -27,6 +26,7 @@ from vidlada.serve.errors import RequestError, disk_errors
 from vidlada.serve.files import Upload, too_large
 from vidlada.serve.http import EventStream, SiteRules, as_request_error, error_body, unless_gone
 from vidlada.serve.metrics import Metrics
+from vidlada.serve.objects import DecodedTokens, FileObject, FrameStrip, ModelObject, Tokens
 from vidlada.serve.previews import strip
 from vidlada.serve.responses import ResponsesRequest
 from vidlada.serve.schema import AnswerRequest, ChatRequest, CompletionRequest, DetokenizeRequest
@@ -169,7 +169,7 @@ class Server:
 
     # --- the tokenizer ---
 
-    async def tokenize(self, request: Request, owner: str) -> Response:
+    async def tokenize(self, request: Request, owner: str) -> Tokens:
         """`POST /tokenize`: the token ids of a chat request or of a text, as the model gets them."""
         async with AsyncExitStack() as stack:
             body = await stack.enter_async_context(self.arrivals.json_body(request))
@@ -181,10 +181,10 @@ class Server:
                 jobs, _ = await unless_gone(request, self.service.prepare(order, owner))
             ids = jobs[0].encoded.input_ids
             most = self.vidlada.processor.max_length
-            return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": None})
+            return {"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": None}
         raise AssertionError("unreachable")
 
-    async def detokenize(self, request: Request) -> Response:
+    async def detokenize(self, request: Request) -> DecodedTokens:
         """`POST /detokenize`: the text of token ids."""
         async with AsyncExitStack() as stack:
             body = await stack.enter_async_context(self.arrivals.json_body(request))
@@ -192,11 +192,11 @@ class Server:
         most = len(self.vidlada.processor.tokenizer)
         if any(token >= most for token in order.tokens):
             raise RequestError(422, f"tokens: the ids of this model are below {most}", "invalid_request", "tokens")
-        return JSONResponse({"prompt": self.vidlada.processor.decode(order.tokens, skip_special_tokens=False)})
+        return {"prompt": self.vidlada.processor.decode(order.tokens, skip_special_tokens=False)}
 
     # --- models ---
 
-    def model(self) -> dict[str, Any]:
+    def model(self) -> ModelObject:
         """What `/v1/models` says, and what the page needs to know."""
         config, settings = self.vidlada.model.config, self.vidlada.settings()
         return {
@@ -220,7 +220,7 @@ class Server:
 
     # --- files ---
 
-    async def upload(self, request: Request, owner: str) -> Response:
+    async def upload(self, request: Request, owner: str) -> FileObject:
         """`POST /v1/files`, multipart with `file` and `purpose`."""
         files = self.service.files
         mebibytes = self.limits.max_upload_mb
@@ -245,9 +245,9 @@ class Server:
             most = mebibytes * MEBI + MULTIPART_BYTES
             upload = await self.arrivals.receive(request, most, mebibytes, take, count)
         files.add(upload)
-        return JSONResponse(self.file_object(upload))
+        return self.file_object(upload)
 
-    def file_object(self, upload: Upload) -> dict[str, Any]:
+    def file_object(self, upload: Upload) -> FileObject:
         """An upload as OpenAI describes one."""
         return {
             "id": upload.id,
@@ -260,10 +260,10 @@ class Server:
             "status": "processed",
         }
 
-    async def frames(self, request: Request, owner: str, file_id: str, sampling: Sampling) -> Response:
+    async def frames(self, request: Request, owner: str, file_id: str, sampling: Sampling) -> FrameStrip:
         """`GET /v1/files/{id}/frames`: what the model sees of an upload."""
 
-        async def preview() -> dict[str, Any]:
+        async def preview() -> FrameStrip:
             async with self.service.previews:
                 shown = await self.service.loader.preview(file_id, owner, sampling)
             return await in_thread(PICTURES, strip, shown.frames)
@@ -271,7 +271,7 @@ class Server:
         with self.service.admit_preview():
             try:
                 async with asyncio.timeout(self.limits.request_seconds):
-                    return JSONResponse(await unless_gone(request, preview()))
+                    return await unless_gone(request, preview())
             except TimeoutError:
                 raise self.too_slow() from None
 

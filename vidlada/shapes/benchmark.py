@@ -194,12 +194,12 @@ def evaluate(
     families = {family: Score() for family in (*BENCHMARK_FAMILIES, *LONG_FAMILIES)}
     unseen, by_letter = {SEEN: Score(), UNSEEN: Score()}, Score()
     answers: list[dict[str, Any]] = []
-    for video, asked in by_video.items():
+    for video, of_video in by_video.items():
         path = None if blind else folder / video
-        said = answerer(path, [(open_question(entry), entry["choices"]) for entry in asked])
-        lettered = [entry for entry in asked if letters and entry["choices"]]
+        replies = answerer(path, [(open_question(entry), entry["choices"]) for entry in of_video])
+        lettered = [entry for entry in of_video if letters and entry["choices"]]
         chosen = iter(answerer(path, [(question_of(entry), None) for entry in lettered]) if lettered else [])
-        for entry, answer in zip(asked, said, strict=True):
+        for entry, answer in zip(of_video, replies, strict=True):
             chance = 1 / len(entry["choices"]) if entry["choices"] else commonest[entry["family"]]
             point = matches(answer, right_choice(entry)) if entry["choices"] else points(entry, answer)
             scores = [families[entry["family"]]]

@@ -72,7 +72,7 @@ def timeline_of(clip: Clip) -> str:
 
 
 def events_recovered(answer: str, clip: Clip) -> tuple[float, float, float]:
-    """How much of a clip a caption or timeline tells.
+    """How much of a clip a caption or timeline covers.
 
     Args:
         answer: the model's text.
@@ -82,16 +82,16 @@ def events_recovered(answer: str, clip: Clip) -> tuple[float, float, float]:
         Precision, recall and F1 over clauses that are exactly right, against the caption's or the timeline's
         true clauses, whichever the answer fits better.
     """
-    said = [clause.strip() for clause in answer.split(" .") if clause.strip()]
+    clauses = [clause.strip() for clause in answer.split(" .") if clause.strip()]
     best = (0.0, 0.0, 0.0)
     for truth in (caption_clauses(clip), timeline_clauses(clip)):
         left = list(truth)
         hits = 0
-        for clause in said:
+        for clause in clauses:
             if clause in left:
                 left.remove(clause)
                 hits += 1
-        precision, recall = hits / max(1, len(said)), hits / len(truth)
+        precision, recall = hits / max(1, len(clauses)), hits / len(truth)
         score = 2 * precision * recall / (precision + recall) if hits else 0.0
         best = max(best, (precision, recall, score), key=lambda scores: scores[2])
     return best

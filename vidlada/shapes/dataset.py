@@ -33,8 +33,8 @@ def entry_of(clip: Clip, question: Question, video: str, number: int) -> dict[st
 
 def question_of(entry: dict[str, Any]) -> str:
     """The question of an entry as a user asks it."""
-    asked: str = entry["conversations"][0]["value"]
-    return asked.removeprefix(IMAGE_MARK)
+    text: str = entry["conversations"][0]["value"]
+    return text.removeprefix(IMAGE_MARK)
 
 
 def clip_questions(clip: Clip, split: str, index: int, number: int, families: Iterable[str]) -> list[Question]:
@@ -91,9 +91,10 @@ def write_dataset(
         name = f"{split}-{index:06d}-{clip.seconds:02d}s{'' if clock else '-no-clock'}.mp4"
         if not (videos / name).exists():
             write_mp4(clip, videos / name, size=size, fps=fps)
-        asked = clip_questions(clip, split, index, questions, BENCHMARK_FAMILIES)
-        asked += clip_questions(clip, split, index, len(LONG_FAMILIES), LONG_FAMILIES)
-        entries += [entry_of(clip, question, f"videos/{name}", number) for number, question in enumerate(asked)]
+        questions_of_clip = clip_questions(clip, split, index, questions, BENCHMARK_FAMILIES)
+        questions_of_clip += clip_questions(clip, split, index, len(LONG_FAMILIES), LONG_FAMILIES)
+        video = f"videos/{name}"
+        entries += [entry_of(clip, question, video, number) for number, question in enumerate(questions_of_clip)]
         progress(done)
     return _write_json(Path(folder) / f"{split}.json", entries)
 

@@ -1,6 +1,5 @@
 """Clips to frames: anti-aliased shapes over a background, a clock, noise; and to H.264 files."""
 
-import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vidlada.errors import InputError
+from vidlada.files import atomic_path
 from vidlada.shapes.world import COLOURS, SIZES, Clip, Thing
 
 NOISE_LEVELS = 3.0  # standard deviation of the noise, out of 255
@@ -163,19 +163,14 @@ def write_mp4(clip: Clip, path: Path, size: int = 224, fps: int = 8, crf: int = 
     path = Path(path)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; choose another name, or overwrite it explicitly")
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.mp4")
-    try:
-        with av.open(str(partial), "w") as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
-            stream.width = stream.height = size
-            stream.pix_fmt = "yuv420p"
-            stream.time_base = Fraction(1, fps)
-            times = [k / fps for k in range(clip.seconds * fps)]
-            for start in range(0, len(times), 64):
-                for image in render_frames(clip, times[start : start + 64], size):
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_path(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = Fraction(1, fps)
+        times = [k / fps for k in range(clip.seconds * fps)]
+        for start in range(0, len(times), 64):
+            for image in render_frames(clip, times[start : start + 64], size):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
     return path

@@ -188,7 +188,7 @@ def still(clip: Clip, second: int) -> Clip:
     return Clip(1, clip.seed, things, clip.clock, first_second=second + clip.first_second)
 
 
-def slowed(clip: Clip, factor: int) -> Clip:
+def slow_down(clip: Clip, factor: int) -> Clip:
     """The same clip, in which everything takes `factor` times as long, up to the last whole second's frame."""
     things = tuple(
         replace(
@@ -253,12 +253,12 @@ def _attempt(generator: np.random.Generator, split: str, seconds: int, count: in
     for number, (colour, shape) in enumerate(looks):
         size = str(generator.choice(list(SIZES)))
         runner = overtake and number < 2
-        appear, disappear, turns = (0, None, None) if runner else _fate(generator, seconds, moments, colour)
+        appear, disappear, turns = (0, None, None) if runner else _fate(generator, moments, colour)
         if turns and (turns[1], shape) in HELD_OUT:
             return None
         visible = (seconds if disappear is None else disappear) - appear
         if runner:
-            motion, (start, end) = "move", _overtaking(generator, number, int(lanes[number]), axis, way)
+            motion, (start, end) = "move", _overtaking(number, int(lanes[number]), axis, way)
         else:
             motion = str(generator.choice(["still", "move", "bounce"], p=[0.35, 0.55, 0.1]))
             if visible < 2 or (motion == "bounce" and visible < 5):
@@ -288,7 +288,7 @@ def _moments(generator: np.random.Generator, seconds: int) -> list[int]:
 
 
 def _fate(
-    generator: np.random.Generator, seconds: int, moments: list[int], colour: str
+    generator: np.random.Generator, moments: list[int], colour: str
 ) -> tuple[int, int | None, tuple[int, str] | None]:
     """When a thing appears, disappears and turns another colour; each moment is used once."""
     plans = ["none", "appear", "disappear", "turn", "appear turn", "appear disappear", "turn disappear"]
@@ -321,9 +321,7 @@ def _path(generator: np.random.Generator, motion: str) -> tuple[tuple[float, flo
     return (lane, first), (lane, last)
 
 
-def _overtaking(
-    generator: np.random.Generator, number: int, lane: int, axis: int, way: int
-) -> tuple[tuple[float, float], tuple[float, float]]:
+def _overtaking(number: int, lane: int, axis: int, way: int) -> tuple[tuple[float, float], tuple[float, float]]:
     """Path of the fast (number 0) or the slow thing on its own lane."""
     across = CELLS[lane]
     first, last = (CELLS[0], CELLS[2]) if number == 0 else (CELLS[0] + 0.14, CELLS[0] + 0.34)

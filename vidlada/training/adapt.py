@@ -14,6 +14,7 @@ from vidlada.model.config import VidLaDAConfig
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import VidLaDAProcessor
 from vidlada.training.origin import gguf_file
+from vidlada.training.tokenizer import role_tokens
 from vidlada.training.vocabulary import add_rows
 
 CONTROL_TOKENS = (BOS, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN, MASK)
@@ -40,23 +41,9 @@ def adapt_llama(
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
     llama = source.config
-    problems = [
-        what
-        for what, wrong in {
-            "attention biases": getattr(llama, "attention_bias", False),
-            "MLP biases": getattr(llama, "mlp_bias", False),
-            f"heads of {llama.head_dim}": llama.head_dim * llama.num_attention_heads != llama.hidden_size,
-            f"{llama.hidden_act} activations": llama.hidden_act != "silu",
-            "scaled rotary positions": (llama.rope_parameters or {}).get("rope_type", "default") != "default",
-        }.items()
-        if wrong
-    ]
-    if problems:
-        raise InputError(f"{folder}: a Llama with {' and '.join(problems)} cannot be adapted")
+    check_adaptable(folder, llama)
     tokenizer = adapt_tokenizer(folder)
     rows = max(len(tokenizer), llama.vocab_size)
-    from vidlada.training.tokenizer import role_tokens
-
     config = VidLaDAConfig(
         **{
             **role_tokens(tokenizer),
@@ -81,6 +68,20 @@ def adapt_llama(
     )
     model.lm_head.load_state_dict({"weight": add_rows(source.lm_head.weight.detach(), rows)})
     return model, VidLaDAProcessor.from_config(tokenizer, config)
+
+
+def check_adaptable(folder: Path, llama: Any) -> None:
+    """`InputError` if the model has something our layers do not."""
+    problems = {
+        "attention biases": getattr(llama, "attention_bias", False),
+        "MLP biases": getattr(llama, "mlp_bias", False),
+        f"heads of {llama.head_dim}": llama.head_dim * llama.num_attention_heads != llama.hidden_size,
+        f"{llama.hidden_act} activations": llama.hidden_act != "silu",
+        "scaled rotary positions": (llama.rope_parameters or {}).get("rope_type", "default") != "default",
+    }
+    if any(problems.values()):
+        named = " and ".join(what for what, wrong in problems.items() if wrong)
+        raise InputError(f"{folder}: a Llama with {named} cannot be adapted")
 
 
 def adapt_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

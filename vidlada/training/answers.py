@@ -77,16 +77,16 @@ def requests_for(
     visual: list[torch.Tensor] = []
     words = [tuple(processor.text_ids(word)) for word in settings.stop]
     stops = (*words, *((token,) for token in model.config.stop_token_ids))
-    for place, asked in enumerate(questions):
-        if asked.item is not item:
-            item, sample, visual = asked.item, sample_of(asked), []
+    for place, question in enumerate(questions):
+        if question.item is not item:
+            item, sample, visual = question.item, sample_of(question), []
             if sample is not None and sample.videos:
                 pixels = torch.cat([processor.pixel_values(video) for video in sample.videos])
                 visual = model.encode_media(pixels.to(model.device, model.dtype), list(sample.shapes))
         if sample is None:
             continue
-        exchanges = [sample.exchanges[asked.number]] if sample.separate else sample.exchanges
-        turns = 0 if sample.separate else asked.number
+        exchanges = [sample.exchanges[question.number]] if sample.separate else sample.exchanges
+        turns = 0 if sample.separate else question.number
         messages = messages_of(sample.shapes, exchanges, sample.system)
         messages = messages[: (sample.system is not None) + 2 * turns + 1]
         shown = sum(not isinstance(piece, str) for message in messages for piece in pieces_of(message))
@@ -96,10 +96,10 @@ def requests_for(
         yield place, Request(prompt, settings, stops, frame_index=encoded.frame_index)
 
 
-def sample_of(asked: AskedQuestion) -> Sample | None:
+def sample_of(question: AskedQuestion) -> Sample | None:
     """The sample of a question; None where it is broken."""
     try:
-        return asked.dataset.sample(asked.item)
+        return question.dataset.sample(question.item)
     except InputError:
         return None
 

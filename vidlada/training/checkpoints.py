@@ -15,11 +15,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from vidlada.checkpoint.load import save_model
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.files import write_text
+from vidlada.files import partial_of, write_text
 from vidlada.processor import VidLaDAProcessor
 from vidlada.training.config import TrainingConfig
 from vidlada.training.figures import Progress
-from vidlada.training.output import STATE_FILE, checkpoints, partial_of, put_in_place, remove_partial
+from vidlada.training.output import STATE_FILE, checkpoints, put_in_place, remove_partial
 from vidlada.training.parallel import any_process, is_deepspeed, on_main
 
 # What a full disk shows up as: Python's own error, safetensors', torch.save's, and the sharded writer's.

@@ -107,9 +107,9 @@ class HeldOut:
         with whole_weights(self.accelerator, self.model), self.accelerator.autocast():
             model = inner_model(self.accelerator, self.model)
             answers = answer_questions(model, self.processor, own, self.generation)
-        right = sum(is_right(text, asked.answer) for asked, text in zip(own, answers, strict=True))
-        of_all, asked = total(self.accelerator, [float(right), float(len(own))])
-        return of_all / max(1.0, asked)
+        right = sum(is_right(text, question.answer) for question, text in zip(own, answers, strict=True))
+        of_all, count = total(self.accelerator, [float(right), float(len(own))])
+        return of_all / max(1.0, count)
 
     def questions(self) -> list[AskedQuestion]:
         """The questions to ask, spread evenly over the samples; those whose answers the slots cannot hold are not."""

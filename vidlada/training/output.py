@@ -1,13 +1,12 @@
 """The folder of a run: who may write there, and what is complete in it. Looked at before torch is imported."""
 
-import fcntl
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vidlada.errors import InputError
-from vidlada.files import PARTIAL
+from vidlada.files import PARTIAL, lock, partial_of
 
 STATE_FILE = "trainer_state.json"
 LOCK_FILE = ".lock"
@@ -62,22 +61,14 @@ def lock_output(output: Path) -> Iterator[None]:
         InputError: another run is at work in it.
     """
     output.mkdir(parents=True, exist_ok=True)
-    with (output / LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise InputError(f"{output}: another run is at work in it; end that, or choose another output") from error
-        except OSError:  # a file system without locks
-            pass
+    busy = f"{output}: another run is at work in it; end that, or choose another output"
+    with (output / LOCK_FILE).open("w") as file:
+        with suppress(OSError):  # a file system without locks
+            lock(file, busy, inherited=False)
         try:
             yield
         finally:
             (output / LOCK_FILE).unlink(missing_ok=True)
-
-
-def partial_of(folder: Path) -> Path:
-    """Name of a folder while it is being written or deleted."""
-    return folder.with_name(folder.name + PARTIAL)
 
 
 def remove_partial(output: Path) -> None:

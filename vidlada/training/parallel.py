@@ -86,12 +86,12 @@ def engine_of(config: TrainingConfig) -> Engine:
         launched = "deepspeed"
     if config.parallel == "auto":
         return launched
-    asked: Engine = "ddp" if config.parallel == "ddp" else "fsdp" if config.parallel == "fsdp" else "deepspeed"
-    if launched not in ("ddp", asked):
+    wanted: Engine = "ddp" if config.parallel == "ddp" else "fsdp" if config.parallel == "fsdp" else "deepspeed"
+    if launched not in ("ddp", wanted):
         raise InputError(
             f"parallel: {config.parallel}, but accelerate launch is configured for {launched}; use parallel: auto"
         )
-    return asked
+    return wanted
 
 
 def fsdp_plugin(config: TrainingConfig) -> FullyShardedDataParallelPlugin:

@@ -25,13 +25,13 @@ GOOD = {"id": "good", "conversations": ASKED}
 HALF = "\ud83d"  # of an emoji
 
 
-def said(speaker, text):
+def turn(speaker, text):
     return {"from": speaker, "value": text}
 
 
 FORMS = {
     "human and gpt": {"conversations": ASKED},
-    "user and assistant": {"conversations": [said("user", "What?"), said("assistant", "A ball.")]},
+    "user and assistant": {"conversations": [turn("user", "What?"), turn("assistant", "A ball.")]},
     "role and content": {
         "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A ball."}]
     },
@@ -42,8 +42,8 @@ FORMS = {
             {"role": "assistant", "content": [{"type": "text", "text": "A ball."}]},
         ]
     },
-    "a leading answer": {"conversations": [said("gpt", "Hello!"), *ASKED]},
-    "a trailing question": {"conversations": [*ASKED, said("human", "And then?")]},
+    "a leading answer": {"conversations": [turn("gpt", "Hello!"), *ASKED]},
+    "a trailing question": {"conversations": [*ASKED, turn("human", "And then?")]},
     "an empty video": {"video": "", "conversations": ASKED},
     "no image": {"image": None, "conversations": ASKED},
 }
@@ -57,7 +57,7 @@ def test_every_form_has_one_meaning(tmp_path, value):
 
 def test_a_system_turn_is_the_system_message(tmp_path):
     path = tmp_path / "d.json"
-    path.write_text(json.dumps([{"conversations": [said("system", "Be brief."), *ASKED]}]))
+    path.write_text(json.dumps([{"conversations": [turn("system", "Be brief."), *ASKED]}]))
     (sample,) = batch(LlavaSource(path, batch_size=1), 0)
     messages = messages_of((), sample.exchanges, sample.system)
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
@@ -71,7 +71,7 @@ def test_a_system_turn_is_the_system_message(tmp_path):
 
 
 def test_video_marks_are_image_marks(tmp_path):
-    value = {"video": "a.mp4", "conversations": [said("human", "<video>\nWhat?"), ASKED[1]]}
+    value = {"video": "a.mp4", "conversations": [turn("human", "<video>\nWhat?"), ASKED[1]]}
     assert entry_of(Value("", value), tmp_path, "d").questions == ("<image>\nWhat?",)
 
 
@@ -228,8 +228,8 @@ def test_no_value_ends_the_reading(tmp_path_factory, value, place, text):
     folder = tmp_path_factory.getbasetemp()
     entry_of(Value("entry 0", value), folder, "d.json")
     half = text + HALF
-    turns = [said("human", half if place == "question" else "q"), said("gpt", half if place == "answer" else "a")]
+    turns = [turn("human", half if place == "question" else "q"), turn("gpt", half if place == "answer" else "a")]
     if place == "system":
-        turns = [said("system", half), *turns]
+        turns = [turn("system", half), *turns]
     whole = {"conversations": turns} | ({place: half} if place in ("process", "video", "id") else {})
     assert "half a character" in entry_of(Value("entry 0", json.loads(json.dumps(whole))), folder, "d.json").problem

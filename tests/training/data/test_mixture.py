@@ -345,7 +345,7 @@ def test_data_check(broken, tmp_path):
     assert "entry 1" in found["problems"]["missing files"][0]
 
 
-def checked(path):
+def run_check(path):
     result = CliRunner().invoke(main, ["data", "check", "--json", str(path)])
     assert result.exit_code in (0, 1), result.output
     return json.loads(result.stdout)
@@ -354,7 +354,7 @@ def checked(path):
 def test_data_check_looks_at_the_evaluation_too(broken, tmp_path):
     write_json(tmp_path / "d.json", [entry("a", "What?")])
     evaluation = {"data": {"kind": "llava", "json_path": str(broken)}}
-    only, held_out = checked(write_config(tmp_path, {"json_path": str(tmp_path / "d.json")}, evaluation=evaluation))
+    only, held_out = run_check(write_config(tmp_path, {"json_path": str(tmp_path / "d.json")}, evaluation=evaluation))
     assert not only["problems"] and held_out["stage"] == "evaluation"
     assert "gone.mp4" in held_out["problems"]["missing files"][0]
 
@@ -368,7 +368,7 @@ def test_data_check_finds_files_that_only_look_whole(tmp_path):
     entries = [entry("a", video=name) for name in unusable] + [entry("b")]
     for number, value in enumerate(entries):
         value["id"] = None if number > 1 else number
-    (found,) = checked(write_config(tmp_path, {"json_path": str(write_json(tmp_path / "d.json", entries))}))
+    (found,) = run_check(write_config(tmp_path, {"json_path": str(write_json(tmp_path / "d.json", entries))}))
     problems = found["problems"]
     assert {kind: len(lines) for kind, lines in problems.items()} == {"unreadable files": 3, "without media": 1}
     assert all(name in line for name, line in zip(unusable, problems["unreadable files"], strict=True))

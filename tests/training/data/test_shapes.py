@@ -7,7 +7,7 @@ from vidlada.shapes.captions import NOTHING
 from vidlada.training.data.shapes import ShapesSource
 
 
-def planned(steps=20, **settings):
+def plan_of(steps=20, **settings):
     source = ShapesSource(seconds=(4, 8), frames_per_batch=40, questions=6, **settings)
     return [item for step in range(steps) for item in source.plan(step)]
 
@@ -15,7 +15,7 @@ def planned(steps=20, **settings):
 @pytest.mark.parametrize("rate", [0.5, 2.0])
 def test_every_event_falls_on_a_frame_at_any_rate(rate):
     events = 0
-    for item in planned(rates=(rate,)):
+    for item in plan_of(rates=(rate,)):
         clip, times = item.media
         assert {round(later - earlier, 6) for earlier, later in zip(times, times[1:], strict=False)} == {1 / rate}
         assert {event.second for event in clip.events} <= set(times)
@@ -25,7 +25,7 @@ def test_every_event_falls_on_a_frame_at_any_rate(rate):
 
 def test_seconds_are_what_the_clock_shows():
     shifted = 0
-    for item in planned(shifted_share=1.0, families=("when", "at", "caption")):
+    for item in plan_of(shifted_share=1.0, families=("when", "at", "caption")):
         clip, times = item.media
         shown = {str(clip.clock_at(event.second)) for event in clip.events}
         assert clip.clock_at(times[-1]) <= 60
@@ -41,7 +41,7 @@ def test_seconds_are_what_the_clock_shows():
 
 
 def test_a_clip_without_a_clock_counts_from_nought():
-    clips = [item.media[0] for item in planned(no_clock_share=1.0, shifted_share=1.0)]
+    clips = [item.media[0] for item in plan_of(no_clock_share=1.0, shifted_share=1.0)]
     assert not any(clip.clock or clip.first_second for clip in clips)
 
 
@@ -56,7 +56,7 @@ def test_steps_with_single_frames():
 
 def test_nothing_happens_at_a_quiet_second():
     beside = 0
-    for item in planned(families=("quiet",)):
+    for item in plan_of(families=("quiet",)):
         clip, _ = item.media
         events = {event.second for event in clip.events}
         for question, answer in item.exchanges:

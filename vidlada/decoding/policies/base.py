@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap
 from vidlada.decoding.kv_cache import KVCache, attend_grouped
+from vidlada.decoding.named import check_named
 from vidlada.generation import MAX_SLOTS
 from vidlada.model.language_model import LanguageModel
 
@@ -151,7 +152,13 @@ class Policy(Protocol):
 
 
 class SegmentPolicy:
-    """Base of policies that recompute whole segments from layer 0, with full attention."""
+    """Base of policies: dataclasses of listed settings. By itself it recomputes whole segments from layer 0, with full
+    attention."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_named("cache", self)
 
     def entries(self, layers: int) -> list[int]:
         """None."""

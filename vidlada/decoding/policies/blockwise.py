@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vidlada.decoding.named import check_named
 from vidlada.decoding.policies.base import ANSWER, EVERYTHING, MAX_STEPS, Plan, SegmentPolicy, StepContext
 from vidlada.settings import setting
 
@@ -28,20 +27,17 @@ class Prefix(SegmentPolicy):
     """
 
     name: ClassVar[str] = "prefix"
+    between: ClassVar[dict[str, int]] = {"block": 0, "after": 0}
     every: int = setting(0, "Refresh everything again after so many steps.", minimum=0, maximum=MAX_STEPS)
 
-    def __post_init__(self) -> None:
-        check_named("cache", self)
-
     def plan(self, context: StepContext) -> Plan:
-        """All, or block and after."""
-        if context.step_in_block % (self.every or context.step_in_block + 1) == 0:
-            return Plan(EVERYTHING)
-        return Plan({"block": 0, "after": 0})
+        """All at a block's start, and again where that is due."""
+        due = context.step_in_block % (self.every or context.step_in_block + 1) == 0
+        return Plan(EVERYTHING if due else self.between)
 
 
 @dataclass(frozen=True)
-class Dual(SegmentPolicy):
+class Dual(Prefix):
     """Fast-dLLM's dual cache: all at a block's start, then the block alone.
 
     Args:
@@ -49,16 +45,7 @@ class Dual(SegmentPolicy):
     """
 
     name: ClassVar[str] = "dual"
-    every: int = setting(0, "Refresh everything again after so many steps.", minimum=0, maximum=MAX_STEPS)
-
-    def __post_init__(self) -> None:
-        check_named("cache", self)
-
-    def plan(self, context: StepContext) -> Plan:
-        """All, or the block."""
-        if context.step_in_block % (self.every or context.step_in_block + 1) == 0:
-            return Plan(EVERYTHING)
-        return Plan({"block": 0})
+    between: ClassVar[dict[str, int]] = {"block": 0}
 
 
 @dataclass(frozen=True)
@@ -89,9 +76,6 @@ class Interval(SegmentPolicy):
     prompt: int = setting(25, "Steps between refreshes of text and frames.", minimum=1, maximum=MAX_STEPS)
     response: int = setting(7, "Steps between refreshes of the answer.", minimum=1, maximum=MAX_STEPS)
     share: float = setting(0.25, "Of the answer recomputed in the other steps.", above=0, maximum=1)
-
-    def __post_init__(self) -> None:
-        check_named("cache", self)
 
     def plan(self, context: StepContext) -> Plan:
         """Whatever is due."""

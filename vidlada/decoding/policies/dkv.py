@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vidlada.decoding.named import check_named
 from vidlada.decoding.policies.base import EVERYTHING, MAX_STEPS, Plan, SegmentPolicy, StepContext
 from vidlada.settings import setting
 
@@ -20,9 +19,6 @@ class DelayedKV(SegmentPolicy):
 
     name: ClassVar[str] = "dkv"
     every: int = setting(8, "Steps between full refreshes.", minimum=1, maximum=MAX_STEPS)
-
-    def __post_init__(self) -> None:
-        check_named("cache", self)
 
     def plan(self, context: StepContext) -> Plan:
         """All, or what is not decided or only just."""

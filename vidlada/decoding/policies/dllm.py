@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap
 from vidlada.decoding.kv_cache import KVCache, attend_grouped
-from vidlada.decoding.named import check_named
 from vidlada.decoding.policies.base import EVERYTHING, MAX_STEPS, AttentionPattern, Plan, SegmentPolicy, StepContext
 from vidlada.model.language_model import LanguageModel, Layer
 from vidlada.settings import setting
@@ -30,9 +29,6 @@ class DLLM(SegmentPolicy):
     prompt: int = setting(25, "Steps between refreshes of text and frames.", minimum=1, maximum=MAX_STEPS)
     response: int = setting(7, "Steps between refreshes of the answer.", minimum=1, maximum=MAX_STEPS)
     share: float = setting(0.25, "Of the answer recomputed in the other steps, layer by layer.", above=0, maximum=1)
-
-    def __post_init__(self) -> None:
-        check_named("cache", self)
 
     def plan(self, context: StepContext) -> Plan:
         """Whatever is due; the answer is left to `LayerwiseUpdate`."""

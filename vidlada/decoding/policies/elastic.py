@@ -10,13 +10,12 @@ from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap
 from vidlada.decoding.kv_cache import attend_grouped
-from vidlada.decoding.named import check_named
-from vidlada.decoding.policies.base import ANSWER, EVERYTHING, AttentionPattern, Plan, StepContext
+from vidlada.decoding.policies.base import ANSWER, EVERYTHING, AttentionPattern, Plan, SegmentPolicy, StepContext
 from vidlada.settings import setting
 
 
 @dataclass(frozen=True)
-class Elastic:
+class Elastic(SegmentPolicy):
     """Elastic-Cache (arXiv 2510.14973): the block in every step, and everything from the layer above the first one in
     which the block's attention to its most attended token changed.
 
@@ -26,9 +25,6 @@ class Elastic:
 
     name: ClassVar[str] = "elastic"
     similarity: float = setting(0.9, "Cosine of attention below which all above is recomputed.", minimum=0, maximum=1)
-
-    def __post_init__(self) -> None:
-        check_named("cache", self)
 
     def entries(self, layers: int) -> list[int]:
         """Every layer: the test may fail in any."""

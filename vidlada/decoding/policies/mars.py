@@ -12,13 +12,13 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from vidlada.decoding.attention import FrameMap, chunked_attention, find_anchors, scenes_of
 from vidlada.decoding.fused import FusedChunks, can_fuse
 from vidlada.decoding.kv_cache import attend_grouped
-from vidlada.decoding.named import check_named
 from vidlada.decoding.policies.base import (
     ANSWER,
     EVERYTHING,
     MAX_STEPS,
     AttentionPattern,
     Plan,
+    SegmentPolicy,
     StepContext,
 )
 from vidlada.errors import InputError
@@ -30,7 +30,7 @@ log = logging.getLogger("vidlada.decoding")
 
 
 @dataclass(frozen=True)
-class Mars:
+class Mars(SegmentPolicy):
     """MARS-Cache (VidLaDA, arXiv 2601.17868): text and frames refreshed at their own intervals, deep layers more often.
 
     Layers form groups. The deepest is refreshed every `text` steps (frames: every `ratio` times as many); going down,
@@ -79,7 +79,7 @@ class Mars:
     fused: bool | None = setting(None, "Chunk attention as one kernel.")
 
     def __post_init__(self) -> None:
-        check_named("cache", self)
+        super().__post_init__()
         needs_window = {name: getattr(self, name) for name in ("anchors", "per_head", "chunk_first", "scene", "fused")}
         for name, value in needs_window.items():
             if value and not self.chunks:
@@ -102,7 +102,10 @@ class Mars:
             return Plan(EVERYTHING, chunked=chunked, search=search, probes=probes)
         start = dict(ANSWER)
         for segment, interval in (("text", self.text), ("visual", self.text * self.ratio)):
-            due = self._moved(context, segment) if self.drift else self._groups(context.layers, context.step, interval)
+            if self.drift:
+                due = self._drifted_groups(context, segment)
+            else:
+                due = self._due_groups(context.layers, context.step, interval)
             if due:
                 start[segment] = min(due)
         return Plan(start, chunked=self.chunks, probes=probes)
@@ -131,13 +134,13 @@ class Mars:
         fused = can_fuse(prompt.device) if self.fused is None else self.fused
         return ChunkPattern(frames, self.window, anchors, self.queries, self.per_head, scenes, fused)
 
-    def _moved(self, context: StepContext, segment: str) -> list[int]:
+    def _drifted_groups(self, context: StepContext, segment: str) -> list[int]:
         """Entries of the groups where a segment has drifted too far."""
         entries = [0, *self.entries(context.layers)]
         drifts = context.drift.get(segment, [0.0] * len(entries))
         return [entry for entry, drift in zip(entries, drifts, strict=True) if drift > self.drift]
 
-    def _groups(self, layers: int, step: int, interval: int) -> list[int]:
+    def _due_groups(self, layers: int, step: int, interval: int) -> list[int]:
         """Entries of the groups that are due at a step."""
         firsts = [0, *self.entries(layers)]
         return [

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap
 from vidlada.decoding.kv_cache import attend_grouped
-from vidlada.decoding.named import check_named
 from vidlada.decoding.policies.base import EVERYTHING, AttentionPattern, Plan, SegmentPolicy, StepContext
 from vidlada.settings import setting
 
@@ -23,9 +22,6 @@ class Sparse(SegmentPolicy):
 
     name: ClassVar[str] = "sparse"
     keep: float = setting(0.5, "Share of the keys outside the block that stay in sight.", above=0, maximum=1)
-
-    def __post_init__(self) -> None:
-        check_named("cache", self)
 
     def plan(self, context: StepContext) -> Plan:
         """All twice, selecting in the second, then the block."""

@@ -115,7 +115,7 @@ def turns_of(turns: Any, key: str, paths: list[str]) -> tuple[str | None, list[s
     """
     if not isinstance(turns, list) or not turns:
         raise Malformed(f"{key} must be a list of turns, not {format_value(turns)}")
-    said: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise Malformed(f"{key}[{number}] must be a mapping, not {format_value(turn)}")
@@ -129,16 +129,16 @@ def turns_of(turns: Any, key: str, paths: list[str]) -> tuple[str | None, list[s
         if not isinstance(text, str):
             raise Malformed(f"{key}[{number}] needs a text as its value, not {format_value(text)}")
         check_text(f"{key}[{number}]", text)
-        said.append((role, text))
-    system = said.pop(0)[1] if said[0][0] == "system" else None
-    if said and said[0][0] == "assistant":
-        said.pop(0)
-    if said and said[-1][0] == "user":
-        said.pop()
-    roles = [role for role, _ in said]
+        pairs.append((role, text))
+    system = pairs.pop(0)[1] if pairs[0][0] == "system" else None
+    if pairs and pairs[0][0] == "assistant":
+        pairs.pop(0)
+    if pairs and pairs[-1][0] == "user":
+        pairs.pop()
+    roles = [role for role, _ in pairs]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise Malformed(f"{key} must alternate user and assistant, got {format_value(roles)}")
-    return system, [text for _, text in said]
+    return system, [text for _, text in pairs]
 
 
 def text_of_parts(parts: list[Any], name: str, paths: list[str] | None) -> str:

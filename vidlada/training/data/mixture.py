@@ -138,14 +138,14 @@ def pack_usable(path: Path, entries: Iterable[Entry]) -> Entries:
     """Entries of a file, broken ones among them; `InputError` if none can be used."""
     total, usable, first = 0, 0, ""
 
-    def counted() -> Iterator[Entry]:
+    def count_entries() -> Iterator[Entry]:
         nonlocal total, usable, first
         for entry in entries:
             total, usable = total + 1, usable + (not entry.problem)
             first = first or entry.problem and f"{entry.origin}: {entry.problem}"
             yield entry
 
-    packed = Entries.pack(counted())
+    packed = Entries.pack(count_entries())
     if not total:
         raise InputError(f"{path}: expected a list of at least one entry")
     if not usable:

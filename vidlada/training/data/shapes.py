@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from vidlada.errors import InputError
 from vidlada.shapes.questions import BENCHMARK_FAMILIES, FAMILIES, questions_for
 from vidlada.shapes.render import render_frames
-from vidlada.shapes.world import MAX_SECONDS, MAX_THINGS, MIN_SECONDS, Clip, clip_for, slowed, still
+from vidlada.shapes.world import MAX_SECONDS, MAX_THINGS, MIN_SECONDS, Clip, clip_for, slow_down, still
 from vidlada.training.data.samples import STRICT, Item, Sample, Share
 from vidlada.training.settings import hint
 
@@ -134,21 +134,21 @@ class ShapesSource:
 
     def _item(self, clip: Clip, questions: int, rate: float, generator: np.random.Generator) -> Item:
         times: list[float]
-        clip, times = self._timed(clip, rate, generator)
+        clip, times = self._with_times(clip, rate, generator)
         if self.pictures:
             clip, times = still(clip, int(generator.integers(clip.seconds))), [0]
-        asked = questions_for(clip, generator, questions, self.families, self.choice_share)
+        questions_of_clip = questions_for(clip, generator, questions, self.families, self.choice_share)
         text_only = generator.random() < self.text_only_share
-        exchanges = [(question.question, question.answer) for question in asked]
+        exchanges = [(question.question, question.answer) for question in questions_of_clip]
         return Item(exchanges, (clip, [] if text_only else times), separate=True)
 
-    def _timed(self, clip: Clip, rate: float, generator: np.random.Generator) -> tuple[Clip, list[float]]:
+    def _with_times(self, clip: Clip, rate: float, generator: np.random.Generator) -> tuple[Clip, list[float]]:
         """A clip with its clock, and the times of its frames."""
         if rate == 1 and self.no_clock_share and generator.random() < self.no_clock_share:
             return replace(clip, clock=False), list(range(clip.seconds))
         if rate < 1:
             step = round(1 / rate)
-            clip = slowed(clip, step)
+            clip = slow_down(clip, step)
             times = [float(second) for second in range(0, clip.seconds, step)]
         else:
             times = [frame / rate for frame in range(int(clip.seconds * rate))]

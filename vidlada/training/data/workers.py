@@ -77,7 +77,7 @@ class Worker:
             try:
                 self.pipe.send(part)
             except OSError as error:
-                raise self._killed() from error
+                raise self._killed_error() from error
         return part is not None
 
     def receive(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Worker:
         try:
             batch = self.pipe.recv()
         except (OSError, EOFError) as error:
-            raise self._killed() from error
+            raise self._killed_error() from error
         if isinstance(batch, Exception):
             raise batch
         return batch
@@ -96,7 +96,7 @@ class Worker:
         self.process.kill()
         self.process.join()
 
-    def _killed(self) -> VidLaDAError:
+    def _killed_error(self) -> VidLaDAError:
         self.process.join(PATIENCE)
         code = self.process.exitcode
         how = f" ({signal.Signals(-code).name})" if code is not None and code < 0 else ""

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Check that a wheel alone, in a new environment outside the repository, can ask, serve and train:
-#   scripts/check_wheel.sh dist/vidlada-….whl [options of pip install, e.g. --constraint constraints.txt]
+# Check that a wheel or an sdist alone, in a new environment outside the repository, can ask, serve and train:
+#   scripts/check_package.sh dist/vidlada-….whl [options of pip install, e.g. --constraint constraints.txt]
 set -euo pipefail
-[[ $# -ge 1 && -f $1 ]] || { echo "usage: scripts/check_wheel.sh WHEEL [options of pip install]" >&2; exit 2; }
+[[ $# -ge 1 && -f $1 ]] || { echo "usage: scripts/check_package.sh WHEEL_OR_SDIST [options of pip install]" >&2; exit 2; }
 repository=$(cd "$(dirname "$0")/.." && pwd)
-wheel=$(realpath "$1")
+package=$(realpath "$1")
 shift
 folder=$(mktemp -d)
 server=
 trap 'rm -rf "$folder"; [[ -z $server ]] || kill "$server"' EXIT
 
 "${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet "$@" "$wheel[serve,train]"
+"$folder/venv/bin/python" -m pip install --quiet "$@" "$package[serve,train]"
 vidlada="$folder/venv/bin/vidlada"
 cp "$repository/examples/shapes.mp4" "$folder"
 cd "$folder"
@@ -33,4 +33,4 @@ head = {"Content-Type": "application/json"}
 request = urllib.request.Request(sys.argv[1] + "/v1/chat/completions", json.dumps(body).encode(), head)
 print(json.load(urllib.request.urlopen(request))["choices"][0]["message"]["content"])
 PYTHON
-echo "the wheel can ask, train and serve"
+echo "$(basename "$package") can ask, train and serve"

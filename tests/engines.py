@@ -1,0 +1,47 @@
+"""Engines and jobs for tests."""
+
+from contextlib import contextmanager
+
+import numpy as np
+
+from vidlada.engine.engine import Engine
+from vidlada.engine.requests import EngineRequest, MediaInput
+from vidlada.serve.limits import Limits
+from vidlada.video import Frames, VideoInfo
+
+INFO = VideoInfo("", 20, 1.0, 20.0, 36, 36, "raw")
+
+
+def frames_of(number, seed=0):
+    images = np.random.default_rng(seed).integers(0, 255, (number, 36, 36, 3), np.uint8)
+    return Frames(images, tuple(map(float, range(number))), tuple(range(number)), INFO)
+
+
+@contextmanager
+def engine_of(model, **limits):
+    engine = Engine(model, Limits(**limits))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def job_of(model, question="is it red ?", frames=0, seed=0, max_tokens=None, **generation):
+    generation.setdefault("gen_length", 16)
+    shown = [MediaInput(("video", seed, frames), frames_of(frames, seed))] if frames else []
+    content = [{"type": "video"}, {"type": "text", "text": question}] if frames else question
+    encoded = model.processor.encode([{"role": "user", "content": content}], [frames] if frames else [])
+    return EngineRequest(encoded, shown, model.settings(**generation), max_tokens)
+
+
+async def answer(engine, job):
+    updates = [update async for update in engine.submit(job).updates()]
+    texts = [update.stable.text for update in updates]
+    assert all(later.startswith(text) for text, later in zip(texts, texts[1:], strict=False))
+    return updates[-1]
+
+
+def alone(model, question, frames=0, seed=0, **generation):
+    generation.setdefault("gen_length", 16)
+    video = frames_of(frames, seed) if frames else None
+    return model.ask(video, question, **generation)
