@@ -24,7 +24,7 @@ from vidlada.decoding.token_reduction import reduce_visual
 from vidlada.errors import InputError
 from vidlada.fetch import Fetching, Progress
 from vidlada.generation import GenerationSettings, PromptSettings
-from vidlada.info import PROMPT_TOKENS, MemoryNeed, check_memory, memory_need
+from vidlada.info import MemoryNeed, check_memory, memory_need
 from vidlada.machine import free_memory
 from vidlada.media import Pictures, is_image, local, media_list, read_image, read_video
 from vidlada.messages import THINK, Message, pieces_of
