@@ -24,7 +24,7 @@ from vidlada.decoding.token_reduction import reduce_visual
 from vidlada.errors import InputError
 from vidlada.fetch import Fetching, Progress
 from vidlada.generation import GenerationSettings, PromptSettings
-from vidlada.info import check_memory, memory_need
+from vidlada.info import MemoryNeed, check_memory, memory_need
 from vidlada.machine import free_memory
 from vidlada.media import Pictures, is_image, local, media_list, read_image, read_video
 from vidlada.messages import THINK, Message, pieces_of
@@ -167,9 +167,7 @@ class VidLaDA:
         free = free_memory(self.model.device)
 
         def fits(frames: int) -> bool:
-            need = memory_need(
-                config, 0, [*others, *[frames] * videos], settings.slots, self.model.dtype.itemsize, settings.cache
-            )
+            need = self._memory_need([*others, *[frames] * videos], settings)
             return free is None or need.working <= free
 
         most = bisect_left(range(1, max(0, context) + 1), True, key=lambda frames: not fits(frames))
@@ -241,10 +239,16 @@ class VidLaDA:
             )
         self._check_memory([*others, frames], settings)
 
+    def _memory_need(self, media: Sequence[MediaShape], settings: GenerationSettings) -> MemoryNeed:
+        """Estimate what an answer takes besides the weights."""
+        return memory_need(
+            self.model.config, 0, media, settings.slots, self.model.dtype.itemsize, settings.cache,
+            settings.visual_keep, settings.visual_prune, settings.kv_dtype,
+        )  # fmt: skip
+
     def _check_memory(self, media: Sequence[MediaShape], settings: GenerationSettings) -> None:
         """Refuse a run that cannot fit."""
-        config, size = self.model.config, self.model.dtype.itemsize
-        need = memory_need(config, 0, media, settings.slots, size, settings.cache, settings.visual_keep)
+        need = self._memory_need(media, settings)
         instead = "use fewer frames, a smaller gen_length or a smaller type"
         what = f"answering about {sum(map(pictures_of, media))} frames"
         check_memory(need.working, self.model.device, what, instead)

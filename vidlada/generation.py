@@ -134,7 +134,7 @@ class GenerationSettings:
     reuse: int = setting(
         0,
         "Layers, from the lowest, whose keys and values of the frames a further question about a video reuses; 0 is "
-        "off. Needs a cache, and approximates the more, the more layers.",
+        "off. Needs a cache; vidlada chat with a cache takes half of the layers by default.",
         minimum=0,
         maximum=1024,
         metavar="LAYERS",

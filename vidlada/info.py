@@ -58,6 +58,8 @@ def memory_need(
     value_bytes: int,
     cache: str | CachePolicy = "none",
     visual_keep: float = 1.0,
+    visual_prune: str | None = None,
+    kv_dtype: str = "auto",
 ) -> MemoryNeed:
     """Estimate the memory of answering about videos and images, which pass the tower one after another.
 
@@ -67,7 +69,7 @@ def memory_need(
         media: frames of each video, shape of each image; or frames of the only video.
         gen_length: answer slots, those of a thought included.
         value_bytes: bytes a value in the type it runs in.
-        cache, visual_keep: as in `GenerationSettings`.
+        cache, visual_keep, visual_prune, kv_dtype: as in `GenerationSettings`.
     """
     text, vision = config.text, config.vision
     width = text.hidden_size
@@ -77,7 +79,8 @@ def memory_need(
     pictures, cells = max(map(pictures_of, shapes), default=0), config.patches_per_side**2
     tower_width, tower_mlp = vision.hidden_size, vision.intermediate_size
     tower = max(4 * tower_width, 2 * tower_mlp, 2 * width) * value_bytes + 2 * tower_width * value_bytes
-    kept = kept_bytes(text, tokens, tokens, GenerationSettings(cache=cache), value_bytes)
+    settings = GenerationSettings(cache=cache, visual_prune=visual_prune, kv_dtype=kv_dtype)  # type: ignore[arg-type]
+    kept = kept_bytes(text, tokens, tokens, settings, value_bytes)
     through = min(pictures, FRAMES_PER_PASS) * cells * tower + pictures * cells * width * value_bytes
     denoising = pass_bytes(text, tokens, gen_length, value_bytes)
     return MemoryNeed(tokens, parameters * value_bytes, through, denoising, kept)
@@ -140,7 +143,9 @@ def loaded_bytes(checkpoint: Checkpoint, dtype: str | torch.dtype) -> int:
     return STORED_BYTES.get(checkpoint.dtype, 4) if loaded is None else loaded.itemsize
 
 
-def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto", cache: str = "none") -> dict[str, Any]:
+def checkpoint_facts(
+    checkpoint: Checkpoint, frames: int, dtype: str = "auto", cache: str = "none", kv_dtype: str = "auto"
+) -> dict[str, Any]:
     """Describe a checkpoint and its memory need as plain values."""
     config = checkpoint.config
     text = config.text
@@ -149,7 +154,7 @@ def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto", c
     stored = sum(torch.Size(entry.shape).numel() * STORED_BYTES.get(entry.dtype, 4) for entry in entries)
     gen_length = int((config.generation or {}).get("gen_length", 128))
     value_bytes = loaded_bytes(checkpoint, dtype)
-    need = memory_need(config, parameters, frames, gen_length, value_bytes, cache)
+    need = memory_need(config, parameters, frames, gen_length, value_bytes, cache, kv_dtype=kv_dtype)
     facts: dict[str, Any] = {
         "folder": str(checkpoint.folder),
         "layout": checkpoint.layout,
@@ -174,6 +179,7 @@ def checkpoint_facts(checkpoint: Checkpoint, frames: int, dtype: str = "auto", c
         "vision_gib": round(need.vision / GIB, 3),
         "denoising_gib": round(need.denoising / GIB, 3),
         "cache": cache,
+        "kv_dtype": kv_dtype,
         "cache_gib": round(need.cache / GIB, 3),
         "total_gib": round(need.total / GIB, 3),
     }

@@ -10,6 +10,7 @@ from media import write_video
 from processes import run_vidlada
 
 from vidlada.cli import main
+from vidlada.conversation import Conversation
 
 
 def run_here(*arguments, stdin=None):
@@ -204,3 +205,16 @@ def test_every_command_has_help_and_no_option_twice(words):
     code, out, err = run_here(*words, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"Usage: vidlada {' '.join(words)} ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "expected"), [((), 0), (("--cache", "mars"), 1), (("--cache", "mars", "--reuse", 0), 0)]
+)
+def test_chat_with_a_cache_reuses_half_of_the_layers(clip, small_folder, monkeypatch, given, expected):
+    asked = []
+    answer = Conversation.ask
+    monkeypatch.setattr(Conversation, "ask", lambda self, text: asked.append(self.settings.reuse) or answer(self, text))
+    code, out, _ = run_here("chat", clip, "--model", small_folder, "--gen-length", 8, *given, stdin="is it red ?\n")
+    assert (code, asked) == (0, [expected])
+    assert out

@@ -31,7 +31,8 @@ class Weights:
 WEIGHTS = (
     Weights("float32"), Weights("float32", "int8"), Weights("float32", "int8-dynamic"), Weights("float32", None, True),
     Weights("bfloat16"), Weights("bfloat16", "int8"), Weights("bfloat16", "int8-dynamic"),
-    Weights("bfloat16", None, True), Weights("bfloat16", "int8", True),
+    Weights("bfloat16", "float8"), Weights("bfloat16", "int4"), Weights("bfloat16", None, True),
+    Weights("bfloat16", "int8", True),
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from vidlada.cli.options import (
 from vidlada.fetch import Fetching
 from vidlada.files import json_line
 from vidlada.generation import GenerationSettings
+from vidlada.settings import settings_of
 
 
 @click.command(cls=GroupedCommand, short_help="Ask a question about videos and images.")
@@ -75,12 +76,23 @@ def in_processes(count: int) -> None:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
 
 
+def generation_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the given options that are generation settings."""
+    return {name: value for name, value in given.items() if name in settings_of(GenerationSettings)}
+
+
 def watch(
-    media: tuple[str, ...], source: ModelSource, options: dict[str, Any], tensor_parallel: int = 1
+    media: tuple[str, ...],
+    source: ModelSource,
+    options: dict[str, Any],
+    tensor_parallel: int = 1,
+    several: bool = False,
 ) -> tuple[Any, Any]:
-    """Load the model and encode the media."""
+    """Load the model and encode the media; `several` questions reuse half of the layers unless told otherwise."""
     given = given_options(options)
     vidlada = source.load(tensor_parallel)
+    if several and "reuse" not in given and vidlada.settings(**generation_options(given)).cache != "none":
+        given["reuse"] = vidlada.model.config.text.num_hidden_layers // 2
     with download_progress() as vidlada.progress, progress(f"watching {', '.join(media)}"):
         return vidlada, vidlada.chat(list(media), **given)
 
@@ -151,7 +163,7 @@ def chat(media: tuple[str, ...], show: bool, source: ModelSource, **options: Any
     MEDIA are as for `vidlada ask`, decoded and encoded once. Models trained on conversations also see the earlier
     turns.
     """
-    _, conversation = watch(media, source, options)
+    _, conversation = watch(media, source, options, several=True)
     counts = f"{len(conversation.times)} frames"
     click.echo(f"{', '.join(media)}: {counts}. Ask; an empty line ends.", err=True)
     if isinstance(sys.stdin, TextIOWrapper):

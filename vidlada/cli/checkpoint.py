@@ -16,9 +16,11 @@ from vidlada.cli.options import name_with_revision, one_line_errors, progress, r
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
               show_default=True, help="Estimate memory in this type.")  # fmt: skip
 @click.option("--cache", default="none", show_default=True, help="Estimate memory with this cache.")
+@click.option("--kv-dtype", type=click.Choice(["auto", "int8", "float8"]), default="auto", show_default=True,
+              help="Of its keys and values.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @one_line_errors
-def info(model: str, revision: str | None, frames: int, dtype: str, cache: str, as_json: bool) -> None:
+def info(model: str, revision: str | None, frames: int, dtype: str, cache: str, kv_dtype: str, as_json: bool) -> None:
     """Show what checkpoint MODEL is, how much memory a run needs, and what this machine has. Loads no weights.
 
     MODEL is a folder, or a name of the Hugging Face hub (owner/name, owner/name@revision), which is downloaded.
@@ -29,7 +31,7 @@ def info(model: str, revision: str | None, frames: int, dtype: str, cache: str, 
 
     facts = {
         "checkpoint": checkpoint_facts(
-            describe(model_folder(name_with_revision(model, revision))), frames, dtype, cache
+            describe(model_folder(name_with_revision(model, revision))), frames, dtype, cache, kv_dtype
         ),
         "machine": machine_facts(),
     }

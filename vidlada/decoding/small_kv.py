@@ -63,7 +63,7 @@ class Int8KVCache(KVCache):
 
     def widen(self, stored: Tensor, scales: Tensor) -> Tensor:
         """From bytes."""
-        return (stored.view(self.stored).float() * scales).to(self.wide)
+        return stored.view(self.stored).to(self.wide).mul_(scales)
 
 
 class Float8KVCache(Int8KVCache):
@@ -98,5 +98,4 @@ def stored_bytes(config: VidLaDATextConfig, tokens: int, value_bytes: int, kv_dt
         return key_value_bytes(config, tokens, value_bytes)
     narrow = key_value_bytes(config, tokens, 1)
     scales = narrow // config.head_dim * SCALE_BYTES
-    widened = narrow // config.num_hidden_layers * (4 + value_bytes)  # float32 on the way
-    return narrow + scales + widened
+    return narrow + scales + narrow // config.num_hidden_layers * value_bytes
