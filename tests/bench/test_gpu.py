@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from vidlada.bench.gpu import Results, bench_gpu, report_text, run_stage
-from vidlada.bench.gpu_stages import STAGES, Figure, Session, Stage
+from vidlada.bench.gpu_session import Figure, Session, Stage
+from vidlada.bench.gpu_stages import STAGES
 from vidlada.cli import main
 from vidlada.errors import InputError
 

@@ -23,7 +23,8 @@ import torch
 from vidlada import __version__
 from vidlada.bench.calibration import calibrate
 from vidlada.bench.devices import GPUS
-from vidlada.bench.gpu_stages import STAGES, Session
+from vidlada.bench.gpu_session import Session
+from vidlada.bench.gpu_stages import STAGES
 from vidlada.bench.sizes import SIZES
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.files import read_json, write_json, write_text
