@@ -206,7 +206,7 @@ def test_slow_readers_miss_drafts_but_not_the_end(small):
 
     with engine_of(small) as engine:
         updates = asyncio.run(run(engine))
-    assert len(updates) <= 64
+    assert len(updates) < 128  # there was one a step
     assert updates[-1].stable.finish_reason
 
 
