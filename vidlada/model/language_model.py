@@ -269,6 +269,8 @@ class Attention(nn.Module):
         else:
             states = torch.cat([part(hidden) for part in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
         states = states.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)  # (heads of all three, tokens, head_dim)
+        if states.device.type == "cpu":  # a copy costs less than what follows on strided states
+            states = states.contiguous()
         queries, keys, _ = self.heads_of
         rotate_(states[: queries + keys], rotation)
         return states[:queries], states[queries:]
