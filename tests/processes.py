@@ -45,6 +45,8 @@ class Command:
         settings = ([str(each) for each in arguments], code, variables, Path.cwd(), new_session)
         self._process = FORKS.Process(target=_run, args=(*settings, source, self._output, writer or self._errors))
         self._process.start()
+        # not a child like those that tests of workers count and kill; this class alone waits for it
+        multiprocessing.process._children.discard(self._process)
         self.pid = self._process.pid
         if pipe:
             self.stderr = os.fdopen(os.dup(reader.fileno()), encoding="utf-8", errors="replace")

@@ -43,20 +43,13 @@ def divide():
     return 1 / 0
 
 
-@pytest.fixture(autouse=True)
-def others():
-    """Children of other tests; no further ones are left."""
-    before = set(multiprocessing.active_children())
-    yield before
-    assert not set(multiprocessing.active_children()) - before
-
-
 def test_batches_come_in_order_from_all_workers(tmp_path):
     batches = list(prefetch_batches(Steps(tmp_path), PARTS, 3))
     assert [batch["step"] for batch in batches] == list(range(30))
     assert all((batch["values"] == batch["step"]).all() for batch in batches)
     assert len({batch["process"] for batch in batches}) == 3
     assert list(prefetch_batches(Steps(tmp_path), [], 2)) == []
+    assert not multiprocessing.active_children()
 
 
 def test_workers_are_not_far_ahead(tmp_path):
@@ -65,6 +58,7 @@ def test_workers_are_not_far_ahead(tmp_path):
         wait_for(lambda: len(list(tmp_path.iterdir())) == 2 * AHEAD + 1, 20)
         time.sleep(0.2)
         assert len(list(tmp_path.iterdir())) == 2 * AHEAD + 1
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -72,16 +66,18 @@ def test_a_killed_worker_is_told_and_none_is_left(tmp_path, workers):
     batches = prefetch_batches(Steps(tmp_path, 13, kill_itself), PARTS, workers)
     with pytest.raises(VidLaDAError, match=r"killed \(SIGKILL\).*--resume"):
         list(batches)
+    assert not multiprocessing.active_children()
 
 
-def test_a_worker_killed_while_others_start_is_told(tmp_path, others):
+def test_a_worker_killed_while_others_start_is_told(tmp_path):
     """Evaluation starts workers of its own while those of training live."""
     with closing(prefetch_batches(Steps(tmp_path), PARTS, 2)) as batches:
         next(batches)
-        next(child for child in multiprocessing.active_children() if child not in others).kill()
+        multiprocessing.active_children()[0].kill()
         assert len(list(prefetch_batches(Steps(tmp_path), PARTS, 2))) == 30
         with pytest.raises(VidLaDAError, match="SIGKILL"):
             list(batches)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -94,6 +90,7 @@ def test_an_error_of_the_data_stays_what_it_is(tmp_path, workers):
 def test_an_error_of_ours_brings_its_traceback(tmp_path):
     with pytest.raises(RuntimeError, match="in divide"):
         list(prefetch_batches(Steps(tmp_path, 3, divide), PARTS, 1))
+    assert not multiprocessing.active_children()
 
 
 def test_no_worker_outlives_a_killed_run(tmp_path):
