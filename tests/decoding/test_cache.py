@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from random_requests import decode, random_request
 from torch.nn.attention import SDPBackend
 from vectors import VARIANTS, arrays, load_reference_model
 
@@ -17,7 +18,7 @@ from vidlada.decoding.kv_cache import KVCache, PartialPass, attention_kernels, b
 from vidlada.decoding.policies import POLICIES, parse_policy
 from vidlada.decoding.policies.base import StepContext
 from vidlada.decoding.policies.mars import Mars
-from vidlada.decoding.sampler import Denoiser, Request, denoise
+from vidlada.decoding.sampler import Denoiser, Request
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings, policy_text
 from vidlada.model.language_model import rotary_angles
@@ -41,25 +42,10 @@ APPROXIMATE = [
 ]
 
 
-def decode(model, *requests):
-    """Last state of each request."""
-    last = {}
-    for number, state in denoise(model, requests):
-        last[number] = state
-    return [last[number] for number in range(len(requests))]
-
-
 def layout(before, frames, after):
     """Frame index of a prompt; frames is a list of sizes."""
     index = [number for number, size in enumerate(frames) for _ in range(size)]
     return [-1] * before + index + [-1] * after
-
-
-def request(model, frame_index, seed=0, **changes):
-    width = model.config.text_config.hidden_size
-    prompt = torch.randn(len(frame_index), width, generator=torch.Generator().manual_seed(seed)) * 0.2
-    settings = GenerationSettings(gen_length=16, block_length=8).replace(**changes)
-    return Request(prompt, settings, frame_index=frame_index)
 
 
 @pytest.mark.parametrize("cache", EXACT)
@@ -81,7 +67,9 @@ def test_recorded_answers(variant, cache):
 def test_recomputing_everything_changes_nothing(small, before, frames, after, cache, cfg):
     index = layout(before, frames, after)
     plain, cached = decode(
-        small.model, request(small.model, index, cfg_scale=cfg), request(small.model, index, cfg_scale=cfg, cache=cache)
+        small.model,
+        random_request(small.model, index, cfg_scale=cfg),
+        random_request(small.model, index, cfg_scale=cfg, cache=cache),
     )
     assert cached.answer_ids() == plain.answer_ids()
     assert cached.statistics.steps == plain.statistics.steps
@@ -91,10 +79,10 @@ def test_recomputing_everything_changes_nothing(small, before, frames, after, ca
 def test_a_cached_request_in_a_batch_gives_the_answer_it_gives_alone(small):
     prompts = [layout(2, [4] * (2 + number), 3 + number) for number in range(len(APPROXIMATE))]
     requests = [
-        request(small.model, index, seed, cache=cache)
+        random_request(small.model, index, seed, cache=cache)
         for seed, (index, cache) in enumerate(zip(prompts, APPROXIMATE, strict=True))
     ]
-    requests.insert(2, request(small.model, layout(1, [2], 1), 99))
+    requests.insert(2, random_request(small.model, layout(1, [2], 1), 99))
     for one, state in zip(requests, decode(small.model, *requests), strict=True):
         (alone,) = decode(small.model, one)
         assert state.answer_ids() == alone.answer_ids()
@@ -230,7 +218,7 @@ def test_drift_above_nothing_renews_everything_that_moved(small):
     states = {}
     for drift in (1e-9, 2.0):
         cache = f"mars:drift={drift},probes=3,window=1,anchors=4,group=1"
-        (states[drift],) = decode(small.model, request(small.model, index, cache=cache))
+        (states[drift],) = decode(small.model, random_request(small.model, index, cache=cache))
     assert states[2.0].statistics.refreshes == {"text": 1, "visual": 1}
     prompt, probes = len(index), 2 * 3
     assert states[2.0].statistics.layer_tokens == (prompt + 16 + 15 * (16 + probes),) * 2
@@ -250,13 +238,13 @@ def test_the_work_of_each_policy(small):
         "sparse": 4 * everything + 12 * 8,
     }
     for cache, count in expected.items():
-        (state,) = decode(small.model, request(small.model, index, cache=cache))
+        (state,) = decode(small.model, random_request(small.model, index, cache=cache))
         assert state.statistics.layer_tokens == (count, count), cache
     (state,) = decode(
-        small.model, request(small.model, index, cache="mars:text=4,ratio=2,pyramid=1,window=1,anchors=4")
+        small.model, random_request(small.model, index, cache="mars:text=4,ratio=2,pyramid=1,window=1,anchors=4")
     )
     assert state.statistics.refreshes == {"text": 4, "visual": 2}
-    (state,) = decode(small.model, request(small.model, index, cache="interval:prompt=8,response=4"))
+    (state,) = decode(small.model, random_request(small.model, index, cache="interval:prompt=8,response=4"))
     assert state.statistics.layer_tokens == (2 * everything + 14 * 16, 2 * everything + 2 * 16 + 12 * 4)
 
 
@@ -287,7 +275,7 @@ def test_bad_policies_are_refused(cache, message):
 )
 def test_policies_that_do_not_fit_the_video_are_refused(small, cache, message):
     with pytest.raises(InputError, match=message):
-        decode(small.model, request(small.model, layout(1, [4, 4], 1), cache=cache))
+        decode(small.model, random_request(small.model, layout(1, [4, 4], 1), cache=cache))
 
 
 def test_every_policy_is_tried_here():
@@ -297,7 +285,7 @@ def test_every_policy_is_tried_here():
 @pytest.mark.parametrize("frames", [[], [1], [3], [1, 1], [2, 5, 1]])
 def test_the_default_fits_any_video(frames):
     model = load_reference_model("gqa")
-    (state,) = decode(model, request(model, layout(2, frames, 2), cache="mars"))
+    (state,) = decode(model, random_request(model, layout(2, frames, 2), cache="mars"))
     assert state.done
 
 
@@ -312,7 +300,7 @@ def test_scenes_are_cut_where_frames_change_abruptly():
 def test_every_scene_has_its_own_anchors():
     model = load_reference_model("gqa")
     index = layout(3, [5, 5, 5, 5], 4)
-    asked = request(model, index, cache="mars:scene=0.5,window=1,anchors=4")
+    asked = random_request(model, index, cache="mars:scene=0.5,window=1,anchors=4")
     direction = torch.randn(asked.prompt.shape[1])
     with_scenes = asked.prompt.clone()
     with_scenes[3:13], with_scenes[13:23] = direction, -direction  # two scenes of two frames
@@ -330,7 +318,7 @@ def test_every_scene_has_its_own_anchors():
 def test_a_further_question_reuses_the_frames(cache):
     model = load_reference_model("gqa")
     index = layout(3, [5, 5, 5], 4)
-    first = request(model, index, cache=cache, reuse=99)
+    first = random_request(model, index, cache=cache, reuse=99)
     (left,) = decode(model, first)
     assert left.visual is not None
     (again,) = decode(model, replace(first, visual=left.visual))
@@ -348,8 +336,8 @@ def test_a_further_question_reuses_the_frames(cache):
 
 def test_what_does_not_fit_is_not_reused():
     model = load_reference_model("gqa")
-    (left,) = decode(model, request(model, layout(3, [5, 5], 4), cache="frozen", reuse=99))
-    elsewhere = request(model, layout(4, [5, 5], 4), cache="frozen", reuse=99)
+    (left,) = decode(model, random_request(model, layout(3, [5, 5], 4), cache="frozen", reuse=99))
+    elsewhere = random_request(model, layout(4, [5, 5], 4), cache="frozen", reuse=99)
     (alone,) = decode(model, elsewhere)
     (given,) = decode(model, replace(elsewhere, visual=left.visual))
     assert given.statistics.refreshes == alone.statistics.refreshes
@@ -369,13 +357,15 @@ def test_dllm_cache_chooses_everything_when_all_is_due():
     """Refreshing prompt and answer in every step is full recompute, and any share of 1 is the frozen prompt."""
     model, index = load_reference_model("gqa"), layout(2, [4, 4], 3)
     for cache, like in (("dllm:prompt=1", "full"), ("dllm:prompt=999,share=1", "frozen")):
-        found, expected = decode(model, request(model, index, cache=cache), request(model, index, cache=like))
+        found, expected = decode(
+            model, random_request(model, index, cache=cache), random_request(model, index, cache=like)
+        )
         assert found.answer_ids() == expected.answer_ids()
 
 
 def test_dllm_cache_computes_a_share_of_the_answer_in_every_layer(small):
     index = layout(2, [6] * 4, 4)
-    (state,) = decode(small.model, request(small.model, index, cache="dllm:prompt=8,response=4"))
+    (state,) = decode(small.model, random_request(small.model, index, cache="dllm:prompt=8,response=4"))
     everything = len(index) + 16
     # an answer refresh takes 16 positions (beside the full pass too), the other steps a quarter of them
     assert state.statistics.layer_tokens == (2 * everything + 4 * 16 + 12 * 4,) * 2
@@ -383,14 +373,14 @@ def test_dllm_cache_computes_a_share_of_the_answer_in_every_layer(small):
 
 def test_dkv_cache_computes_what_was_open_in_the_step_before(small):
     index = layout(2, [6] * 4, 4)
-    (state,) = decode(small.model, request(small.model, index, cache="dkv:every=99"))
+    (state,) = decode(small.model, random_request(small.model, index, cache="dkv:every=99"))
     assert state.statistics.layer_tokens == (len(index) + 16 + sum(range(2, 17)),) * 2
 
 
 @pytest.mark.parametrize("similarity", [0.0, 1.0])
 def test_elastic_cache_recomputes_above_the_layer_that_changed(similarity):
     model, index = load_reference_model("gqa"), layout(2, [4, 4], 3)
-    (state,) = decode(model, request(model, index, cache=f"elastic:similarity={similarity}"))
+    (state,) = decode(model, random_request(model, index, cache=f"elastic:similarity={similarity}"))
     lowest, *_, highest = state.statistics.layer_tokens
     cheap = len(index) + 16 + 16 + 14 * 8
     assert lowest == cheap  # the first layer is tested, not recomputed
@@ -401,7 +391,7 @@ def test_elastic_cache_recomputes_above_the_layer_that_changed(similarity):
 def test_a_further_question_reuses_the_frames_of_some_layers(cache):
     """Below the layer nothing of the frames is computed in the first step; from there on everything is."""
     model, index = load_reference_model("gqa"), layout(3, [5, 5, 5], 4)
-    first = request(model, index, cache=cache, reuse=1)
+    first = random_request(model, index, cache=cache, reuse=1)
     (left,) = decode(model, first)
     assert left.visual is not None and len(left.visual.layers) == 1
     denoiser = Denoiser(model)

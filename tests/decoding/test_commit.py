@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from random_requests import decode, random_request
 from vectors import arrays, load_reference_model
 
 from vidlada.decoding.choices import check_choices
@@ -29,7 +30,7 @@ from vidlada.decoding.commit import (
     spread,
     within_nucleus,
 )
-from vidlada.decoding.sampler import Denoiser, Request, denoise
+from vidlada.decoding.sampler import Denoiser, denoise
 from vidlada.decoding.streaming import stable_text
 from vidlada.decoding.verify import verify
 from vidlada.errors import InputError
@@ -58,20 +59,8 @@ def proposals(block, tokens=None, measured=None):
     return Proposals(tokens, confidence, is_open, measured)
 
 
-def decode(model, *requests):
-    last = {}
-    for number, state in denoise(model, requests):
-        last[number] = state
-    return [last[number] for number in range(len(requests))]
-
-
 def request(model, seed=0, tokens=20, **changes):
-    width = model.config.text_config.hidden_size
-    prompt = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)) * 0.2
-    frame_index = [-1] * 4 + [0] * 6 + [1] * 6 + [-1] * (tokens - 16)
-    return Request(
-        prompt, GenerationSettings(gen_length=16, block_length=8).replace(**changes), frame_index=frame_index
-    )
+    return random_request(model, [-1] * 4 + [0] * 6 + [1] * 6 + [-1] * (tokens - 16), seed, **changes)
 
 
 def test_recorded_schedules():

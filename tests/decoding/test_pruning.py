@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from media import write_video
+from random_requests import decode, random_request
 from vectors import load_reference_model
 
 from vidlada.cli import main
@@ -14,7 +15,6 @@ from vidlada.decoding.cache import RequestCache
 from vidlada.decoding.kv_cache import attend_grouped
 from vidlada.decoding.memory import kept_bytes
 from vidlada.decoding.policies.base import AttentionPattern
-from vidlada.decoding.sampler import Denoiser, Request
 from vidlada.decoding.token_reduction import parse_pruning
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
@@ -26,20 +26,7 @@ KEPT = 8  # of 20
 
 
 def request(model, seed=0, **changes):
-    width = model.config.text_config.hidden_size
-    prompt = torch.randn(len(FRAMES), width, generator=torch.Generator().manual_seed(seed)) * 0.2
-    settings = GenerationSettings(gen_length=16, block_length=8, visual_prune=PRUNE).replace(**changes)
-    return Request(prompt, settings, frame_index=FRAMES)
-
-
-def decode(model, *requests, static=False):
-    """Last state of each request, and the loop's last rows."""
-    denoiser, last = Denoiser(model, static), {}
-    for each in requests:
-        denoiser.add(each)
-    while denoiser.rows:
-        last.update(dict(denoiser.step()))
-    return [last[number] for number in range(len(requests))]
+    return random_request(model, FRAMES, seed, **{"visual_prune": PRUNE, **changes})
 
 
 def received(model, hidden, asking):

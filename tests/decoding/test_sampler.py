@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from random_requests import decode
 
 from vidlada.decoding.sampler import Denoiser, Request, denoise
 from vidlada.decoding.streaming import feed
@@ -12,14 +13,6 @@ from vidlada.generation import GenerationSettings
 def prompt(small, tokens, seed=0):
     width = small.model.config.text_config.hidden_size
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)) * 0.2
-
-
-def decode(small, *requests):
-    """Last state of each request."""
-    last = {}
-    for number, state in denoise(small.model, requests):
-        last[number] = state
-    return [last[number] for number in range(len(requests))]
 
 
 def settings(**changes):
@@ -40,9 +33,9 @@ MIXED = [
 
 def test_a_request_in_a_batch_gives_the_answer_it_gives_alone(small):
     requests = [Request(prompt(small, 5 + 7 * i, i), chosen) for i, chosen in enumerate(MIXED)]
-    together = decode(small, *requests)
+    together = decode(small.model, *requests)
     for request, state in zip(requests, together, strict=True):
-        (alone,) = decode(small, request)
+        (alone,) = decode(small.model, request)
         assert state.answer_ids() == alone.answer_ids()
         assert state.statistics.steps == alone.statistics.steps
         assert state.statistics.forward_passes == alone.statistics.forward_passes
@@ -59,19 +52,19 @@ def test_a_request_may_join_while_another_runs(small):
     while denoiser.rows:
         states.update(denoiser.step())
     for number, request in enumerate((first, second)):
-        assert states[number].answer_ids() == decode(small, request)[0].answer_ids()
+        assert states[number].answer_ids() == decode(small.model, request)[0].answer_ids()
 
 
 def test_seeds_decide(small):
     answers = [
-        decode(small, Request(prompt(small, 9), settings(temperature=1.0, seed=seed)))[0].answer_ids()
+        decode(small.model, Request(prompt(small, 9), settings(temperature=1.0, seed=seed)))[0].answer_ids()
         for seed in (1, 1, 2)
     ]
     assert answers[0] == answers[1] != answers[2]
 
 
 def test_suppressed_tokens_and_the_mask_never_appear(small):
-    states = decode(small, *(Request(prompt(small, 9, i), settings(temperature=1.0, seed=i)) for i in range(4)))
+    states = decode(small.model, *(Request(prompt(small, 9, i), settings(temperature=1.0, seed=i)) for i in range(4)))
     suppressed = set(small.model.config.suppressed_token_ids)
     assert not suppressed & {token for state in states for token in state.answer_ids()}
 
@@ -88,7 +81,7 @@ def test_states_only_grow(small):
 
 
 def test_threshold_takes_fewer_steps_and_reports_them(small):
-    plain, fast = decode(small, Request(prompt(small, 9), settings()),
+    plain, fast = decode(small.model, Request(prompt(small, 9), settings()),
                          Request(prompt(small, 9), settings(threshold=0.05)))  # fmt: skip
     assert plain.statistics.steps == 16
     assert fast.statistics.steps < 16
@@ -96,10 +89,10 @@ def test_threshold_takes_fewer_steps_and_reports_them(small):
 
 
 def test_stop_ends_early_with_everything_before_it_decided(small):
-    free = decode(small, Request(prompt(small, 9), settings()))[0].answer_ids()
+    free = decode(small.model, Request(prompt(small, 9), settings()))[0].answer_ids()
     for place in range(1, 8):
         sequence = tuple(free[place : place + 2])
-        (state,) = decode(small, Request(prompt(small, 9), settings(), stop_sequences=[sequence]))
+        (state,) = decode(small.model, Request(prompt(small, 9), settings(), stop_sequences=[sequence]))
         assert state.done
         assert state.stop_at is not None
         assert tuple(state.proposed[state.stop_at : state.stop_at + 2].tolist()) == sequence
@@ -109,17 +102,17 @@ def test_stop_ends_early_with_everything_before_it_decided(small):
 
 
 def test_the_earliest_of_several_stops_counts_whatever_their_order(small):
-    free = decode(small, Request(prompt(small, 9), settings()))[0].answer_ids()
+    free = decode(small.model, Request(prompt(small, 9), settings()))[0].answer_ids()
     stops = [(free[6],), (free[3],)]
     expected = min(free.index(free[6]), free.index(free[3]))
     for order in (stops, stops[::-1]):
-        (state,) = decode(small, Request(prompt(small, 9), settings(), stop_sequences=order))
+        (state,) = decode(small.model, Request(prompt(small, 9), settings(), stop_sequences=order))
         assert state.stop_at == expected
 
 
 def test_committed_tokens_before_a_stop_are_never_overwritten(small):
     # the published loop commits -inf positions when fewer candidates than tokens are left (G1)
-    free = decode(small, Request(prompt(small, 9), settings(steps=4)))[0].answer_ids()
+    free = decode(small.model, Request(prompt(small, 9), settings(steps=4)))[0].answer_ids()
     for token in set(free):
         seen = {}
         for _, state in denoise(small.model, [Request(prompt(small, 9), settings(steps=4), stop_sequences=[(token,)])]):
@@ -131,17 +124,17 @@ def test_committed_tokens_before_a_stop_are_never_overwritten(small):
 def test_infilling_keeps_what_is_given(small):
     mask = small.model.config.mask_token_id
     given = [50, mask, 51, *[mask] * 12, 52]
-    (state,) = decode(small, Request(prompt(small, 9), settings(), initial_ids=given))
+    (state,) = decode(small.model, Request(prompt(small, 9), settings(), initial_ids=given))
     kept = [(slot, token) for slot, token in enumerate(given) if token != mask]
     assert [(slot, state.answer_ids()[slot]) for slot, _ in kept] == kept
     assert state.statistics.tokens == 13
-    (full,) = decode(small, Request(prompt(small, 9), settings(), initial_ids=[50] * 16))
+    (full,) = decode(small.model, Request(prompt(small, 9), settings(), initial_ids=[50] * 16))
     assert full.done
     assert full.statistics.forward_passes == 0
 
 
 def test_suffix_is_seen(small):
-    plain, steered = decode(small, Request(prompt(small, 9), settings()),
+    plain, steered = decode(small.model, Request(prompt(small, 9), settings()),
                             Request(prompt(small, 9), settings(), suffix_ids=list(range(20, 60))))  # fmt: skip
     assert plain.answer_ids() != steered.answer_ids()
 
@@ -191,6 +184,6 @@ def test_bad_settings(changes, message):
 
 def test_bad_requests(small):
     with pytest.raises(InputError, match="3 initial ids"):
-        decode(small, Request(prompt(small, 9), settings(), initial_ids=[1, 2, 3]))
+        decode(small.model, Request(prompt(small, 9), settings(), initial_ids=[1, 2, 3]))
     with pytest.raises(InputError, match="more than the model's 32768"):
-        decode(small, Request(prompt(small, 32767), settings()))
+        decode(small.model, Request(prompt(small, 32767), settings()))

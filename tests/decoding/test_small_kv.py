@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from random_requests import decode, random_request
 from vectors import load_reference_model
 
 from vidlada.decoding.kv_cache import KVCache
 from vidlada.decoding.memory import kept_bytes
-from vidlada.decoding.sampler import Denoiser, Request
 from vidlada.decoding.small_kv import Float8KVCache, Int8KVCache, kv_cache_of, stored_bytes
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
@@ -19,20 +19,7 @@ FRAMES = [-1, -1, *(frame for frame in range(4) for _ in range(5)), -1, -1, -1]
 
 
 def request(model, seed, **changes):
-    width = model.config.text_config.hidden_size
-    prompt = torch.randn(len(FRAMES), width, generator=torch.Generator().manual_seed(seed)) * 0.2
-    settings = GenerationSettings(gen_length=16, block_length=8).replace(**changes)
-    return Request(prompt, settings, frame_index=FRAMES)
-
-
-def decode(model, *requests, static=False):
-    """Last state of each request."""
-    denoiser, last = Denoiser(model, static), {}
-    for each in requests:
-        denoiser.add(each)
-    while denoiser.rows:
-        last.update(dict(denoiser.step()))
-    return [last[number] for number in range(len(requests))]
+    return random_request(model, FRAMES, seed, **changes)
 
 
 def filled(kind, dtype=torch.float32):
