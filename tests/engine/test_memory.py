@@ -39,7 +39,7 @@ def room(monkeypatch):
 
 
 async def watched(engine, job):
-    """The last update; text grows and no step is told twice."""
+    """The last update; text grows and no step comes twice."""
     updates = [update async for update in engine.submit(job).updates()]
     steps = [update.state.step for update in updates]
     assert steps == sorted(set(steps))

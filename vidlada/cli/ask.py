@@ -88,7 +88,7 @@ def watch(
     tensor_parallel: int = 1,
     several: bool = False,
 ) -> tuple[Any, Any]:
-    """Load the model and encode the media; `several` questions reuse half of the layers unless told otherwise."""
+    """Load the model and encode the media; `several` questions reuse half of the layers by default."""
     given = given_options(options)
     vidlada = source.load(tensor_parallel)
     if several and "reuse" not in given and vidlada.settings(**generation_options(given)).cache != "none":

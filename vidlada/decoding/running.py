@@ -95,12 +95,12 @@ class RunningRequest:
         if len(frame_index) != len(prompt):
             raise InputError(f"frame_index has {len(frame_index)} entries for a prompt of {len(prompt)} tokens")
         tokens = len(prompt) + len(self.ids) + len(self.suffix)
-        prompts = [prompt]
-        if self.settings.cfg_scale > 0:
-            prompts.append(self.hidden_prompt(model))
-        given = [self.request.visual, None]  # a hidden prompt has no frames
-        devices, reuse, kv_dtype = model.language_model.devices, self.settings.reuse, self.settings.kv_dtype
-        observe = [self.pruning is not None, False]
+        settings = self.settings
+        inputs: list[tuple[Tensor, VisualCache | None, bool]] = [
+            (prompt, self.request.visual, self.pruning is not None)
+        ]
+        if settings.cfg_scale > 0:
+            inputs.append((self.hidden_prompt(model), None, False))  # which has no frames
         return [
             RequestCache(
                 config,
@@ -109,14 +109,14 @@ class RunningRequest:
                 frame_index,
                 len(self.ids),
                 tokens,
-                visual,
-                reuse,
-                devices,
-                observed,
-                kv_dtype,
-                model.language_model.key_value_heads,
-            )  # fmt: skip
-            for each, visual, observed in zip(prompts, given, observe, strict=False)
+                visual=visual,
+                reuse=settings.reuse,
+                devices=model.language_model.devices,
+                observe=observe,
+                kv_dtype=settings.kv_dtype,
+                heads=model.language_model.key_value_heads,
+            )
+            for each, visual, observe in inputs
         ]
 
     def hidden_prompt(self, model: VidLaDAForMaskedDiffusion) -> Tensor:

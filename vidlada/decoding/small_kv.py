@@ -4,6 +4,8 @@ They take about half of the memory. They are no faster: attention needs the wide
 are widened whenever its queries look.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,11 +25,13 @@ class Int8KVCache(KVCache):
     stored: torch.dtype = torch.int8
     largest = 127.0
 
+    def __init__(self, *arguments: Any, **options: Any):
+        self.scales: list[Tensor] = []
+        super().__init__(*arguments, **options)
+
     def allocate(self, like: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """See `KVCache`; a scale beside every row."""
         self.wide = like.dtype
-        if not hasattr(self, "scales"):
-            self.scales: list[Tensor] = []
         self.scales.append(torch.ones(*shape[:-1], 1, device=device))
         # bytes, because few kernels know float8
         return torch.zeros(shape, dtype=torch.int8, device=device)
