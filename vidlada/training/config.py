@@ -185,20 +185,6 @@ class Lora:
 
 
 @dataclass(frozen=True, config=STRICT)
-class NewHeads:
-    """Layers, counted from 0, in each of which one attention head gets a purpose before training goes on.
-
-    Args:
-        previous_frame: it looks from every visual token to the same place in the frame before.
-        seconds: it looks from a second in a question to the frame whose clock shows it. Both are fitted on clips of the
-            shapes world.
-    """
-
-    previous_frame: tuple[NonNegativeInt, ...] = ()
-    seconds: tuple[NonNegativeInt, ...] = ()
-
-
-@dataclass(frozen=True, config=STRICT)
 class TrainingConfig:
     """One run.
 
@@ -210,7 +196,6 @@ class TrainingConfig:
             gains the mask and control tokens; `model` then describes the vision half, or says `text_only: true`.
         new_layers: numbers of layers of `init_from`'s language model, counted from 0, each to be followed by a copy of
             itself that adds nothing yet: a deeper model that starts where the other stood.
-        new_heads: see `NewHeads`; of `init_from`'s language model.
         vision_tower: name or folder of the tower that a published `init_from` must have been made with; only its last
             part counts. None: whichever it is.
         seed: of initial weights, data order and masking.
@@ -247,7 +232,6 @@ class TrainingConfig:
     model: dict[str, Any] | None = None
     init_from: str | None = None
     new_layers: tuple[NonNegativeInt, ...] = ()
-    new_heads: NewHeads | None = None
     vision_tower: str | None = None
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
@@ -282,8 +266,6 @@ class TrainingConfig:
             raise InputError("give either model (a new one) or init_from (a folder)")
         if self.new_layers and (self.init_from is None or self.lora is not None):
             raise InputError("new_layers deepens the model of init_from, without lora")
-        if self.new_heads and (self.init_from is None or self.lora is not None):
-            raise InputError("new_heads changes the model of init_from, without lora")
         if not self.stages:
             raise InputError("stages is empty; a run needs at least one")
         sharded = self.parallel in ("fsdp", "zero2", "zero3")

@@ -68,12 +68,7 @@ def _first_model(config: TrainingConfig, weights: bool) -> tuple[VidLaDAForMaske
     else:
         model = empty_model(describe(folder).config)
     insert_layers(model, config.new_layers)
-    processor = VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
-    if config.new_heads is not None and weights:
-        from vidlada.training.heads import add_heads
-
-        add_heads(model, processor, config.new_heads)
-    return model, processor
+    return model, VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
 
 
 def empty_model(config: VidLaDAConfig) -> VidLaDAForMaskedDiffusion:
