@@ -3,6 +3,8 @@
 Decoding can start at any key picture. Getting there is a seek, if that skips enough. Where seeks are refused, or lead
 past their target, the packets before it are read and not decoded; and where even that does not give the frame, all is
 decoded from the start.
+
+Behind a damaged packet, what follows leans on a picture that is not there: up to the next key picture, no frame counts.
 """
 
 from bisect import bisect_right
@@ -183,24 +185,31 @@ class Reader:
     def decode(self, start: int) -> Iterator[NumberedFrame]:
         """Frames from a packet on, which is the next to be read."""
         count, last, disorder = int(self.frame_of[start]), -1, 0
+        damaged, packet = False, -1
         for label, frame in self.labelled_frames():
-            if label < 0:
+            if frame is not None and label == packet >= 0:
+                continue  # decoders that learn late of reordering give the first frame twice
+            packet = label
+            damaged = frame is None or frame.is_corrupt or (damaged and not frame.key_frame)
+            if label < 0 or frame is None:
                 continue
             number = int(self.frame_of[label])
             if self.timeline.ordered:
                 count = number if number in self.restarts else max(count, 0)
-                yield count, frame
+                if not damaged:
+                    yield count, frame
                 count += 1
             elif number >= 0:
                 disorder += number < last
                 if disorder > MOST_DISORDER:
                     raise WrongTimesError
                 last = number
-                yield number, frame
+                if not damaged:
+                    yield number, frame
 
-    def labelled_frames(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Decoded frames with the numbers of their packets. Decoders carry the time stamp of a packet to its frame,
-        whatever it means."""
+    def labelled_frames(self) -> Iterator[tuple[int, av.VideoFrame | None]]:
+        """Decoded frames with the numbers of their packets, None in the place of one that is damaged. Decoders carry
+        the time stamp of a packet to its frame, whatever it means."""
         ended = False
         while not ended:
             label, packet = self.read()
@@ -213,7 +222,8 @@ class Reader:
                     frames = packet.decode()
             except MemoryError:
                 raise
-            except av.error.FFmpegError:  # of a damaged packet; what it should have given is missed later
+            except av.error.FFmpegError:
+                yield label, None
                 continue
             for frame in frames:
                 yield (-1 if frame.pts is None else frame.pts), frame

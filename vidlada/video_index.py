@@ -320,7 +320,9 @@ def _parts(container: InputContainer, packets: Packets, unit: float) -> list[tup
         return [(packets.first, len(packets))]
     steps = np.diff(packets.dts[known])
     # a guessed time stamp may be a few frames off; a recording begins again at a key picture, or far back
-    breaks = (steps < 0) & ((packets.flags[known[1:]] & KEY > 0) | (steps * unit < -GUESS_SECONDS))
+    guess = GUESS_FRAMES * np.median(steps[steps > 0]) if (steps > 0).any() else 0
+    begins = (packets.flags[known[1:]] & KEY > 0) & (steps < -guess)
+    breaks = begins | (steps * unit < -GUESS_SECONDS)
     if name == JUMPING_CLOCK:
         breaks |= steps * unit > JUMP_SECONDS
     edges = [packets.first, *(edge for edge in known[1:][breaks].tolist() if edge > packets.first), len(packets)]
