@@ -16,8 +16,8 @@ H264, MPEG2 = {"codec": "libx264", "options": {"bf": "2"}}, {"codec": "mpeg2vide
 KINDS = {
     "mp4": H264, "mov": H264, "mkv": H264, "avi": H264, "flv": H264, "ts": H264, "m2ts": H264, "nut": H264,
     "h264": H264, "hevc": {"codec": "libx265"}, "mpg": MPEG2, "m2v": MPEG2, "mxf": MPEG2, "wtv": MPEG2,
-    "wmv": {"codec": "wmv2"}, "webm": {"codec": "libvpx"}, "ogv": {"codec": "libvpx"}, "ivf": {"codec": "libvpx"}, "3gp": {"codec": "mpeg4"},
-    "m4v": {"codec": "mpeg4"}, "mjpeg": {"codec": "mjpeg", "pixel_format": "yuvj420p"},
+    "wmv": {"codec": "wmv2"}, "webm": {"codec": "libvpx"}, "ogv": {"codec": "libvpx"}, "ivf": {"codec": "libvpx"},
+    "3gp": {"codec": "mpeg4"}, "m4v": {"codec": "mpeg4"}, "mjpeg": {"codec": "mjpeg", "pixel_format": "yuvj420p"},
     "gif": {"codec": "gif", "pixel_format": "rgb8", "fps": 10},
 }  # fmt: skip
 LENGTH, GROUP = 200_000, 250
