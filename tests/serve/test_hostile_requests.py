@@ -97,7 +97,7 @@ SCHEMA = {"type": "object", "properties": {HALF: {"enum": [HALF]}}, "required": 
         {"messages": [{"role": "user", "content": [{"type": HALF}]}]},
         *[
             {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}]}]}
-            for url in (HALF, f"data:{HALF};base64,aa", f"http://127.0.0.1:9/{HALF}", f"http://{HALF}/", f"file:/{HALF}")
+            for url in (HALF, f"data:{HALF},a", f"http://127.0.0.1:9/{HALF}", f"http://{HALF}/", f"file:/{HALF}")
         ],
         {"response_format": {"type": HALF}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": HALF, "schema": SCHEMA}}},
