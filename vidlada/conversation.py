@@ -15,7 +15,7 @@ from vidlada.decoding.streaming import StableText
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.messages import Message, place_media, time_instruction, with_think_mode
-from vidlada.settings import check_unicode
+from vidlada.settings import as_sequence, check_unicode, format_value
 from vidlada.tiling import MediaShape
 from vidlada.video import VideoInfo
 
@@ -197,11 +197,15 @@ class Conversation:
         return self.last
 
     def choose(self, question: str, choices: Sequence[str]) -> Answer:
-        """Score the given answers in one forward pass and return the most likely; uses `gen_length` only.
+        """Score the given answers in one forward pass and return the most likely; uses `gen_length` only. A text
+        instead of a list is one answer.
 
         Raises:
             InputError: there is no choice, an empty one, or one twice.
         """
+        choices = as_sequence(choices)
+        if not isinstance(choices, Sequence) or not all(isinstance(choice, str) for choice in choices):
+            raise InputError(f"choices must be a list of texts, not {format_value(choices)}")
         if not choices or not all(choice.strip() for choice in choices) or len(set(choices)) < len(choices):
             raise InputError(f"choices must be different answers, none of them empty, not {list(choices)}")
         started = time.perf_counter()
