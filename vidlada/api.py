@@ -18,10 +18,8 @@ from vidlada.decoding.choices import check_choices
 from vidlada.decoding.memory import PROMPT_TOKENS
 from vidlada.decoding.sampler import State
 from vidlada.decoding.thinking import split_thought
-from vidlada.engine.core import EngineCore
-from vidlada.engine.entry import ReadyEntry, Update
-from vidlada.engine.limits import EngineLimits
-from vidlada.errors import InputError
+from vidlada.engine.offline import decode
+from vidlada.errors import InputError, VidLaDAError
 from vidlada.fetch import Fetching, Progress
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.info import MemoryNeed, check_memory, memory_need
@@ -290,7 +288,7 @@ class VidLaDA:
         choices: Sequence[Sequence[str] | None] | None = None,
         **options: Any,
     ) -> list[Answer]:
-        """Answer several questions, each about its own videos and images, in one padded batch.
+        """Answer several questions, each about its own videos and images, as many together as memory allows.
 
         Args:
             questions: pairs of media (as for `ask`) and a question; media given several times as the same object are
@@ -311,28 +309,12 @@ class VidLaDA:
             for chat, (_, question), own in zip(chats, questions, given, strict=True)
         ]
         answers = dict[int, Answer]()
-        for place, update in self.decode(entries):
+        for place, update in decode(self.model, entries, together=len(entries)):
+            if isinstance(update, VidLaDAError):
+                raise update
             if update.stable.finish_reason is not None:
                 answers[place] = chats[place].answer(update, given[place])
         return [answers[place] for place in range(len(chats))]
-
-    def decode(self, entries: Sequence[ReadyEntry]) -> Iterator[tuple[int, Update]]:
-        """Answer requests together, as far as memory allows, until each answer is complete.
-
-        Yields:
-            Place of a request in `entries`, and what its last step brought; its last update has a finish reason.
-
-        Raises:
-            VidLaDAError: one of them cannot be answered.
-        """
-        core = EngineCore(self.model, EngineLimits(max_running=max(1, len(entries))))
-        core.waiting.extend(entries)
-        while core.busy:
-            while core.prepare():
-                pass
-            core.step()
-            for place, entry in enumerate(entries):
-                yield from ((place, update) for update in entry.take())
 
     def push_to_hub(self, repository: str, private: bool | None = None, revision: str | None = None) -> str:
         """Upload weights, configuration, processor, tokenizer and a model card to the Hugging Face hub.

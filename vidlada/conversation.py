@@ -15,8 +15,9 @@ from vidlada.decoding.streaming import StableText
 from vidlada.decoding.thinking import Turn
 from vidlada.engine.choosing import ChoosingTurn
 from vidlada.engine.entry import ReadyEntry, Update
+from vidlada.engine.offline import decode
 from vidlada.engine.prompts import build_request
-from vidlada.errors import InputError
+from vidlada.errors import InputError, VidLaDAError
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.messages import Message, place_media, time_instruction, with_think_mode
 from vidlada.settings import check_unicode
@@ -196,7 +197,9 @@ class Conversation:
     def states(self, message: Message, choices: Sequence[str] | None = None) -> Iterator[tuple[State, StableText]]:
         """Answer a message without adding it to the history: the state and certain text after every step. Drafts
         cost time; where nobody sees them, none are built."""
-        for _, update in self.vidlada.decode([self.entry(message, choices)]):
+        for _, update in decode(self.vidlada.model, [self.entry(message, choices)]):
+            if isinstance(update, VidLaDAError):
+                raise update
             if update.stable.finish_reason is not None:
                 self.last = self.answer(update, choices)
                 if choices is None:

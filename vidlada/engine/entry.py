@@ -16,6 +16,7 @@ from vidlada.decoding.thinking import Turn
 from vidlada.engine.choosing import ChoosingTurn
 from vidlada.engine.forms import FormTurn
 from vidlada.engine.scheduler import Task
+from vidlada.errors import VidLaDAError
 from vidlada.generation import GenerationSettings
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
@@ -75,7 +76,7 @@ class Entry(ABC):
         """Make `turn`, piece by piece."""
 
     @abstractmethod
-    def put(self, update: "Update | Exception") -> None:
+    def put(self, update: "Update | VidLaDAError") -> None:
         """Take what a step brought, or why there will be no answer."""
 
     def reset(self) -> None:
@@ -127,24 +128,12 @@ class ReadyEntry(Entry):
         visual = sum(frame >= 0 for frame in request.frame_index or ())
         super().__init__(request.settings, tokens, visual, model, chooses=chooses)
         self.make_turn = turn
-        self.updates: deque[Update | Exception] = deque()
+        self.updates: deque[Update | VidLaDAError] = deque()
 
     def prepare(self) -> Iterator[None]:
         """Nothing is left to do but to make the turn."""
         self.turn = self.make_turn()
         yield from ()
 
-    def put(self, update: Update | Exception) -> None:
+    def put(self, update: Update | VidLaDAError) -> None:
         self.updates.append(update)
-
-    def take(self) -> Iterator[Update]:
-        """Updates since the last call.
-
-        Raises:
-            VidLaDAError: there will be no answer.
-        """
-        while self.updates:
-            update = self.updates.popleft()
-            if isinstance(update, Exception):
-                raise update
-            yield update

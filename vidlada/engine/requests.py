@@ -104,7 +104,7 @@ class RequestHandle(Entry):
     ):
         self.job, self.loop, self.join, self.keep = job, loop, join, keep
         self.updated = self.seen = 0  # updates since it began, and the most before it had to begin again
-        self.pending: deque[Update | Exception] = deque(maxlen=MOST_PENDING)
+        self.pending: deque[Update | VidLaDAError] = deque(maxlen=MOST_PENDING)
         self.news = asyncio.Event()
         visual = sum(frame >= 0 for frame in job.encoded.frame_index)
         frames = sum(len(shown.frames.times) for shown in job.videos)
@@ -140,7 +140,7 @@ class RequestHandle(Entry):
                 self.news.clear()
                 while self.pending:
                     update = self.pending.popleft()
-                    if isinstance(update, Exception):
+                    if isinstance(update, VidLaDAError):
                         raise update
                     yield update
                     if update.stable.finish_reason is not None:
@@ -149,7 +149,7 @@ class RequestHandle(Entry):
         finally:
             self.cancel()
 
-    def put(self, update: "Update | Exception") -> None:
+    def put(self, update: "Update | VidLaDAError") -> None:
         """Called by the engine's thread. Updates that a request repeats after a `reset` are left out."""
         if isinstance(update, Update):
             if update.state.visual is not None:
