@@ -25,6 +25,7 @@ ROWS = [
     [
         "fetch",
         "generation",
+        "h264",
         "images",
         "messages",
         "shapes",
