@@ -12,7 +12,6 @@ What is special about it:
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -79,10 +78,7 @@ class KVCache:
         keys, values: views of them, (key/value heads, tokens, head_dim) for each layer.
         hidden: entry layer → (tokens, width) states entering it; the number of layers → states leaving the top.
         computed: positions computed so far in each layer.
-        serial: no two of a process have the same.
     """
-
-    serials = count()
 
     def __init__(
         self,
@@ -94,7 +90,6 @@ class KVCache:
     ):
         self.tokens, width = embeddings.shape
         self.position_ids: Tensor | None = None
-        self.serial = next(self.serials)
         top, self.heads = config.num_hidden_layers, heads or config.num_key_value_heads
         self.devices = list(devices or [embeddings.device] * top)
         shape = (2 * self.heads, self.tokens, config.head_dim)
@@ -133,7 +128,6 @@ class KVCache:
     def keep(self, places: Tensor) -> None:
         """Drop all rows but those at the ascending `places`; what is left keeps its position ids."""
         self.position_ids = self.rotary_positions(places)
-        self.serial = next(self.serials)  # other buffers: what was captured over the old ones must not run again
         self.layers = [states.index_select(1, places.to(states.device)) for states in self.layers]
         self._divide()
         for layer, states in self.hidden.items():
@@ -226,7 +220,7 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
 
 def _join(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor, number: int) -> Tensor:
     """Keep the states that enter a layer, and add those of the positions that join there."""
-    parts = []
+    parts, before = [], sum(map(len, active))
     for place, (each, states) in enumerate(zip(passes, hidden.split([len(a) for a in active]), strict=True)):
         entering = each.kv_cache.hidden.get(number)
         if entering is not None and len(states):
@@ -238,7 +232,7 @@ def _join(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor, n
             active[place] = torch.cat((active[place], joining)) if len(states) else joining
             states = torch.cat((states, joined)) if len(states) else joined
         parts.append(states)
-    return concatenate(parts)
+    return hidden if sum(map(len, parts)) == before else concatenate(parts)
 
 
 def _changes(each: PartialPass, active: Tensor, keys_values: Tensor) -> Tensor:

@@ -202,10 +202,6 @@ class ChunkPattern(AttentionPattern):
         self.visual_start = plan.start.get("visual")
         self.chunked, self.search = plan.chunked, plan.search
 
-    def static_key(self) -> tuple[()] | None:
-        """Passes that do not refresh the frames attend to everything."""
-        return () if self.visual_start is None or not (self.chunked or self.search) else None
-
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
         """See `AttentionPattern`."""
         # decided by the plan, not by the tensors: reading those would make the host wait for a GPU in every layer
