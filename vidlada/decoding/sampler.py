@@ -205,9 +205,12 @@ class Denoiser:
         for length in dict.fromkeys(len(sequence) for sequence in sequences):
             alike = [row for row, sequence in zip(rows, sequences, strict=True) if len(sequence) == length]
             batch = torch.stack([sequence for sequence in sequences if len(sequence) == length])
-            for row, hidden in zip(alike, self.model.language_model(batch), strict=True):
-                first = len(row.request.prompt)
-                states[row] = hidden[first + row.slots.start : first + row.slots.stop]
+            starts = [len(row.request.prompt) + row.slots.start for row in alike]
+            sizes = [row.settings.block_length for row in alike]
+            first, last = min(starts), max(start + size for start, size in zip(starts, sizes, strict=True))
+            found = self.model.language_model(batch, wanted=slice(first, last))
+            for row, hidden, start, size in zip(alike, found, starts, sizes, strict=True):
+                states[row] = hidden[start - first : start - first + size]
         return concatenate([states[row] for row in rows])
 
 

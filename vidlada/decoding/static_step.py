@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from vidlada.model.language_model import LanguageModel
+from vidlada.model.language_model import LanguageModel, Layer
 
 MAX_ROWS = 256  # of all requests together; more are bound by arithmetic, not by launches
 MULTIPLE = 16  # rows are padded to, on a GPU: its products take as long for fewer
@@ -109,7 +109,7 @@ class LayerGraphs:
         """See `vidlada.model.language_model.Layer.enter_rows`; the result is valid up to the next call."""
         rows, plain = len(hidden), self.plain[0]
         if rows > MAX_ROWS:
-            return plain(layer, hidden, rotation)  # type: ignore[no-any-return]
+            return plain(layer, hidden, rotation)
         buffers = self._buffers(rows)
         buffers.fill("hidden", hidden, 0)
         buffers.fill("rotation", rotation, 1)
@@ -126,7 +126,7 @@ class LayerGraphs:
         """See `vidlada.model.language_model.Layer.leave`; the result is valid up to the next call."""
         rows, plain = len(hidden), self.plain[1]
         if rows > MAX_ROWS:
-            return plain(layer, hidden, mixed)  # type: ignore[no-any-return]
+            return plain(layer, hidden, mixed)
         buffers = self._buffers(rows)
         buffers.fill("hidden", hidden, 0)
         buffers.fill("mixed", mixed, 0)
@@ -180,9 +180,9 @@ class GraphCapture:
 
 def _identity(layer: nn.Module) -> Hashable:
     """What changes when a layer's weights are moved, or replaced by smaller ones."""
-    weight = layer.self_attn.o_proj.weight  # type: ignore[union-attr]
-    norm = layer.input_layernorm.weight  # type: ignore[union-attr]
-    return id(weight), str(norm.device), norm.dtype, norm.data_ptr()  # type: ignore[operator, union-attr]
+    assert isinstance(layer, Layer)
+    norm = layer.input_layernorm.weight
+    return id(layer.self_attn.o_proj.weight), norm.device, norm.dtype, norm.data_ptr()
 
 
 GRAPHS: WeakKeyDictionary[LanguageModel, LayerGraphs] = WeakKeyDictionary()

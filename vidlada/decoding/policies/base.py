@@ -118,7 +118,8 @@ class AttentionPattern:
             queries: (heads, active, head_dim), rotated.
             keys, values: (key/value heads, tokens, head_dim) of the whole sequence.
             layer: number of the layer.
-            active: (active,) positions that are being recomputed.
+            active: (active,) positions that are being recomputed; in the last layer only those of the answer, if the
+                pass begins with them.
 
         Returns:
             (heads, active, head_dim).

@@ -207,6 +207,8 @@ class ChunkPattern(AttentionPattern):
         # decided by the plan, not by the tensors: reading those would make the host wait for a GPU in every layer
         if self.visual_start is None or layer < self.visual_start or not (self.chunked or self.search):
             return attend_grouped(queries, keys, values)
+        if len(active) < sum(len(positions) for start, positions in self.joins.items() if start <= layer):
+            return attend_grouped(queries, keys, values)  # in the last layer only the answer asks
         visual = self.frames.visual
         order = self._visual_first(active)
         visual_queries = queries.index_select(1, order[: len(visual)])
