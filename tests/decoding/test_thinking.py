@@ -79,7 +79,7 @@ class Scripted:
 
 
 def steer(vidlada, script, monkeypatch):
-    monkeypatch.setattr("vidlada.engine.core.Denoiser", lambda model: Scripted(vidlada, script))
+    monkeypatch.setattr("vidlada.engine.core.Denoiser", lambda model, static: Scripted(vidlada, script))
 
 
 def words(vidlada, text):

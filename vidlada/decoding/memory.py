@@ -52,7 +52,7 @@ def kept_bytes(
     if settings.cfg_scale > 0:
         kept *= 2
     if reuse:
-        exported = len([layer for layer in (*entries, layers) if layer <= reuse])
+        exported = len([layer for layer in entries if layer <= reuse])
         kept += key_value_bytes(config, visual, value_bytes) * reuse // layers + exported * visual * width * value_bytes
     return kept
 

@@ -66,11 +66,12 @@ class EngineCore:
     Args:
         model: in evaluation mode.
         limits: of what runs together.
+        static: as for `Denoiser`.
     """
 
-    def __init__(self, model: VidLaDAForMaskedDiffusion, limits: EngineLimits):
+    def __init__(self, model: VidLaDAForMaskedDiffusion, limits: EngineLimits, static: bool | None = None):
         self.model, self.limits = model, limits
-        self.denoiser = Denoiser(model)
+        self.denoiser = Denoiser(model, static)
         self.totals = Totals()
         self.waiting: deque[Entry] = deque()
         self.joining: dict[Entry, Iterator[None]] = {}  # being prepared, in order of their places

@@ -143,8 +143,9 @@ class FormTurn:
         ids = torch.tensor([*first, *[model.config.mask_token_id] * longest, *rest], device=device)
         embedded = model.language_model.embed_tokens(ids)
         start = len(self.request.prompt) + len(first)
-        hidden = model.language_model(torch.cat((self.request.prompt.to(embedded.dtype), embedded))[None])[0]
-        scores = model.lm_head(hidden[start : start + longest]).float().log_softmax(-1).cpu()
+        sequence = torch.cat((self.request.prompt.to(embedded.dtype), embedded))[None]
+        hidden = model.language_model(sequence, wanted=slice(start, start + longest))[0]
+        scores = model.lm_head(hidden).float().log_softmax(-1).cpu()
         sums = [float(scores[range(len(choice)), choice].sum()) for choice in closed]
         return hole.choices[sums.index(max(sums))]
 

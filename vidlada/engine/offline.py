@@ -10,7 +10,7 @@ from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 
 def decode(
-    model: VidLaDAForMaskedDiffusion, entries: Iterable[ReadyEntry], together: int = 1
+    model: VidLaDAForMaskedDiffusion, entries: Iterable[ReadyEntry], together: int = 1, static: bool | None = None
 ) -> Iterator[tuple[int, Update | VidLaDAError]]:
     """Answer requests; one that is complete makes room for the next.
 
@@ -18,12 +18,13 @@ def decode(
         model: in evaluation mode.
         entries: taken as there is room for them.
         together: most of them that are decoded at a time; fewer where memory does not allow it.
+        static: as for `Denoiser`.
 
     Yields:
         Number of a request, counted as they are taken, and what a step brought: the last update has a finish reason, or
         is the error for which there is no answer.
     """
-    core = EngineCore(model, EngineLimits(max_running=max(1, together)))
+    core = EngineCore(model, EngineLimits(max_running=max(1, together)), static)
     source = enumerate(entries)
     taken: dict[int, ReadyEntry] = {}
     exhausted = False

@@ -149,6 +149,12 @@ def rotate_(states: Tensor, rotation: Tensor) -> None:
     states.mul_(cos).addcmul_(swapped, sin)
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a layer's weight is one tensor: those that are smaller, or lie on several devices, are tensors of
+    tensors."""
+    return type(linear) is nn.Linear and not hasattr(linear.weight, "__tensor_flatten__")
+
+
 def add_product(residual: Tensor, linear: nn.Module, states: Tensor) -> Tensor:
     """`residual + linear(states)`: one kernel where gradients, autocast, adapters and smaller weights do not forbid it.
 
@@ -157,8 +163,7 @@ def add_product(residual: Tensor, linear: nn.Module, states: Tensor) -> Tensor:
         linear: without a bias.
         states: (tokens, in) or (batch, tokens, in).
     """
-    # weights that are smaller, or lie on several devices, are tensors of tensors
-    plain = type(linear) is nn.Linear and not hasattr(linear.weight, "__tensor_flatten__") and residual.ndim == 2
+    plain = is_plain(linear) and residual.ndim == 2
     if not plain or torch.is_grad_enabled() or torch.is_autocast_enabled(residual.device.type):
         return residual + linear(states)
     return torch.addmm(residual, states, cast(Tensor, linear.weight).t())
@@ -244,8 +249,14 @@ class Attention(nn.Module):
         """(batch, tokens, width) → (batch, heads, tokens, head_dim)."""
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def project(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (batch, heads, tokens, head_dim), and keys and values with the key/value heads; rotated."""
+    def project(self, hidden: Tensor, rotation: Rotation, wanted: slice | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (batch, heads, tokens, head_dim), of `wanted` tokens only, and keys and values with the key/value
+        heads; rotated."""
+        if wanted is not None:
+            asking, states = self.products(hidden[:, wanted], hidden)
+            keys, values = self.heads(states).chunk(2, dim=1)
+            asking_rotation = rotation[0][:, :, wanted], rotation[1][:, :, wanted]
+            return rotate(self.heads(asking), asking_rotation), rotate(keys, rotation), values.contiguous()
         if self.packed:
             queries, keys, values = self.heads(self.qkv_proj(hidden)).split(self.heads_of, dim=1)
             if values.device.type == "cpu":  # its attention reads strided values a fifth slower than it copies them
@@ -274,6 +285,25 @@ class Attention(nn.Module):
         queries, keys, _ = self.heads_of
         rotate_(states[: queries + keys], rotation)
         return states[:queries], states[queries:]
+
+    def products(self, asking: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of some rows; keys, and beside them values, of all: (…, rows, width of each)."""
+        if not self.packed:
+            return self.q_proj(asking), torch.cat((self.k_proj(hidden), self.v_proj(hidden)), dim=-1)
+        width = self.heads_of[0] * self.head_dim
+        if is_plain(self.qkv_proj):
+            return F.linear(asking, self.qkv_proj.weight[:width]), F.linear(hidden, self.qkv_proj.weight[width:])
+        return self.qkv_proj(asking)[..., :width], self.qkv_proj(hidden)[..., width:]
+
+    def project_last(
+        self, asking: Tensor, asking_rotation: Tensor, hidden: Tensor, rotation: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Like `project_rows`, with the queries of some rows only."""
+        heads = (states.unflatten(-1, (-1, self.head_dim)) for states in self.products(asking, hidden))
+        queries, keys_values = (states.transpose(0, 1).contiguous() for states in heads)
+        rotate_(queries, asking_rotation)
+        rotate_(keys_values[: self.heads_of[1]], rotation)
+        return queries, keys_values
 
     def pack(self) -> None:
         """One product instead of three."""
@@ -342,13 +372,34 @@ class Layer(GradientCheckpointingLayer):
         """All of a cached pass before positions meet; see `Attention.project_rows`."""
         return self.self_attn.project_rows(self.input_layernorm(hidden), rotation)
 
+    def enter_last(self, hidden: Tensor, rotation: Tensor, wanted: Sequence[slice]) -> tuple[Tensor, Tensor, Tensor]:
+        """Like `enter_rows`, for the last layer: only wanted rows go on, all leave their keys and values.
+
+        Args:
+            hidden: (tokens, width).
+            rotation: (2, tokens, head_dim) rows of `rotation_table`.
+            wanted: rows.
+
+        Returns:
+            The wanted rows' states, their queries, and all rows' keys and values.
+        """
+        normed = self.input_layernorm(hidden)
+        asking, left = (torch.cat([states[rows] for rows in wanted]) for states in (normed, hidden))
+        asking_rotation = torch.cat([rotation[:, rows] for rows in wanted], dim=1)
+        return left, *self.self_attn.project_last(asking, asking_rotation, normed, rotation)
+
     def leave(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """All after: what was seen, (…, tokens, width), goes into the residual stream."""
         hidden = add_product(hidden, self.self_attn.o_proj, mixed)
         return add_product(hidden, self.mlp.down_proj, self.mlp.gated(self.post_attention_layernorm(hidden)))
 
-    def forward(self, hidden: Tensor, rotation: Rotation, attention_mask: AnyMask) -> Tensor:
-        return self.leave(hidden, self.self_attn.mix(*self.enter(hidden, rotation), attention_mask))
+    def forward(
+        self, hidden: Tensor, rotation: Rotation, attention_mask: AnyMask, wanted: slice | None = None
+    ) -> Tensor:
+        if wanted is None:
+            return self.leave(hidden, self.self_attn.mix(*self.enter(hidden, rotation), attention_mask))
+        states = self.self_attn.project(self.input_layernorm(hidden), rotation, wanted)
+        return self.leave(hidden[:, wanted], self.self_attn.mix(*states, attention_mask))
 
 
 class LanguageModel(nn.Module):
@@ -407,6 +458,7 @@ class LanguageModel(nn.Module):
         hidden: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: AnyMask = None,
+        wanted: slice | None = None,
     ) -> Tensor:
         """Run every position through every layer.
 
@@ -416,6 +468,8 @@ class LanguageModel(nn.Module):
             attention_mask: boolean, True where attention is allowed: (batch, tokens) over keys, or
                 (batch, 1, tokens, tokens) over pairs; or of rows that share a prefix or are packed; None when
                 nothing is padded.
+            wanted: tokens whose states are returned; all by default. Of the others the last layer computes keys and
+                values only.
 
         Returns:
             (batch, tokens, width) normed hidden states.
@@ -426,6 +480,6 @@ class LanguageModel(nn.Module):
             attention_mask = attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, tokens): over keys only
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
         rotation = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, dtype or hidden.dtype)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             hidden = layer(hidden, rotation, attention_mask)
-        return self.norm(hidden)
+        return self.norm(self.layers[-1](hidden, rotation, attention_mask, wanted))
