@@ -194,7 +194,7 @@ class EngineCore:
                     break
                 continue
             entry.turn = None
-            self._finished()
+            self._count_finished()
             entry.put(Update(state, stable, dict(entry.seconds), state.confidence, scores))
         return computed
 
@@ -245,17 +245,17 @@ class EngineCore:
             del self.decoding[number]
         if stable.finish_reason is not None:
             entry.turn = None
-            self._finished()
+            self._count_finished()
         entry.put(Update(state, stable, dict(entry.seconds), entry.confidence_after(state)))
         if turn.request is not request:  # the thought is complete, and the answer has slots of its own
             entry.begin_decoding()
             entry.task.restart(entry.settings.gen_length)
             self._start(entry)
 
-    def _finished(self) -> None:
+    def _count_finished(self) -> None:
         """Take note of a complete answer."""
         self.totals.finished += 1
-        self.scheduler.finished()
+        self.scheduler.grow_budget()
 
     def _attempt(self, run: Callable[[], Result]) -> "Result | VidLaDAError":
         """What something returns, or the error it ends with, when the traceback, which keeps tensors alive, is gone."""
@@ -283,7 +283,7 @@ class EngineCore:
             return
         back = list(spoiled) or ([] if released else [max(taken, key=lambda entry: entry.submitted)])
         if not released:
-            self.scheduler.exhausted([entry.task for entry in taken], [entry.task for entry in back])
+            self.scheduler.shrink_budget([entry.task for entry in taken], [entry.task for entry in back])
         log.warning("%s; %d of %d requests are put back", error, len(back), len(taken))
         self._remove(back)
         self.totals.put_back += len(back)
