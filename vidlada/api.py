@@ -24,7 +24,7 @@ from vidlada.fetch import Fetching, Progress
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.info import MemoryNeed, check_memory, memory_need
 from vidlada.machine import free_memory
-from vidlada.media import Pictures, is_image, local, media_list, read_image, read_video
+from vidlada.media import FrameEncoder, Pictures, is_image, local, media_list, read_image, read_video
 from vidlada.messages import THINK, Message, pieces_of
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import VidLaDAProcessor
@@ -101,7 +101,7 @@ class VidLaDA:
             alone = len(images) + sum(medium.is_image for medium in encoded.values()) == 1
             for number in images:
                 read = partial(read_image, sources[number], self.processor, alone, sampling.background)
-                encoded[number] = self._encode(read, [], settings, is_image=True)
+                encoded[number] = self._encode_image(read, settings)
             videos = [number for number in new if number not in encoded]
             if sampling.max_frames == "auto":
                 known = [medium.shape for medium in encoded.values()]
@@ -110,34 +110,40 @@ class VidLaDA:
             for number in videos:
                 others = [medium.shape for medium in encoded.values()]
                 check = partial(self.check_frames, others=others, settings=settings)
-                read = partial(read_video, sources[number], sampling, self.processor.image_size, check)
-                encoded[number] = self._encode(read, others, settings)
+                encoded[number] = self._encode_video(sources[number], sampling, check)
         return [encoded[number] for number in range(len(given))]
 
-    def _encode(
-        self,
-        read: Callable[[], Pictures],
-        others: Sequence[MediaShape],
-        settings: GenerationSettings,
-        is_image: bool = False,
-    ) -> EncodedVideo:
-        """Read a medium and run the vision tower over it.
+    def _encode_image(self, read: Callable[[], Pictures], settings: GenerationSettings) -> EncodedVideo:
+        """Read an image and run the vision tower over its tiles.
 
         Args:
-            read: gives its pictures.
-            others: shapes of what else the conversation shows.
+            read: gives them.
             settings: of what will be asked, for the memory it takes.
-            is_image: what it is.
         """
         started = time.perf_counter()
         pictures = read()
         decoded = time.perf_counter()
-        self._check_memory([*others, pictures.shape], settings)
+        self._check_memory([pictures.shape], settings)
         with torch.inference_mode():
             pixels = self.processor.pixel_values(pictures.images, self.model.device, self.model.dtype)
             (tokens,) = self.model.encode_media(pixels, [pictures.shape])
         seconds = {"video": decoded - started, "vision": time.perf_counter() - decoded}
-        return EncodedVideo(tokens, pictures.times, pictures.info, seconds, pictures.shape, is_image)
+        return EncodedVideo(tokens, pictures.times, pictures.info, seconds, pictures.shape, is_image=True)
+
+    def _encode_video(self, source: Any, sampling: Sampling, check: Callable[[int], None]) -> EncodedVideo:
+        """Read a video and run the vision tower over its frames, a few at a time while the next are decoded.
+
+        Args:
+            source: as `read_video` takes it.
+            sampling: which frames to take.
+            check: called with their number before they are decoded; it may raise.
+        """
+        started = time.perf_counter()
+        encoder = FrameEncoder(self.model, self.processor)
+        pictures = read_video(source, sampling, self.processor.image_size, check, encoder.take)
+        tokens = encoder.tokens(pictures.numbers)
+        seconds = {"video": time.perf_counter() - started - encoder.seconds, "vision": encoder.seconds}
+        return EncodedVideo(tokens, pictures.times, pictures.info, seconds, pictures.shape)
 
     def frames_that_fit(
         self,
