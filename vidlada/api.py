@@ -10,18 +10,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vidlada.checkpoint.load import save_model
 from vidlada.checkpoint.publish import upload
 from vidlada.conversation import Answer, Conversation, Draft, EncodedVideo
 from vidlada.decoding.choices import check_choices
-from vidlada.decoding.memory import PROMPT_TOKENS, request_bytes
-from vidlada.decoding.sampler import Denoiser, Request, State
-from vidlada.decoding.streaming import StableText
-from vidlada.decoding.thinking import Turn, split_thought
-from vidlada.decoding.token_reduction import reduce_visual
-from vidlada.errors import InputError
+from vidlada.decoding.memory import PROMPT_TOKENS
+from vidlada.decoding.sampler import State
+from vidlada.decoding.thinking import split_thought
+from vidlada.engine.offline import decode
+from vidlada.errors import InputError, VidLaDAError
 from vidlada.fetch import Fetching, Progress
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.info import MemoryNeed, check_memory, memory_need
@@ -29,7 +27,7 @@ from vidlada.machine import free_memory
 from vidlada.media import Pictures, is_image, local, media_list, read_image, read_video
 from vidlada.messages import THINK, Message, pieces_of
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
-from vidlada.processor import EncodedConversation, VidLaDAProcessor
+from vidlada.processor import VidLaDAProcessor
 from vidlada.settings import settings_of
 from vidlada.tiling import MediaShape, pictures_of
 from vidlada.video import MAX_FRAMES, Sampling
@@ -178,29 +176,6 @@ class VidLaDA:
             )
         return min(most, MAX_FRAMES)
 
-    def request(self, encoded: EncodedConversation, visual_tokens: Tensor, settings: GenerationSettings) -> Request:
-        """Build the decoding request for the next answer of a conversation.
-
-        Args:
-            encoded: as the processor encodes it.
-            visual_tokens: (visual tokens, width) of all its videos, in order.
-            settings: of decoding.
-        """
-        processor, model = self.processor, self.model
-        if settings.visual_keep < 1:
-            encoded, visual_tokens = reduce_visual(encoded, visual_tokens, settings.visual_keep)
-        ids = torch.tensor([encoded.input_ids], device=model.device)
-        with torch.inference_mode():
-            prompt = model.embed(ids, visual_tokens)[0]
-        words = [tuple(processor.text_ids(word)) for word in settings.stop]
-        return Request(
-            prompt=prompt,
-            settings=settings,
-            stop_sequences=(*words, *((token,) for token in model.config.stop_token_ids)),
-            suffix_ids=tuple(processor.text_ids(settings.suffix)) if settings.suffix else (),
-            frame_index=encoded.frame_index,
-        )
-
     def draft(self, state: State, reasoning: str = "", thinks: bool = False) -> Draft:
         """Decode a state to text.
 
@@ -305,9 +280,7 @@ class VidLaDA:
         if last.get("role") != "user":
             raise InputError("the last message must be the user's")
         conversation.messages += earlier
-        for _ in conversation.states(last):
-            pass
-        return conversation.last
+        return conversation.complete(last)
 
     def ask_many(
         self,
@@ -315,7 +288,7 @@ class VidLaDA:
         choices: Sequence[Sequence[str] | None] | None = None,
         **options: Any,
     ) -> list[Answer]:
-        """Answer several questions, each about its own videos and images, in one padded batch.
+        """Answer several questions, each about its own videos and images, as many together as memory allows.
 
         Args:
             questions: pairs of media (as for `ask`) and a question; media given several times as the same object are
@@ -330,52 +303,18 @@ class VidLaDA:
             if id(media) not in encoded:
                 encoded[id(media)] = self.encode_media(media, sampling, settings, prompt, fetching)
         chats = [Conversation(self, encoded[id(media)], settings, prompt) for media, _ in questions]
-        answers: dict[int, Answer] = {}
-        decoded: list[int] = []
-        for number, own in enumerate(choices or [None] * len(questions)):
-            if own is None:
-                decoded.append(number)
-            else:
-                answers[number] = chats[number].choose(questions[number][1], own)
-        requests = [chats[number].request(questions[number][1]) for number in decoded]
-        need = request_bytes(self.model.config.text, requests, self.model.dtype.itemsize)
-        instead = "ask fewer questions together, use fewer frames or a smaller gen_length"
-        check_memory(need, self.model.device, f"answering {len(requests)} questions together", instead)
-        for place, state, stable in self.decode(requests):
-            if stable.finish_reason is not None:
-                answers[decoded[place]] = chats[decoded[place]].answer(state, stable)
-        return [answers[number] for number in range(len(questions))]
-
-    def decode(self, requests: Sequence[Request]) -> Iterator[tuple[int, State, StableText]]:
-        """Decode requests together, with their thoughts where the settings ask for them, until each text is complete.
-
-        Yields:
-            Place of a request in `requests`, its state after a step, and the text that can no longer change; the last
-            one of a request has a finish reason.
-        """
-        denoiser = Denoiser(self.model)
-        places: dict[int, int] = {}  # number within the denoiser → place
-        turns = [Turn(request, self.processor, self.model) for request in requests]
-        states: list[tuple[int, State]] = []
-
-        def add(place: int) -> None:
-            number, state = denoiser.add(turns[place].request)
-            places[number] = place
-            states.extend([] if state is None else [(number, state)])
-
-        for place in range(len(turns)):
-            add(place)
-        while states or denoiser.rows:
-            given, states = states or denoiser.step(), []
-            for number, state in given:
-                place = places[number]
-                turn, request = turns[place], turns[place].request
-                state, stable = turn.take(state)
-                if stable.finish_reason is not None or turn.request is not request:
-                    denoiser.remove(number)
-                if turn.request is not request:
-                    add(place)
-                yield place, state, stable
+        given = choices or [None] * len(chats)
+        entries = [
+            chat.entry(chat.message(question), own)
+            for chat, (_, question), own in zip(chats, questions, given, strict=True)
+        ]
+        answers = dict[int, Answer]()
+        for place, update in decode(self.model, entries, together=len(entries)):
+            if isinstance(update, VidLaDAError):
+                raise update
+            if update.stable.finish_reason is not None:
+                answers[place] = chats[place].answer(update, given[place])
+        return [answers[place] for place in range(len(chats))]
 
     def push_to_hub(self, repository: str, private: bool | None = None, revision: str | None = None) -> str:
         """Upload weights, configuration, processor, tokenizer and a model card to the Hugging Face hub.

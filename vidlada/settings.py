@@ -125,12 +125,20 @@ def check_text(name: str, value: Any, bounds: Setting) -> None:
 
 def check_unicode(name: str, text: str) -> None:
     """Raise an error for lone surrogates, which no tokenizer or file can encode."""
+    if problem := half_character(text):
+        raise InputError(f"{name} has {problem}; remove it")
+
+
+def half_character(text: str) -> str:
+    """Describe the first lone surrogate of a text and where it is; empty if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{name} has half a character at position {error.start} ({text[error.start]!a}); remove it"
-        ) from error
+        half = text[error.start]
+        # what decoding with `surrogateescape` leaves of other encodings
+        what = "a byte that is not UTF-8" if "\udc80" <= half <= "\udcff" else "half a character"
+        return f"{what} at position {error.start} ({half!a})"
+    return ""
 
 
 def check_list(name: str, values: Any, bounds: Setting) -> None:

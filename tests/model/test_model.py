@@ -7,7 +7,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
-from vidlada.model.language_model import LanguageModel, rotary_angles, rotate, rotate_, rotation_table
+from vidlada.model.language_model import LanguageModel
+from vidlada.model.rotary import rotary_angles, rotate, rotate_, rotation_table
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 SHAPE = {"vocab_size": 60, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3,

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.machine import keep_freed_memory, resident_memory, return_free_memory
-from vidlada.model.language_model import PackedMask
+from vidlada.model.masks import PackedMask
 from vidlada.tiling import pictures_of
 from vidlada.training.batches import Batches
 from vidlada.training.checkpoints import NotSaved, load_checkpoint, save_checkpoint, save_final, write_folder
