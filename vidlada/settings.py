@@ -1,7 +1,7 @@
 """Settings listed once: the default, help text and bounds of each stand with its field, for Python, the command line
 and the server."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import Field, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -139,6 +139,19 @@ def half_character(text: str) -> str:
         what = "a byte that is not UTF-8" if "\udc80" <= half <= "\udcff" else "half a character"
         return f"{what} at position {error.start} ({half!a})"
     return ""
+
+
+def texts_of(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """All texts in a value, keys included, with the name of each for messages."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield "a name", key
+            yield from texts_of(inner, f"{name}.{key}" if name else repr(key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from texts_of(inner, f"{name}[{number}]")
 
 
 def check_list(name: str, values: Any, bounds: Setting) -> None:

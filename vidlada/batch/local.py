@@ -25,7 +25,7 @@ from vidlada.media import media_list
 from vidlada.serve.limits import Limits
 from vidlada.serve.schema import ChatRequest
 from vidlada.serve.service import Service
-from vidlada.settings import half_character
+from vidlada.settings import half_character, texts_of
 
 ECHOED = ("line", "id", "video", "question")
 MEDIA = ("image", "video")
@@ -56,19 +56,6 @@ def repeatable(value: Any) -> Any:
     """A value as it can be written: halves of characters and bytes in no encoding replaced, NaN and infinities null."""
     text = LONE_SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False))
     return json.loads(text, parse_constant=lambda _: None)
-
-
-def texts_of(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """All texts in a value, keys included, with the name of each for messages."""
-    if isinstance(value, str):
-        yield name, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield "a name", key
-            yield from texts_of(inner, f"{name}.{key}" if name else repr(key))
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from texts_of(inner, f"{name}[{number}]")
 
 
 def read_line(number: int, raw: bytes) -> Line:
