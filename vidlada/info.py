@@ -107,7 +107,7 @@ def check_memory(need: int, device: torch.device, what: str, instead: str) -> No
 
 def parameter_count(checkpoint: Checkpoint) -> int:
     """Number of parameters of a checkpoint, including its vision tower."""
-    return sum(torch.Size(e.shape).numel() for e in (*checkpoint.entries.values(), *checkpoint.tower.values()))
+    return sum(entry.count for entry in (*checkpoint.entries.values(), *checkpoint.tower.values()))
 
 
 def check_memory_of_weights(
@@ -151,7 +151,7 @@ def checkpoint_facts(
     text = config.text
     entries = [*checkpoint.entries.values(), *checkpoint.tower.values()]
     parameters = parameter_count(checkpoint)
-    stored = sum(torch.Size(entry.shape).numel() * STORED_BYTES.get(entry.dtype, 4) for entry in entries)
+    stored = sum(entry.count * STORED_BYTES.get(entry.dtype, 4) for entry in entries)
     gen_length = int((config.generation or {}).get("gen_length", 128))
     value_bytes = loaded_bytes(checkpoint, dtype)
     need = memory_need(config, parameters, frames, gen_length, value_bytes, cache, kv_dtype=kv_dtype)

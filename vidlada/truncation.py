@@ -22,6 +22,9 @@ OGG_MOST_PAGE = 27 + 255 + 255 * 255
 MXF_KEY = b"\x06\x0e\x2b\x34"
 PS_PACK, PS_END = 0xBA, 0xB9
 PS_TAIL = 2**18  # bytes, more than the longest packet of a program stream
+GXF_START, GXF_LAST = b"\0\0\0\0\x01", 0xFB
+WTV_SECTOR = 2**12
+NUT_INDEX = bytes.fromhex("4e58dd672f23e64e")
 DV_FRAMES = {0: 120000, 1: 144000}  # bytes of a frame, 60 or 50 fields a second
 
 
@@ -191,6 +194,50 @@ def _mxf(data: mmap.mmap) -> bool | None:
     return place != size
 
 
+def _gxf(data: mmap.mmap) -> bool | None:
+    """Packets with their lengths, up to one that marks the end of the stream."""
+    place, size, kind = 0, len(data), 0
+    while place < size:
+        if data[place : place + 5] != GXF_START:
+            return None
+        kind = data[place + 5]
+        place += max(16, int.from_bytes(data[place + 6 : place + 10]))
+    return place != size or kind != GXF_LAST
+
+
+def _wtv(data: mmap.mmap) -> bool | None:
+    """Sectors, whose number the header states."""
+    return len(data) < WTV_SECTOR * int.from_bytes(data[0x5C:0x60], "little")
+
+
+def _nut(data: mmap.mmap) -> bool | None:
+    """The index at its end, whose last bytes but a checksum tell how long it is."""
+    start = len(data) - int.from_bytes(data[-12:-4])
+    return start < 0 or data[start : start + len(NUT_INDEX)] != NUT_INDEX
+
+
+def _swf(data: mmap.mmap) -> bool | None:
+    """The length in the header; of a compressed one it is that of the content."""
+    return len(data) < int.from_bytes(data[4:8], "little") if data[:1] == b"F" else None
+
+
+def _obu(data: mmap.mmap) -> bool | None:
+    """Units of AV1 with their lengths."""
+    place, size = 0, len(data)
+    while place < size:
+        head, length = data[place], 0
+        place += 2 if head & 4 else 1
+        if not head & 2:
+            return None
+        for shift in range(0, 56, 7):
+            part = data[place]
+            length, place = length | (part & 0x7F) << shift, place + 1
+            if part < 0x80:
+                break
+        place += length
+    return place != size
+
+
 def _gif(data: mmap.mmap) -> bool | None:
     """The trailer; some programs put zeros behind it."""
     end = len(data)
@@ -234,6 +281,11 @@ CHECKS: dict[str, Callable[[mmap.mmap], bool | None]] = {
     "mpegts": _mpegts,
     "mpeg": _mpeg,
     "mxf": _mxf,
+    "gxf": _gxf,
+    "wtv": _wtv,
+    "nut": _nut,
+    "swf": _swf,
+    "obu": _obu,
     "gif": _gif,
     "mjpeg": _mjpeg,
     "yuv4mpegpipe": _y4m,

@@ -2,7 +2,7 @@
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -128,9 +128,12 @@ class Timeline:
         return replace(self, info=info, seconds=seconds, packets=self.packets[number:], starts=starts)
 
 
-def is_frame(packet: av.Packet) -> bool:
-    """Whether a packet belongs to the file; the demuxer ends with empty ones that flush the decoders."""
-    return bool(packet.size)
+def demux(container: InputContainer, streams: Sequence[VideoStream]) -> Iterator[av.Packet]:
+    """Packets of the file from here on; the empty ones that flush decoders are left out."""
+    try:
+        yield from (packet for packet in container.demux(*streams) if packet.size)
+    except IndexError:  # of PyAV, at the end of a file in which further streams have appeared
+        return
 
 
 def index_file(path: Path, container: InputContainer, streams: Sequence[VideoStream]) -> tuple[VideoStream, Timeline]:
@@ -147,9 +150,8 @@ def index_file(path: Path, container: InputContainer, streams: Sequence[VideoStr
     columns = {stream.index: _Columns(container, stream) for stream in streams}
     problem = ""
     try:
-        for packet in container.demux(*streams):
-            if is_frame(packet):
-                columns[packet.stream_index].append(packet)
+        for packet in demux(container, streams):
+            columns[packet.stream_index].append(packet)
     except av.error.FFmpegError as error:
         problem = str(error.strerror)
     found = {stream.index: columns[stream.index].packets() for stream in streams}
@@ -320,7 +322,9 @@ def _parts(container: InputContainer, packets: Packets, unit: float) -> list[tup
         return [(packets.first, len(packets))]
     steps = np.diff(packets.dts[known])
     # a guessed time stamp may be a few frames off; a recording begins again at a key picture, or far back
-    breaks = (steps < 0) & ((packets.flags[known[1:]] & KEY > 0) | (steps * unit < -GUESS_SECONDS))
+    guess = GUESS_FRAMES * np.median(steps[steps > 0]) if (steps > 0).any() else 0
+    begins = (packets.flags[known[1:]] & KEY > 0) & (steps < -guess)
+    breaks = begins | (steps * unit < -GUESS_SECONDS)
     if name == JUMPING_CLOCK:
         breaks |= steps * unit > JUMP_SECONDS
     edges = [packets.first, *(edge for edge in known[1:][breaks].tolist() if edge > packets.first), len(packets)]

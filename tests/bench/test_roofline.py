@@ -14,7 +14,7 @@ from vidlada.model.config import VidLaDAConfig
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["none", "dual", "prefix", "frozen", "mars", "interval"])
+@pytest.mark.parametrize("cache", ["none", "dual", "prefix", "frozen", "mars", "interval", "dkv"])
 def test_the_arithmetic_is_what_is_counted(cache):
     from vidlada.bench.count import TEXT_TOKENS, count_work
 
@@ -23,7 +23,7 @@ def test_the_arithmetic_is_what_is_counted(cache):
     # as many positions as were counted: there is more room for text in the prediction
     visual = 4 * 210 + 2 * TEXT_TOKENS - PROMPT_TOKENS
     for work, step in zip(counted, steps_of(VidLaDAConfig(), visual, settings, 1), strict=False):
-        assert step.operations == pytest.approx(work.flops, rel=0.06)
+        assert step.operations == pytest.approx(work.flops, rel=0.05)
 
 
 def test_more_answers_take_longer_together_and_less_each():

@@ -95,7 +95,8 @@ def steps_of(config: VidLaDAConfig, visual: int, settings: GenerationSettings, r
     layers, width = text.num_hidden_layers, text.hidden_size
     tokens = visual + text_tokens + settings.gen_length
     key_value_width = text.num_key_value_heads * text.head_dim
-    per_layer = width * (2 * width + 2 * key_value_width + 3 * text.intermediate_size)
+    kept = width * 2 * key_value_width  # weights of keys and values
+    per_layer = kept + width * (2 * width + 3 * text.intermediate_size)
     head, states = width * text.vocab_size, 30 * width + 5 * text.intermediate_size  # the latter as counted
     block = settings.block_length
     found: list[StepWork] = []
@@ -115,17 +116,21 @@ def steps_of(config: VidLaDAConfig, visual: int, settings: GenerationSettings, r
             share is not None
         ):  # a pass of its own; each layer's keys are those of all positions, but its attention is not
             active = [count + max(1, round(share * settings.gen_length)) for count in active]
-        few = [count for count in active if requests * count <= FEW_QUERIES]
-        many = [count for count in active if requests * count > FEW_QUERIES]
+        # the last layer's queries are those of the positions whose states are wanted; the others leave keys and values
+        asking = [*active[:-1], min(active[-1], block if policy is None else settings.gen_length)]
+        products, attention = [0.0, 0.0], [0.0, 0.0]  # of layers where few positions are computed, and of the others
+        for count, queries in zip(active, asking, strict=True):
+            products[requests * count > FEW_QUERIES] += kept * count + (per_layer - kept) * queries
+            attention[requests * queries > FEW_QUERIES] += queries
         found.append(
             StepWork(
-                requests * 2.0 * per_layer * sum(many),
-                requests * 4.0 * sum(many) * tokens * width,
-                requests * 2.0 * (per_layer * sum(few) + block * head),
-                requests * 4.0 * sum(few) * tokens * width,
+                requests * 2.0 * products[True],
+                requests * 4.0 * attention[True] * tokens * width,
+                requests * 2.0 * (products[False] + block * head),
+                requests * 4.0 * attention[False] * tokens * width,
                 value_bytes * (per_layer * layers + head),
                 requests * key_value_bytes(text, tokens, value_bytes),
-                requests * value_bytes * states * sum(active),
+                requests * value_bytes * states * sum(asking),
             )
         )
     return found

@@ -9,7 +9,6 @@ from vidlada.decoding.choices import policy_of
 from vidlada.decoding.kv_cache import key_value_bytes
 from vidlada.decoding.policies.dllm import DLLM
 from vidlada.decoding.policies.sparse import Sparse
-from vidlada.decoding.request import Request
 from vidlada.decoding.small_kv import stored_bytes
 from vidlada.generation import GenerationSettings
 from vidlada.model.config import VidLaDATextConfig
@@ -53,7 +52,7 @@ def kept_bytes(
     if settings.cfg_scale > 0:
         kept *= 2
     if reuse:
-        exported = len([layer for layer in (*entries, layers) if layer <= reuse])
+        exported = len([layer for layer in entries if layer <= reuse])
         kept += key_value_bytes(config, visual, value_bytes) * reuse // layers + exported * visual * width * value_bytes
     return kept
 
@@ -73,25 +72,6 @@ def pass_bytes(config: VidLaDATextConfig, tokens: int, blocks: int, value_bytes:
     width = config.hidden_size
     layer = max(4 * width, 3 * config.intermediate_size) * value_bytes + 2 * width * value_bytes + 4 * width
     return tokens * layer + blocks * config.vocab_size * (4 + 8)  # float32, and float64 for the probabilities
-
-
-def request_bytes(config: VidLaDATextConfig, requests: Sequence[Request], value_bytes: int) -> int:
-    """Return what requests that run together take at their peak, besides the weights: the first step recomputes all.
-
-    Args:
-        config: of the language model.
-        requests: all that run together; sum of one by one is an upper bound.
-        value_bytes: bytes a value in the type they run in.
-    """
-    shapes = [
-        (
-            len(request.prompt) + request.settings.gen_length + len(request.suffix_ids),
-            sum(frame >= 0 for frame in request.frame_index or ()),
-            request.settings,
-        )
-        for request in requests
-    ]
-    return peak_bytes(config, shapes, value_bytes)
 
 
 def peak_bytes(

@@ -1,0 +1,117 @@
+"""Damage in the middle of a file: refused, or no picture is shown that was not filmed; and sound files beside it."""
+
+import av
+import numpy as np
+import pytest
+
+from vidlada.errors import InputError
+from vidlada.video import Sampling, sample_frames
+from vidlada.video_index import demux
+
+H264 = ("libx264", {"bf": "2"})
+OPEN = ("libx264", {"x264-params": "open-gop=1:keyint=50:min-keyint=50:bframes=3:scenecut=0"})
+SLICES = ("libx264", {"x264-params": "slices=4:sliced-threads=1"})
+FIELDS = ("libx264", {"flags": "+ilme+ildct", "x264-params": "tff=1"})
+REFRESH = ("libx264", {"x264-params": "intra-refresh=1:keyint=50"})
+HEVC = ("libx265", {"x265-params": "log-level=0:open-gop=1:keyint=50:bframes=3"})
+MPEG2, MPEG4, QPEL = ("mpeg2video", {"bf": "2"}), ("mpeg4", {"bf": "2"}), ("mpeg4", {"bf": "2", "flags": "+qpel+mv4"})
+# Removed and overwritten bytes are noticed
+NOTICED = {
+    "mp4": H264, "open.mp4": OPEN, "slices.mp4": SLICES, "fields.mp4": FIELDS, "avi": H264, "h264": H264, "nut": H264,
+    "mpg": MPEG2, "m2v": MPEG2, "mpeg2.mkv": MPEG2, "mpeg4.avi": MPEG4, "m4v": MPEG4, "qpel.avi": QPEL,
+    "flv1.flv": ("flv", {}), "ts": H264, "open.ts": OPEN, "flv": H264,
+}  # fmt: skip
+SOUND = NOTICED | {
+    "fields.mpg": ("mpeg2video", {"flags": "+ilme+ildct"}), "msmpeg4.avi": ("msmpeg4", {}), "refresh.mp4": REFRESH,
+    "mkv": H264, "hevc.mp4": HEVC, "hevc.ts": HEVC, "wmv": ("wmv2", {}), "vp8.webm": ("libvpx", {}), "mxf": MPEG2,
+    "webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}), "mjpeg.avi": ("mjpeg", {}),
+    "av1.mp4": ("libsvtav1", {"svtav1-params": "lp=1"}),
+}  # fmt: skip
+EVERY = Sampling(fps=1000, max_frames=200)
+FRAMES, TOLERANCE = 100, 3.0
+TEXTURE = np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+
+
+def write_moving(path, codec, options):
+    """Texture that moves all the time, so that a picture that leans on a wrong one is wrong."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height = 160, 96
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.codec_context.gop_size = 25
+        for number in range(FRAMES):
+            top, left = 2 * number, 3 * number
+            frame = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(TEXTURE[top : top + 96, left : left + 160]), format="rgb24"
+            )
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def pictures(path):
+    return sample_frames(path, EVERY).images[:, ::2, ::2].astype(np.int16)
+
+
+def damaged(data, kind, rng):
+    size, place = len(data), int(0.45 * len(data))
+    if kind == "overwritten":
+        return data[:place] + rng.bytes(size // 50) + data[place + size // 50 :]
+    if kind == "zeroed":
+        return data[:place] + bytes(size // 20) + data[place + size // 20 :]
+    return data[:place] + data[place + size // 50 :]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Each written once."""
+    folder, written = tmp_path_factory.mktemp("clips"), {}
+
+    def clip(name):
+        if name not in written:
+            path = write_moving(folder / f"c.{name}", *SOUND[name])
+            written[name] = path, pictures(path)
+        return written[name]
+
+    return clip
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_files_are_read_whole(clips, name):
+    path, found = clips(name)
+    assert len(found) == FRAMES
+    # from a key picture in the middle, too
+    late = sample_frames(path, Sampling(max_frames=3, force_sample=True)).images[:, ::2, ::2]
+    assert np.abs(found[[0, 49, 99]] - late).mean() < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["overwritten", "zeroed", "removed"])
+@pytest.mark.parametrize("name", NOTICED)
+def test_no_wrong_picture_is_shown(clips, tmp_path, name, kind):
+    path, sound = clips(name)
+    rng = np.random.default_rng(len(name))
+    for number in range(2):
+        broken = tmp_path / f"{number}.{path.name}"
+        broken.write_bytes(damaged(path.read_bytes(), kind, rng))
+        try:
+            found = pictures(broken)
+        except InputError as error:
+            assert "damaged" in str(error) or "truncated" in str(error) or "not a readable" in str(error)
+            continue
+        off = [np.abs(sound - image).mean((1, 2, 3)).min() for image in found]
+        assert max(off) < TOLERANCE
+
+
+def test_appearing_streams_do_not_end_the_reading(tmp_path):
+    """PyAV raises an error at the end of a file that has announced further streams."""
+    path = write_moving(tmp_path / "c.ts", *H264)
+    with av.open(str(path)) as container:
+
+        class Container:
+            def demux(self, *streams):
+                yield from container.demux(*streams)
+                raise IndexError("list index out of range")
+
+        assert len(list(demux(Container(), [container.streams.video[0]]))) == FRAMES
