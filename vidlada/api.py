@@ -222,10 +222,7 @@ class VidLaDA:
 
     def _memory_need(self, media: Sequence[MediaShape], settings: GenerationSettings) -> MemoryNeed:
         """Estimate what an answer takes besides the weights."""
-        return memory_need(
-            self.model.config, 0, media, settings.slots, self.model.dtype.itemsize, settings.cache,
-            settings.visual_keep, settings.visual_prune, settings.kv_dtype,
-        )  # fmt: skip
+        return memory_need(self.model.config, 0, media, settings, self.model.dtype.itemsize)
 
     def _check_memory(self, media: Sequence[MediaShape], settings: GenerationSettings) -> None:
         """Refuse a run that cannot fit."""

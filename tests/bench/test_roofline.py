@@ -32,6 +32,15 @@ def test_more_answers_take_longer_together_and_less_each():
     one, many = (plan_figures(config, 8_400_000_000, "h200", 64, count, settings) for count in (1, 4))
     assert one["latency_s"] < many["batch_s"] < 4 * one["latency_s"]
     assert many["tokens_per_second"] > one["tokens_per_second"]
+    small = plan_figures(config, 8_400_000_000, "h200", 64, 4, settings.replace(kv_dtype="int8"), quantization="int4")
+    assert 0.3 * one["weights_gib"] < small["weights_gib"] < 0.4 * one["weights_gib"]
+    assert small["request_gib"] < 0.7 * one["request_gib"]
+    fewer = plan_figures(config, 8_400_000_000, "h200", 64, 1, settings.replace(visual_keep=0.25))
+    assert fewer["first_step_s"] < 0.4 * one["first_step_s"]
+    pruned = plan_figures(config, 8_400_000_000, "h200", 64, 1, settings.replace(visual_prune="redvtp"))
+    assert pruned["first_step_s"] == one["first_step_s"] and pruned["latency_s"] < one["latency_s"]
+    with pytest.raises(InputError, match="no prediction for quantize int3"):
+        plan_figures(config, 1, "h200", 1, 1, settings, quantization="int3")
     assert one["weights_gib"] == pytest.approx(15.6, abs=0.1)
     crowd = plan_figures(config, 8_400_000_000, "rtx4090", 64, 16, settings)
     assert crowd["concurrency"] < 16

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vidlada.decoding.memory import kept_bytes, peak_bytes
+from vidlada.decoding.memory import decoding_bytes, kept_bytes
 from vidlada.decoding.policies import POLICIES
 from vidlada.decoding.sampler import Denoiser, Request
 from vidlada.engine.entry import ReadyEntry
@@ -41,4 +41,4 @@ def test_requests_together_take_what_they_take_apart(small):
 
     config, dual = small.model.config.text, entry(cache="dual")
     shape = dual.tokens, 20, dual.settings
-    assert peak_bytes(config, [shape] * 2, 4) == 2 * dual.bytes > 2 * entry().bytes
+    assert decoding_bytes(config, [shape] * 2, 4).peak == 2 * dual.bytes > 2 * entry().bytes

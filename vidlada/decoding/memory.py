@@ -2,6 +2,7 @@
 to tell that there was too little of it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -74,10 +75,28 @@ def pass_bytes(config: VidLaDATextConfig, tokens: int, blocks: int, value_bytes:
     return tokens * layer + blocks * config.vocab_size * (4 + 8)  # float32, and float64 for the probabilities
 
 
-def peak_bytes(
+@dataclass(frozen=True)
+class DecodingBytes:
+    """Memory of sequences that are decoded together, besides the weights.
+
+    Attributes:
+        kept: between steps, and for further questions.
+        working: largest activations of a step, the first, which recomputes all.
+    """
+
+    kept: int
+    working: int
+
+    @property
+    def peak(self) -> int:
+        """Both."""
+        return self.kept + self.working
+
+
+def decoding_bytes(
     config: VidLaDATextConfig, shapes: Sequence[tuple[int, int, GenerationSettings]], value_bytes: int
-) -> int:
-    """Return the peak of sequences that are decoded together, besides the weights.
+) -> DecodingBytes:
+    """Return what sequences that are decoded together take.
 
     Args:
         config: of the language model.
@@ -87,4 +106,10 @@ def peak_bytes(
     kept = sum(kept_bytes(config, tokens, visual, settings, value_bytes) for tokens, visual, settings in shapes)
     tokens = sum(tokens for tokens, _, _ in shapes)
     blocks = sum(settings.block_length for _, _, settings in shapes)
-    return kept + pass_bytes(config, tokens, blocks, value_bytes)
+    return DecodingBytes(kept, pass_bytes(config, tokens, blocks, value_bytes))
+
+
+def merged_shape(tokens: int, visual: int, settings: GenerationSettings) -> tuple[int, int, GenerationSettings]:
+    """Return the shape of a sequence, for `decoding_bytes`, once visual tokens are merged before the first step."""
+    left = round(settings.visual_keep * visual)
+    return tokens - visual + left, left, settings

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidlada.decoding.memory import peak_bytes
+from vidlada.decoding.memory import decoding_bytes
 from vidlada.decoding.request import Request, State
 from vidlada.decoding.streaming import StableText
 from vidlada.decoding.thinking import Turn
@@ -64,7 +64,7 @@ class Entry(ABC):
         chooses: bool = False,
     ):
         self.settings, self.tokens, self.frames, self.chooses = settings, tokens, frames, chooses
-        self.bytes = peak_bytes(model.config.text, [(tokens, visual, settings)], model.dtype.itemsize)
+        self.bytes = decoding_bytes(model.config.text, [(tokens, visual, settings)], model.dtype.itemsize).peak
         self.cancelled = False
         self.retried = False  # after it had run out of memory alone
         self.seconds: dict[str, float] = {}

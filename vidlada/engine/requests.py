@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequenc
 from dataclasses import dataclass, replace
 
 from vidlada.decoding.cache import VisualCache
+from vidlada.decoding.memory import merged_shape
 from vidlada.engine.entry import Entry, Update
 from vidlada.engine.forms import Form
 from vidlada.errors import VidLaDAError
@@ -108,7 +109,8 @@ class RequestHandle(Entry):
         self.news = asyncio.Event()
         visual = sum(frame >= 0 for frame in job.encoded.frame_index)
         frames = sum(len(shown.frames.times) for shown in job.videos)
-        super().__init__(job.settings, job.tokens, visual, model, frames, chooses=bool(job.choices))
+        tokens, visual, settings = merged_shape(job.tokens, visual, job.settings)
+        super().__init__(settings, tokens, visual, model, frames, chooses=bool(job.choices))
 
     def prepare(self) -> Iterator[None]:
         """Encode the videos, piece by piece."""

@@ -21,6 +21,11 @@ from vidlada.model.masks import AnyMask, attend
 from vidlada.model.rotary import Rotation, rotary_angles, rotate, rotate_, rotation_table
 
 
+def copy_on_cpu(states: Tensor) -> Tensor:
+    """One head's states after another's in memory: on a CPU a copy costs less than attention to strided ones."""
+    return states.contiguous() if states.device.type == "cpu" else states
+
+
 def is_plain(linear: nn.Module) -> bool:
     """Whether a layer's weight is one tensor: those that are smaller, or lie on several devices, are tensors of
     tensors."""
@@ -77,6 +82,11 @@ def pack(module: nn.Module, packed: str, names: Sequence[str]) -> bool:
     return True
 
 
+# Of a CPU's pass that go through an MLP at once: what lies between its products stays near the processor, and small
+# enough for the C library to keep the memory, whose pages are zeroed whenever the system gives them
+CPU_ROWS = 1024
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm: float32 inside, whatever the type of the states."""
 
@@ -115,13 +125,12 @@ class Attention(nn.Module):
         heads; rotated."""
         if wanted is not None:
             asking, states = self.products(hidden[:, wanted], hidden)
-            keys, values = self.heads(states).chunk(2, dim=1)
+            keys, values = copy_on_cpu(self.heads(states)).chunk(2, dim=1)
             asking_rotation = rotation[0][:, :, wanted], rotation[1][:, :, wanted]
-            return rotate(self.heads(asking), asking_rotation), rotate(keys, rotation), values.contiguous()
+            return rotate(self.heads(asking), asking_rotation), rotate(keys, rotation), values
         if self.packed:
-            queries, keys, values = self.heads(self.qkv_proj(hidden)).split(self.heads_of, dim=1)
-            if values.device.type == "cpu":  # its attention reads strided values a fifth slower than it copies them
-                values = values.contiguous()
+            states = copy_on_cpu(self.heads(self.qkv_proj(hidden)))
+            queries, keys, values = states.split(self.heads_of, dim=1)
         else:
             queries, keys, values = (self.heads(part(hidden)) for part in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(queries, rotation), rotate(keys, rotation), values
@@ -141,8 +150,7 @@ class Attention(nn.Module):
         else:
             states = torch.cat([part(hidden) for part in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
         states = states.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)  # (heads of all three, tokens, head_dim)
-        if states.device.type == "cpu":  # a copy costs less than what follows on strided states
-            states = states.contiguous()
+        states = copy_on_cpu(states)
         queries, keys, _ = self.heads_of
         rotate_(states[: queries + keys], rotation)
         return states[:queries], states[queries:]
@@ -251,6 +259,13 @@ class Layer(GradientCheckpointingLayer):
 
     def leave(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """All after: what was seen, (…, tokens, width), goes into the residual stream."""
+        if (
+            hidden.shape[-2] > CPU_ROWS
+            and hidden.device.type == "cpu"
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        ):
+            parts = zip(hidden.split(CPU_ROWS, dim=-2), mixed.split(CPU_ROWS, dim=-2), strict=True)
+            return torch.cat([self.leave(*part) for part in parts], dim=-2)
         hidden = add_product(hidden, self.self_attn.o_proj, mixed)
         return add_product(hidden, self.mlp.down_proj, self.mlp.gated(self.post_attention_layernorm(hidden)))
 
