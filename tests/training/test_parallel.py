@@ -384,6 +384,16 @@ def test_under_fsdp_one_process_reads_the_checkpoint(base, tmp_path):
     follows(*launched(config_of_deepspeed(tmp_path / "run", parallel="fsdp", **changes), tmp_path), expected)
 
 
+@DEEPSPEED
+@pytest.mark.parametrize("parallel", ["zero2", "zero3"])
+def test_deepspeed_in_bf16_starts_from_a_checkpoint(base, tmp_path, parallel):
+    """Whose weights it takes in that type, in which it also computes gradients: the curve is roughly the same."""
+    changes = {"model": None, "init_from": str(base), "checkpoint_every": 6}
+    expected = alone(config_of_deepspeed(tmp_path / "one", **changes))
+    _, log = launched(config_of_deepspeed(tmp_path / "run", parallel=parallel, precision="bf16", **changes), tmp_path)
+    assert losses(log) == pytest.approx(expected[1], rel=0.1)
+
+
 # Two hosts in network namespaces of their own, a cable between them; each runs the launch script.
 TWO_NODES = """
 set -e
