@@ -245,7 +245,5 @@ class Conversation:
             statistics=state.statistics.with_seconds(self.seconds),
             settings=self.settings,
             reasoning=stable.reasoning,
-            choices=None
-            if choices is None
-            else dict(zip(as_sequence(choices), map(math.exp, update.choices), strict=True)),
+            choices=None if choices is None else dict(zip(as_sequence(choices), shares, strict=True)),
         )
