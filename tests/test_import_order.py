@@ -34,6 +34,7 @@ ROWS = [
         "video",
         "video_decoding",
         "video_index",
+        "video_losses",
     ],
     ["files", "settings"],
     ["errors", "letters", "machine", "markdown", "noise", "scores"],

@@ -238,11 +238,11 @@ def _mpeg(data: mmap.mmap) -> bool | None:
 
 
 def _mxf(data: mmap.mmap) -> bool | None:
-    """Elements of key, length and value."""
+    """Elements of key, length and value; where one does not follow another, something is missing in between."""
     place, size = 0, len(data)
     while place + 17 <= size:
         if data[place : place + 4] != MXF_KEY:
-            return None
+            return None if place == 0 or not any(data[place:]) else True
         length, place = data[place + 16], place + 17
         if length >= 0x80:
             wide = length & 0x7F

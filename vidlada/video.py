@@ -34,6 +34,7 @@ from vidlada.settings import check_settings, setting
 from vidlada.truncation import is_cut
 from vidlada.video_decoding import LateStartError, WrongTimesError, decode_frames
 from vidlada.video_index import Timeline, VideoInfo, index_file, rate_of
+from vidlada.video_losses import with_losses
 
 __all__ = ["MAX_FRAMES", "IMAGE_SUFFIXES", "Frames", "Sampling", "VideoInfo", "natural_order", "probe", "sample_frames"]
 
@@ -364,7 +365,7 @@ def _index(path: Path) -> tuple[int, Timeline]:
         streams = _streams(path, container)
         _read_only(container, streams)
         stream, timeline = index_file(path, container, streams)
-        return stream.index, timeline
+        return stream.index, with_losses(path, container.format.name, timeline)
 
 
 def _read_only(container: InputContainer, streams: Sequence[VideoStream]) -> None:

@@ -23,13 +23,14 @@ MPEG2, MPEG4, QPEL = ("mpeg2video", {"bf": "2"}), ("mpeg4", {"bf": "2"}), ("mpeg
 NOTICED = {
     "mp4": H264, "open.mp4": OPEN, "slices.mp4": SLICES, "fields.mp4": FIELDS, "avi": H264, "h264": H264, "nut": H264,
     "mpg": MPEG2, "m2v": MPEG2, "mpeg2.mkv": MPEG2, "mpeg4.avi": MPEG4, "m4v": MPEG4, "qpel.avi": QPEL,
-    "flv1.flv": ("flv", {}), "ts": H264, "open.ts": OPEN, "flv": H264, "mkv": H264, "hevc.mkv": HEVC,
+    "mpeg2.ts": MPEG2, "mxf": MPEG2, "flv1.flv": ("flv", {}), "ts": H264, "open.ts": OPEN, "flv": H264,
+    "mkv": H264, "hevc.mkv": HEVC,
     "vp8.webm": ("libvpx", {}), "webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
     "av1.mkv": ("libsvtav1", {"svtav1-params": "lp=1"}),
 }  # fmt: skip
 SOUND = NOTICED | {
     "fields.mpg": ("mpeg2video", {"flags": "+ilme+ildct"}), "msmpeg4.avi": ("msmpeg4", {}), "refresh.mp4": REFRESH,
-    "hevc.mp4": HEVC, "hevc.ts": HEVC, "wmv": ("wmv2", {}), "mxf": MPEG2, "mjpeg.avi": ("mjpeg", {}),
+    "hevc.mp4": HEVC, "hevc.ts": HEVC, "wmv": ("wmv2", {}), "mjpeg.avi": ("mjpeg", {}),
     "av1.mp4": ("libsvtav1", {"svtav1-params": "lp=1"}),
 }  # fmt: skip
 EVERY = Sampling(fps=1000, max_frames=200)
@@ -167,3 +168,27 @@ def test_what_is_missing_between_elements_is_named(clips, tmp_path):
     (tmp_path / "c.webm").write_bytes(data[:place] + bytes(4) + data[place + 4 :])
     with pytest.raises(InputError, match="damaged: what was shown between .* is missing"):
         pictures(tmp_path / "c.webm")
+
+
+def test_pauses_in_sound_mpeg_files_are_pauses(tmp_path):
+    """A recording that was stopped for a while goes on with a key picture; film in broadcasts has uneven steps."""
+    for rate, times in ((25, [*range(40), *range(500, 540)]), (50, np.cumsum([0, *[2, 3] * 30]).tolist())):
+        path = tmp_path / f"{rate}.ts"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg2video", rate=25, options={"bf": "2"})
+            stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+            stream.codec_context.gop_size = 20
+            packets = []
+            for number in range(len(times)):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(TEXTURE[number:][:96, :160]), format="rgb24")
+                frame.pts = number
+                if number == 40:
+                    frame.pict_type = av.video.frame.PictureType.I
+                packets += stream.encode(frame)
+            for packet in [*packets, *stream.encode()]:
+                packet.pts, packet.dts = (
+                    times[min(max(0, stamp), len(times) - 1)] + min(0, stamp) for stamp in (packet.pts, packet.dts)
+                )
+                packet.time_base = Fraction(1, rate)
+                container.mux(packet)
+        assert len(pictures(path)) == len(times)
