@@ -13,7 +13,7 @@ from vidlada.decoding.cache import VisualCache
 from vidlada.decoding.sampler import Request, State, Statistics
 from vidlada.decoding.streaming import StableText
 from vidlada.decoding.thinking import Turn
-from vidlada.engine.choosing import ChoosingTurn
+from vidlada.engine.choosing import ChoosingTurn, as_choices
 from vidlada.engine.entry import ReadyEntry, Update
 from vidlada.engine.offline import decode
 from vidlada.engine.prompts import build_request
@@ -197,6 +197,7 @@ class Conversation:
     def states(self, message: Message, choices: Sequence[str] | None = None) -> Iterator[tuple[State, StableText]]:
         """Answer a message without adding it to the history: the state and certain text after every step. Drafts
         cost time; where nobody sees them, none are built."""
+        choices = as_choices(choices)
         for _, update in decode(self.vidlada.model, [self.entry(message, choices)]):
             if isinstance(update, VidLaDAError):
                 raise update
@@ -218,6 +219,7 @@ class Conversation:
         Args:
             question: text.
             choices: answer with the likeliest of these, found in one pass; of the settings only `gen_length` counts.
+                A text instead of a list is one answer.
 
         Raises:
             InputError: there is no choice, an empty one, or one twice.

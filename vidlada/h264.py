@@ -9,7 +9,6 @@ SPS_START = re.compile(b"\\0\\0\\x01[\\x07\\x27\\x47\\x67]")
 HIGH_PROFILES = frozenset({100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135})
 HEADER_BYTES = 64  # more than the fields of a slice that are read here
 SPS_BYTES = 1024
-AFTER_RESET = 1  # frame numbers that may follow any other: a picture may reset them (mmco 5)
 IDR = 5
 
 
@@ -123,8 +122,10 @@ class FrameNumbers:
         before = self.reference
         if head >> 5:
             self.reference = number
-        if before is None or is_key or head & 0x1F == IDR or number <= AFTER_RESET:
-            return False
+        if before is None or is_key or head & 0x1F == IDR:
+            return (
+                False  # (pictures other than key pictures could start numbers anew too, but no common encoder does so)
+            )
         return number not in (before, (before + 1) % (1 << form[0]))
 
     def _slice(self, packet: bytes | memoryview) -> int:

@@ -154,6 +154,11 @@ def texts_of(value: Any, name: str) -> Iterator[tuple[str, str]]:
             yield from texts_of(inner, f"{name}[{number}]")
 
 
+def as_sequence(value: Any) -> Any:
+    """A text as a list of it alone, which a text would otherwise be of its letters; anything else as it is."""
+    return (value,) if isinstance(value, str) else value
+
+
 def check_list(name: str, values: Any, bounds: Setting) -> None:
     """Raise an error unless a value is a list of such texts."""
     if not isinstance(values, list | tuple):

@@ -222,7 +222,7 @@ class Reader:
         while not ended:
             label, packet = self.read()
             ended = packet is None
-            if packet is not None and self.numbers and self.numbers.skips(memoryview(packet), packet.is_keyframe):
+            if packet is not None and self.misses_before(label, packet):
                 self.behind_loss = min(self.behind_loss, label)
             try:
                 if packet is None:
@@ -237,6 +237,12 @@ class Reader:
                 continue
             for frame in frames:
                 yield (-1 if frame.pts is None else frame.pts), frame
+
+    def misses_before(self, label: int, packet: av.Packet) -> bool:
+        """Whether packets that this one may lean on are missing before it."""
+        if label in self.timeline.losses and not packet.is_keyframe:
+            return True
+        return self.numbers is not None and self.numbers.skips(memoryview(packet), packet.is_keyframe)
 
 
 class SkippingReader(Reader):

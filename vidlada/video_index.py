@@ -2,6 +2,7 @@
 
 import re
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,7 +14,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from vidlada.errors import InputError
-from vidlada.truncation import is_cut
+from vidlada.truncation import gaps_of, is_cut
 
 UNKNOWN = -(2**63)  # a time stamp that is not there
 NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS: raw streams
@@ -100,6 +101,7 @@ class Timeline:
         ordered: the file does not say in which order its packets are shown: frames are counted as they leave the
             decoder.
         begins_anywhere: recordings in this container may begin between key pictures.
+        losses: numbers of the packets in front of which others are missing.
     """
 
     info: VideoInfo
@@ -112,6 +114,7 @@ class Timeline:
     seek_to: np.ndarray
     ordered: bool
     begins_anywhere: bool
+    losses: frozenset[int] = frozenset()
 
     def in_decoder_order(self) -> "Timeline":
         """The same for a file whose time stamps, taken together, are right, but not for each packet: frames are
@@ -162,7 +165,33 @@ def index_file(path: Path, container: InputContainer, streams: Sequence[VideoStr
         raise InputError(f"{path}: the video stream holds no frames; the file is empty or truncated")
     timeline = _timeline(path, container, stream, packets)
     _refuse_truncated(path, container, stream, packets, timeline, problem)
-    return stream, timeline
+    gaps = [] if timeline.constant else gaps_of(path, container.format.name)
+    return stream, _with_losses(timeline, gaps, columns[stream.index].places) if gaps else timeline
+
+
+def _with_losses(timeline: Timeline, gaps: Sequence[int], places: Sequence[int]) -> Timeline:
+    """The same, with what is missing at some places of the file.
+
+    Args:
+        timeline: of the file.
+        gaps: bytes from its start, ascending.
+        places: (packets,) where each begins, ascending.
+
+    Raises:
+        InputError: too much is missing.
+    """
+    losses = sorted({bisect_left(places, gap) for gap in gaps} - {len(places)})
+    for number in losses:
+        later = np.flatnonzero(timeline.packets >= number)
+        if not len(later) or not later[0]:
+            continue
+        before, behind = timeline.seconds[later[0] - 1 : later[0] + 1].tolist()
+        if behind - before > MOST_MISSING * timeline.info.duration:
+            raise InputError(
+                f"{timeline.info.path}: the file is damaged: what was shown between {before:.2f} s and {behind:.2f} s "
+                "is missing"
+            )
+    return replace(timeline, losses=frozenset(losses))
 
 
 class _Columns:
@@ -170,7 +199,7 @@ class _Columns:
 
     def __init__(self, container: InputContainer, stream: VideoStream):
         self.pts, self.dts, self.durations = array("q"), array("q"), array("q")
-        self.flags = bytearray()
+        self.flags, self.places = bytearray(), array("q")
         self.restarts: list[int] = []
         self.codec = stream.codec_context.name
         self.untimed = container.format.name == "avi" or stream.start_time is None
@@ -181,6 +210,7 @@ class _Columns:
         self.pts.append(UNKNOWN if pts is None else pts)
         self.dts.append(UNKNOWN if dts is None else dts)
         self.durations.append(packet.duration or 0)
+        self.places.append(packet.pos or 0)
         self.flags.append(KEY * packet.is_keyframe | HIDDEN * packet.is_discard | CORRUPT * packet.is_corrupt)
         if packet.is_keyframe and self.untimed and self.codec in UNTIMED_REORDERING:
             place, bits = NAL_TYPE[self.codec]

@@ -94,6 +94,13 @@ def test_stop_string_cuts_the_text(small, clips):
     assert word not in stopped.text.split()
 
 
+def test_one_text_is_one_choice(small):
+    assert small.ask(None, "is it red ?", choices="yes", **FAST).choices == {"yes": 1.0}
+    for choices in (1, ["yes", 2], b"yes", [None]):
+        with pytest.raises(InputError, match="choices must be a list of texts"):
+            small.ask(None, "is it red ?", choices=choices, **FAST)
+
+
 def test_suffix_comes_back_with_the_answer(small, clips):
     assert small.ask(clips[0], "is it red ?", suffix=" red circle", **FAST).text.endswith(" red circle")
 

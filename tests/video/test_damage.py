@@ -1,10 +1,14 @@
 """Damage in the middle of a file: refused, or no picture is shown that was not filmed; and sound files beside it."""
 
+import io
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
 
 from vidlada.errors import InputError
+from vidlada.truncation import gaps_of
 from vidlada.video import Sampling, sample_frames
 from vidlada.video_index import demux
 
@@ -19,12 +23,13 @@ MPEG2, MPEG4, QPEL = ("mpeg2video", {"bf": "2"}), ("mpeg4", {"bf": "2"}), ("mpeg
 NOTICED = {
     "mp4": H264, "open.mp4": OPEN, "slices.mp4": SLICES, "fields.mp4": FIELDS, "avi": H264, "h264": H264, "nut": H264,
     "mpg": MPEG2, "m2v": MPEG2, "mpeg2.mkv": MPEG2, "mpeg4.avi": MPEG4, "m4v": MPEG4, "qpel.avi": QPEL,
-    "flv1.flv": ("flv", {}), "ts": H264, "open.ts": OPEN, "flv": H264,
+    "flv1.flv": ("flv", {}), "ts": H264, "open.ts": OPEN, "flv": H264, "mkv": H264, "hevc.mkv": HEVC,
+    "vp8.webm": ("libvpx", {}), "webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
+    "av1.mkv": ("libsvtav1", {"svtav1-params": "lp=1"}),
 }  # fmt: skip
 SOUND = NOTICED | {
     "fields.mpg": ("mpeg2video", {"flags": "+ilme+ildct"}), "msmpeg4.avi": ("msmpeg4", {}), "refresh.mp4": REFRESH,
-    "mkv": H264, "hevc.mp4": HEVC, "hevc.ts": HEVC, "wmv": ("wmv2", {}), "vp8.webm": ("libvpx", {}), "mxf": MPEG2,
-    "webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}), "mjpeg.avi": ("mjpeg", {}),
+    "hevc.mp4": HEVC, "hevc.ts": HEVC, "wmv": ("wmv2", {}), "mxf": MPEG2, "mjpeg.avi": ("mjpeg", {}),
     "av1.mp4": ("libsvtav1", {"svtav1-params": "lp=1"}),
 }  # fmt: skip
 EVERY = Sampling(fps=1000, max_frames=200)
@@ -115,3 +120,50 @@ def test_appearing_streams_do_not_end_the_reading(tmp_path):
                 raise IndexError("list index out of range")
 
         assert len(list(demux(Container(), [container.streams.video[0]]))) == FRAMES
+
+
+@pytest.mark.parametrize("options", [{}, {"live": "1"}, {"cluster_time_limit": "400"}, {"reserve_index_space": "4096"},
+                                     {"write_crc32": "0"}, {"flush_packets": "1"}])  # fmt: skip
+@pytest.mark.parametrize("seekable", [True, False])
+def test_pauses_in_sound_mkv_files_are_pauses(tmp_path, options, seekable):
+    """Clusters of known and unknown length, with sound, chapters and an index at either end."""
+    written = io.BytesIO()
+    target = written if seekable else Pipe(written)
+    with av.open(target, "w", format="matroska", options=options) as container:
+        video, sound = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=16000)
+        video.width, video.height, video.pix_fmt = 160, 96, "yuv420p"
+        video.codec_context.gop_size = 10
+        video.time_base = video.codec_context.time_base = Fraction(1, 1000)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 16000
+        container.metadata["title"] = "pauses"
+        for number in range(50):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(TEXTURE[number:][:96, :160]), format="rgb24")
+            frame.pts, frame.time_base = 40 * number + 3000 * (number // 20), Fraction(1, 1000)
+            container.mux(video.encode(frame))
+            silence.pts = number * 1024
+            container.mux(sound.encode(silence))
+        container.mux(video.encode())
+        container.mux(sound.encode())
+    path = tmp_path / "c.mkv"
+    path.write_bytes(written.getvalue())
+    assert gaps_of(path, "matroska,webm") == []
+    assert len(pictures(path)) == 50
+
+
+class Pipe:
+    """Where one can write, and not go back."""
+
+    def __init__(self, file):
+        self.write = file.write
+
+
+def test_what_is_missing_between_elements_is_named(clips, tmp_path):
+    path, _ = clips("vp8.webm")
+    data = path.read_bytes()
+    place = data.find(b"\xa3", len(data) // 2)
+    while abs(int.from_bytes(data[place + 1 : place + 3]) - 0x4000) > 0x1000 or data[place + 3] != 0x81:
+        place = data.find(b"\xa3", place + 1)  # the head of a block: its name, its length, the track's number
+    (tmp_path / "c.webm").write_bytes(data[:place] + bytes(4) + data[place + 4 :])
+    with pytest.raises(InputError, match="damaged: what was shown between .* is missing"):
+        pictures(tmp_path / "c.webm")
