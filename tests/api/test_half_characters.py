@@ -88,11 +88,12 @@ def test_the_command_line_refuses_in_a_line(small_folder, tmp_path, option, text
     assert result.stderr.splitlines()[-1].lower().startswith("error: ")
 
 
-def test_chat_refuses_bytes_in_no_encoding(small_folder, tmp_path):
+def test_chat_refuses_bytes_in_no_encoding_and_goes_on(small_folder, tmp_path):
     video = str(write_video(tmp_path / "clip.mp4", frames=10))
     arguments = ["chat", video, "--model", str(small_folder), "--frames", "2", "--gen-length", "4"]
-    result = CliRunner().invoke(main, arguments, input=io.BytesIO(b"is it \xff red ?\n"))
+    result = CliRunner().invoke(main, arguments, input=io.BytesIO(b"is it \xff red ?\nis it red ?\n"))
     assert result.exit_code == 2 and "a byte that is not UTF-8" in result.stderr
+    assert result.stderr.count("error: ") == 1 and len(result.stdout.splitlines()) == 1
 
 
 @pytest.mark.slow
