@@ -307,7 +307,9 @@ class VidLaDA:
             if id(media) not in encoded:
                 encoded[id(media)] = self.encode_media(media, sampling, settings, prompt, fetching)
         chats = [Conversation(self, encoded[id(media)], settings, prompt) for media, _ in questions]
-        given = [as_choices(own) for own in choices or [None] * len(chats)]
+        if choices is not None and (isinstance(choices, str) or len(choices) != len(questions)):
+            raise InputError(f"choices must be a list for each of the {len(questions)} questions, or None for one")
+        given = [as_choices(own) for own in choices or [None] * len(questions)]
         entries = [
             chat.entry(chat.message(question), own)
             for chat, (_, question), own in zip(chats, questions, given, strict=True)
