@@ -18,6 +18,7 @@ from vidlada.decoding.choices import check_choices
 from vidlada.decoding.memory import PROMPT_TOKENS
 from vidlada.decoding.sampler import State
 from vidlada.decoding.thinking import split_thought
+from vidlada.engine.choosing import as_choices
 from vidlada.engine.offline import decode
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.fetch import Fetching, Progress
@@ -306,7 +307,9 @@ class VidLaDA:
             if id(media) not in encoded:
                 encoded[id(media)] = self.encode_media(media, sampling, settings, prompt, fetching)
         chats = [Conversation(self, encoded[id(media)], settings, prompt) for media, _ in questions]
-        given = choices or [None] * len(chats)
+        if choices is not None and (isinstance(choices, str) or len(choices) != len(questions)):
+            raise InputError(f"choices must be a list for each of the {len(questions)} questions, or None for one")
+        given = [as_choices(own) for own in choices or [None] * len(questions)]
         entries = [
             chat.entry(chat.message(question), own)
             for chat, (_, question), own in zip(chats, questions, given, strict=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,16 +15,29 @@ from vidlada.processor import VidLaDAProcessor
 from vidlada.settings import as_sequence, format_value
 
 
+def as_choices(choices: Any) -> tuple[str, ...] | None:
+    """Answers to choose from, checked; a text is one answer, None stays None.
+
+    Raises:
+        InputError: there is no choice, an empty one, or one twice.
+    """
+    if choices is None:
+        return None
+    choices = as_sequence(choices)
+    if not isinstance(choices, Sequence) or not all(isinstance(choice, str) for choice in choices):
+        raise InputError(f"choices must be a list of texts, not {format_value(choices)}")
+    if not choices or not all(choice.strip() for choice in choices) or len(set(choices)) < len(choices):
+        raise InputError(f"choices must be different answers, none of them empty, not {list(choices)}")
+    return tuple(choices)
+
+
 class ChoosingTurn:
     """An answer that takes one step.
 
     Args:
         model, processor: that answer.
         request: whose prompt and slots count.
-        choices: texts, or one.
-
-    Raises:
-        InputError: there is no choice, an empty one, or one twice.
+        choices: texts, as `as_choices` gives them.
     """
 
     def __init__(
@@ -33,11 +47,6 @@ class ChoosingTurn:
         request: Request,
         choices: Sequence[str],
     ):
-        choices = as_sequence(choices)
-        if not isinstance(choices, Sequence) or not all(isinstance(choice, str) for choice in choices):
-            raise InputError(f"choices must be a list of texts, not {format_value(choices)}")
-        if not choices or not all(choice.strip() for choice in choices) or len(set(choices)) < len(choices):
-            raise InputError(f"choices must be different answers, none of them empty, not {list(choices)}")
         self.model, self.processor, self.request, self.choices = model, processor, request, choices
         self.statistics, self.choosing = Statistics(), True
 

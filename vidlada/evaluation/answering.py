@@ -11,6 +11,7 @@ import numpy as np
 
 from vidlada.api import VidLaDA
 from vidlada.conversation import Answer, Conversation, EncodedVideo
+from vidlada.engine.choosing import as_choices
 from vidlada.engine.entry import ReadyEntry
 from vidlada.engine.offline import decode
 from vidlada.errors import InputError, VidLaDAError
@@ -166,7 +167,7 @@ class Answerer:
         given = {name: value for name, value in question.settings.to_dict().items() if value is not None}
         try:
             chat = Conversation(self.vidlada, media, self.vidlada.settings(**given), PromptSettings(**self.options))
-            return chat, chat.entry(chat.message(question.text), question.choices)
+            return chat, chat.entry(chat.message(question.text), as_choices(question.choices))
         except InputError as error:
             return str(error)
 
