@@ -13,14 +13,14 @@ from vidlada.decoding.cache import VisualCache
 from vidlada.decoding.sampler import Request, State, Statistics
 from vidlada.decoding.streaming import StableText
 from vidlada.decoding.thinking import Turn
-from vidlada.engine.choosing import ChoosingTurn
+from vidlada.engine.choosing import ChoosingTurn, as_choices
 from vidlada.engine.entry import ReadyEntry, Update
 from vidlada.engine.offline import decode
 from vidlada.engine.prompts import build_request
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.messages import Message, place_media, time_instruction, with_think_mode
-from vidlada.settings import as_sequence, check_unicode
+from vidlada.settings import check_unicode
 from vidlada.tiling import MediaShape
 from vidlada.video import VideoInfo
 
@@ -197,6 +197,7 @@ class Conversation:
     def states(self, message: Message, choices: Sequence[str] | None = None) -> Iterator[tuple[State, StableText]]:
         """Answer a message without adding it to the history: the state and certain text after every step. Drafts
         cost time; where nobody sees them, none are built."""
+        choices = as_choices(choices)
         for _, update in decode(self.vidlada.model, [self.entry(message, choices)]):
             if isinstance(update, VidLaDAError):
                 raise update
@@ -217,8 +218,8 @@ class Conversation:
 
         Args:
             question: text.
-            choices: answer with the likeliest of these (a text is one), found in one pass; of the settings only
-                `gen_length` counts.
+            choices: answer with the likeliest of these, found in one pass; of the settings only `gen_length` counts.
+                A text instead of a list is one answer.
 
         Raises:
             InputError: there is no choice, an empty one, or one twice.
@@ -236,7 +237,6 @@ class Conversation:
     def answer(self, update: Update, choices: Sequence[str] | None = None) -> Answer:
         """Build the answer from a request's last update."""
         state, stable = update.state, update.stable
-        shares = map(math.exp, update.choices)
         return Answer(
             text=stable.text + (self.settings.suffix if choices is None else ""),
             token_ids=state.answer_ids()[: stable.tokens],
@@ -245,5 +245,5 @@ class Conversation:
             statistics=state.statistics.with_seconds(self.seconds),
             settings=self.settings,
             reasoning=stable.reasoning,
-            choices=None if choices is None else dict(zip(as_sequence(choices), shares, strict=True)),
+            choices=None if choices is None else dict(zip(choices, map(math.exp, update.choices), strict=True)),
         )
