@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
-BLOCK = re.compile(r"(```console\n(?P<commands>(?:\$ .*\n)+)```\n).*?(?P<end><!-- end of output -->)", re.DOTALL)
+BLOCK = re.compile(r"(```console\n(?P<commands>(?:\$ [^\n]*\n)+)```\n).*?(?P<end><!-- end of output -->)", re.DOTALL)
 DATA = re.compile(r"^DATA\w*")
 
 
