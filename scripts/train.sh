@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train on every device of one or several machines: scripts/train.sh [DEVICES] CONFIG [options of vidlada train]
 #
-# DEVICES (a number) is the published habit: how many devices of this machine, as NPROC_PER_NODE.
+# DEVICES (a number) is the published habit: how many devices of this machine, as NPROC_PER_NODE. A number without a
+# CONFIG trains the published recipe.
 # Several machines: run it on each with NNODES (how many), RANK (which this is, from 0), MASTER_ADDR and MASTER_PORT
 # (of machine 0). NPROC_PER_NODE overrides the number of devices; without GPUs it is one process.
 # Passes per step follow from the config's batch_size and per_device_batch, whatever the number of devices.
@@ -12,6 +13,7 @@ set -euo pipefail
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then
     NPROC_PER_NODE=$1
     shift
+    [[ $# -ge 1 && $1 != -* ]] || set -- vidlada-8b-llava-video-178k "$@"
 fi
 if [[ $# -lt 1 ]]; then
     echo "usage: scripts/train.sh [DEVICES] CONFIG [options of vidlada train]" >&2

@@ -19,7 +19,7 @@ def frames_of(number, seed=0):
 
 @contextmanager
 def engine_of(model, **limits):
-    engine = Engine(model, Limits(**limits))
+    engine = Engine(model.model, model.processor, Limits(**limits))
     try:
         yield engine
     finally:

@@ -10,26 +10,25 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vidlada.checkpoint.load import save_model
 from vidlada.checkpoint.publish import upload
 from vidlada.conversation import Answer, Conversation, Draft, EncodedVideo
 from vidlada.decoding.choices import check_choices
-from vidlada.decoding.memory import PROMPT_TOKENS, request_bytes
-from vidlada.decoding.sampler import Denoiser, Request, State
-from vidlada.decoding.streaming import StableText
-from vidlada.decoding.thinking import Turn, split_thought
-from vidlada.decoding.token_reduction import reduce_visual
-from vidlada.errors import InputError
+from vidlada.decoding.memory import PROMPT_TOKENS
+from vidlada.decoding.sampler import State
+from vidlada.decoding.thinking import split_thought
+from vidlada.engine.choosing import as_choices
+from vidlada.engine.offline import decode
+from vidlada.errors import InputError, VidLaDAError
 from vidlada.fetch import Fetching, Progress
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.info import MemoryNeed, check_memory, memory_need
 from vidlada.machine import free_memory
-from vidlada.media import Pictures, is_image, local, media_list, read_image, read_video
+from vidlada.media import FrameEncoder, Pictures, is_image, local, media_list, read_image, read_video
 from vidlada.messages import THINK, Message, pieces_of
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
-from vidlada.processor import EncodedConversation, VidLaDAProcessor
+from vidlada.processor import VidLaDAProcessor
 from vidlada.settings import settings_of
 from vidlada.tiling import MediaShape, pictures_of
 from vidlada.video import MAX_FRAMES, Sampling
@@ -103,7 +102,7 @@ class VidLaDA:
             alone = len(images) + sum(medium.is_image for medium in encoded.values()) == 1
             for number in images:
                 read = partial(read_image, sources[number], self.processor, alone, sampling.background)
-                encoded[number] = self._encode(read, [], settings, is_image=True)
+                encoded[number] = self._encode_image(read, settings)
             videos = [number for number in new if number not in encoded]
             if sampling.max_frames == "auto":
                 known = [medium.shape for medium in encoded.values()]
@@ -112,34 +111,40 @@ class VidLaDA:
             for number in videos:
                 others = [medium.shape for medium in encoded.values()]
                 check = partial(self.check_frames, others=others, settings=settings)
-                read = partial(read_video, sources[number], sampling, self.processor.image_size, check)
-                encoded[number] = self._encode(read, others, settings)
+                encoded[number] = self._encode_video(sources[number], sampling, check)
         return [encoded[number] for number in range(len(given))]
 
-    def _encode(
-        self,
-        read: Callable[[], Pictures],
-        others: Sequence[MediaShape],
-        settings: GenerationSettings,
-        is_image: bool = False,
-    ) -> EncodedVideo:
-        """Read a medium and run the vision tower over it.
+    def _encode_image(self, read: Callable[[], Pictures], settings: GenerationSettings) -> EncodedVideo:
+        """Read an image and run the vision tower over its tiles.
 
         Args:
-            read: gives its pictures.
-            others: shapes of what else the conversation shows.
+            read: gives them.
             settings: of what will be asked, for the memory it takes.
-            is_image: what it is.
         """
         started = time.perf_counter()
         pictures = read()
         decoded = time.perf_counter()
-        self._check_memory([*others, pictures.shape], settings)
+        self._check_memory([pictures.shape], settings)
         with torch.inference_mode():
             pixels = self.processor.pixel_values(pictures.images, self.model.device, self.model.dtype)
             (tokens,) = self.model.encode_media(pixels, [pictures.shape])
         seconds = {"video": decoded - started, "vision": time.perf_counter() - decoded}
-        return EncodedVideo(tokens, pictures.times, pictures.info, seconds, pictures.shape, is_image)
+        return EncodedVideo(tokens, pictures.times, pictures.info, seconds, pictures.shape, is_image=True)
+
+    def _encode_video(self, source: Any, sampling: Sampling, check: Callable[[int], None]) -> EncodedVideo:
+        """Read a video and run the vision tower over its frames, a few at a time while the next are decoded.
+
+        Args:
+            source: as `read_video` takes it.
+            sampling: which frames to take.
+            check: called with their number before they are decoded; it may raise.
+        """
+        started = time.perf_counter()
+        encoder = FrameEncoder(self.model, self.processor)
+        pictures = read_video(source, sampling, self.processor.image_size, check, encoder.take)
+        tokens = encoder.tokens(pictures.numbers)
+        seconds = {"video": time.perf_counter() - started - encoder.seconds, "vision": encoder.seconds}
+        return EncodedVideo(tokens, pictures.times, pictures.info, seconds, pictures.shape)
 
     def frames_that_fit(
         self,
@@ -177,29 +182,6 @@ class VidLaDA:
                 f"not a single frame fits {limit} beside the answer slots; use fewer of them, or fewer media"
             )
         return min(most, MAX_FRAMES)
-
-    def request(self, encoded: EncodedConversation, visual_tokens: Tensor, settings: GenerationSettings) -> Request:
-        """Build the decoding request for the next answer of a conversation.
-
-        Args:
-            encoded: as the processor encodes it.
-            visual_tokens: (visual tokens, width) of all its videos, in order.
-            settings: of decoding.
-        """
-        processor, model = self.processor, self.model
-        if settings.visual_keep < 1:
-            encoded, visual_tokens = reduce_visual(encoded, visual_tokens, settings.visual_keep)
-        ids = torch.tensor([encoded.input_ids], device=model.device)
-        with torch.inference_mode():
-            prompt = model.embed(ids, visual_tokens)[0]
-        words = [tuple(processor.text_ids(word)) for word in settings.stop]
-        return Request(
-            prompt=prompt,
-            settings=settings,
-            stop_sequences=(*words, *((token,) for token in model.config.stop_token_ids)),
-            suffix_ids=tuple(processor.text_ids(settings.suffix)) if settings.suffix else (),
-            frame_index=encoded.frame_index,
-        )
 
     def draft(self, state: State, reasoning: str = "", thinks: bool = False) -> Draft:
         """Decode a state to text.
@@ -241,10 +223,7 @@ class VidLaDA:
 
     def _memory_need(self, media: Sequence[MediaShape], settings: GenerationSettings) -> MemoryNeed:
         """Estimate what an answer takes besides the weights."""
-        return memory_need(
-            self.model.config, 0, media, settings.slots, self.model.dtype.itemsize, settings.cache,
-            settings.visual_keep, settings.visual_prune, settings.kv_dtype,
-        )  # fmt: skip
+        return memory_need(self.model.config, 0, media, settings, self.model.dtype.itemsize)
 
     def _check_memory(self, media: Sequence[MediaShape], settings: GenerationSettings) -> None:
         """Refuse a run that cannot fit."""
@@ -305,9 +284,7 @@ class VidLaDA:
         if last.get("role") != "user":
             raise InputError("the last message must be the user's")
         conversation.messages += earlier
-        for _ in conversation.states(last):
-            pass
-        return conversation.last
+        return conversation.complete(last)
 
     def ask_many(
         self,
@@ -315,7 +292,7 @@ class VidLaDA:
         choices: Sequence[Sequence[str] | None] | None = None,
         **options: Any,
     ) -> list[Answer]:
-        """Answer several questions, each about its own videos and images, in one padded batch.
+        """Answer several questions, each about its own videos and images, as many together as memory allows.
 
         Args:
             questions: pairs of media (as for `ask`) and a question; media given several times as the same object are
@@ -330,52 +307,20 @@ class VidLaDA:
             if id(media) not in encoded:
                 encoded[id(media)] = self.encode_media(media, sampling, settings, prompt, fetching)
         chats = [Conversation(self, encoded[id(media)], settings, prompt) for media, _ in questions]
-        answers: dict[int, Answer] = {}
-        decoded: list[int] = []
-        for number, own in enumerate(choices or [None] * len(questions)):
-            if own is None:
-                decoded.append(number)
-            else:
-                answers[number] = chats[number].choose(questions[number][1], own)
-        requests = [chats[number].request(questions[number][1]) for number in decoded]
-        need = request_bytes(self.model.config.text, requests, self.model.dtype.itemsize)
-        instead = "ask fewer questions together, use fewer frames or a smaller gen_length"
-        check_memory(need, self.model.device, f"answering {len(requests)} questions together", instead)
-        for place, state, stable in self.decode(requests):
-            if stable.finish_reason is not None:
-                answers[decoded[place]] = chats[decoded[place]].answer(state, stable)
-        return [answers[number] for number in range(len(questions))]
-
-    def decode(self, requests: Sequence[Request]) -> Iterator[tuple[int, State, StableText]]:
-        """Decode requests together, with their thoughts where the settings ask for them, until each text is complete.
-
-        Yields:
-            Place of a request in `requests`, its state after a step, and the text that can no longer change; the last
-            one of a request has a finish reason.
-        """
-        denoiser = Denoiser(self.model)
-        places: dict[int, int] = {}  # number within the denoiser → place
-        turns = [Turn(request, self.processor, self.model) for request in requests]
-        states: list[tuple[int, State]] = []
-
-        def add(place: int) -> None:
-            number, state = denoiser.add(turns[place].request)
-            places[number] = place
-            states.extend([] if state is None else [(number, state)])
-
-        for place in range(len(turns)):
-            add(place)
-        while states or denoiser.rows:
-            given, states = states or denoiser.step(), []
-            for number, state in given:
-                place = places[number]
-                turn, request = turns[place], turns[place].request
-                state, stable = turn.take(state)
-                if stable.finish_reason is not None or turn.request is not request:
-                    denoiser.remove(number)
-                if turn.request is not request:
-                    add(place)
-                yield place, state, stable
+        if choices is not None and (isinstance(choices, str) or len(choices) != len(questions)):
+            raise InputError(f"choices must be a list for each of the {len(questions)} questions, or None for one")
+        given = [as_choices(own) for own in choices or [None] * len(questions)]
+        entries = [
+            chat.entry(chat.message(question), own)
+            for chat, (_, question), own in zip(chats, questions, given, strict=True)
+        ]
+        answers = dict[int, Answer]()
+        for place, update in decode(self.model, entries, together=len(entries)):
+            if isinstance(update, VidLaDAError):
+                raise update
+            if update.stable.finish_reason is not None:
+                answers[place] = chats[place].answer(update, given[place])
+        return [answers[place] for place in range(len(chats))]
 
     def push_to_hub(self, repository: str, private: bool | None = None, revision: str | None = None) -> str:
         """Upload weights, configuration, processor, tokenizer and a model card to the Hugging Face hub.

@@ -1,8 +1,9 @@
 """Conversations about videos and images: encoded media, drafts and answers."""
 
-import time
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from torch import Tensor
 
 from vidlada.decoding.cache import VisualCache
 from vidlada.decoding.sampler import Request, State, Statistics
-from vidlada.decoding.scoring import score_answers
 from vidlada.decoding.streaming import StableText
-from vidlada.errors import InputError
+from vidlada.decoding.thinking import Turn
+from vidlada.engine.choosing import ChoosingTurn, as_choices
+from vidlada.engine.entry import ReadyEntry, Update
+from vidlada.engine.offline import decode
+from vidlada.engine.prompts import build_request
+from vidlada.errors import InputError, VidLaDAError
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.messages import Message, place_media, time_instruction, with_think_mode
 from vidlada.settings import check_unicode
@@ -135,7 +140,7 @@ class Conversation:
 
     def request(self, question: str) -> Request:
         """Build the decoding request for the next question."""
-        return self.request_for(self._user(question))
+        return self.request_for(self.message(question))
 
     def request_for(self, message: Message) -> Request:
         """Build the decoding request for a user message with content parts."""
@@ -146,9 +151,22 @@ class Conversation:
         model = self.vidlada.model
         empty = torch.empty(0, model.language_model.config.hidden_size, device=model.device, dtype=model.dtype)
         tokens = torch.cat([empty, *(medium.visual_tokens for medium in self.media)])
-        return replace(self.vidlada.request(encoded, tokens, self.settings), visual=self.visual)
+        request = build_request(model, self.vidlada.processor, encoded, tokens, self.settings)
+        return replace(request, visual=self.visual)
 
-    def _user(self, question: str) -> Message:
+    def entry(self, message: Message, choices: Sequence[str] | None = None) -> ReadyEntry:
+        """The engine's request for a user message, answered with the likeliest of `choices` where there are any."""
+        request, model, processor = self.request_for(message), self.vidlada.model, self.vidlada.processor
+        if choices is None:
+            return ReadyEntry(request, model, partial(Turn, request, processor, model))
+        return ReadyEntry(request, model, partial(ChoosingTurn, model, processor, request, choices), chooses=True)
+
+    def message(self, question: str) -> Message:
+        """The user's message for a question, with the media's places if it is the first.
+
+        Raises:
+            InputError: the question is empty, or the times of several videos are asked for.
+        """
         check_unicode("the question", question)
         if not question.strip():
             raise InputError("the question is empty; ask something about the video")
@@ -167,7 +185,7 @@ class Conversation:
 
         Models trained on conversations (`config.multi_turn`) see the earlier questions and answers.
         """
-        message = self._user(question)
+        message = self.message(question)
         yield from self.drafts(message)
         self._remember(message)
 
@@ -176,63 +194,56 @@ class Conversation:
         for state, stable in self.states(message):
             yield self.vidlada.draft(state, "" if stable.thinking else stable.reasoning, stable.thinking)
 
-    def states(self, message: Message) -> Iterator[tuple[State, StableText]]:
+    def states(self, message: Message, choices: Sequence[str] | None = None) -> Iterator[tuple[State, StableText]]:
         """Answer a message without adding it to the history: the state and certain text after every step. Drafts
         cost time; where nobody sees them, none are built."""
-        for _, state, stable in self.vidlada.decode([self.request_for(message)]):
-            if stable.finish_reason is not None:
-                self.last, self.visual = self.answer(state, stable), state.visual
-            yield state, stable
+        choices = as_choices(choices)
+        for _, update in decode(self.vidlada.model, [self.entry(message, choices)]):
+            if isinstance(update, VidLaDAError):
+                raise update
+            if update.stable.finish_reason is not None:
+                self.last = self.answer(update, choices)
+                if choices is None:
+                    self.visual = update.state.visual
+            yield update.state, update.stable
 
-    def ask(self, question: str, choices: Sequence[str] | None = None) -> Answer:
-        """Answer the next question; with `choices`, by the most likely of them."""
-        if choices is not None:
-            self.last = self.choose(question, choices)
-            self._remember(self._user(question))
-            return self.last
-        message = self._user(question)
-        for _ in self.states(message):
+    def complete(self, message: Message, choices: Sequence[str] | None = None) -> Answer:
+        """Answer a message without adding it to the history."""
+        for _ in self.states(message, choices):
             pass
-        self._remember(message)
         return self.last
 
-    def choose(self, question: str, choices: Sequence[str]) -> Answer:
-        """Score the given answers in one forward pass and return the most likely; uses `gen_length` only.
+    def ask(self, question: str, choices: Sequence[str] | None = None) -> Answer:
+        """Answer the next question.
+
+        Args:
+            question: text.
+            choices: answer with the likeliest of these, found in one pass; of the settings only `gen_length` counts.
+                A text instead of a list is one answer.
 
         Raises:
             InputError: there is no choice, an empty one, or one twice.
         """
-        if not choices or not all(choice.strip() for choice in choices) or len(set(choices)) < len(choices):
-            raise InputError(f"choices must be different answers, none of them empty, not {list(choices)}")
-        started = time.perf_counter()
-        request = self.request(question)
-        ids = [self.vidlada.processor.text_ids(choice) for choice in choices]
-        scores = score_answers(self.vidlada.model, request.prompt, ids, self.settings.gen_length)
-        best = int(scores.argmax())
-        seconds = {**self.seconds, "scoring": time.perf_counter() - started}
-        return Answer(
-            text=choices[best],
-            token_ids=ids[best],
-            finish_reason="stop",
-            frame_times=self.times,
-            statistics=Statistics(forward_passes=1, seconds=seconds),
-            settings=self.settings,
-            choices=dict(zip(choices, scores.softmax(0).tolist(), strict=True)),
-        )
+        message = self.message(question)
+        answer = self.complete(message, choices)
+        self._remember(message)
+        return answer
 
     def _remember(self, message: Message) -> None:
         """Add the turn to the history if the model was trained on conversations."""
         if self.vidlada.model.config.multi_turn:
             self.messages += [message, {"role": "assistant", "content": self.last.text}]
 
-    def answer(self, state: State, stable: StableText) -> Answer:
-        """Build the answer from a finished state and its text."""
+    def answer(self, update: Update, choices: Sequence[str] | None = None) -> Answer:
+        """Build the answer from a request's last update."""
+        state, stable = update.state, update.stable
         return Answer(
-            text=stable.text + self.settings.suffix,
+            text=stable.text + (self.settings.suffix if choices is None else ""),
             token_ids=state.answer_ids()[: stable.tokens],
             finish_reason=stable.finish_reason or "length",
             frame_times=self.times,
             statistics=state.statistics.with_seconds(self.seconds),
             settings=self.settings,
             reasoning=stable.reasoning,
+            choices=None if choices is None else dict(zip(choices, map(math.exp, update.choices), strict=True)),
         )

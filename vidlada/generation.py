@@ -6,7 +6,7 @@ from types import NoneType
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from vidlada.errors import InputError
-from vidlada.settings import INT64, check_settings, format_value, setting
+from vidlada.settings import INT64, as_sequence, check_settings, format_value, setting
 
 Remasking = Literal["low_confidence", "random"]
 # Cache and commit rule of each speed: on the frontier of `vidlada bench quality` (docs/benchmarks.md)
@@ -171,10 +171,9 @@ class GenerationSettings:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        elif isinstance(self.stop, Sequence):
-            object.__setattr__(self, "stop", tuple(self.stop))
+        stop = as_sequence(self.stop)
+        if isinstance(stop, Sequence):
+            object.__setattr__(self, "stop", tuple(stop))
         check_settings(self, skip=() if isinstance(self.cache, str | NoneType) else ("cache",))
         if not isinstance(self.cache, str | CachePolicy):
             raise InputError(f"cache must be a text or a cache policy, not {format_value(self.cache)}")

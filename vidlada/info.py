@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from vidlada.checkpoint.load import Checkpoint, weights_type
-from vidlada.decoding.memory import PROMPT_TOKENS, kept_bytes, pass_bytes
+from vidlada.decoding.memory import PROMPT_TOKENS, decoding_bytes, merged_shape
 from vidlada.errors import InputError
-from vidlada.generation import CachePolicy, GenerationSettings
+from vidlada.generation import GenerationSettings
 from vidlada.machine import GIB, free_memory, processor
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
 from vidlada.model.quantization import WEIGHT_BYTES
@@ -54,12 +54,8 @@ def memory_need(
     config: VidLaDAConfig,
     parameters: int,
     media: int | Sequence[MediaShape],
-    gen_length: int,
+    settings: GenerationSettings,
     value_bytes: int,
-    cache: str | CachePolicy = "none",
-    visual_keep: float = 1.0,
-    visual_prune: str | None = None,
-    kv_dtype: str = "auto",
 ) -> MemoryNeed:
     """Estimate the memory of answering about videos and images, which pass the tower one after another.
 
@@ -67,23 +63,20 @@ def memory_need(
         config: of the model.
         parameters: how many weights it has.
         media: frames of each video, shape of each image; or frames of the only video.
-        gen_length: answer slots, those of a thought included.
+        settings: of decoding.
         value_bytes: bytes a value in the type it runs in.
-        cache, visual_keep, visual_prune, kv_dtype: as in `GenerationSettings`.
     """
     text, vision = config.text, config.vision
     width = text.hidden_size
     shapes = [media] if isinstance(media, int) else list(media)
     visual = sum(map(config.visual_tokens, shapes))
-    tokens = round(visual_keep * visual) + PROMPT_TOKENS + gen_length
+    shape = merged_shape(visual + PROMPT_TOKENS + settings.slots, visual, settings)
     pictures, cells = max(map(pictures_of, shapes), default=0), config.patches_per_side**2
     tower_width, tower_mlp = vision.hidden_size, vision.intermediate_size
     tower = max(4 * tower_width, 2 * tower_mlp, 2 * width) * value_bytes + 2 * tower_width * value_bytes
-    settings = GenerationSettings(cache=cache, visual_prune=visual_prune, kv_dtype=kv_dtype)  # type: ignore[arg-type]
-    kept = kept_bytes(text, tokens, tokens, settings, value_bytes)
     through = min(pictures, FRAMES_PER_PASS) * cells * tower + pictures * cells * width * value_bytes
-    denoising = pass_bytes(text, tokens, gen_length, value_bytes)
-    return MemoryNeed(tokens, parameters * value_bytes, through, denoising, kept)
+    decoding = decoding_bytes(text, [shape], value_bytes)
+    return MemoryNeed(shape[0], parameters * value_bytes, through, decoding.working, decoding.kept)
 
 
 def check_memory(need: int, device: torch.device, what: str, instead: str) -> None:
@@ -107,7 +100,7 @@ def check_memory(need: int, device: torch.device, what: str, instead: str) -> No
 
 def parameter_count(checkpoint: Checkpoint) -> int:
     """Number of parameters of a checkpoint, including its vision tower."""
-    return sum(torch.Size(e.shape).numel() for e in (*checkpoint.entries.values(), *checkpoint.tower.values()))
+    return sum(entry.count for entry in (*checkpoint.entries.values(), *checkpoint.tower.values()))
 
 
 def check_memory_of_weights(
@@ -151,10 +144,10 @@ def checkpoint_facts(
     text = config.text
     entries = [*checkpoint.entries.values(), *checkpoint.tower.values()]
     parameters = parameter_count(checkpoint)
-    stored = sum(torch.Size(entry.shape).numel() * STORED_BYTES.get(entry.dtype, 4) for entry in entries)
-    gen_length = int((config.generation or {}).get("gen_length", 128))
+    stored = sum(entry.count * STORED_BYTES.get(entry.dtype, 4) for entry in entries)
+    settings = GenerationSettings.from_dict(config.generation or {}).replace(cache=cache, kv_dtype=kv_dtype)
     value_bytes = loaded_bytes(checkpoint, dtype)
-    need = memory_need(config, parameters, frames, gen_length, value_bytes, cache, kv_dtype=kv_dtype)
+    need = memory_need(config, parameters, frames, settings, value_bytes)
     facts: dict[str, Any] = {
         "folder": str(checkpoint.folder),
         "layout": checkpoint.layout,

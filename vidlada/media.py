@@ -1,5 +1,6 @@
 """Turn the videos and images a user gives into pictures for the vision tower."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -7,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from vidlada.errors import InputError
 from vidlada.fetch import Fetching, Progress, download, is_url
 from vidlada.images import BACKGROUNDS, open_images, to_rgb
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
+from vidlada.model.vision import FRAMES_PER_PASS
 from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import MediaShape
 from vidlada.video import IMAGE_SUFFIXES, Frames, Sampling, VideoInfo, probe, sample_frames
@@ -26,12 +31,61 @@ class Pictures:
         shape: of the medium.
         times: seconds of each frame; 0 for an image.
         info: of a file.
+        numbers: of each frame in its video; the same frame may be shown several times.
     """
 
     images: np.ndarray
     shape: MediaShape
     times: tuple[float, ...]
     info: VideoInfo | None = None
+    numbers: tuple[int, ...] = ()
+
+
+class FrameEncoder:
+    """Runs frames through the vision tower while the next ones are decoded; a GPU works meanwhile.
+
+    Args:
+        model, processor: that see them.
+
+    Attributes:
+        seconds: spent on it so far.
+    """
+
+    def __init__(self, model: VidLaDAForMaskedDiffusion, processor: VidLaDAProcessor):
+        self.model, self.processor = model, processor
+        self.waiting: dict[int, np.ndarray] = {}
+        self.pooled: dict[int, Tensor] = {}  # (cells, width), by the frame's number
+        self.seconds = 0.0
+
+    def take(self, number: int, image: np.ndarray) -> None:
+        """Take a frame; one of a number that was taken before replaces it.
+
+        Args:
+            number: of the frame in its video.
+            image: (height, width, 3) uint8.
+        """
+        self.waiting[number] = image
+        if len(self.waiting) == FRAMES_PER_PASS:
+            self.encode_waiting()
+
+    @torch.inference_mode()
+    def encode_waiting(self) -> None:
+        """Run the frames that wait through the tower."""
+        if not self.waiting:
+            return
+        started = time.perf_counter()
+        images = np.stack(list(self.waiting.values()))
+        pixels = self.processor.pixel_values(images, self.model.device, self.model.dtype)
+        pooled = self.model.vision.pool(self.model.vision.project(pixels))
+        self.pooled.update(zip(self.waiting, pooled, strict=True))
+        self.waiting.clear()
+        self.seconds += time.perf_counter() - started
+
+    @torch.inference_mode()
+    def tokens(self, numbers: Sequence[int]) -> Tensor:
+        """(visual tokens, width) of these frames, in reading order."""
+        self.encode_waiting()
+        return self.model.vision.with_newlines(torch.stack([self.pooled[number] for number in numbers]))
 
 
 def media_list(media: Any) -> list[Any]:
@@ -98,7 +152,9 @@ def read_image(medium: Any, processor: VidLaDAProcessor, alone: bool, background
     return Pictures(pictures, shape, (0.0,), info)
 
 
-def read_video(medium: Any, sampling: Sampling, size: int, check: Callable[[int], Any]) -> Pictures:
+def read_video(
+    medium: Any, sampling: Sampling, size: int, check: Callable[[int], Any], take: Callable[[int, np.ndarray], None]
+) -> Pictures:
     """Read the sampled frames of a video.
 
     Args:
@@ -107,6 +163,7 @@ def read_video(medium: Any, sampling: Sampling, size: int, check: Callable[[int]
         sampling: which to take.
         size: pixels along a side of a frame.
         check: called with the number of frames before they are decoded; it may raise.
+        take: called with each frame's number and picture as soon as it is there.
     """
     if isinstance(medium, np.ndarray):
         if medium.ndim != 4 or len(medium) == 0:
@@ -114,13 +171,16 @@ def read_video(medium: Any, sampling: Sampling, size: int, check: Callable[[int]
                 "the video array holds no frames" if medium.ndim == 4 else
                 f"frames must be uint8 of shape (frames, height, width, 3), not {medium.dtype} {medium.shape}"
             )  # fmt: skip
-        check(len(medium))
-        return Pictures(medium, len(medium), tuple(i / sampling.fps for i in range(len(medium))))
-    if not isinstance(medium, str | Path | Frames):
-        raise InputError(f"a medium must be a path, an address, an image or an array, not {type(medium).__name__}")
-    if isinstance(medium, Frames):
-        frames = medium
-        check(len(frames.images))
+        times = tuple(number / sampling.fps for number in range(len(medium)))
+        found = Pictures(medium, len(medium), times, None, tuple(range(len(medium))))
+    elif isinstance(medium, Frames):
+        found = Pictures(medium.images, len(medium.images), medium.times, medium.info, medium.indices)
+    elif isinstance(medium, str | Path):
+        frames = sample_frames(medium, sampling, size, lambda _, count: check(count), take)
+        return Pictures(frames.images, len(frames.images), frames.times, frames.info, frames.indices)
     else:
-        frames = sample_frames(medium, sampling, size, lambda _, count: check(count))
-    return Pictures(frames.images, len(frames.images), tuple(frames.times), frames.info)
+        raise InputError(f"a medium must be a path, an address, an image or an array, not {type(medium).__name__}")
+    check(len(found.images))
+    for number, image in zip(found.numbers, found.images, strict=True):
+        take(number, image)
+    return found

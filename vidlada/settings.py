@@ -1,7 +1,7 @@
 """Settings listed once: the default, help text and bounds of each stand with its field, for Python, the command line
 and the server."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import Field, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -125,12 +125,38 @@ def check_text(name: str, value: Any, bounds: Setting) -> None:
 
 def check_unicode(name: str, text: str) -> None:
     """Raise an error for lone surrogates, which no tokenizer or file can encode."""
+    if problem := half_character(text):
+        raise InputError(f"{name} has {problem}; remove it")
+
+
+def half_character(text: str) -> str:
+    """Describe the first lone surrogate of a text and where it is; empty if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{name} has half a character at position {error.start} ({text[error.start]!a}); remove it"
-        ) from error
+        half = text[error.start]
+        # what decoding with `surrogateescape` leaves of other encodings
+        what = "a byte that is not UTF-8" if "\udc80" <= half <= "\udcff" else "half a character"
+        return f"{what} at position {error.start} ({half!a})"
+    return ""
+
+
+def texts_of(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """All texts in a value, keys included, with the name of each for messages."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield "a name", key
+            yield from texts_of(inner, f"{name}.{key}" if name else repr(key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from texts_of(inner, f"{name}[{number}]")
+
+
+def as_sequence(value: Any) -> Any:
+    """A text as a list of it alone, which a text would otherwise be of its letters; anything else as it is."""
+    return (value,) if isinstance(value, str) else value
 
 
 def check_list(name: str, values: Any, bounds: Setting) -> None:

@@ -7,12 +7,19 @@ whole frame and says nothing.
 
 import mmap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 MP4_BOXES = frozenset(
     b"ftyp styp moov moof mdat mfra sidx ssix free skip wide uuid meta udta emsg prft pdin pnot".split()
 )
-SEGMENT, CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
+EBML, SEGMENT, CLUSTER = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
+IN_BOTH = frozenset({b"\xec", b"\xbf"})  # padding and checksums
+IN_SEGMENT = IN_BOTH | {
+    bytes.fromhex(name)
+    for name in ("1f43b675", "114d9b74", "1549a966", "1654ae6b", "1c53bb6b", "1941a469", "1043a770", "1254c367")
+}
+IN_CLUSTER = IN_BOTH | {bytes.fromhex(name) for name in ("e7", "5854", "a7", "ab", "a3", "a0", "af")}
 ASF_HEADER, ASF_FILE = (
     bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"),
     bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"),
@@ -22,6 +29,9 @@ OGG_MOST_PAGE = 27 + 255 + 255 * 255
 MXF_KEY = b"\x06\x0e\x2b\x34"
 PS_PACK, PS_END = 0xBA, 0xB9
 PS_TAIL = 2**18  # bytes, more than the longest packet of a program stream
+GXF_START, GXF_LAST = b"\0\0\0\0\x01", 0xFB
+WTV_SECTOR = 2**12
+NUT_INDEX = bytes.fromhex("4e58dd672f23e64e")
 DV_FRAMES = {0: 120000, 1: 144000}  # bytes of a frame, 60 or 50 fields a second
 
 
@@ -74,31 +84,81 @@ def _referenced_bytes(data: mmap.mmap, place: int) -> int:
     return first + sum(sizes)
 
 
+def _element(data: mmap.mmap, place: int) -> tuple[bytes, int, int | None] | None:
+    """Name, start and end of the content of an element of Matroska; the end is None where its length is unknown, all is
+    where there is no element. `IndexError` at the end of the file."""
+    name_length = 9 - data[place].bit_length()
+    if name_length > 4:
+        return None
+    name = data[place : place + name_length]
+    place += name_length
+    length_length = 9 - data[place].bit_length()
+    if length_length > 8:
+        return None
+    bits = 7 * length_length
+    length = int.from_bytes(data[place : place + length_length]) & ((1 << bits) - 1)
+    place += length_length
+    return name, place, None if length == (1 << bits) - 1 else place + length
+
+
 def _matroska(data: mmap.mmap) -> bool | None:
     """Elements of the segment; those of unknown length (live recordings) are entered."""
     place, size = 0, len(data)
     while place < size:
-        name_length = 9 - data[place].bit_length()
-        if name_length > 4:
+        found = _element(data, place)
+        if found is None:
             return None
-        name = data[place : place + name_length]
-        place += name_length
-        if place >= size:
-            return True
-        length_length = 9 - data[place].bit_length()
-        if length_length > 8:
-            return None
-        bits = 7 * length_length
-        length = int.from_bytes(data[place : place + length_length]) & ((1 << bits) - 1)
-        place += length_length
-        if length == (1 << bits) - 1:
+        name, place, end = found
+        if end is None:
             if name not in (SEGMENT, CLUSTER):
                 return None
         else:
-            place += length
+            place = end
             if name == SEGMENT:  # what stands behind it is not of this video
                 return place > size
     return place > size
+
+
+def gaps_of(path: Path, container: str) -> list[int]:
+    """Where elements of a Matroska file do not follow each other; what stands there up to the next cluster is lost.
+
+    Args:
+        path: of the file.
+        container: FFmpeg's name of it; of others, nothing is known.
+    """
+    if "matroska" not in container.split(","):
+        return []
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found: list[int] = []
+        with suppress(IndexError):  # the end
+            _matroska_gaps(data, found)
+        return found
+
+
+def _matroska_gaps(data: mmap.mmap, found: list[int]) -> None:
+    head = _element(data, 0)
+    segment = _element(data, head[2]) if head and head[0] == EBML and head[2] else None
+    if segment is None or segment[0] != SEGMENT:
+        return
+    _, place, segment_end = segment
+    segment_end = min(len(data), segment_end or len(data))
+    cluster_end: int | None = None  # of the one that is entered
+    while place < segment_end:
+        inside = cluster_end is not None and place < cluster_end
+        element = _element(data, place)
+        known = element and element[0] in (IN_CLUSTER | IN_SEGMENT if inside else IN_SEGMENT)
+        end = element and (element[2] or segment_end)
+        if element and known and end and end <= (cluster_end if inside and cluster_end else segment_end):
+            name, start, length = element
+            if name == CLUSTER:
+                place, cluster_end = start, length or segment_end
+            else:
+                place = end
+            continue
+        found.append(place)
+        place, cluster_end = data.find(CLUSTER, place + 1), None
+        if place < 0:
+            return
 
 
 def _riff(data: mmap.mmap) -> bool | None:
@@ -178,15 +238,59 @@ def _mpeg(data: mmap.mmap) -> bool | None:
 
 
 def _mxf(data: mmap.mmap) -> bool | None:
-    """Elements of key, length and value."""
+    """Elements of key, length and value; where one does not follow another, something is missing in between."""
     place, size = 0, len(data)
     while place + 17 <= size:
         if data[place : place + 4] != MXF_KEY:
-            return None
+            return None if place == 0 or not any(data[place:]) else True
         length, place = data[place + 16], place + 17
         if length >= 0x80:
             wide = length & 0x7F
             length, place = int.from_bytes(data[place : place + wide]), place + wide
+        place += length
+    return place != size
+
+
+def _gxf(data: mmap.mmap) -> bool | None:
+    """Packets with their lengths, up to one that marks the end of the stream."""
+    place, size, kind = 0, len(data), 0
+    while place < size:
+        if data[place : place + 5] != GXF_START:
+            return None
+        kind = data[place + 5]
+        place += max(16, int.from_bytes(data[place + 6 : place + 10]))
+    return place != size or kind != GXF_LAST
+
+
+def _wtv(data: mmap.mmap) -> bool | None:
+    """Sectors, whose number the header states."""
+    return len(data) < WTV_SECTOR * int.from_bytes(data[0x5C:0x60], "little")
+
+
+def _nut(data: mmap.mmap) -> bool | None:
+    """The index at its end, whose last bytes but a checksum tell how long it is."""
+    start = len(data) - int.from_bytes(data[-12:-4])
+    return start < 0 or data[start : start + len(NUT_INDEX)] != NUT_INDEX
+
+
+def _swf(data: mmap.mmap) -> bool | None:
+    """The length in the header; of a compressed one it is that of the content."""
+    return len(data) < int.from_bytes(data[4:8], "little") if data[:1] == b"F" else None
+
+
+def _obu(data: mmap.mmap) -> bool | None:
+    """Units of AV1 with their lengths."""
+    place, size = 0, len(data)
+    while place < size:
+        head, length = data[place], 0
+        place += 2 if head & 4 else 1
+        if not head & 2:
+            return None
+        for shift in range(0, 56, 7):
+            part = data[place]
+            length, place = length | (part & 0x7F) << shift, place + 1
+            if part < 0x80:
+                break
         place += length
     return place != size
 
@@ -234,6 +338,11 @@ CHECKS: dict[str, Callable[[mmap.mmap], bool | None]] = {
     "mpegts": _mpegts,
     "mpeg": _mpeg,
     "mxf": _mxf,
+    "gxf": _gxf,
+    "wtv": _wtv,
+    "nut": _nut,
+    "swf": _swf,
+    "obu": _obu,
     "gif": _gif,
     "mjpeg": _mjpeg,
     "yuv4mpegpipe": _y4m,

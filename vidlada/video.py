@@ -34,6 +34,7 @@ from vidlada.settings import check_settings, setting
 from vidlada.truncation import is_cut
 from vidlada.video_decoding import LateStartError, WrongTimesError, decode_frames
 from vidlada.video_index import Timeline, VideoInfo, index_file, rate_of
+from vidlada.video_losses import with_losses
 
 __all__ = ["MAX_FRAMES", "IMAGE_SUFFIXES", "Frames", "Sampling", "VideoInfo", "natural_order", "probe", "sample_frames"]
 
@@ -97,6 +98,7 @@ class Frames:
 
 
 Check = Callable[[VideoInfo, int], None]
+Take = Callable[[int, np.ndarray], None]
 
 
 def sample_indices(total: int, fps: float, sampling: Sampling) -> list[int]:
@@ -153,7 +155,11 @@ def probe(source: str | Path) -> VideoInfo:
 
 
 def sample_frames(
-    source: str | Path, sampling: Sampling | None = None, size: int | None = None, check: Check | None = None
+    source: str | Path,
+    sampling: Sampling | None = None,
+    size: int | None = None,
+    check: Check | None = None,
+    take: Take = lambda number, image: None,
 ) -> Frames:
     """Take frames from a video file, a folder of images or an image.
 
@@ -165,6 +171,8 @@ def sample_frames(
             frame is in memory; None keeps the video's size.
         check: called with what the source is and how many frames will be taken, before the first is decoded; it may
             raise.
+        take: called with the number and the picture, (height, width, 3), of each frame as soon as it is decoded; again
+            with all of them where a file has to be read anew.
 
     Raises:
         InputError: the source is missing, empty, truncated, damaged or not a video, and why.
@@ -176,13 +184,13 @@ def sample_frames(
         constant = rate_of(pictures.seconds, [pictures.info.fps])[1]
         wanted = [0] if pictures.is_still else choose_frames(pictures.seconds, pictures.info, constant, sampling)
         read = partial(pictures.read, sampling.background)
-        return _frames(pictures.info, pictures.seconds, wanted, read, size, check)
+        return _frames(pictures.info, pictures.seconds, wanted, read, size, check, take)
     stream, timeline = _index(path)
     while True:
         wanted = choose_frames(timeline.seconds, timeline.info, timeline.constant, sampling)
         read = partial(_decode, path, stream, timeline, BACKGROUNDS[sampling.background])
         try:
-            return _frames(timeline.info, timeline.seconds, wanted, read, size, check)
+            return _frames(timeline.info, timeline.seconds, wanted, read, size, check, take)
         except WrongTimesError:
             timeline = timeline.in_decoder_order()
         except LateStartError as late:
@@ -196,6 +204,7 @@ def _frames(
     read: Callable[[Sequence[int]], Iterator[tuple[int, np.ndarray]]],
     size: int | None,
     check: Check | None,
+    take: Take,
 ) -> Frames:
     """Read, resize and collect the wanted frames of a source.
 
@@ -204,12 +213,15 @@ def _frames(
         seconds: (all frames,) when each is shown.
         wanted: numbers of frames, ascending; the same may come several times.
         read: gives for each of some numbers, each once, the number of the frame that is shown, and its picture.
-        size, check: as for `sample_frames`.
+        size, check, take: as for `sample_frames`.
     """
     if check is not None:
         check(info, len(wanted))
     each = sorted(set(wanted))
-    found = {number: (shown, _resize(image, size)) for number, (shown, image) in zip(each, read(each), strict=True)}
+    found: dict[int, tuple[int, np.ndarray]] = {}
+    for number, (own, image) in zip(each, read(each), strict=True):
+        found[number] = own, _resize(image, size)
+        take(*found[number])
     images = [found[number][1] for number in wanted]
     if len({image.shape for image in images}) > 1:
         raise InputError(f"{info.path}: its pictures differ in size; give a size to resize them to")
@@ -353,7 +365,7 @@ def _index(path: Path) -> tuple[int, Timeline]:
         streams = _streams(path, container)
         _read_only(container, streams)
         stream, timeline = index_file(path, container, streams)
-        return stream.index, timeline
+        return stream.index, with_losses(path, container.format.name, timeline)
 
 
 def _read_only(container: InputContainer, streams: Sequence[VideoStream]) -> None:
@@ -374,6 +386,7 @@ def _decode(
             assert isinstance(stream, VideoStream)
             _read_only(container, [stream])
             stream.thread_type = "AUTO"
+            stream.codec_context.options = {"err_detect": "explode"}  # else decoders invent what damage took away
             yield container, stream
 
     for shown, frame in decode_frames(opener, timeline, wanted):

@@ -3,6 +3,8 @@
 Decoding can start at any key picture. Getting there is a seek, if that skips enough. Where seeks are refused, or lead
 past their target, the packets before it are read and not decoded; and where even that does not give the frame, all is
 decoded from the start.
+
+Behind a damaged packet, what follows leans on a picture that is not there: up to the next key picture, no frame counts.
 """
 
 from bisect import bisect_right
@@ -15,7 +17,8 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from vidlada.errors import InputError
-from vidlada.video_index import MOST_MISSING, Timeline, is_frame
+from vidlada.h264 import FrameNumbers
+from vidlada.video_index import MOST_MISSING, Timeline, demux
 
 SEEK_WORTH_FRAMES = 12  # skip to a key picture only if that saves so many frames; see `vidlada bench video`
 FRAMELESS = 2  # packets in a row that may give no frame of their own in a sound file (second fields, hidden frames)
@@ -23,6 +26,7 @@ FRAMELESS = 2  # packets in a row that may give no frame of their own in a sound
 Opener = Callable[[], AbstractContextManager[tuple[InputContainer, VideoStream]]]
 NumberedFrame = tuple[int, av.VideoFrame]
 NEED_PARAMETER_SETS = frozenset({"h264", "hevc", "vvc"})
+NEVER = 2**62  # number of no packet
 MOST_LEADING = 16  # frames shown before the key picture they are decoded after
 MOST_DISORDER = 3  # frames that may leave the decoder too late, as the first of a stream do, before its times are wrong
 
@@ -92,7 +96,10 @@ class Reader:
         self.restarts = frozenset(self.starts) if timeline.ordered else frozenset()
         self.frame_of = np.full(len(timeline.seek_to), -1)  # number of the frame that a packet holds
         self.frame_of[timeline.packets] = np.arange(len(timeline.packets))
-        self.demuxed = self.demux()
+        context = stream.codec_context
+        self.numbers = FrameNumbers(context.extradata or b"") if context.name == "h264" else None
+        self.behind_loss = NEVER  # number of the first packet behind some that are missing
+        self.demuxed = self.packets()
         self.position = 0  # number of the next packet
         self.decoded: Iterator[NumberedFrame] = iter(())
         self.shown: NumberedFrame | None = None  # the last frame before or at the wanted one
@@ -164,47 +171,59 @@ class Reader:
             )
         return "no frame can be decoded: the file is damaged, or not of the codec it claims"
 
-    def demux(self) -> Iterator[av.Packet]:
-        """Packets of the file from here on, and an empty one at its end."""
+    def packets(self) -> Iterator[av.Packet]:
+        """Packets of the file from here on."""
         try:
-            yield from self.container.demux(self.stream)
+            yield from demux(self.container, [self.stream])
         except av.error.FFmpegError:  # what there is before was found worth reading
-            yield av.Packet()
+            return
 
     def read(self) -> tuple[int, av.Packet | None]:
         """The next packet and its number; -1 if it is not known, None at the end."""
-        for packet in self.demuxed:
-            if is_frame(packet):
-                self.position += 1
-                return self.position - 1, packet
-            break
-        return -1, None
+        packet = next(self.demuxed, None)
+        if packet is None:
+            return -1, None
+        self.position += 1
+        return self.position - 1, packet
 
     def decode(self, start: int) -> Iterator[NumberedFrame]:
         """Frames from a packet on, which is the next to be read."""
         count, last, disorder = int(self.frame_of[start]), -1, 0
+        damaged, packet = False, -1
         for label, frame in self.labelled_frames():
-            if label < 0:
+            if frame is not None and label == packet >= 0:
+                continue  # decoders that learn late of reordering give the first frame twice
+            packet = label
+            if label >= self.behind_loss:
+                damaged, self.behind_loss = True, NEVER
+            damaged = frame is None or frame.is_corrupt or (damaged and not frame.key_frame)
+            if label < 0 or frame is None:
                 continue
             number = int(self.frame_of[label])
             if self.timeline.ordered:
                 count = number if number in self.restarts else max(count, 0)
-                yield count, frame
+                if not damaged:
+                    yield count, frame
                 count += 1
             elif number >= 0:
                 disorder += number < last
                 if disorder > MOST_DISORDER:
                     raise WrongTimesError
                 last = number
-                yield number, frame
+                if not damaged:
+                    yield number, frame
 
-    def labelled_frames(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Decoded frames with the numbers of their packets. Decoders carry the time stamp of a packet to its frame,
-        whatever it means."""
-        ended = False
+    def labelled_frames(self) -> Iterator[tuple[int, av.VideoFrame | None]]:
+        """Decoded frames with the numbers of their packets, None in the place of one that is damaged. Decoders carry
+        the time stamp of a packet to its frame, whatever it means."""
+        ended, self.behind_loss = False, NEVER
+        if self.numbers is not None:
+            self.numbers.restart()
         while not ended:
             label, packet = self.read()
             ended = packet is None
+            if packet is not None and self.misses_before(label, packet):
+                self.behind_loss = min(self.behind_loss, label)
             try:
                 if packet is None:
                     frames = self.stream.codec_context.decode(None)
@@ -213,10 +232,17 @@ class Reader:
                     frames = packet.decode()
             except MemoryError:
                 raise
-            except av.error.FFmpegError:  # of a damaged packet; what it should have given is missed later
+            except av.error.FFmpegError:
+                yield label, None
                 continue
             for frame in frames:
                 yield (-1 if frame.pts is None else frame.pts), frame
+
+    def misses_before(self, label: int, packet: av.Packet) -> bool:
+        """Whether packets that this one may lean on are missing before it."""
+        if label in self.timeline.losses and not packet.is_keyframe:
+            return True
+        return self.numbers is not None and self.numbers.skips(memoryview(packet), packet.is_keyframe)
 
 
 class SkippingReader(Reader):
@@ -254,7 +280,7 @@ class SeekingReader(SkippingReader):
             self.container.seek(int(self.timeline.seek_to[start]), stream=self.stream, backward=True)
         except av.error.FFmpegError as error:
             raise LostError from error
-        self.demuxed = self.demux()
+        self.demuxed = self.packets()
         self.position = -1
         self.begin_at(start)
 

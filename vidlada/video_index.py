@@ -2,7 +2,7 @@
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -100,6 +100,8 @@ class Timeline:
         ordered: the file does not say in which order its packets are shown: frames are counted as they leave the
             decoder.
         begins_anywhere: recordings in this container may begin between key pictures.
+        places: (all packets,) where each begins in the file.
+        losses: numbers of the packets in front of which others are missing; see `vidlada.video_losses`.
     """
 
     info: VideoInfo
@@ -112,6 +114,8 @@ class Timeline:
     seek_to: np.ndarray
     ordered: bool
     begins_anywhere: bool
+    places: Sequence[int] = ()
+    losses: frozenset[int] = frozenset()
 
     def in_decoder_order(self) -> "Timeline":
         """The same for a file whose time stamps, taken together, are right, but not for each packet: frames are
@@ -128,9 +132,12 @@ class Timeline:
         return replace(self, info=info, seconds=seconds, packets=self.packets[number:], starts=starts)
 
 
-def is_frame(packet: av.Packet) -> bool:
-    """Whether a packet belongs to the file; the demuxer ends with empty ones that flush the decoders."""
-    return bool(packet.size)
+def demux(container: InputContainer, streams: Sequence[VideoStream]) -> Iterator[av.Packet]:
+    """Packets of the file from here on; the empty ones that flush decoders are left out."""
+    try:
+        yield from (packet for packet in container.demux(*streams) if packet.size)
+    except IndexError:  # of PyAV, at the end of a file in which further streams have appeared
+        return
 
 
 def index_file(path: Path, container: InputContainer, streams: Sequence[VideoStream]) -> tuple[VideoStream, Timeline]:
@@ -147,9 +154,8 @@ def index_file(path: Path, container: InputContainer, streams: Sequence[VideoStr
     columns = {stream.index: _Columns(container, stream) for stream in streams}
     problem = ""
     try:
-        for packet in container.demux(*streams):
-            if is_frame(packet):
-                columns[packet.stream_index].append(packet)
+        for packet in demux(container, streams):
+            columns[packet.stream_index].append(packet)
     except av.error.FFmpegError as error:
         problem = str(error.strerror)
     found = {stream.index: columns[stream.index].packets() for stream in streams}
@@ -160,7 +166,7 @@ def index_file(path: Path, container: InputContainer, streams: Sequence[VideoStr
         raise InputError(f"{path}: the video stream holds no frames; the file is empty or truncated")
     timeline = _timeline(path, container, stream, packets)
     _refuse_truncated(path, container, stream, packets, timeline, problem)
-    return stream, timeline
+    return stream, replace(timeline, places=columns[stream.index].places)
 
 
 class _Columns:
@@ -168,7 +174,7 @@ class _Columns:
 
     def __init__(self, container: InputContainer, stream: VideoStream):
         self.pts, self.dts, self.durations = array("q"), array("q"), array("q")
-        self.flags = bytearray()
+        self.flags, self.places = bytearray(), array("q")
         self.restarts: list[int] = []
         self.codec = stream.codec_context.name
         self.untimed = container.format.name == "avi" or stream.start_time is None
@@ -179,6 +185,7 @@ class _Columns:
         self.pts.append(UNKNOWN if pts is None else pts)
         self.dts.append(UNKNOWN if dts is None else dts)
         self.durations.append(packet.duration or 0)
+        self.places.append(packet.pos or 0)
         self.flags.append(KEY * packet.is_keyframe | HIDDEN * packet.is_discard | CORRUPT * packet.is_corrupt)
         if packet.is_keyframe and self.untimed and self.codec in UNTIMED_REORDERING:
             place, bits = NAL_TYPE[self.codec]
@@ -320,7 +327,9 @@ def _parts(container: InputContainer, packets: Packets, unit: float) -> list[tup
         return [(packets.first, len(packets))]
     steps = np.diff(packets.dts[known])
     # a guessed time stamp may be a few frames off; a recording begins again at a key picture, or far back
-    breaks = (steps < 0) & ((packets.flags[known[1:]] & KEY > 0) | (steps * unit < -GUESS_SECONDS))
+    guess = GUESS_FRAMES * np.median(steps[steps > 0]) if (steps > 0).any() else 0
+    begins = (packets.flags[known[1:]] & KEY > 0) & (steps < -guess)
+    breaks = begins | (steps * unit < -GUESS_SECONDS)
     if name == JUMPING_CLOCK:
         breaks |= steps * unit > JUMP_SECONDS
     edges = [packets.first, *(edge for edge in known[1:][breaks].tolist() if edge > packets.first), len(packets)]

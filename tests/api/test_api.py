@@ -6,8 +6,10 @@ import torch
 from media import write_video
 
 import vidlada
+from vidlada import video as video_module
 from vidlada.errors import InputError
-from vidlada.video import sample_frames
+from vidlada.model.vision import FRAMES_PER_PASS, Vision
+from vidlada.video import Sampling, sample_frames
 
 FAST = {"gen_length": 16, "block_length": 8}
 
@@ -43,8 +45,8 @@ def test_the_video_changes_the_answer(small, clips):
 
 def test_several_questions_pay_for_the_video_once(small, clips, monkeypatch):
     calls = []
-    encode = small.model.encode_media
-    monkeypatch.setattr(small.model, "encode_media", lambda *a: calls.append(1) or encode(*a))
+    project = Vision.project
+    monkeypatch.setattr(Vision, "project", lambda *a: calls.append(1) or project(*a))
     seen = small.encode_video(clips[0])
     for question in ("is it red ?", "is it small ?"):
         assert small.ask(seen, question, **FAST).token_ids == small.ask(clips[0], question, **FAST).token_ids
@@ -90,6 +92,13 @@ def test_stop_string_cuts_the_text(small, clips):
     word = free.split()[2]
     stopped = small.ask(clips[0], "is it red ?", stop=(word,), **FAST)
     assert word not in stopped.text.split()
+
+
+def test_one_text_is_one_choice(small):
+    assert small.ask(None, "is it red ?", choices="yes", **FAST).choices == {"yes": 1.0}
+    for choices in (1, ["yes", 2], b"yes", [None]):
+        with pytest.raises(InputError, match="choices must be a list of texts"):
+            small.ask(None, "is it red ?", choices=choices, **FAST)
 
 
 def test_suffix_comes_back_with_the_answer(small, clips):
@@ -154,3 +163,15 @@ def test_frames_that_fit_the_context(small):
     assert small.frames_that_fit([], 2, settings) == pytest.approx(most / 2, abs=1)
     with pytest.raises(InputError, match="not a single frame fits"):
         small.frames_that_fit([10**6], 1, settings)
+
+
+def test_frames_pass_the_tower_while_the_next_are_decoded(small, tmp_path, monkeypatch):
+    path = write_video(tmp_path / "long.mp4", frames=25 * 40)
+    order, project, resize = [], Vision.project, video_module._resize
+    monkeypatch.setattr(Vision, "project", lambda self, pixels: (order.append(len(pixels)), project(self, pixels))[1])
+    monkeypatch.setattr(video_module, "_resize", lambda image, size: (order.append("frame"), resize(image, size))[1])
+    encoded = small.encode_video(path, frames=40)
+    assert order == [*["frame"] * FRAMES_PER_PASS, FRAMES_PER_PASS] * 2 + ["frame"] * 8 + [8]
+    frames = sample_frames(path, Sampling(max_frames=40), small.processor.image_size)
+    (whole,) = small.model.encode_media(small.processor.pixel_values(frames.images), [40])
+    torch.testing.assert_close(encoded.visual_tokens, whole, atol=1e-5, rtol=1e-5)

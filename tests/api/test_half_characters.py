@@ -74,7 +74,7 @@ def test_evaluation_loses_only_the_question(small, text):
     questions = [Question(QUESTION, None, decoding), Question(text, None, decoding),
                  Question(QUESTION, None, decoding, ("red", text))]  # fmt: skip
     good, *bad = Answerer(small, Sampling(), 3).replies(questions)
-    assert good.error is None and all("half a character" in reply.error for reply in bad)
+    assert good.error is None and all(" at position " in reply.error for reply in bad)
 
 
 @pytest.mark.parametrize("text", ["\ud83d", "red\udcff"])
@@ -88,23 +88,33 @@ def test_the_command_line_refuses_in_a_line(small_folder, tmp_path, option, text
     assert result.stderr.splitlines()[-1].lower().startswith("error: ")
 
 
-def test_chat_refuses_bytes_in_no_encoding(small_folder, tmp_path):
+def test_chat_refuses_bytes_in_no_encoding_and_goes_on(small_folder, tmp_path):
     video = str(write_video(tmp_path / "clip.mp4", frames=10))
     arguments = ["chat", video, "--model", str(small_folder), "--frames", "2", "--gen-length", "4"]
-    result = CliRunner().invoke(main, arguments, input=io.BytesIO(b"is it \xff red ?\n"))
-    assert result.exit_code == 2 and "half a character" in result.stderr
+    result = CliRunner().invoke(main, arguments, input=io.BytesIO(b"is it \xff red ?\nis it red ?\n"))
+    assert result.exit_code == 2 and "a byte that is not UTF-8" in result.stderr
+    assert result.stderr.count("error: ") == 1 and len(result.stdout.splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_a_batch_loses_only_the_line(small_folder, tmp_path):
-    lines = [b'{"question": "is it red ?"}', b'{"question": "is it \\ud83d ?"}', b'{"question": "is \xff ?"}',
-             b'{"question": "q", "stop": "\\ud83d"}', b'{"question": "q", "video": "\\udcff.mp4"}']  # fmt: skip
+    """Which keeps its id; the error names the text."""
+    lines = [b'{"id": 0, "question": "is it red ?"}', b'{"id": 1, "question": "is it \\ud83d ?"}',
+             b'{"question": "is \xff ?", "id": 2}', b'{"id": 3, "question": "q", "stop": ["end", "\\ud83d"]}',
+             b'{"id": 4, "question": "q", "video": "\\udcff.mp4"}', b'{"id": 5, "question": "q", "\\ud83d": 1}',
+             b'{"id": "a\\ud83d", "question": "q"}', b'{"id": 7, "question": "\xef\xbf\xbd?"}']  # fmt: skip
     (tmp_path / "q.jsonl").write_bytes(b"\n".join(lines))
     arguments = ["batch", tmp_path / "q.jsonl", "--out", tmp_path / "a.jsonl", "--model", small_folder]
     result = CliRunner().invoke(main, [*map(str, arguments), "--gen-length", "4"])
     assert result.exit_code == 1, result.output
     answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert [("error" in answer) for answer in answers] == [False, True, True, True, True]
+    assert [answer["id"] for answer in answers] == [0, 1, 2, 3, 4, 5, "a\ufffd", 7]
+    named = [None, "'question' has half", "'question' has a byte that is not UTF-8", "'stop'[1] has half",
+             "'video' has a byte", "a name has half", "'id' has half", None]  # fmt: skip
+    for answer, name in zip(answers, named, strict=True):
+        assert ("error" in answer) == (name is not None) and answer.get("error", "").startswith(name or "")
+    again = CliRunner().invoke(main, [*map(str, arguments), "--gen-length", "4"])
+    assert "0 lines answered, 8 before" in again.stderr
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 import vidlada
 from vidlada import info
 from vidlada.errors import InputError
+from vidlada.generation import GenerationSettings
 from vidlada.model.config import VidLaDAConfig
 
 DEVICE = torch.device("cpu")
@@ -20,7 +21,13 @@ def free(monkeypatch):
 
 def test_the_estimate_counts_what_a_cache_keeps():
     config = VidLaDAConfig()
-    none, mars = (info.memory_need(config, 8_000_000_000, 64, 128, 2, cache) for cache in ("none", "mars"))
+    settings = GenerationSettings(gen_length=128)
+    none, mars, reused = (
+        info.memory_need(config, 8_000_000_000, 64, settings.replace(**changes), 2)
+        for changes in ({"cache": "none"}, {"cache": "mars"}, {"cache": "mars", "reuse": 32})
+    )
+    assert reused.cache > 1.8 * mars.cache  # what a further question may reuse is a copy
+    assert none.denoising == mars.denoising < mars.tokens * 2 * 4096 * 14 + 32 * 126_464 * 12  # logits of a block
     kept = mars.tokens * 2 * 4096 * 32 * 2  # keys and values in bfloat16
     states = mars.tokens * 4096 * 2 * 9  # entering the first layer and seven groups, leaving the last layer
     assert (none.cache, mars.cache) == (0, kept + states)

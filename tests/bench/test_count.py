@@ -90,6 +90,27 @@ def test_a_cached_step_at_the_shape_of_8b(cache, kernels):
     assert step.kernels <= kernels
 
 
+@pytest.mark.parametrize(("rows", "launches"), [(1, 180), (4, 420)])
+def test_a_replayed_step_at_the_shape_of_8b(rows, launches):
+    """A layer is two graphs, and between them what every request needs for itself."""
+    _, eager = count_work("8b", "dual", frames=2, steps=2, rows=rows)
+    _, steps = count_work("8b", "dual", frames=2, steps=4, rows=rows, graphs=True)
+    assert [work.waits for work in steps] == [1] * 4
+    assert steps[-1].kernels <= launches
+    assert 1 <= steps[-1].read_written / eager[-1].read_written < 1.03
+
+
+def test_the_last_layer_works_for_the_answer():
+    """Of the others it computes keys and values: a full pass costs next to nothing in it."""
+    for cache, answer in (("none", 32), ("full", 128)):
+        _, (step,) = count_work("8b", cache, frames=8, steps=1)
+        tokens = 8 * 210 + 2 * 32 + 128
+        layer, kept = 2 * (4 * 4096**2 + 3 * 4096 * 12288), 4 * 4096**2
+        expected = 31 * tokens * (layer + 4 * 4096 * tokens) + tokens * kept
+        expected += answer * (layer - kept + 4 * 4096 * tokens) + 2 * 32 * 4096 * 126464
+        assert step.flops == expected
+
+
 def test_requests_share_one_wait():
     _, alone = count_work("mid", "dual", frames=2, steps=3)
     _, together = count_work("mid", "dual", frames=2, steps=3, rows=4)

@@ -49,6 +49,18 @@ def build(config):
     return CliRunner().invoke(main, ["data", "build", str(config)])
 
 
+@pytest.mark.parametrize("odd", ["\ud83d", "\udcff", "\0", "\ufeff", "\x1b[31m"])
+def test_odd_characters_in_replies_are_kept_in_the_audit_file(tmp_path, stub, config, odd):
+    """A reply is read for its letter; a question with half a character is none."""
+    answer = stub.answer
+    stub.answer = lambda body: answer(body) + (odd if body["model"] != "writer" else "")
+    result = build(config)
+    assert result.exit_code == 0, result.output
+    audit = (tmp_path / "out" / "long.audit.jsonl").read_bytes().decode()
+    assert json.dumps(odd)[1:-1] in audit
+    assert len(read_llava(tmp_path / "out" / "long.jsonl", tmp_path / "videos")) == 2
+
+
 def test_a_build_keeps_what_needs_the_video_and_has_the_votes(tmp_path, stub, config, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     result = build(config)

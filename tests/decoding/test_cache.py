@@ -21,7 +21,7 @@ from vidlada.decoding.policies.mars import Mars
 from vidlada.decoding.sampler import Denoiser, Request
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings, policy_text
-from vidlada.model.language_model import rotary_angles
+from vidlada.model.rotary import rotary_angles
 
 # Every policy as a way to recompute everything in every step.
 EXACT = [

@@ -1,13 +1,12 @@
 """Memory of requests, against what they really keep."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from vidlada.decoding.memory import kept_bytes, request_bytes
+from vidlada.decoding.memory import decoding_bytes, kept_bytes
 from vidlada.decoding.policies import POLICIES
 from vidlada.decoding.sampler import Denoiser, Request
+from vidlada.engine.entry import ReadyEntry
 from vidlada.generation import GenerationSettings
 
 INDEX = [-1] * 3 + [number for number in range(4) for _ in range(5)] + [-1] * 4
@@ -37,6 +36,9 @@ def test_what_a_request_keeps(small, cache, options):
 
 
 def test_requests_together_take_what_they_take_apart(small):
-    config, asked = small.model.config.text, request(small.model, cache="dual")
-    assert request_bytes(config, [asked, replace(asked)], 4) == 2 * request_bytes(config, [asked], 4)
-    assert request_bytes(config, [request(small.model)], 4) < request_bytes(config, [asked], 4)
+    def entry(**changes):
+        return ReadyEntry(request(small.model, **changes), small.model, pytest.fail)
+
+    config, dual = small.model.config.text, entry(cache="dual")
+    shape = dual.tokens, 20, dual.settings
+    assert decoding_bytes(config, [shape] * 2, 4).peak == 2 * dual.bytes > 2 * entry().bytes

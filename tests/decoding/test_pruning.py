@@ -18,7 +18,7 @@ from vidlada.decoding.policies.base import AttentionPattern
 from vidlada.decoding.token_reduction import parse_pruning
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
-from vidlada.model.language_model import rotary_angles
+from vidlada.model.rotary import rotary_angles
 
 FRAMES = [-1, -1, *(frame for frame in range(4) for _ in range(5)), -1, -1, -1]
 PRUNE = "redvtp:keep=0.4"

@@ -1,6 +1,7 @@
 """Thoughts: told apart from answers, decoded in slots of their own, with tags as tokens or as text."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,34 +51,35 @@ class Scripted:
     """In place of the decoding loop: every request gets the next text of a script, one token a step."""
 
     def __init__(self, vidlada, script):
-        self.end, self.script, self.rows, self.count = vidlada.model.config.stop_token_ids[0], list(script), {}, 0
+        self.end, self.script = vidlada.model.config.stop_token_ids[0], list(script)
+        self.rows, self.count = [], 0
 
     def add(self, request):
         slots = request.settings.gen_length
         wanted = torch.tensor([*self.script.pop(0), *[self.end] * slots])[:slots]
-        self.rows[self.count] = (request, wanted, 0)
+        stops = {ids[0] for ids in request.stop_sequences}
+        self.rows.append(SimpleNamespace(number=self.count, wanted=wanted, stops=stops, statistics=Statistics()))
         self.count += 1
         return self.count - 1, None
 
     def remove(self, number):
-        self.rows.pop(number, None)
+        self.rows = [row for row in self.rows if row.number != number]
 
     def step(self):
         states = []
-        for number, (request, wanted, done) in list(self.rows.items()):
-            done += 1
-            self.rows[number] = (request, wanted, done)
-            committed = torch.arange(len(wanted)) < done
-            stops = [wanted[:done].tolist().index(ids[0]) for ids in request.stop_sequences if ids[0] in wanted[:done]]
-            statistics = Statistics(steps=done, forward_passes=done, tokens=done)
-            stop = min(stops, default=None)
-            whole = done == len(wanted) or stop is not None
-            states.append((number, State(done, wanted, committed, committed.float(), stop, whole, statistics)))
+        for row in self.rows:
+            done = row.statistics.steps + 1
+            committed = torch.arange(len(row.wanted)) < done
+            stop = next((place for place, token in enumerate(row.wanted[:done].tolist()) if token in row.stops), None)
+            row.statistics = Statistics(steps=done, forward_passes=done, tokens=done)
+            whole = done == len(row.wanted) or stop is not None
+            state = State(done, row.wanted, committed, committed.float(), stop, whole, row.statistics)
+            states.append((row.number, state))
         return states
 
 
 def steer(vidlada, script, monkeypatch):
-    monkeypatch.setattr("vidlada.api.Denoiser", lambda model: Scripted(vidlada, script))
+    monkeypatch.setattr("vidlada.engine.core.Denoiser", lambda model, static: Scripted(vidlada, script))
 
 
 def words(vidlada, text):

@@ -7,6 +7,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from vidlada.decoding.token_reduction import merge_tokens, reduce_visual
+from vidlada.generation import GenerationSettings
 from vidlada.info import memory_need
 from vidlada.processor import EncodedConversation
 
@@ -81,5 +82,6 @@ def test_answers_about_fewer_tokens(small, cache):
 
 
 def test_memory_estimates_count_it(small):
-    whole, half = (memory_need(small.model.config, 0, 8, 32, 4, "dual", keep) for keep in (1.0, 0.5))
+    settings = GenerationSettings(gen_length=32, cache="dual")
+    whole, half = (memory_need(small.model.config, 0, 8, settings.replace(visual_keep=keep), 4) for keep in (1.0, 0.5))
     assert half.tokens < whole.tokens and half.cache < whole.cache

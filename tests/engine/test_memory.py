@@ -145,16 +145,16 @@ def test_admission_learns():
     scheduler = Scheduler(EngineLimits())
     tasks = [Task(100, 16, bytes=10) for _ in range(4)]
     assert scheduler.fits(tasks[3], tasks[:3])
-    scheduler.exhausted(tasks, tasks[3:])
+    scheduler.shrink_budget(tasks, tasks[3:])
     assert scheduler.fits(tasks[2], tasks[:2])
     assert not scheduler.fits(tasks[3], tasks[:3])
     assert not scheduler.fits(tasks[3], tasks[:3], 4)
     finished = 0
     while not scheduler.fits(tasks[3], tasks[:3]):
-        scheduler.finished()
+        scheduler.grow_budget()
         finished += 1
     assert 2 < finished < 10
-    scheduler.exhausted(tasks, tasks)
+    scheduler.shrink_budget(tasks, tasks)
     assert scheduler.fits(tasks[0], [])
     assert scheduler.fits(tasks[0], tasks[1:3])
     assert not scheduler.fits(tasks[0], tasks[1:])

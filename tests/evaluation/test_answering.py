@@ -9,8 +9,10 @@ import pytest
 from media import write_video
 
 from vidlada.conversation import EncodedVideo
+from vidlada.decoding.running import RunningRequest
+from vidlada.decoding.sampler import Denoiser
 from vidlada.errors import InputError
-from vidlada.evaluation.answering import VIDEOS_AHEAD, Answerer, Question, batches_of
+from vidlada.evaluation.answering import VIDEOS_AHEAD, Answerer, Question, by_video
 from vidlada.generation import GenerationSettings
 from vidlada.video import Sampling
 
@@ -93,8 +95,8 @@ def test_the_next_videos_are_decoded_meanwhile_but_not_all(small, clips, monkeyp
 
 def test_replies_come_as_soon_as_their_order_allows(small, clips, monkeypatch):
     asked = []
-    plain = Answerer.ask
-    monkeypatch.setattr(Answerer, "ask", lambda self, q, v: (asked.extend(x.text for x in q), plain(self, q, v))[1])
+    plain = Answerer.entry
+    monkeypatch.setattr(Answerer, "entry", lambda self, q, media: (asked.append(q.text), plain(self, q, media))[1])
     questions = [Question(text, clips[n], SETTINGS) for text, n in (("a", 0), ("b", 1), ("c", 0))]
     replies = Answerer(small, Sampling(max_frames=2)).replies(questions)
     next(replies)
@@ -121,11 +123,28 @@ def test_failures_cost_only_themselves(small, clips, tmp_path):
     assert all(reply.text == "" for reply in replies[1:5])
 
 
-def test_settings_are_not_mixed_in_a_batch():
-    other = GenerationSettings(gen_length=8, block_length=8)
-    questions = [Question("q", "v", settings) for settings in (SETTINGS, SETTINGS, other, SETTINGS)]
-    assert batches_of(questions, 4) == [[0, 1], [2], [3]]
-    assert batches_of([Question("q", str(n % 2)) for n in range(4)], 2) == [[0, 2], [1, 3]]
+def test_questions_of_different_settings_share_steps(small, clips):
+    other = GenerationSettings(gen_length=8, block_length=8, cache="dual")
+    questions = [Question("is it red ?", clips[n % 2], settings) for n, settings in enumerate([SETTINGS, other] * 2)]
+    together, alone = ask(small, questions, batch_size=4), ask(small, questions)
+    assert [(reply.text, reply.tokens) for reply in together] == [(reply.text, reply.tokens) for reply in alone]
+    assert by_video(questions) == [0, 2, 1, 3]
+
+
+def test_a_finished_answer_makes_room_for_the_next(small, clips, monkeypatch):
+    rows, step = [], Denoiser.step
+
+    def noting(self):
+        rows.append(len(self.rows))
+        return step(self)
+
+    monkeypatch.setattr(Denoiser, "step", noting)
+    long, short = (GenerationSettings(gen_length=length, block_length=2, threshold=None) for length in (16, 2))
+    questions = [Question("is it red ?", None, settings) for settings in (long, short, short, short)]
+    monkeypatch.setattr(RunningRequest, "find_stop", lambda self: None)  # every slot is filled
+    assert all(reply.error is None for reply in ask(small, questions, batch_size=2))
+    assert max(rows) == 2
+    assert sum(rows) == 16 + 3 * 2 and len(rows) < 16 + 3 * 2  # the short ones ran beside the long one
 
 
 def test_frames_and_no_video(small):

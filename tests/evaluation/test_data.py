@@ -95,6 +95,48 @@ def test_subtitles_have_to_be_there(root, tmp_path):
     assert problem == "1 of 1 subtitle files are missing (e.g. clip.json)"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("srt", "1\n00:00:00,000 --> 00:00:03,000\ncaf\xe9\n\n".encode("latin-1"), "not in UTF-8"),
+        ("srt", "1\n00:00:00,000 --> 00:00:03,000\ncafé\n\n".encode("utf-16"), "not in UTF-8"),
+        ("srt", b"WEBVTT\n00:00.000 --> 00:03.000\nred\n\n", "not SubRip"),
+        ("srt", "\ufeff1\r\n00:00:00,000 --> 00:00:03,000\r\nred\0\r\n\r\n".encode(), None),
+        ("srt", b"", None),
+        ("json", b'[{"timestamp": [0, 1], "text": "caf\xe9"}]', "not in UTF-8"),
+        ("json", b'[{"timestamp": [0, 1], "text": "\\ud83d"}]', "half a character"),
+        ("json", b'{"text": "red"}', "not a list"),
+        ("json", b"[", "not valid JSON"),
+    ],
+)
+def test_subtitles_that_lmms_eval_would_end_at(root, tmp_path, name, content, problem):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    folder = copy / ("videomme/subtitle" if name == "srt" else "datasets/longvideobench/subtitles")
+    for path in folder.iterdir():
+        path.write_bytes(content)
+    benchmark = BENCHMARKS["videomme_w_subtitle" if name == "srt" else "longvideobench_val_i"]
+    found = check_task(copy, benchmark, benchmark.tasks[0]).problem
+    assert problem in found and str(folder) in found if problem else found is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ('[{"video_path": "a.mp4", "question": "\\ud83d"}]', "entry 0: 'question' has half a character"),
+        ('["a"]', "entry 0 is no question"),
+        ('[{"question": "a"}]', "no field 'video_path'"),
+        ('[{"video_path": ', "not JSON"),
+    ],
+)
+def test_questions_that_lmms_eval_would_end_at(tmp_path, rows, problem):
+    folder = tmp_path / "lmms-eval/LVBench"
+    folder.mkdir(parents=True)
+    (folder / "train.json").write_text(rows)
+    (folder / "README.md").write_bytes(b"---\nlicense: caf\xe9\n---\n")
+    benchmark = BENCHMARKS["lvbench"]
+    assert problem in check_task(tmp_path, benchmark, benchmark.tasks[0]).problem
+
+
 def test_hf_home_is_the_root(root, monkeypatch, vidlada_eval):
     monkeypatch.setenv("HF_HOME", str(root))
     assert "Everything is there." in vidlada_eval("check", "--tasks", "videomme")[1]

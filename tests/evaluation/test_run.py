@@ -146,6 +146,13 @@ def test_bad_command_lines_end_in_one_line(arguments, named, root, tmp_path, mon
     assert code == 2 and named in err and err.count("\n") == 1
 
 
+def test_a_refused_run_writes_no_clips(tmp_path, vidlada_eval):
+    root = tmp_path / "root"
+    root.mkdir()
+    code, _, err = vidlada_eval("run", "--tasks", "shapes,lvbench", "--data-root", root, "--output", tmp_path / "run")
+    assert code == 2 and "lvbench" in err and not list(root.iterdir())
+
+
 def test_without_lmms_eval(root, tmp_path, monkeypatch, vidlada_eval):
     monkeypatch.setattr(running.importlib.util, "find_spec", lambda name: None)
     code, _, err = vidlada_eval("run", "--tasks", "lvbench", "--data-root", root, "--output", tmp_path / "run")

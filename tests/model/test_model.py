@@ -7,7 +7,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
-from vidlada.model.language_model import LanguageModel, rotary_angles, rotate, rotate_, rotation_table
+from vidlada.model.language_model import LanguageModel
+from vidlada.model.rotary import rotary_angles, rotate, rotate_, rotation_table
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 SHAPE = {"vocab_size": 60, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -26,7 +27,12 @@ def test_language_model_is_llama_without_a_causal_mask(key_value_heads):
     with torch.no_grad():
         expected = llama(input_ids=ids, attention_mask=torch.zeros(2, 1, 37, 37)).last_hidden_state
         hidden = ours(ours.embed_tokens(ids))
+        parts = [ours(ours.embed_tokens(ids), wanted=slice(30, 34))]
+        ours.pack()
+        parts.append(ours(ours.embed_tokens(ids), wanted=slice(30, 34)))
     assert torch.allclose(hidden, expected, atol=2e-5)
+    for part in parts:
+        assert torch.allclose(part, expected[:, 30:34], atol=2e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

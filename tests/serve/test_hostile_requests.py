@@ -81,6 +81,40 @@ def test_any_value_of_any_field(ask, field, value):
     check(ask, field, value)
 
 
+HALF, ASKED = "a\ud83d", QUESTION["messages"][0]
+SCHEMA = {"type": "object", "properties": {HALF: {"enum": [HALF]}}, "required": [HALF], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"messages": [{**ASKED, HALF: HALF}]},
+        {"messages": [{**ASKED, "name": HALF}]},
+        {"messages": [{"role": "system", "content": HALF}, ASKED]},
+        {"messages": [ASKED, {"role": "assistant", "content": HALF}], "continue_final_message": True},
+        {"messages": [ASKED, {"role": "assistant", "content": "a", "reasoning_content": HALF}, ASKED]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+        {"messages": [{"role": "user", "content": [{"type": HALF}]}]},
+        *[
+            {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}]}]}
+            for url in (HALF, f"data:{HALF},a", f"http://127.0.0.1:9/{HALF}", f"http://{HALF}/", f"file:/{HALF}")
+        ],
+        {"response_format": {"type": HALF}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": HALF, "schema": SCHEMA}}},
+        {"guided_json": SCHEMA},
+        {"guided_choice": ["a", HALF]},
+        {"tools": [{"type": "function", "function": {"name": HALF}}]},
+        {"chat_template_kwargs": {HALF: HALF}},
+        {"metadata": {HALF: HALF}},
+        {HALF: HALF},
+    ],
+)  # fmt: skip
+def test_half_characters_anywhere_are_no_failure_of_the_server(ask, changes):
+    response, _ = ask({**QUESTION, **changes})
+    assert response.status_code in (200, 400, 404, 422), response.text
+    response.content.decode()
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.fixed_dictionaries(

@@ -96,7 +96,7 @@ def test_the_likeliest_value_is_chosen(small):
     """By brute force: the tokens of each value, and the first behind it, judged where the whole hole is masked."""
     form, _ = form_of({"type": "object", "properties": {"color": SCENE["$defs"]["Color"], "n": {"type": "string"}}})
     request = small.chat(None).request("describe the video .")
-    turn = FormTurn(small, request, form)
+    turn = FormTurn(small.model, small.processor, request, form)
     before, hole, *after = turn.form
     first, rest = turn.ids([before]), turn.ids(after)
     tokens = {value: [*small.processor.text_ids(value), rest[0]] for value in hole.choices}

@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 from click.testing import CliRunner
+from pydantic import TypeAdapter
 
 from vidlada.cli import main
 from vidlada.errors import InputError
-from vidlada.training.config import CONFIGS, Stage, TrainingConfig, load_config
+from vidlada.training.config import CONFIGS, CollateSettings, Evaluation, Lora, Stage, TrainingConfig, load_config
+from vidlada.training.data.llava import LlavaSource
+from vidlada.training.data.shapes import ShapesSource
 from vidlada.training.models import initial_config
 from vidlada.training.stages import make_source, prepare_run
 
@@ -258,3 +262,14 @@ def test_learning_rate_at_boundaries():
     assert linear.learning_rate(6) == pytest.approx(0.4)
     assert cosine.learning_rate(6) == pytest.approx(0.5 - 0.4 * (1 - 2**-0.5) / 2)
     assert linear.learning_rate(11) == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize("cls", [TrainingConfig, Stage, Lora, Evaluation, CollateSettings, ShapesSource, LlavaSource])
+def test_one_text_is_a_list_of_itself(cls):
+    """Wherever a list of texts is asked for."""
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        (inner, *_) = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        entry, *rest = get_args(inner) or (None,)
+        if get_origin(inner) is tuple and rest == [...] and (entry is str or get_origin(entry) is Literal):
+            text = get_args(entry)[0] if get_args(entry) else "clock"
+            assert TypeAdapter(hint).validate_python(text) == (text,), name

@@ -74,7 +74,7 @@ def test_answers_are_those_of_the_python_interface(small, separate):
         chat = small.chat(frames, gen_length=8, block_length=8, cache="none")
         if not separate:
             for earlier, answer in exchanges[:number]:
-                chat.messages += [chat._user(earlier), {"role": "assistant", "content": answer}]
+                chat.messages += [chat.message(earlier), {"role": "assistant", "content": answer}]
         assert found[number] == chat.ask(question).text
 
 

@@ -84,7 +84,7 @@ def script(folder, *arguments, **variables):
     python.write_text('#!/bin/sh\necho "$@"\necho "$RANK" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"\n')
     python.chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), **variables}
-    command = [str(SCRIPT), *arguments, "run.yaml", "--resume"]
+    command = [str(SCRIPT), *(arguments if "--resume" in arguments else [*arguments, "run.yaml", "--resume"])]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -122,3 +122,5 @@ def test_the_script_takes_a_number_of_devices_as_the_published_one(tmp_path):
     assert "--nnodes 1 --node-rank 0 --nproc-per-node 2 " in launched
     assert launched.endswith("-m vidlada train run.yaml --resume")
     assert script(tmp_path, "1").stdout.splitlines()[0] == "-m vidlada train run.yaml --resume"
+    published = script(tmp_path, "8", "--resume").stdout.splitlines()[0]
+    assert "--nproc-per-node 8 " in published and published.endswith("train vidlada-8b-llava-video-178k --resume")

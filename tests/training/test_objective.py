@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vectors import VARIANTS, arrays, expand_video, load_reference_model, pixels
 
-from vidlada.model.language_model import SharedPrefixMask
+from vidlada.model.masks import SharedPrefixMask
 from vidlada.training.objective import (
     IGNORED,
     MINIMUM_PROBABILITY,

@@ -8,7 +8,7 @@ import torch
 from trainings import CLIPS, MODEL, SIZE, batch, quietly, run, weights
 
 from vidlada.errors import InputError
-from vidlada.model.language_model import PackedMask
+from vidlada.model.masks import PackedMask
 from vidlada.training.config import CollateSettings, Stage
 from vidlada.training.data.collate import Collator
 from vidlada.training.data.samples import Sample

@@ -199,6 +199,28 @@ def test_one_process_continues_what_two_began(one, two, tmp_path):
     assert losses(resumed) == pytest.approx(one[1][4:], abs=2e-4)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_packed_rows_in_two_processes_follow_the_curve_of_separate_ones(tmp_path, parallel):
+    """Every answer is hidden whole, so that nothing is drawn but the data. Rows of so few tokens hold one or two
+    samples, and a process may have more of them than the other, or no video."""
+    data = {**DATA, "pictures": False, "seconds": [2, 4], "questions": 1, "frames_per_batch": 12}
+
+    def described(name, **packing):
+        stages = (Stage("a", 1e-2, data, 4, collate={"force_up_to": 99, **packing}),)
+        return config(tmp_path / name, stages=stages, per_device_batch=None, checkpoint_every=99, parallel=parallel)
+
+    expected = alone(replace(described("one"), parallel="auto"))
+    kinds = [{"packing": True}, *([{"packing": True, "tokens_per_row": 64}] if parallel == "ddp" else [])]
+    for number, packing in enumerate(kinds):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        settings, log = launched(described(f"{number}/run", **packing), folder)
+        assert losses(log) == pytest.approx(expected[1], abs=2e-4)
+        found = weights(Path(settings.output) / "model")
+        for name, tensor in expected[0].items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
+
+
 def test_two_processes_score_as_one(two, tmp_path):
     """Each answers its own questions; sharded weights are whole meanwhile. One answer may tip."""
     settings, log = two
@@ -360,6 +382,16 @@ def test_under_fsdp_one_process_reads_the_checkpoint(base, tmp_path):
     changes = {"model": None, "init_from": str(base), "checkpoint_every": 6}
     expected = alone(config_of_deepspeed(tmp_path / "one", **changes))
     follows(*launched(config_of_deepspeed(tmp_path / "run", parallel="fsdp", **changes), tmp_path), expected)
+
+
+@DEEPSPEED
+@pytest.mark.parametrize("parallel", ["zero2", "zero3"])
+def test_deepspeed_in_bf16_starts_from_a_checkpoint(base, tmp_path, parallel):
+    """Whose weights it takes in that type, in which it also computes gradients: the curve is roughly the same."""
+    changes = {"model": None, "init_from": str(base), "checkpoint_every": 6}
+    expected = alone(config_of_deepspeed(tmp_path / "one", **changes))
+    _, log = launched(config_of_deepspeed(tmp_path / "run", parallel=parallel, precision="bf16", **changes), tmp_path)
+    assert losses(log) == pytest.approx(expected[1], rel=0.1)
 
 
 # Two hosts in network namespaces of their own, a cable between them; each runs the launch script.

@@ -131,12 +131,36 @@ def test_joined_recordings(tmp_path):
     assert np.allclose(frames.times, np.arange(8), atol=0.05)
 
 
-@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9, 0.985])
 @pytest.mark.parametrize(
-    "suffix", ["mp4", "frag", "mkv", "ts", "m2ts", "flv", "avi", "webm", "wmv", "mpg", "ogv", "gif"]
+    "suffix",
+    [
+        "mp4",
+        "frag",
+        "mkv",
+        "ts",
+        "m2ts",
+        "flv",
+        "avi",
+        "webm",
+        "wmv",
+        "mpg",
+        "ogv",
+        "gif",
+        "mxf",
+        "gxf",
+        "nut",
+        "wtv",
+        "swf",
+    ],
 )
 def test_cut_files_are_refused_in_every_container(tmp_path, suffix, kept):
-    kind = {"gif": {"codec": "gif", "pixel_format": "rgb8", "fps": 10}, "ogv": {"codec": "libvpx"}}.get(suffix)
+    kinds = {
+        "gif": {"codec": "gif", "pixel_format": "rgb8", "fps": 10}, "ogv": {"codec": "libvpx"}, "mxf": KINDS["mpg"],
+        "gxf": {"codec": "mpeg2video", "size": (720, 480), "fps": 30}, "wtv": {"codec": "mpeg2video"},
+        "swf": {"codec": "flv"},
+    }  # fmt: skip
+    kind = kinds.get(suffix)
     if suffix == "frag":
         times = np.arange(150) / 25
         path = write_timed(tmp_path / "c.mp4", times, container_options={"movflags": "frag_keyframe+empty_moov"})

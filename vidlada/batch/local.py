@@ -6,6 +6,7 @@ bad file costs one line. What is in the output is never done again: a run that w
 
 import asyncio
 import json
+import re
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,9 +25,11 @@ from vidlada.media import media_list
 from vidlada.serve.limits import Limits
 from vidlada.serve.schema import ChatRequest
 from vidlada.serve.service import Service
+from vidlada.settings import half_character, texts_of
 
 ECHOED = ("line", "id", "video", "question")
 MEDIA = ("image", "video")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 UNBOUNDED = 2**40  # whoever runs a batch vouches for its files; only time and memory of decoding stay bounded
 
 
@@ -46,18 +49,29 @@ class Line:
 
     def echo(self) -> dict[str, Any]:
         """What the output repeats of a line."""
-        return {"line": self.number, **{name: self.content.get(name) for name in ECHOED[1:]}}
+        return {"line": self.number, **{name: repeatable(self.content.get(name)) for name in ECHOED[1:]}}
+
+
+def repeatable(value: Any) -> Any:
+    """A value as it can be written: halves of characters and bytes in no encoding replaced, NaN and infinities null."""
+    text = LONE_SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False))
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 def read_line(number: int, raw: bytes) -> Line:
-    """A line as JSON."""
+    """A line as JSON. Whatever its texts hold, what it says is kept, for the output to repeat."""
     try:
-        content = json.loads(raw)
-        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()  # NaN and half characters cannot be repeated
+        content = json.loads(raw.decode("utf-8-sig", "surrogateescape"))
+        repeatable(content)
     except (ValueError, RecursionError) as error:
-        return Line(number, {}, f"not valid JSON: {error}")
+        return Line(number, {}, f"not valid JSON: {LONE_SURROGATE.sub(chr(0xFFFD), str(error))}")
     if not isinstance(content, dict):
         return Line(number, {}, "not a JSON object")
+    for name, text in texts_of(content, ""):
+        if problem := half_character(text):
+            return Line(number, content, f"{name} has {problem}")
+    if content.get("id") != repeatable(content.get("id")):
+        return Line(number, content, "'id' holds NaN or an infinity, which JSON does not know")
     if not isinstance(content.get("question"), str):
         return Line(number, content, "'question' must be a text")
     for kind in MEDIA:

@@ -20,6 +20,7 @@ BEYOND_CACHES = 256 * MEBI  # of weights or keys, so that they come from memory 
 FEW, MANY = 32, 1024  # positions of a cached step and of a full one
 KEYS = 4096
 REPEATS = 5
+LAYERS = 2  # of a pass over many positions, which arithmetic limits wherever its bytes come from
 # As few operations on values as possible: what is left of a step is what the host does for it
 TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,
         "num_key_value_heads": 2}  # fmt: skip
@@ -44,7 +45,8 @@ def products_rate(text: VidLaDATextConfig, rows: int, device: str, dtype: torch.
         (width, text.intermediate_size),
     ]  # fmt: skip
     size = sum(out * inner for out, inner in shapes)
-    layers = max(1, min(text.num_hidden_layers, BEYOND_CACHES // (size * dtype.itemsize)))
+    most = LAYERS if rows >= MANY else text.num_hidden_layers
+    layers = max(1, min(most, BEYOND_CACHES // (size * dtype.itemsize)))
     kind: Any = {"device": device, "dtype": dtype}
     weights = [[torch.randn(shape, **kind) * 0.02 for shape in shapes] for _ in range(layers)]
     inputs = {inner: torch.randn(rows, inner, **kind) for _, inner in shapes}
@@ -61,7 +63,7 @@ def attention_rate(text: VidLaDATextConfig, queries: int, keys: int, device: str
     """Return the operations a second of attention of so many queries to so many keys."""
     kind: Any = {"device": device, "dtype": dtype}
     size = 2 * keys * text.num_key_value_heads * text.head_dim * dtype.itemsize
-    layers = max(1, min(text.num_hidden_layers, BEYOND_CACHES // size))
+    layers = max(1, min(LAYERS if queries >= MANY else text.num_hidden_layers, BEYOND_CACHES // size))
     asking = torch.randn(1, text.num_attention_heads, queries, text.head_dim, **kind)
     states = torch.randn(layers, 2, 1, text.num_key_value_heads, keys, text.head_dim, **kind)
     grouped = text.num_attention_heads != text.num_key_value_heads

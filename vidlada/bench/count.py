@@ -6,6 +6,7 @@ The model has its true shape and no values; see `vidlada.bench.pretend`.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from vidlada.bench.pretend import Counts, move, pretended_device, shape_only
 from vidlada.bench.sizes import SIZES, TEXT_TOKENS, Size, random_model
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.sampler import Denoiser, Request
+from vidlada.decoding.static_step import GRAPHS, MULTIPLE, LayerGraphs
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 
 CACHES = ("none", "prefix", "dual", "frozen", "interval", "dllm", "dkv", "elastic", "sparse", "mars",
           "mars:window=1,fused=false", "mars:drift=0.02")  # fmt: skip
+GRAPH_STEPS = 8  # after which the usual step is replayed
 STOP = ((7,), (8, 9))  # two stop sequences, as real requests have
 
 
@@ -59,7 +62,7 @@ def shape_request(width: int, tokens_per_frame: int, frames: int, settings: Gene
 
 def count_work(
     size: str | Size, cache: str, frames: int | None = None, gen_length: int = 128, block_length: int = 32,
-    steps: int | None = None, rows: int = 1, dtype: torch.dtype = torch.bfloat16, **options: Any,
+    steps: int | None = None, rows: int = 1, dtype: torch.dtype = torch.bfloat16, graphs: bool = False, **options: Any,
 ) -> tuple[Work, list[Work]]:  # fmt: skip
     """Count the joining of requests and their steps.
 
@@ -71,6 +74,7 @@ def count_work(
         steps: to count; all by default.
         rows: requests that run together.
         dtype: of the weights.
+        graphs: what is replayed as a CUDA graph counts as one kernel.
         options: further `GenerationSettings`.
 
     Returns:
@@ -88,7 +92,9 @@ def count_work(
     model.language_model.pack()
     with pretended_device() as counts:
         move(model, counts)
-        denoiser, width = Denoiser(model), model.language_model.config.hidden_size
+        if graphs:
+            GRAPHS[model.language_model] = LayerGraphs(MULTIPLE, partial(one_launch, counts))
+        denoiser, width = Denoiser(model, graphs), model.language_model.config.hidden_size
         requests = [
             shape_request(width, shape.tokens_per_frame, frames or shape.frames, settings, dtype, counts)
             for _ in range(rows)
@@ -104,6 +110,18 @@ def count_work(
             denoiser.step()
             found.append(Work.of(counts.take()))
     return joined, found
+
+
+def one_launch(counts: Counts, run: Callable[[], None]) -> Callable[[], None]:
+    """A function whose kernels count as one, as if it had been captured."""
+
+    def replay() -> None:
+        before = counts.kernels.copy()
+        run()
+        counts.kernels = before
+        counts.kernels["graph", "decoding/static_step.py"] += 1
+
+    return replay
 
 
 def usual(steps: Sequence[Work]) -> Work:
@@ -132,7 +150,11 @@ def count_figures(
         progress(cache)
         joined, counted = count_work(size, cache, frames, gen_length, block_length, steps, rows)
         most = max(counted[1:] or counted, key=lambda work: work.kernels)
-        kinds = {"joining": joined, "first": counted[0], "usual": usual(counted), "most": most}
+        _, replayed = count_work(
+            size, cache, frames, gen_length, block_length, min(steps, GRAPH_STEPS), rows, graphs=True
+        )
+        kinds = {"joining": joined, "first": counted[0], "usual": usual(counted), "most": most,
+                 "graphs": usual(replayed)}  # fmt: skip
         found.append({"cache": cache, **{kind: vars(work) for kind, work in kinds.items()}})
     frames = frames or SIZES[size].frames
     return {
@@ -149,15 +171,16 @@ def count_table(figures: dict[str, Any]) -> str:
         f"{figures['block_length']}, bfloat16, {figures['requests']} requests together, the first "
         f"{figures['steps']} steps. Waits are where the host waits for the GPU.",
         "",
-        "| cache | joining: kernels, waits | usual step: kernels, waits | GB | TFLOP "
+        "| cache | joining: kernels, waits | usual step: kernels, waits | launches with graphs | GB | TFLOP "
         "| largest later step: kernels, waits | TFLOP | first step: kernels, waits | TFLOP |",
-        "|---" * 9 + "|",
+        "|---" * 10 + "|",
     ]
     for row in figures["rows"]:
         joining, first, step, most = (row[kind] for kind in ("joining", "first", "usual", "most"))
         pairs = [f"{work['kernels']:,}, {work['waits']}" for work in (joining, step, most, first)]
         lines.append(
-            f"| {row['cache']} | {pairs[0]} | {pairs[1]} | {step['read_written'] / 1e9:.1f} "
+            f"| {row['cache']} | {pairs[0]} | {pairs[1]} | {row['graphs']['kernels']:,} "
+            f"| {step['read_written'] / 1e9:.1f} "
             f"| {step['flops'] / 1e12:.2f} | {pairs[2]} | {most['flops'] / 1e12:.1f} "
             f"| {pairs[3]} | {first['flops'] / 1e12:.1f} |"
         )

@@ -11,7 +11,7 @@ from vidlada.bench.devices import GPUS, Device
 from vidlada.bench.paper import BLOCK, SLOTS
 from vidlada.bench.roofline import steps_of
 from vidlada.bench.sizes import SIZES, TEXT_TOKENS, Size, random_model, random_request, size_config
-from vidlada.decoding.memory import peak_bytes
+from vidlada.decoding.memory import decoding_bytes
 from vidlada.decoding.sampler import Denoiser, Request
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
@@ -132,7 +132,7 @@ class Session:
         visual, size = (frames or self.frames) * self.size.tokens_per_frame, self.dtype.itemsize
         tokens = visual + 2 * TEXT_TOKENS + settings.gen_length
         weights = sum(weight.numel() for weight in self.model.parameters()) * size
-        return (weights + peak_bytes(self.text, [(tokens, visual, settings)] * requests, size)) / GIB
+        return (weights + decoding_bytes(self.text, [(tokens, visual, settings)] * requests, size).peak) / GIB
 
     def warm(self, settings: GenerationSettings, requests: int = 1) -> None:
         """A few steps that are not counted: libraries load, kernels are chosen."""

@@ -19,7 +19,6 @@ from vidlada.bench.launches import launches_of
 from vidlada.bench.paper import CACHES as PEERS
 from vidlada.bench.sizes import random_model, random_request
 from vidlada.decoding.sampler import Denoiser, Request, denoise
-from vidlada.decoding.static_step import StaticStep
 from vidlada.generation import GenerationSettings
 from vidlada.machine import GIB, now, peak_memory, reset_peak_memory
 from vidlada.model.config import VidLaDAConfig
@@ -184,6 +183,8 @@ def graph_cases(session: Session) -> Iterator[Case]:
             language_model.compile_layers()
         try:
             denoiser, seconds = Denoiser(session.model, graphs), list[float]()
+            kinds = ("eager", "captures", "replays")
+            before = [getattr(denoiser.graphs, kind, 0) for kind in kinds]
             reset_peak_memory(session.device)
             for _ in range(2):  # the second request meets what the first compiled
                 denoiser.add(session.request(settings))
@@ -201,9 +202,11 @@ def graph_cases(session: Session) -> Iterator[Case]:
             Figure("slowest step but the first", "ms", None, 1e3 * max(own[1:])),
             Figure("peak memory", "GiB", None, peak_memory(session.device) / GIB),
         ]
-        step = denoiser.refresh
-        if isinstance(step, StaticStep):
-            found += [Figure(what, "passes", None, getattr(step, what)) for what in ("eager", "captures", "replays")]
+        if denoiser.graphs is not None:
+            found += [
+                Figure(kind, "parts of layers", None, getattr(denoiser.graphs, kind) - count)
+                for kind, count in zip(kinds, before, strict=True)
+            ]
         return found
 
     for compiled in (False, True):

@@ -48,16 +48,19 @@ def quality_figures(
     folder: Path,
     caches: Sequence[str] = CACHES,
     commits: Sequence[str] = (TopK.name,),
+    variations: Sequence[dict[str, Any]] = (),
     progress: Callable[[str], None] = lambda what: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Ask every question with every cache and every commit rule.
+    """Ask every question with every cache, every commit rule and every variation of the other settings.
 
     Args:
         vidlada: the model.
         entries, folder: of a shapes dataset.
         caches: policies as `GenerationSettings.cache` takes them.
         commits: rules as `GenerationSettings.commit` takes them. Full recompute at one token a step is measured first.
+        variations: settings that differ; each is measured beside the settings as they are. With `reuse`, the questions
+            about a video are asked one after another.
         progress: called with what is measured next.
         options: as of `VidLaDA.ask`.
 
@@ -76,23 +79,27 @@ def quality_figures(
         if name in options:
             key = "confidence" if name == "threshold" else name
             commits = (f"{name}:{key}={options.pop(name)}",)
-    ways = list(dict.fromkeys((REFERENCE, *((cache, commit) for commit in commits for cache in caches))))
-    for cache, commit in ways:
-        vidlada.settings(cache=cache, commit=commit)
+    pairs = [(cache, commit) for commit in commits for cache in caches]
+    plain = list(dict.fromkeys((REFERENCE, *pairs)))
+    ways = [{"cache": cache, "commit": commit} for cache, commit in plain]
+    ways += [{"cache": cache, "commit": commit, **changes} for changes in variations for cache, commit in pairs]
+    for way in ways:
+        vidlada.settings(**way)
     watched: dict[Path | None, EncodedVideo] = {}
-    outcomes: dict[tuple[str, str], Outcome] = {}
-    for cache, commit in ways:
-        progress(f"{cache}, {commit}")
-        outcomes[cache, commit] = ask_all(vidlada, entries, folder, watched, cache=cache, commit=commit, **options)
-    reference = outcomes[REFERENCE]
+    outcomes = list[Outcome]()
+    for way in ways:
+        progress(", ".join(f"{name} {value}" for name, value in way.items()))
+        outcomes.append(ask_all(vidlada, entries, folder, watched, **{**options, **way}))
+    reference = outcomes[0]
     rows = [
         {
-            "cache": cache,
-            "commit": commit,
+            "cache": way["cache"],
+            "commit": way["commit"],
+            "changes": {name: value for name, value in way.items() if name not in ("cache", "commit")},
             **row_of(found, reference),
-            "frontier": not any(dominates(other, found) for other in outcomes.values()),
+            "frontier": not any(dominates(other, found) for other in outcomes),
         }
-        for (cache, commit), found in outcomes.items()
+        for way, found in zip(ways, outcomes, strict=True)
     ]
     return {
         "model": vidlada.name,
@@ -118,7 +125,11 @@ def ask_all(
         nonlocal passes, work
         if video not in watched:
             watched[video] = vidlada.encode_video(video)
-        found = vidlada.ask_many([(watched[video], question) for question, _ in questions], **options)
+        if options.get("reuse"):
+            chat = vidlada.chat(watched[video], **options)
+            found = [chat.ask(question) for question, _ in questions]
+        else:
+            found = vidlada.ask_many([(watched[video], question) for question, _ in questions], **options)
         passes += sum(answer.statistics.forward_passes for answer in found)
         work += sum(sum(answer.statistics.layer_tokens) for answer in found)
         return [answer.text for answer in found]
@@ -155,12 +166,20 @@ def quality_table(figures: dict[str, Any]) -> str:
         f"{figures['long_questions']} long questions{given}; work is positions computed in all layers; a star is on "
         f"the frontier of points, passes and work"
     )
-    head = ("cache", "commit rule", "right short answers, %", "captions, %", "same answers as none, %", "passes",
-            "work, % of none", "")  # fmt: skip
+    head = ["cache", "commit rule", "setting", "right short answers, %", "captions, %", "same answers as none, %",
+            "passes", "work, % of none", ""]  # fmt: skip
     rows = [
-        [row["cache"], row["commit"], f"{row['short_percent']:.1f} ± {row['short_standard_error']:.1f}",
+        [row["cache"], row["commit"], setting_text(row["changes"]),
+         f"{row['short_percent']:.1f} ± {row['short_standard_error']:.1f}",
          f"{row['long_percent']:.1f} ± {row['long_standard_error']:.1f}", f"{row['same_percent']:.1f}",
          f"{row['passes']:.1f}", f"{row['work_percent']:.1f}", "*" if row["frontier"] else ""]
         for row in figures["rows"]
     ]  # fmt: skip
+    if not any(row["changes"] for row in figures["rows"]):
+        head, *rows = [[*row[:2], *row[3:]] for row in (head, *rows)]
     return "\n".join([title, "", *table(head, rows)])
+
+
+def setting_text(changes: dict[str, Any]) -> str:
+    """A variation in a table."""
+    return ", ".join(f"{name}={value}" for name, value in changes.items())

@@ -10,13 +10,16 @@ from typing import Any
 
 from vidlada.bench.devices import CPU, DEVICES, GPUS, Device
 from vidlada.decoding.kv_cache import FEW_QUERIES, key_value_bytes
-from vidlada.decoding.memory import PROMPT_TOKENS, kept_bytes, pass_bytes
+from vidlada.decoding.memory import PROMPT_TOKENS, decoding_bytes, merged_shape
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.policies.base import EVERYTHING, StepContext
+from vidlada.decoding.small_kv import stored_bytes
+from vidlada.decoding.token_reduction import parse_pruning
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.machine import GIB
-from vidlada.model.config import VidLaDAConfig
+from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
+from vidlada.model.quantization import WEIGHT_BYTES
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,14 @@ def model_parameters(config: VidLaDAConfig) -> int:
         return sum(weight.numel() for weight in VidLaDAForMaskedDiffusion(config).parameters())
 
 
+def layer_weights(text: VidLaDATextConfig) -> int:
+    """Return the number of weights of a layer's projections."""
+    width, key_value_width = text.hidden_size, text.num_key_value_heads * text.head_dim
+    return width * (2 * width + 2 * key_value_width + 3 * text.intermediate_size)
+
+
 def steps_of(config: VidLaDAConfig, visual: int, settings: GenerationSettings, requests: int, value_bytes: int = 2,
-             text_tokens: int = PROMPT_TOKENS) -> list[StepWork]:  # fmt: skip
+             text_tokens: int = PROMPT_TOKENS, weight_bytes: float | None = None) -> list[StepWork]:  # fmt: skip
     """Return the work of every step of requests of one shape that run together.
 
     Args:
@@ -90,17 +99,22 @@ def steps_of(config: VidLaDAConfig, visual: int, settings: GenerationSettings, r
         requests: how many.
         value_bytes: bytes a value.
         text_tokens: of each prompt.
+        weight_bytes: bytes a weight of the layers; as many as a value by default.
     """
     text, policy = config.text, parse_policy(settings.cache)
     layers, width = text.num_hidden_layers, text.hidden_size
-    tokens = visual + text_tokens + settings.gen_length
+    weight_bytes, pruning = weight_bytes or value_bytes, parse_pruning(settings.visual_prune)
     key_value_width = text.num_key_value_heads * text.head_dim
-    per_layer = width * (2 * width + 2 * key_value_width + 3 * text.intermediate_size)
+    kept = width * 2 * key_value_width  # weights of keys and values
+    per_layer = layer_weights(text)
     head, states = width * text.vocab_size, 30 * width + 5 * text.intermediate_size  # the latter as counted
     block = settings.block_length
     found: list[StepWork] = []
     for step in range(settings.num_blocks * settings.steps_per_block):
         number, step_in_block = divmod(step, settings.steps_per_block)
+        if step == 1 and pruning is not None:
+            visual = pruning.count(visual)
+        tokens = visual + text_tokens + settings.gen_length
         after = settings.gen_length - (number + 1) * block
         sizes = {"text": text_tokens, "visual": visual, "before": number * block, "block": block, "after": after,
                  "undecided": settings.gen_length - step}  # fmt: skip
@@ -115,25 +129,40 @@ def steps_of(config: VidLaDAConfig, visual: int, settings: GenerationSettings, r
             share is not None
         ):  # a pass of its own; each layer's keys are those of all positions, but its attention is not
             active = [count + max(1, round(share * settings.gen_length)) for count in active]
-        few = [count for count in active if requests * count <= FEW_QUERIES]
-        many = [count for count in active if requests * count > FEW_QUERIES]
+        # the last layer's queries are those of the positions whose states are wanted; the others leave keys and values
+        asking = [*active[:-1], min(active[-1], block if policy is None else settings.gen_length)]
+        products, attention = [0.0, 0.0], [0.0, 0.0]  # of layers where few positions are computed, and of the others
+        for count, queries in zip(active, asking, strict=True):
+            products[requests * count > FEW_QUERIES] += kept * count + (per_layer - kept) * queries
+            attention[requests * queries > FEW_QUERIES] += queries
         found.append(
             StepWork(
-                requests * 2.0 * per_layer * sum(many),
-                requests * 4.0 * sum(many) * tokens * width,
-                requests * 2.0 * (per_layer * sum(few) + block * head),
-                requests * 4.0 * sum(few) * tokens * width,
-                value_bytes * (per_layer * layers + head),
-                requests * key_value_bytes(text, tokens, value_bytes),
-                requests * value_bytes * states * sum(active),
+                requests * 2.0 * products[True],
+                requests * 4.0 * attention[True] * tokens * width,
+                requests * 2.0 * (products[False] + block * head),
+                requests * 4.0 * attention[False] * tokens * width,
+                weight_bytes * per_layer * layers + value_bytes * head,
+                requests * read_bytes(text, tokens, value_bytes, settings.kv_dtype),
+                requests * value_bytes * states * sum(asking),
             )
         )
     return found
 
 
+def read_bytes(text: VidLaDATextConfig, tokens: int, value_bytes: int, kv_dtype: str) -> int:
+    """Return the bytes that attention moves of a sequence's keys and values in a step: kept in 8 bits, they are read,
+    written wide and read again."""
+    wide = key_value_bytes(text, tokens, value_bytes)
+    if kv_dtype == "auto":
+        return wide
+    layer = wide // text.num_hidden_layers  # one of them is wide at a time
+    return stored_bytes(text, tokens, value_bytes, kv_dtype) - layer + 2 * wide
+
+
 def plan_figures(
     config: VidLaDAConfig, parameters: int, gpu: str, frames: int, concurrency: int, settings: GenerationSettings,
     questions_per_hour: float | None = None, visual: int | None = None, device: Device | None = None,
+    quantization: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Predict memory, latency and throughput of a model on a GPU in bfloat16, or on this CPU in float32.
 
@@ -146,24 +175,30 @@ def plan_figures(
         questions_per_hour: to be answered by a fleet.
         visual: visual tokens of a video, where the model says no more than its language model's shape.
         device: what the device reaches; a CPU's is to be measured (`vidlada.bench.calibration`).
+        quantization: of the layers' weights. Products are taken to be as fast as without; only bytes become fewer.
 
     Raises:
-        InputError: an unknown device.
+        InputError: an unknown device or quantisation, or a quantisation on a CPU, where its rates are not measured.
     """
     text = config.text
     if gpu not in DEVICES:
         raise InputError(f"unknown device {gpu!r}; use {', '.join(DEVICES)}")
     if device is None and gpu == CPU:
         raise InputError("what this CPU reaches is to be measured first; see vidlada.bench.calibration")
+    if quantization is not None and (gpu == CPU or quantization not in WEIGHT_BYTES):
+        raise InputError(f"no prediction for quantize {quantization} on {gpu}; use a GPU and {', '.join(WEIGHT_BYTES)}")
     device = device or GPUS[gpu]
     size = device.value_bytes
+    weight_bytes = size if quantization is None else WEIGHT_BYTES[quantization]
     visual = config.visual_tokens(frames) if visual is None else visual
-    tokens = visual + PROMPT_TOKENS + settings.gen_length
-    each = kept_bytes(text, tokens, visual, settings, size)
-    fixed = size * parameters + pass_bytes(text, tokens, settings.block_length, size)
-    room = int((device.memory - fixed) // each) if each else concurrency
+    shape = tokens, visual, _ = merged_shape(visual + PROMPT_TOKENS + settings.gen_length, visual, settings)
+    each = decoding_bytes(text, [shape], size)
+    weights = size * parameters - (size - weight_bytes) * text.num_hidden_layers * layer_weights(text)
+    room = int((device.memory - weights) // each.peak)
     together = min(concurrency, max(1, room))
-    alone, batch = (steps_of(config, visual, settings, count, size) for count in (1, together))
+    alone, batch = (
+        steps_of(config, visual, settings, count, size, weight_bytes=weight_bytes) for count in (1, together)
+    )
     layers = text.num_hidden_layers
     latency, total = (sum(step.seconds(device, layers) for step in steps) for steps in (alone, batch))
     spent: dict[str, float] = {}
@@ -182,8 +217,9 @@ def plan_figures(
     return {
         "gpu": gpu, "value_bytes": size, "frames": frames, "tokens": tokens, "cache": settings.to_dict()["cache"],
         "gen_length": settings.gen_length, "steps": len(alone), "concurrency": together,
-        "weights_gib": size * parameters / GIB, "request_gib": each / GIB,
-        "total_gib": (fixed + together * each) / GIB,
+        "quantization": quantization, "kv_dtype": settings.kv_dtype,
+        "weights_gib": weights / GIB, "request_gib": each.kept / GIB, "working_gib": each.working / GIB,
+        "total_gib": (weights + together * each.peak) / GIB,
         "fits": fits, "first_step_s": alone[0].seconds(device, layers), "cached_step_s":
         sorted(step.seconds(device, layers) for step in alone)[len(alone) // 2], "latency_s": latency,
         "tokens_per_second_alone": settings.gen_length / latency, "batch_s": total,
@@ -197,7 +233,7 @@ def plan_text(figures: dict[str, Any]) -> str:
     """Return the figures as lines, each marked as predicted."""
     rows = [
         ("memory", f"{figures['total_gib']:.1f} GiB: weights {figures['weights_gib']:.1f}, "
-                   f"each answer {figures['request_gib']:.2f}"),
+                   f"each answer {figures['request_gib']:.2f}, and {figures['working_gib']:.2f} in its first step"),
         ("first step, cached step", f"{figures['first_step_s']:.3f} s, {1000 * figures['cached_step_s']:.1f} ms"),
         ("one answer alone", f"{figures['latency_s']:.2f} s, {figures['tokens_per_second_alone']:.0f} tokens/s"),
         (f"{figures['concurrency']} answers together", f"{figures['batch_s']:.2f} s, "

@@ -10,6 +10,7 @@ Which one a checkpoint has follows from its tensors' names alone: `model_type` a
 checkpoints that are the same in everything else.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ class Entry:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def count(self) -> int:
+        """Of values."""
+        return math.prod(self.shape)
 
 
 def layout_of(keys: Iterable[str], place: str) -> tuple[Layout, bool]:

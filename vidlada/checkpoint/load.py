@@ -73,7 +73,7 @@ class Checkpoint:
         """Type most values are stored in, as safetensors spells it."""
         sizes: dict[str, int] = {}
         for entry in self.entries.values():
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + int(torch.Size(entry.shape).numel())
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.count
         return max(sizes, key=lambda name: sizes[name])
 
 

@@ -20,6 +20,7 @@ from vidlada.cli.options import (
     progress,
     setting_options,
 )
+from vidlada.errors import InputError
 from vidlada.fetch import Fetching
 from vidlada.files import json_line
 from vidlada.generation import GenerationSettings
@@ -68,9 +69,9 @@ def ask(
 
 def in_processes(count: int) -> None:
     """Run this command in several processes and exit; within one of them, go on, silent in all but the first."""
-    from vidlada.model.parallel import launch, launched, speaks
+    from vidlada.model.parallel import launch, speaks, world_size
 
-    if launched() == 1:
+    if world_size() == 1:
         sys.exit(launch(sys.argv[1:], count))
     if not speaks():
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
@@ -161,20 +162,25 @@ def chat(media: tuple[str, ...], show: bool, source: ModelSource, **options: Any
     """Ask several questions about videos and images, one a line; an empty line or the end of input closes.
 
     MEDIA are as for `vidlada ask`, decoded and encoded once. Models trained on conversations also see the earlier
-    turns.
+    turns. A question that is refused ends nothing but itself; the exit code is 2 if there was one.
     """
     _, conversation = watch(media, source, options, several=True)
     counts = f"{len(conversation.times)} frames"
     click.echo(f"{', '.join(media)}: {counts}. Ask; an empty line ends.", err=True)
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes in no encoding are refused like any half character
+    refused = False
     while True:
         if sys.stdin.isatty():
             click.echo("> ", nl=False, err=True)
         question = sys.stdin.readline().strip()
         if not question:
-            return
-        if show:
-            show_drafts(conversation, question)
-        else:
-            click.echo(conversation.ask(question).text)
+            sys.exit(2 if refused else 0)
+        try:
+            if show:
+                show_drafts(conversation, question)
+            else:
+                click.echo(conversation.ask(question).text)
+        except InputError as error:
+            click.echo(f"error: {error}", err=True)
+            refused = True

@@ -215,11 +215,23 @@ def print_figures_of_questions(
     click.echo(json.dumps(figures) if as_json else table(figures))
 
 
+def read_value(text: str) -> Any:
+    """A number, a truth value or, where it is neither, a text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 @bench.command("quality")
 @click.option("--rule", "commits", multiple=True, help="Commit rule; may be repeated, topk by default.")
 @click.option("--all-rules", is_flag=True, help="Every commit rule with its defaults.")
+@click.option(
+    "--also", "changes", multiple=True, metavar="SETTING=VALUE",
+    help="Once more with this setting, e.g. visual_keep=0.5; may be repeated.",
+)  # fmt: skip
 @questions_options
-def bench_quality(commits: tuple[str, ...], all_rules: bool, **options: Any) -> None:
+def bench_quality(commits: tuple[str, ...], all_rules: bool, changes: tuple[str, ...], **options: Any) -> None:
     """What every cache and commit rule costs in right answers to QUESTIONS (from `vidlada shapes write`), and saves in
     passes and work.
     """
@@ -228,7 +240,9 @@ def bench_quality(commits: tuple[str, ...], all_rules: bool, **options: Any) -> 
     from vidlada.bench.quality import RULES, quality_figures, quality_table
 
     rules = commits or (RULES if all_rules else RULES[:1])
-    print_figures_of_questions(partial(quality_figures, commits=rules), quality_table, **options)
+    variations = [{name: read_value(value)} for name, _, value in (change.partition("=") for change in changes)]
+    figures_of = partial(quality_figures, commits=rules, variations=variations)
+    print_figures_of_questions(figures_of, quality_table, **options)
 
 
 @bench.command("paper")

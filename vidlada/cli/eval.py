@@ -144,8 +144,13 @@ def run(
     if output is None:
         raise InputError("give --output, a folder for this run")
     settings = run_settings(source, adapter, options)
-    prepare_shapes(root, benchmarks, shapes_clips)
-    gaps = find_gaps(root, benchmarks, skip_missing)
+    shapes = [benchmark for benchmark in benchmarks if benchmark.name == "shapes"]
+    if shapes_clips is not None and not shapes:
+        raise InputError("--shapes-clips is of the task shapes; put it in --tasks, or leave the option out")
+    gaps = find_gaps(root, [benchmark for benchmark in benchmarks if benchmark not in shapes], skip_missing)
+    if shapes:  # only now: a run that is refused leaves nothing behind
+        prepare_shapes(root, shapes[0], shapes_clips)
+        gaps |= find_gaps(root, shapes, skip_missing)
     running.run(benchmarks, settings, output, root, processes, gaps if skip_missing else None)
     if submit:
         write_report(read_run(output))  # stays if the server does not answer
@@ -187,16 +192,11 @@ def run_settings(source: ModelSource, adapter: Path | None, options: dict[str, A
     )
 
 
-def prepare_shapes(root: Path, benchmarks: list[Any], clips: int | None) -> None:
-    """Write the clips of the task `shapes`, where it is asked for and they are not there."""
+def prepare_shapes(root: Path, shapes: Any, clips: int | None) -> None:
+    """Write the clips of the task `shapes`, where they are not there."""
     from vidlada.evaluation.data import repository_folder
     from vidlada.evaluation.shapes_data import count_clips, write_shapes
 
-    shapes = next((benchmark for benchmark in benchmarks if benchmark.name == "shapes"), None)
-    if shapes is None:
-        if clips is not None:
-            raise InputError("--shapes-clips is of the task shapes; put it in --tasks, or leave the option out")
-        return
     folder = repository_folder(root, shapes.repository)
     if folder is None:
         click.echo(f"writing {clips or SHAPES_CLIPS} clips to {root / shapes.folder}", err=True)

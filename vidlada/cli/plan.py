@@ -19,14 +19,20 @@ from vidlada.cli.options import one_line_errors
 @click.option("--frames", type=click.IntRange(1), default=64, show_default=True, help="Of every video.")
 @click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True, help="Answers decoded together.")
 @click.option("--cache", default="mars", show_default=True, help="As for ask.")
+@click.option("--quantize", "quantization", help="The layers' weights, as for ask.")
+@click.option("--kv-dtype", default="auto", show_default=True, help="As for ask.")
+@click.option("--visual-keep", type=float, default=1.0, show_default=True, help="As for ask.")
 @click.option("--gen-length", type=click.IntRange(1), default=128, show_default=True, help="Answer slots.")
 @click.option("--block-length", type=click.IntRange(1), default=32, show_default=True, help="Decoded together.")
 @click.option("--steps", type=click.IntRange(1), help="Of an answer; one a slot by default.")
 @click.option("--questions-per-hour", type=click.FloatRange(0, min_open=True), help="How many GPUs would answer them.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @one_line_errors
-def plan(model: str, gpu: str, frames: int, concurrency: int, cache: str, gen_length: int, block_length: int,
-         steps: int | None, questions_per_hour: float | None, as_json: bool) -> None:  # fmt: skip
+def plan(
+    model: str, gpu: str, frames: int, concurrency: int, cache: str, quantization: str | None, kv_dtype: str,
+    visual_keep: float, gen_length: int, block_length: int, steps: int | None, questions_per_hour: float | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Predict memory, latency and throughput on a GPU, without one, or on this CPU."""
     from vidlada.bench.calibration import calibrate
     from vidlada.bench.roofline import CPU, model_parameters, plan_figures, plan_text
@@ -47,7 +53,12 @@ def plan(model: str, gpu: str, frames: int, concurrency: int, cache: str, gen_le
     else:
         checkpoint = describe(model_folder(model))
         config, parameters = checkpoint.config, parameter_count(checkpoint)
-    settings = GenerationSettings(gen_length=gen_length, block_length=block_length, steps=steps, cache=cache)
+    settings = GenerationSettings(
+        gen_length=gen_length, block_length=block_length, steps=steps, cache=cache,
+        kv_dtype=kv_dtype, visual_keep=visual_keep,  # type: ignore[arg-type]
+    )  # fmt: skip
     device = calibrate(config.text) if gpu == CPU else None
-    figures = plan_figures(config, parameters, gpu, frames, concurrency, settings, questions_per_hour, visual, device)
+    figures = plan_figures(
+        config, parameters, gpu, frames, concurrency, settings, questions_per_hour, visual, device, quantization
+    )
     click.echo(json.dumps(figures) if as_json else plan_text(figures))

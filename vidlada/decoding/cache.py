@@ -100,7 +100,7 @@ class RequestCache:
         self.drift: dict[str, list[float]] = {}
         self.reuse = min(reuse, config.num_hidden_layers)
         self.entries = sorted({*policy.entries(config.num_hidden_layers), self.reuse} - {0, config.num_hidden_layers})
-        layers = {layer for layer in (*self.entries, config.num_hidden_layers) if layer <= self.reuse}
+        layers = {layer for layer in self.entries if layer <= self.reuse}
         self.layout = tuple(index[: 1 + np.flatnonzero(index >= 0).max(initial=-1)].tolist())
         alike = visual is not None and visual.hidden.keys() == layers and visual.layout == self.layout
         self.reused = visual if alike and 0 < self.reuse == len(visual.layers) else None  # type: ignore[union-attr]
@@ -179,8 +179,10 @@ class RequestCache:
         for segment in self.refreshes:
             self.refreshes[segment] += segment in plan.start
         joins: dict[int, list[Tensor]] = {}
-        for segment, start in plan.start.items():
+        answers_first = sorted(plan.start.items(), key=lambda item: item[0] in self.refreshes)
+        for segment, start in answers_first:
             joins.setdefault(start, []).append(self.segment(segment))
+        wanted = self.wanted_positions(plan, joins)
         self.add_probes(plan, joins)
         self.attention.begin_pass(plan, self.segment("block"))
         self.attention.joins = {start: concatenate(positions) for start, positions in joins.items()}
@@ -191,7 +193,16 @@ class RequestCache:
             None if plan.narrow is None else max(1, round(plan.narrow * len(self.answer))),
             (answer, slice(self.first, self.first + len(answer))),
             self.attention.compact,
+            wanted,
         )
+
+    def wanted_positions(self, plan: Plan, joins: dict[int, list[Tensor]]) -> int | None:
+        """How many of a pass's positions, the first ones, are the answer's: nobody reads what leaves the last layer of
+        the others. None where the answer does not come first, or only a part of it goes on."""
+        starts = [start for segment, start in plan.start.items() if segment not in self.refreshes]
+        if plan.narrow is not None or not starts or set(starts) != {min(plan.start.values())}:
+            return None
+        return sum(map(len, joins[starts[0]][: len(starts)]))
 
     def reuse_visual(self, kv_cache: KVCache) -> dict[str, int]:
         """Copy an earlier request's visual states in; returns what the first step still has to compute."""
@@ -215,7 +226,7 @@ class RequestCache:
         hidden = {
             layer: states.index_select(0, positions.to(states.device))
             for layer, states in kv_cache.hidden.items()
-            if 0 < layer <= self.reuse
+            if 0 < layer <= self.reuse and layer < self.config.num_hidden_layers
         }
         anchors = {layer: found for layer, found in self.attention.anchors.items() if layer < self.reuse}
         return VisualCache(self.layout, layers, hidden, anchors)

@@ -12,7 +12,7 @@ What is special about it:
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -79,10 +79,7 @@ class KVCache:
         keys, values: views of them, (key/value heads, tokens, head_dim) for each layer.
         hidden: entry layer → (tokens, width) states entering it; the number of layers → states leaving the top.
         computed: positions computed so far in each layer.
-        serial: no two of a process have the same.
     """
-
-    serials = count()
 
     def __init__(
         self,
@@ -94,7 +91,6 @@ class KVCache:
     ):
         self.tokens, width = embeddings.shape
         self.position_ids: Tensor | None = None
-        self.serial = next(self.serials)
         top, self.heads = config.num_hidden_layers, heads or config.num_key_value_heads
         self.devices = list(devices or [embeddings.device] * top)
         shape = (2 * self.heads, self.tokens, config.head_dim)
@@ -133,7 +129,6 @@ class KVCache:
     def keep(self, places: Tensor) -> None:
         """Drop all rows but those at the ascending `places`; what is left keeps its position ids."""
         self.position_ids = self.rotary_positions(places)
-        self.serial = next(self.serials)  # other buffers: what was captured over the old ones must not run again
         self.layers = [states.index_select(1, places.to(states.device)) for states in self.layers]
         self._divide()
         for layer, states in self.hidden.items():
@@ -157,6 +152,8 @@ class PartialPass:
         answer: ids of the answer as it stands, whose embeddings are to enter the first layer, and their positions.
         compact: layer → keys, and below them values, that the queries attend to instead of the whole cache: first
             those of the pass's own positions, which are written here too.
+        wanted: so many of the positions, those that are active first, whose states leave the last layer; None for all.
+            There the others leave keys and values only.
     """
 
     kv_cache: KVCache
@@ -165,6 +162,7 @@ class PartialPass:
     narrow: int | None = None
     answer: tuple[Tensor, slice] | None = None
     compact: Mapping[int, Tensor] = field(default_factory=dict)
+    wanted: int | None = None
 
 
 @torch.inference_mode()
@@ -189,7 +187,7 @@ def _refresh(language_model: LanguageModel, passes: Sequence[PartialPass]) -> No
             each.kv_cache.hidden[0][slots] = language_model.embed_tokens(ids)
     active = [kv_cache.hidden[0].new_empty(0, dtype=torch.long) for kv_cache in caches]
     hidden = caches[0].hidden[0][:0]  # (active positions of all requests, width)
-    rotation, changed = hidden, list[Tensor]()
+    rotation, changed, asking = hidden, list[Tensor](), [0] * len(passes)
     for number, layer in enumerate(language_model.layers):
         moved = hidden.device != devices[number]
         if moved:
@@ -206,17 +204,27 @@ def _refresh(language_model: LanguageModel, passes: Sequence[PartialPass]) -> No
             places = [each.kv_cache.rotary_positions(own) for each, own in zip(passes, active, strict=True)]
             rotation = table.index_select(1, concatenate(places))
         assert isinstance(layer, Layer)
-        sizes = [len(positions) for positions in active]
-        queries, keys_values = language_model.enter(layer, hidden, rotation)
-        parts = list(zip(passes, active, queries.split(sizes, 1), keys_values.split(sizes, 1), strict=True))
+        sizes = asking = [len(positions) for positions in active]
+        if number == len(devices) - 1:
+            asking = [
+                size if each.wanted is None else min(size, each.wanted)
+                for each, size in zip(passes, sizes, strict=True)
+            ]
+        if asking == sizes:
+            queries, keys_values = language_model.enter(layer, hidden, rotation)
+        else:
+            starts = accumulate(sizes[:-1], initial=0)
+            rows = [slice(start, start + count) for start, count in zip(starts, asking, strict=True)]
+            hidden, queries, keys_values = layer.enter_last(hidden, rotation, rows)
+        parts = list(zip(passes, active, queries.split(asking, 1), keys_values.split(sizes, 1), strict=True))
         if number == 0:
             changed = [_changes(each, positions, fresh) for each, positions, _, fresh in parts]
         hidden = language_model.leave(
             layer, hidden, concatenate([_attend(part[0], number, *part[1:]) for part in parts])
         )
-    normed = language_model.norm(hidden).split([len(positions) for positions in active])
+    normed = language_model.norm(hidden).split(asking)
     for kv_cache, positions, states in zip(caches, active, normed, strict=True):
-        kv_cache.hidden[len(devices)].index_copy_(0, positions, states)
+        kv_cache.hidden[len(devices)].index_copy_(0, positions[: len(states)], states)
 
 
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
@@ -226,7 +234,7 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
 
 def _join(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor, number: int) -> Tensor:
     """Keep the states that enter a layer, and add those of the positions that join there."""
-    parts = []
+    parts, before = [], sum(map(len, active))
     for place, (each, states) in enumerate(zip(passes, hidden.split([len(a) for a in active]), strict=True)):
         entering = each.kv_cache.hidden.get(number)
         if entering is not None and len(states):
@@ -238,7 +246,7 @@ def _join(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor, n
             active[place] = torch.cat((active[place], joining)) if len(states) else joining
             states = torch.cat((states, joined)) if len(states) else joined
         parts.append(states)
-    return concatenate(parts)
+    return hidden if sum(map(len, parts)) == before else concatenate(parts)
 
 
 def _changes(each: PartialPass, active: Tensor, keys_values: Tensor) -> Tensor:
@@ -263,7 +271,8 @@ def _narrow(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor,
 
 
 def _attend(each: PartialPass, layer: int, active: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:
-    """Write one request's fresh keys and values, then let its queries look: (active, heads × head_dim)."""
+    """Write one request's fresh keys and values, then let its queries look, in the last layer those of the first
+    positions only: (queries, heads × head_dim)."""
     kv_cache = each.kv_cache
     kv_cache.write(layer, active, keys_values)
     kv_cache.computed[layer] += len(active)
@@ -273,5 +282,7 @@ def _attend(each: PartialPass, layer: int, active: Tensor, queries: Tensor, keys
     else:
         compact[:, : len(active)].copy_(keys_values)
         keys, values = compact.chunk(2)
-    mixed = each.attention(queries, keys, values, layer, active)
+    # patterns remember what they found out about a set of positions, by the tensor
+    asking = active if queries.shape[1] == len(active) else active[: queries.shape[1]]
+    mixed = each.attention(queries, keys, values, layer, asking)
     return mixed.transpose(0, 1).flatten(1)

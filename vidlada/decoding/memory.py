@@ -2,6 +2,7 @@
 to tell that there was too little of it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -9,7 +10,6 @@ from vidlada.decoding.choices import policy_of
 from vidlada.decoding.kv_cache import key_value_bytes
 from vidlada.decoding.policies.dllm import DLLM
 from vidlada.decoding.policies.sparse import Sparse
-from vidlada.decoding.request import Request
 from vidlada.decoding.small_kv import stored_bytes
 from vidlada.generation import GenerationSettings
 from vidlada.model.config import VidLaDATextConfig
@@ -53,7 +53,7 @@ def kept_bytes(
     if settings.cfg_scale > 0:
         kept *= 2
     if reuse:
-        exported = len([layer for layer in (*entries, layers) if layer <= reuse])
+        exported = len([layer for layer in entries if layer <= reuse])
         kept += key_value_bytes(config, visual, value_bytes) * reuse // layers + exported * visual * width * value_bytes
     return kept
 
@@ -75,29 +75,28 @@ def pass_bytes(config: VidLaDATextConfig, tokens: int, blocks: int, value_bytes:
     return tokens * layer + blocks * config.vocab_size * (4 + 8)  # float32, and float64 for the probabilities
 
 
-def request_bytes(config: VidLaDATextConfig, requests: Sequence[Request], value_bytes: int) -> int:
-    """Return what requests that run together take at their peak, besides the weights: the first step recomputes all.
+@dataclass(frozen=True)
+class DecodingBytes:
+    """Memory of sequences that are decoded together, besides the weights.
 
-    Args:
-        config: of the language model.
-        requests: all that run together; sum of one by one is an upper bound.
-        value_bytes: bytes a value in the type they run in.
+    Attributes:
+        kept: between steps, and for further questions.
+        working: largest activations of a step, the first, which recomputes all.
     """
-    shapes = [
-        (
-            len(request.prompt) + request.settings.gen_length + len(request.suffix_ids),
-            sum(frame >= 0 for frame in request.frame_index or ()),
-            request.settings,
-        )
-        for request in requests
-    ]
-    return peak_bytes(config, shapes, value_bytes)
+
+    kept: int
+    working: int
+
+    @property
+    def peak(self) -> int:
+        """Both."""
+        return self.kept + self.working
 
 
-def peak_bytes(
+def decoding_bytes(
     config: VidLaDATextConfig, shapes: Sequence[tuple[int, int, GenerationSettings]], value_bytes: int
-) -> int:
-    """Return the peak of sequences that are decoded together, besides the weights.
+) -> DecodingBytes:
+    """Return what sequences that are decoded together take.
 
     Args:
         config: of the language model.
@@ -107,4 +106,10 @@ def peak_bytes(
     kept = sum(kept_bytes(config, tokens, visual, settings, value_bytes) for tokens, visual, settings in shapes)
     tokens = sum(tokens for tokens, _, _ in shapes)
     blocks = sum(settings.block_length for _, _, settings in shapes)
-    return kept + pass_bytes(config, tokens, blocks, value_bytes)
+    return DecodingBytes(kept, pass_bytes(config, tokens, blocks, value_bytes))
+
+
+def merged_shape(tokens: int, visual: int, settings: GenerationSettings) -> tuple[int, int, GenerationSettings]:
+    """Return the shape of a sequence, for `decoding_bytes`, once visual tokens are merged before the first step."""
+    left = round(settings.visual_keep * visual)
+    return tokens - visual + left, left, settings

@@ -10,7 +10,7 @@ What is special about it:
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from vidlada.decoding.kv_cache import concatenate, refresh
 from vidlada.decoding.memory import is_out_of_memory
 from vidlada.decoding.request import Request, State, Statistics
 from vidlada.decoding.running import Prediction, RunningRequest
-from vidlada.decoding.static_step import StaticStep
+from vidlada.decoding.static_step import graphs_of
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 __all__ = ["Denoiser", "Request", "RunningRequest", "State", "Statistics", "denoise"]
@@ -33,7 +33,7 @@ class Denoiser:
 
     Args:
         model: in evaluation mode.
-        static: run repeated passes over fixed buffers, on a GPU as captured graphs (`vidlada.decoding.static_step`); by
+        static: run cached passes over fixed buffers, on a GPU as captured graphs (`vidlada.decoding.static_step`); by
             default on a GPU, unless `vidlada.load` was called with `graphs=False`.
     """
 
@@ -42,7 +42,7 @@ class Denoiser:
         device = model.lm_head.weight.device
         static = model.language_model.static if static is None else static
         use_static = device.type == "cuda" if static is None else static
-        self.refresh = StaticStep(model.language_model) if use_static else partial(refresh, model.language_model)
+        self.graphs = graphs_of(model.language_model) if use_static else None
         self.suppressed = upload({"": np.array(model.config.suppressed_token_ids, dtype=np.int64)}, device)[""]
         self.rows: list[RunningRequest] = []
         self.spoiled: set[int] = set()  # numbers of requests that a failed step left in no usable state
@@ -67,8 +67,8 @@ class Denoiser:
 
     def clear_graphs(self) -> None:
         """Free the memory of captured graphs; they are captured anew where they pay."""
-        if isinstance(self.refresh, StaticStep):
-            self.refresh.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, State]]:
@@ -81,8 +81,10 @@ class Denoiser:
             Number and state of each.
         """
         undo = [row.rollback() for row in self.rows]
+        language_model = self.model.language_model
         try:
-            return self._step(self.rows)
+            with nullcontext() if self.graphs is None else self.graphs.replacing(language_model):
+                return self._step(self.rows)
         except Exception as error:
             if is_out_of_memory(error):
                 self.spoiled = {row.number for row in self.rows if not row.repeatable}
@@ -190,7 +192,7 @@ class Denoiser:
             cache.next_pass(row.upload_ids(), row.slots, row.masked, embed, row.suffix)
             for cache, row in zip(caches, rows, strict=True)
         ]
-        self.refresh(passes)
+        refresh(self.model.language_model, passes)
         for each, cache in zip(passes, caches, strict=True):
             cache.attention.finish_pass(self.model.language_model, each.kv_cache, cache.answer)
         return concatenate([cache.block_states(row.slots) for cache, row in zip(caches, rows, strict=True)])
@@ -203,18 +205,24 @@ class Denoiser:
         for length in dict.fromkeys(len(sequence) for sequence in sequences):
             alike = [row for row, sequence in zip(rows, sequences, strict=True) if len(sequence) == length]
             batch = torch.stack([sequence for sequence in sequences if len(sequence) == length])
-            for row, hidden in zip(alike, self.model.language_model(batch), strict=True):
-                first = len(row.request.prompt)
-                states[row] = hidden[first + row.slots.start : first + row.slots.stop]
+            starts = [len(row.request.prompt) + row.slots.start for row in alike]
+            sizes = [row.settings.block_length for row in alike]
+            first, last = min(starts), max(start + size for start, size in zip(starts, sizes, strict=True))
+            found = self.model.language_model(batch, wanted=slice(first, last))
+            for row, hidden, start, size in zip(alike, found, starts, sizes, strict=True):
+                states[row] = hidden[start - first : start - first + size]
         return concatenate([states[row] for row in rows])
 
 
-def denoise(model: VidLaDAForMaskedDiffusion, requests: Sequence[Request]) -> Iterator[tuple[int, State]]:
+def denoise(
+    model: VidLaDAForMaskedDiffusion, requests: Sequence[Request], static: bool | None = None
+) -> Iterator[tuple[int, State]]:
     """Decode requests together.
 
     Args:
         model: in evaluation mode.
         requests: any prompts and settings.
+        static: as of `Denoiser`.
 
     Yields:
         Place of a request in `requests` and its state, after each of its steps; the last one has `done` set.
@@ -222,7 +230,7 @@ def denoise(model: VidLaDAForMaskedDiffusion, requests: Sequence[Request]) -> It
     Raises:
         InputError: a request does not fit the model.
     """
-    denoiser = Denoiser(model)
+    denoiser = Denoiser(model, static)
     for request in requests:
         number, state = denoiser.add(request)
         if state is not None:

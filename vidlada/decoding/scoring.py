@@ -44,8 +44,9 @@ def score_answers(
         )
     ids = torch.full((slots,), config.mask_token_id, device=prompt.device)
     embedded = model.language_model.embed_tokens(ids)
-    hidden = model.language_model(torch.cat((prompt.to(embedded.dtype), embedded))[None])[0, len(prompt) :]
-    logits = model.lm_head(hidden[: max(map(len, closed))]).float()
+    sequence = torch.cat((prompt.to(embedded.dtype), embedded))[None]
+    wanted = slice(len(prompt), len(prompt) + max(map(len, closed)))
+    logits = model.lm_head(model.language_model(sequence, wanted=wanted)[0]).float()
     suppressed = np.array([token for token in config.suppressed_token_ids if token not in end], dtype=np.int64)
     logits.index_fill_(-1, upload({"": suppressed}, logits.device)[""], -torch.inf)
     log_probabilities = logits.log_softmax(-1).cpu()

@@ -1,174 +1,199 @@
-"""Cached passes over fixed buffers: run eagerly the first time, then captured as a CUDA graph, then replayed.
+"""What a cached pass runs of every layer, over fixed buffers: eagerly at first, then captured as CUDA graphs.
 
-A cached step of the 8B model launches some 430 kernels, each of which takes the host about as long as it takes the
-GPU. A graph launches all of them at once. What makes that possible: nothing in such a pass depends on values, its
-inputs and outputs are the requests' own buffers, and which positions join at which layer repeats from step to step.
+A cached step of the 8B model launches some 430 kernels, each of which takes the host about as long as it takes the GPU.
+Three quarters of them are in the two parts of a layer that know nothing of requests: all before positions meet, and all
+after. Their only shape is the number of rows, those of all requests together. So each part is captured once for every
+number of rows, in multiples of 16, and serves whoever runs: requests of any length join and leave, blocks and caches
+change, and no graph is lost. Between the two, attention stays eager, request by request over its own keys: it needs no
+mask and no padding, which would cost more than the launches.
 
-On other devices the same path runs without capture: the pass over the fixed buffers runs again.
+On other devices the same path runs without capture: the parts over the fixed buffers run again.
 """
 
 import logging
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vidlada.decoding.kv_cache import KVCache, PartialPass, full_attention, refresh
-from vidlada.model.language_model import LanguageModel
+from vidlada.model.language_model import LanguageModel, Layer
 
-MAX_POSITIONS = 256  # of a pass; longer ones are bound by arithmetic, not by launches
-MAX_RECORDS = 64  # graphs kept; the one used longest ago goes first
+MAX_ROWS = 256  # of all requests together; more are bound by arithmetic, not by launches
+MULTIPLE = 16  # rows are padded to, on a GPU: its products take as long for fewer
+Run = Callable[[], None]
 
 log = logging.getLogger("vidlada.decoding")
 
 
-@dataclass
-class Record:
-    """A kind of pass that has been met.
+@dataclass(eq=False)
+class RowBuffers:
+    """Fixed buffers for so many rows, and what runs over them.
 
     Attributes:
-        caches: what it reads and writes; once one is gone, so is the record.
-        joins: fixed positions of each request, by layer; None before the capture.
-        replay: runs the pass; None before the capture.
-        computed: positions it computes of each request, by layer.
-        eager: the capture failed; not to be tried again.
-        table: rotary angles that the graph reads.
+        rows: of all requests together, padding included.
+        tensors: buffers by name.
+        sources: what was last copied into some of them.
+        runs: how often each part has run.
+        graphs: replay parts.
     """
 
-    caches: list["weakref.ref[KVCache]"]
-    joins: list[dict[int, Tensor]] | None = None
-    replay: Callable[[], None] | None = None
-    computed: list[list[int]] = field(default_factory=list)
-    eager: bool = False
-    table: Tensor | None = None
+    rows: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, Tensor] = field(default_factory=dict)
+    runs: dict[Hashable, int] = field(default_factory=dict)
+    graphs: dict[Hashable, Run] = field(default_factory=dict)
+
+    def fill(self, name: str, values: Tensor, dim: int) -> None:
+        """Copy rows into a buffer, unless they are what was copied there last."""
+        if self.sources.get(name) is values:
+            return
+        if name not in self.tensors:
+            self.tensors[name] = values.new_zeros([*values.shape[:dim], self.rows, *values.shape[dim + 1 :]])
+        self.tensors[name].narrow(dim, 0, values.shape[dim]).copy_(values)
+        self.sources[name] = values
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Copy a part's result into a buffer of its shape: a graph's own memory is other graphs' too."""
+        if name not in self.tensors:
+            self.tensors[name] = torch.empty_like(values, memory_format=torch.contiguous_format)
+        self.tensors[name].copy_(values)
 
 
-class StaticStep:
-    """Runs passes like `refresh`, with the same result.
+class LayerGraphs:
+    """Stands for `LanguageModel.enter` and `LanguageModel.leave` while a step runs. Rows are independent of each other,
+    so that padding changes nothing.
 
     Args:
-        language_model: whose layers run.
+        multiple: rows are padded to.
+        capture: makes a replay of a function; by default without a graph, the function itself.
 
     Attributes:
-        eager, captures, replays: passes of each kind so far.
+        eager, captures, replays: parts of layers that ran in each way so far, those of too many rows not counted.
     """
 
-    def __init__(self, language_model: LanguageModel):
-        self.language_model = language_model
-        self.records: OrderedDict[Hashable, Record] = OrderedDict()
-        self.pool: Any = None  # of memory, one for all graphs
+    def __init__(self, multiple: int = MULTIPLE, capture: Callable[[Run], Run] | None = None):
+        self.multiple, self.capture = multiple, capture or (lambda run: run)
+        self.sizes: dict[int, RowBuffers] = {}
+        self.lock = threading.Lock()  # the buffers are for one step at a time
+        self.model_state: Hashable = None
+        self.plain: tuple[Callable[..., Any], Callable[..., Any]]
         self.eager = self.captures = self.replays = 0
 
-    @torch.inference_mode()
-    def __call__(self, passes: Sequence[PartialPass]) -> None:
-        """See `refresh`."""
-        key = pass_key(passes)
-        record = None if key is None else self.records.get(key)
-        if record is None or record.eager:
-            if key is not None and record is None:
-                self._add(key, passes)
-            self.eager += 1
-            refresh(self.language_model, passes)
-            return
-        self.records.move_to_end(key)
-        if record.replay is None and not self._capture(record, passes):
-            self.eager += 1
-            refresh(self.language_model, passes)
-            return
-        assert record.replay is not None
-        assert record.joins is not None
-        for each, fixed in zip(passes, record.joins, strict=True):
-            for layer, positions in each.joins.items():
-                fixed[layer].copy_(positions)
-        record.replay()
-        self.replays += 1
-        for each, done in zip(passes, record.computed, strict=True):
-            each.kv_cache.computed = [a + b for a, b in zip(each.kv_cache.computed, done, strict=True)]
+    @contextmanager
+    def replacing(self, language_model: LanguageModel) -> Iterator[None]:
+        """Let the model's cached passes run over fixed buffers."""
+        with self.lock:
+            self.plain = language_model.enter, language_model.leave
+            state = (*self.plain, *map(_identity, (language_model.layers[0], language_model.layers[-1])))
+            if state != self.model_state:  # its weights were moved, or made smaller: graphs would read the old ones
+                self.clear()
+                self.model_state = state
+            language_model.enter, language_model.leave = self.enter, self.leave  # type: ignore[assignment]
+            try:
+                yield
+            finally:
+                language_model.enter, language_model.leave = self.plain
 
     def clear(self) -> None:
         """Forget all graphs, and free their memory."""
-        self.records.clear()
-        self.pool = None
+        self.sizes.clear()
+        if isinstance(self.capture, GraphCapture):
+            self.capture.pool = None
 
-    def _add(self, key: Hashable, passes: Sequence[PartialPass]) -> None:
-        """Note a kind of pass; forget those whose requests are gone, or that were used longest ago."""
-        gone = [old for old, record in self.records.items() if any(cache() is None for cache in record.caches)]
-        for old in gone:
-            del self.records[old]
-        self.records[key] = Record([weakref.ref(each.kv_cache) for each in passes])
-        while len(self.records) > MAX_RECORDS:
-            self.records.popitem(last=False)
+    def enter(self, layer: nn.Module, hidden: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """See `vidlada.model.language_model.Layer.enter_rows`; the result is valid up to the next call."""
+        rows, plain = len(hidden), self.plain[0]
+        if rows > MAX_ROWS:
+            return plain(layer, hidden, rotation)
+        buffers = self._buffers(rows)
+        buffers.fill("hidden", hidden, 0)
+        buffers.fill("rotation", rotation, 1)
 
-    def _capture(self, record: Record, passes: Sequence[PartialPass]) -> bool:
-        """Make the record replayable; False if that is impossible."""
-        before = [list(each.kv_cache.computed) for each in passes]
-        record.joins = [{layer: places.clone() for layer, places in each.joins.items()} for each in passes]
-        fixed = [replace(each, joins=joins) for each, joins in zip(passes, record.joins, strict=True)]
-        first = passes[0].kv_cache.hidden[0]
-        longest = max(each.kv_cache.tokens for each in passes)
-        record.table = self.language_model.rotation(longest, first.dtype, first.device)
-        record.computed = [_work(each, len(before[0])) for each in passes]
-        if first.is_cuda:
-            try:
-                record.replay = self._graph(fixed)
-            except RuntimeError as error:
-                log.warning("a cached pass could not be captured as a CUDA graph and runs eagerly: %s", error)
-                record.eager = True
-            self._restore(passes, before)  # capturing counts what it does not run
-            self.captures += record.replay is not None
-            return record.replay is not None
-        # not the passes themselves: they hold the caches, whose end is the record's
-        weak = [(ref, replace(each, kv_cache=None)) for ref, each in zip(record.caches, fixed, strict=True)]  # type: ignore[arg-type]
+        def run() -> None:
+            queries, keys_values = plain(layer, buffers.tensors["hidden"], buffers.tensors["rotation"])
+            buffers.put("queries", queries)
+            buffers.put("keys_values", keys_values)
 
-        def again() -> None:
-            alive = [replace(each, kv_cache=ref()) for ref, each in weak]  # type: ignore[arg-type]
-            counts = [list(each.kv_cache.computed) for each in alive]
-            refresh(self.language_model, alive)
-            self._restore(alive, counts)
+        self._run(buffers, ("enter", layer), run)
+        return buffers.tensors["queries"][:, :rows], buffers.tensors["keys_values"][:, :rows]
 
-        record.replay = again
-        self.captures += 1
-        return True
+    def leave(self, layer: nn.Module, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """See `vidlada.model.language_model.Layer.leave`; the result is valid up to the next call."""
+        rows, plain = len(hidden), self.plain[1]
+        if rows > MAX_ROWS:
+            return plain(layer, hidden, mixed)
+        buffers = self._buffers(rows)
+        buffers.fill("hidden", hidden, 0)
+        buffers.fill("mixed", mixed, 0)
 
-    def _graph(self, passes: Sequence[PartialPass]) -> Callable[[], None]:
+        def run() -> None:
+            states = buffers.tensors["hidden"]
+            states.copy_(plain(layer, states, buffers.tensors["mixed"]))
+
+        self._run(buffers, ("leave", layer), run)
+        buffers.sources["hidden"] = result = buffers.tensors["hidden"][:rows]
+        return result
+
+    def _buffers(self, rows: int) -> RowBuffers:
+        padded = -(-rows // self.multiple) * self.multiple
+        return self.sizes.setdefault(padded, RowBuffers(padded))
+
+    def _run(self, buffers: RowBuffers, part: Hashable, run: Run) -> None:
+        """Eagerly the first time, which lets libraries choose their kernels; then captured, then replayed."""
+        runs = buffers.runs.get(part, 0)
+        buffers.runs[part] = runs + 1
+        if runs and part not in buffers.graphs:
+            buffers.graphs[part] = self.capture(run)
+            self.captures += 1
+        if runs:
+            buffers.graphs[part]()
+            self.replays += 1
+        else:
+            run()
+            self.eager += 1
+
+
+class GraphCapture:
+    """Captures functions as CUDA graphs, all in one memory pool."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def __call__(self, run: Run) -> Run:
+        """A replay of the function, or the function itself where it cannot be captured."""
         graph = torch.cuda.CUDAGraph()
-        # other threads may use the GPU meanwhile: a server encodes videos
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            refresh(self.language_model, passes)
+        try:
+            # other threads may use the GPU meanwhile: a server encodes videos
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                run()
+        except RuntimeError as error:
+            log.warning("a part of a layer could not be captured as a CUDA graph and runs eagerly: %s", error)
+            return run
         self.pool = self.pool or graph.pool()
         return graph.replay
 
-    @staticmethod
-    def _restore(passes: Sequence[PartialPass], counts: Sequence[list[int]]) -> None:
-        for each, count in zip(passes, counts, strict=True):
-            each.kv_cache.computed = count
+
+def _identity(layer: nn.Module) -> Hashable:
+    """What changes when a layer's weights are moved, or replaced by smaller ones."""
+    assert isinstance(layer, Layer)
+    norm = layer.input_layernorm.weight
+    return id(layer.self_attn.o_proj.weight), norm.device, norm.dtype, norm.data_ptr()
 
 
-def _work(each: PartialPass, layers: int) -> list[int]:
-    """Positions a pass computes in every layer."""
-    counts, active = [], 0
-    for layer in range(layers):
-        if layer == 1 and each.narrow is not None:
-            active = min(active, each.narrow)
-        active += len(each.joins.get(layer, ()))
-        counts.append(active)
-    return counts
+GRAPHS: WeakKeyDictionary[LanguageModel, LayerGraphs] = WeakKeyDictionary()
 
 
-def pass_key(passes: Sequence[PartialPass]) -> Hashable:
-    """What must be the same for a pass to be replayed; None if it never can."""
-    parts: list[Hashable] = []
-    for each in passes:
-        attention = each.attention
-        pattern = () if attention is full_attention else getattr(attention, "static_key", lambda: None)()
-        if pattern is None or len(set(each.kv_cache.devices)) > 1:
-            return None
-        shape = tuple((layer, len(positions)) for layer, positions in sorted(each.joins.items()))
-        answer = None if each.answer is None else (each.answer[0].data_ptr(), each.answer[1].start)
-        parts.append((each.kv_cache.serial, shape, each.narrow, pattern, answer))
-    positions = sum(len(places) for each in passes for places in each.joins.values())
-    return tuple(parts) if positions <= MAX_POSITIONS else None
+def graphs_of(language_model: LanguageModel) -> LayerGraphs | None:
+    """The graphs of a model, shared by all that decode with it; None where its layers are on several devices."""
+    devices = set(language_model.devices)
+    if len(devices) > 1:
+        return None
+    on_gpu = devices.pop().type == "cuda"
+    if language_model not in GRAPHS:  # elsewhere than on a GPU products of other shapes may round differently
+        GRAPHS[language_model] = LayerGraphs(MULTIPLE, GraphCapture()) if on_gpu else LayerGraphs(1)
+    return GRAPHS[language_model]

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vidlada.api import VidLaDA
 from vidlada.decoding.sampler import Request, State, Statistics
 from vidlada.decoding.streaming import StableText
 from vidlada.errors import InputError
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
+from vidlada.processor import VidLaDAProcessor
 
 INTEGER = re.compile(r"\s*(-?(?:0|[1-9]\d*))(?!\d|\.\d)")
 END_OF_STRING = re.compile(r'["\n]')
@@ -73,7 +74,7 @@ class FormTurn:
     """A form being filled in.
 
     Args:
-        vidlada: the model.
+        model, processor: that answer.
         request: whose prompt and settings count; its slots hold the form.
         form: what is to be filled in.
 
@@ -81,8 +82,14 @@ class FormTurn:
         request: what the decoding loop is to work on, once there are only free holes.
     """
 
-    def __init__(self, vidlada: VidLaDA, request: Request, form: Form):
-        self.vidlada, self.request, self.form = vidlada, request, list(form)
+    def __init__(
+        self,
+        model: VidLaDAForMaskedDiffusion,
+        processor: VidLaDAProcessor,
+        request: Request,
+        form: Form,
+    ):
+        self.model, self.processor, self.request, self.form = model, processor, request, list(form)
         self.statistics = Statistics()
         if not self.choosing:
             self.begin_decoding()
@@ -98,14 +105,14 @@ class FormTurn:
         number, hole = next((n, p) for n, p in enumerate(self.form) if isinstance(p, Hole) and p.choices)
         self.form[number] = self.likeliest(number, hole)
         prompt, ids = len(self.request.prompt), self.ids(self.form)
-        layers = self.vidlada.model.language_model.config.num_hidden_layers
+        layers = self.model.language_model.config.num_hidden_layers
         self.statistics += Statistics(
             1, 1, 1, ((prompt + len(ids)),) * layers, seconds={"denoising": time.perf_counter() - started}
         )
         if not self.choosing:
             self.begin_decoding()
         proposed = torch.tensor(ids)
-        committed = proposed != self.vidlada.model.config.mask_token_id
+        committed = proposed != self.model.config.mask_token_id
         state = State(self.statistics.steps, proposed, committed, committed.float(), None, False, self.statistics)
         complete = bool(committed.all())
         return state, StableText(self.text(ids) if complete else "", len(ids), "stop" if complete else None), ()
@@ -118,7 +125,7 @@ class FormTurn:
 
     def ids(self, pieces: Sequence[str | Hole]) -> list[int]:
         """Tokens of some pieces of the form as they stand, a mask in every slot of holes."""
-        mask, text_ids = self.vidlada.model.config.mask_token_id, self.vidlada.processor.text_ids
+        mask, text_ids = self.model.config.mask_token_id, self.processor.text_ids
         slots = [
             [mask] * max(piece.slots, *(len(text_ids(choice)) for choice in piece.choices), 0)
             if isinstance(piece, Hole) else text_ids(piece)
@@ -129,15 +136,16 @@ class FormTurn:
     @torch.inference_mode()
     def likeliest(self, number: int, hole: Hole) -> str:
         """The likeliest of a hole's choices, each judged with the first token of the text behind it."""
-        model, device = self.vidlada.model, self.request.prompt.device
+        model, device = self.model, self.request.prompt.device
         first, (close, *rest) = self.ids(self.form[:number]), self.ids(self.form[number + 1 :])
-        closed = [[*self.vidlada.processor.text_ids(choice), close] for choice in hole.choices]
+        closed = [[*self.processor.text_ids(choice), close] for choice in hole.choices]
         longest = max(map(len, closed))
         ids = torch.tensor([*first, *[model.config.mask_token_id] * longest, *rest], device=device)
         embedded = model.language_model.embed_tokens(ids)
         start = len(self.request.prompt) + len(first)
-        hidden = model.language_model(torch.cat((self.request.prompt.to(embedded.dtype), embedded))[None])[0]
-        scores = model.lm_head(hidden[start : start + longest]).float().log_softmax(-1).cpu()
+        sequence = torch.cat((self.request.prompt.to(embedded.dtype), embedded))[None]
+        hidden = model.language_model(sequence, wanted=slice(start, start + longest))[0]
+        scores = model.lm_head(hidden).float().log_softmax(-1).cpu()
         sums = [float(scores[range(len(choice)), choice].sum()) for choice in closed]
         return hole.choices[sums.index(max(sums))]
 
@@ -155,7 +163,7 @@ class FormTurn:
 
     def text(self, ids: Sequence[int]) -> str:
         """The filled-in form."""
-        processor, stops = self.vidlada.processor, set(self.vidlada.model.config.stop_token_ids)
+        processor, stops = self.processor, set(self.model.config.stop_token_ids)
         text, place = "", 0
         for piece in self.form:
             if isinstance(piece, str):

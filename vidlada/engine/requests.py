@@ -1,22 +1,17 @@
-"""What an engine takes and reports: questions, updates, and the handle that connects a client with both."""
+"""What an engine takes, questions, and the handle by which an event loop reads their updates."""
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from vidlada.decoding.sampler import State
-from vidlada.decoding.streaming import StableText
-from vidlada.decoding.thinking import Turn
-from vidlada.engine.choosing import ChoosingTurn
-from vidlada.engine.forms import Form, FormTurn
-from vidlada.engine.scheduler import Task
+from vidlada.decoding.cache import VisualCache
+from vidlada.decoding.memory import merged_shape
+from vidlada.engine.entry import Entry, Update
+from vidlada.engine.forms import Form
 from vidlada.errors import VidLaDAError
 from vidlada.generation import GenerationSettings
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import EncodedConversation
 from vidlada.tiling import ImageShape, MediaShape
 from vidlada.video import Frames
@@ -29,10 +24,6 @@ class EngineClosedError(VidLaDAError):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down")
-
-
-class MemoryExhaustedError(VidLaDAError):
-    """A pass of the model ran out of memory."""
 
 
 @dataclass(frozen=True)
@@ -93,64 +84,41 @@ class EngineRequest:
         return len(self.encoded.input_ids) + self.settings.slots
 
 
-@dataclass(frozen=True)
-class Update:
-    """What a step brought.
-
-    Attributes:
-        state: after the step.
-        stable: the part of the answer that can no longer change; the last update's is the whole answer.
-        seconds: waiting in the queue, and in the vision tower.
-        confidence: (gen_length,) probability with which each final slot was committed; 1 where it was given.
-        choices: log-probabilities of the job's choices among each other.
-    """
-
-    state: State
-    stable: StableText
-    seconds: dict[str, float]
-    confidence: Tensor
-    choices: tuple[float, ...] = ()
-
-
-class RequestHandle:
+class RequestHandle(Entry):
     """A submitted job, seen from the event loop that submitted it.
 
     Args:
         job: what is asked.
+        model: that answers.
         loop: that reads the updates.
-        bytes: of memory that it takes at its peak.
+        join: prepares the request, which it is given.
+        keep: takes what a further question about the videos may reuse.
     """
 
-    def __init__(self, job: EngineRequest, loop: asyncio.AbstractEventLoop, bytes: int):
-        self.job, self.loop = job, loop
-        self.cancelled = False
-        self.retried = False  # after it had run out of memory alone
-        self.seconds: dict[str, float] = {}
-        self.submitted = time.perf_counter()
+    def __init__(
+        self,
+        job: EngineRequest,
+        model: VidLaDAForMaskedDiffusion,
+        loop: asyncio.AbstractEventLoop,
+        join: Callable[["RequestHandle"], Iterator[None]],
+        keep: Callable[[EngineRequest, VisualCache], None],
+    ):
+        self.job, self.loop, self.join, self.keep = job, loop, join, keep
         self.updated = self.seen = 0  # updates since it began, and the most before it had to begin again
-        self.reset(bytes)
-        self.pending: deque[Update | BaseException] = deque(maxlen=MOST_PENDING)
+        self.pending: deque[Update | VidLaDAError] = deque(maxlen=MOST_PENDING)
         self.news = asyncio.Event()
+        visual = sum(frame >= 0 for frame in job.encoded.frame_index)
+        frames = sum(len(shown.frames.times) for shown in job.videos)
+        tokens, visual, settings = merged_shape(job.tokens, visual, job.settings)
+        super().__init__(settings, tokens, visual, model, frames, chooses=bool(job.choices))
 
-    def reset(self, bytes: int) -> None:
-        """Be as before the first step, perhaps for a second time.
+    def prepare(self) -> Iterator[None]:
+        """Encode the videos, piece by piece."""
+        return self.join(self)
 
-        Args:
-            bytes: of memory that the request takes.
-        """
-        job, settings = self.job, self.job.settings
-        pace = settings.block_length / min(settings.steps_per_block, settings.block_length)
-        self.task = Task(
-            tokens=job.tokens,
-            slots=settings.slots,
-            pace=settings.slots if job.choices else pace,  # choices take one step
-            passes=2 if settings.cfg_scale > 0 else 1,
-            frames=sum(len(shown.frames.times) for shown in job.videos),
-            bytes=bytes,
-        )
-        self.turn: Turn | ChoosingTurn | FormTurn | None = None  # while it runs
-        self.confidence: Tensor | None = None
-        self.committed: Tensor | None = None
+    def reset(self) -> None:
+        """Be as before the first step; updates that were delivered are not repeated."""
+        super().reset()
         self.updated, self.seen = 0, max(self.seen, self.updated)
 
     def cancel(self) -> None:
@@ -174,7 +142,7 @@ class RequestHandle:
                 self.news.clear()
                 while self.pending:
                     update = self.pending.popleft()
-                    if isinstance(update, BaseException):
+                    if isinstance(update, VidLaDAError):
                         raise update
                     yield update
                     if update.stable.finish_reason is not None:
@@ -183,16 +151,12 @@ class RequestHandle:
         finally:
             self.cancel()
 
-    def confidence_after(self, state: State) -> Tensor:
-        """Probability with which each final slot was committed; a state tells it of those of its step alone."""
-        before = self.committed if self.committed is not None else torch.zeros_like(state.committed)
-        known = self.confidence if self.confidence is not None else state.confidence
-        self.confidence, self.committed = torch.where(before, known, state.confidence), state.committed
-        return self.confidence
-
-    def put(self, update: "Update | BaseException") -> None:
+    def put(self, update: "Update | VidLaDAError") -> None:
         """Called by the engine's thread. Updates that a request repeats after a `reset` are left out."""
         if isinstance(update, Update):
+            if update.state.visual is not None:
+                self.keep(self.job, update.state.visual)
+                update = replace(update, state=replace(update.state, visual=None))  # readers have no use for it
             self.updated += 1
             if self.updated <= self.seen and update.stable.finish_reason is None:
                 return

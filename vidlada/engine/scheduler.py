@@ -130,7 +130,7 @@ class Scheduler:
         free = self.free()
         return free is None or task.bytes + sum(other.bytes for other in running if not other.steps) <= free
 
-    def exhausted(self, running: Sequence[Task], put_back: Sequence[Task]) -> None:
+    def shrink_budget(self, running: Sequence[Task], put_back: Sequence[Task]) -> None:
         """Take note that memory ran out: fewer may run together from now on.
 
         Args:
@@ -141,7 +141,7 @@ class Scheduler:
         gone = put_back if len(put_back) < len(running) else put_back[:1]
         self.budget = float(sum(task.bytes for task in running) - sum(task.bytes for task in gone))
 
-    def finished(self) -> None:
+    def grow_budget(self) -> None:
         """Take note that an answer is complete: a little more may run together, until memory runs out again."""
         if self.budget is not None:
             self.budget *= GROWTH

@@ -3,16 +3,19 @@
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
-import torch
 
 from vidlada.api import VidLaDA
-from vidlada.conversation import EncodedVideo
-from vidlada.errors import InputError
-from vidlada.generation import GenerationSettings
+from vidlada.conversation import Answer, Conversation, EncodedVideo
+from vidlada.engine.choosing import as_choices
+from vidlada.engine.entry import ReadyEntry
+from vidlada.engine.offline import decode
+from vidlada.errors import InputError, VidLaDAError
+from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.media import is_image, media_list
 from vidlada.tiling import MediaShape
 from vidlada.video import Sampling, VideoInfo, sample_frames
@@ -56,7 +59,7 @@ class Reply:
         text: the answer; empty when it failed.
         tokens: slots committed.
         forward_passes: through the model.
-        seconds: this question's share of its batch.
+        seconds: this question's share of the time it was decoded in.
         error: why there is no answer.
     """
 
@@ -73,7 +76,7 @@ class Answerer:
     Args:
         vidlada: the model.
         sampling: frames of a video.
-        batch_size: questions answered together, of one video or several.
+        batch_size: questions decoded together, of one video or several; fewer where memory does not allow it.
         options: `time_instruction` and `system` of a conversation.
     """
 
@@ -85,36 +88,88 @@ class Answerer:
 
         A question that cannot be answered costs nothing but itself: its reply says why.
         """
-        batches = batches_of(questions, self.batch_size)
-        last_use = {questions[i].video_key: n for n, batch in enumerate(batches) for i in batch}
-        needed = (questions[i] for batch in batches for i in batch if questions[i].error is None)
+        order = by_video(questions)
         media: dict[Hashable, tuple[Media, GenerationSettings]] = {}
-        for question in needed:
-            media.setdefault(question.video_key, (question.media, question.settings))
-        encoded: dict[Hashable, list[EncodedVideo] | str] = {}
+        for question in (questions[number] for number in order):
+            if question.error is None:
+                media.setdefault(question.video_key, (question.media, question.settings))
         done: dict[int, Reply] = {}
-        waiting = 0
+        following = 0
         with ThreadPoolExecutor(DECODERS) as pool:
             ahead = DecodedAhead(pool, self, list(media.items()))
             try:
-                for number, batch in enumerate(batches):
-                    started = time.perf_counter()
-                    for i in batch:
-                        key = questions[i].video_key
-                        if key not in encoded and questions[i].error is None:
-                            encoded[key] = self.encode(ahead.take(key))
-                    videos = [encoded.get(questions[i].video_key, "") for i in batch]
-                    replies = self.ask([questions[i] for i in batch], videos)
-                    share = (time.perf_counter() - started) / len(batch)
-                    for i, reply in zip(batch, replies, strict=True):
-                        done[i] = Reply(reply.text, reply.tokens, reply.forward_passes, share, reply.error)
-                    for key in [key for key in encoded if last_use[key] <= number]:
-                        del encoded[key]
-                    while waiting in done:
-                        yield done.pop(waiting)
-                        waiting += 1
+                for number, reply in self.answers(questions, order, ahead):
+                    done[number] = reply
+                    while following in done:
+                        yield done.pop(following)
+                        following += 1
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def answers(
+        self, questions: Sequence[Question], order: Sequence[int], ahead: "DecodedAhead"
+    ) -> Iterator[tuple[int, Reply]]:
+        """Numbers of questions and their replies, as they come.
+
+        Args:
+            questions: all of them.
+            order: their numbers, as they are to be asked.
+            ahead: gives the frames.
+        """
+        asked: dict[int, tuple[int, Conversation]] = {}  # by their numbers in the engine
+        places = count()
+        failed: list[tuple[int, Reply]] = []
+        seconds: dict[int, float] = {}  # of what is being decoded; who is decoded together shares the time
+
+        def entries() -> Iterator[ReadyEntry]:
+            encoded: dict[Hashable, list[EncodedVideo] | str] = {}
+            for number in order:
+                question = questions[number]
+                if question.error is None and question.video_key not in encoded:
+                    encoded = {question.video_key: self.encode(ahead.take(question.video_key))}  # the others are done
+                found = self.entry(question, encoded.get(question.video_key, ""))
+                if isinstance(found, str):
+                    failed.append((number, Reply(error=found)))
+                    continue
+                chat, entry = found
+                asked[next(places)] = number, chat
+                seconds[number] = 0.0
+                yield entry
+
+        started = time.perf_counter()
+        for place, update in decode(self.vidlada.model, entries(), self.batch_size):
+            now = time.perf_counter()
+            for number in seconds:
+                seconds[number] += (now - started) / len(seconds)
+            started = now
+            yield from failed
+            failed.clear()
+            number, chat = asked[place]
+            if isinstance(update, VidLaDAError):
+                reply = Reply(error=str(update))
+            elif update.stable.finish_reason is not None:
+                reply = reply_of(chat.answer(update, questions[number].choices))
+            else:
+                continue
+            del asked[place]
+            yield number, replace(reply, seconds=seconds.pop(number))
+        yield from failed
+
+    def entry(self, question: Question, media: list[EncodedVideo] | str) -> "tuple[Conversation, ReadyEntry] | str":
+        """A question as a conversation and a request for the engine, or why it cannot be asked.
+
+        Args:
+            question: to be asked.
+            media: what it is about, or why that cannot be seen.
+        """
+        if question.error is not None or isinstance(media, str):
+            return question.error or str(media)
+        given = {name: value for name, value in question.settings.to_dict().items() if value is not None}
+        try:
+            chat = Conversation(self.vidlada, media, self.vidlada.settings(**given), PromptSettings(**self.options))
+            return chat, chat.entry(chat.message(question.text), as_choices(question.choices))
+        except InputError as error:
+            return str(error)
 
     def decode(self, media: Media, settings: GenerationSettings) -> list[Any]:
         """Frames of videos, at the model's size, and images.
@@ -146,39 +201,28 @@ class Answerer:
         except InputError as error:
             return str(error)
 
-    def ask(self, questions: Sequence[Question], videos: Sequence[list[EncodedVideo] | str]) -> list[Reply]:
-        """Answer questions of equal settings together; a batch that fails is asked again one by one.
+    def ask(self, question: Question, media: list[EncodedVideo] | str) -> Reply:
+        """Answer one question.
 
         Args:
-            questions: of one batch.
-            videos: of each, or why it cannot be seen.
+            question: to be asked.
+            media: what it is about, or why that cannot be seen.
         """
-        errors = [
-            question.error or (video if isinstance(video, str) else None)
-            for question, video in zip(questions, videos, strict=True)
-        ]
-        good = [i for i, error in enumerate(errors) if error is None]
-        replies = [Reply(error=error) for error in errors]
-        if not good:
-            return replies
-        settings = {k: v for k, v in questions[good[0]].settings.to_dict().items() if v is not None}
-        try:
-            pairs = [(videos[i], questions[i].text) for i in good]
-            choices = [questions[i].choices for i in good]
-            answers = self.vidlada.ask_many(pairs, choices, generation=settings, **self.options)
-        except (InputError, torch.OutOfMemoryError) as error:
-            if len(good) > 1:
-                for i in good:
-                    (replies[i],) = self.ask([questions[i]], [videos[i]])
-                return replies
-            if not isinstance(error, InputError):
-                raise
-            replies[good[0]] = Reply(error=str(error))
-            return replies
-        for i, answer in zip(good, answers, strict=True):
-            text = answer.text.removesuffix(".").strip()  # as the published evaluation does
-            replies[i] = Reply(text, answer.statistics.tokens, answer.statistics.forward_passes)
-        return replies
+        found = self.entry(question, media)
+        if isinstance(found, str):
+            return Reply(error=found)
+        chat, entry = found
+        for _, update in decode(self.vidlada.model, [entry]):
+            last = update
+        return (
+            Reply(error=str(last)) if isinstance(last, VidLaDAError) else reply_of(chat.answer(last, question.choices))
+        )
+
+
+def reply_of(answer: Answer) -> Reply:
+    """An answer as the published evaluation reads it."""
+    text = answer.text.removesuffix(".").strip()
+    return Reply(text, answer.statistics.tokens, answer.statistics.forward_passes)
 
 
 class DecodedAhead:
@@ -206,16 +250,9 @@ class DecodedAhead:
         return future
 
 
-def batches_of(questions: Sequence[Question], size: int) -> list[list[int]]:
-    """Numbers of the questions that are answered together: by video in order of first use, then equal settings."""
-    by_video: dict[Hashable, list[int]] = {}
+def by_video(questions: Sequence[Question]) -> list[int]:
+    """Numbers of the questions: by video, in order of first use."""
+    numbers: dict[Hashable, list[int]] = {}
     for number, question in enumerate(questions):
-        by_video.setdefault(question.video_key, []).append(number)
-    batches: list[list[int]] = []
-    for number in (number for numbers in by_video.values() for number in numbers):
-        fits = batches and len(batches[-1]) < size
-        if fits and questions[batches[-1][0]].settings == questions[number].settings:
-            batches[-1].append(number)
-        else:
-            batches.append([number])
-    return batches
+        numbers.setdefault(question.video_key, []).append(number)
+    return [number for own in numbers.values() for number in own]

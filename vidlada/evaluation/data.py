@@ -1,7 +1,9 @@
 """Where the data of benchmarks lies on this machine, and whether all of it is there. Nothing is downloaded here."""
 
+import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from vidlada.errors import InputError
 from vidlada.evaluation.benchmarks import Benchmark, Document, Task
 from vidlada.files import read_json, read_json_lines
 from vidlada.markdown import table
+from vidlada.settings import format_value, half_character, texts_of
 
 SHOWN_MISSING = 3  # videos named in a check
 SUBTITLES = "subtitle_path"  # field of a question
+SPOKEN_TIMES = re.compile(r"\s*\d+:\d+:\d+,\d+\s* --> \s*\d+:\d+:\d+,\d+\s*$")
 QUESTION_KINDS = ("parquet", "jsonl", "json")
 
 
@@ -80,7 +84,7 @@ def _configs(readme: Path) -> list[dict[str, Any]]:
     """The `configs` in the YAML head of a dataset card."""
     if not readme.is_file():
         return []
-    head = readme.read_text(encoding="utf-8").split("---")
+    head = readme.read_text(encoding="utf-8", errors="replace").split("---")
     try:
         parsed = yaml.safe_load(head[1]) if len(head) > 2 else {}
     except yaml.YAMLError as error:
@@ -98,12 +102,23 @@ def _rows(file: Path) -> list[Document]:
             rows: list[Document] = read_table(file).to_pylist()
             return rows
         if file.suffix == ".jsonl":
-            return read_json_lines(file)
+            return _check_rows(file, read_json_lines(file))
         rows = read_json(file)
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from error
     if not isinstance(rows, list):
         raise InputError(f"{file}: cannot be read: it holds no list of questions")
+    return _check_rows(file, rows)
+
+
+def _check_rows(file: Path, rows: list[Any]) -> list[Document]:
+    """Rows as lmms-eval can load them."""
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise InputError(f"{file}: entry {number} is no question: {format_value(row)}")
+        for name, text in texts_of(row, ""):
+            if problem := half_character(text):
+                raise InputError(f"{file}: entry {number}: {name} has {problem}")
     return rows
 
 
@@ -147,6 +162,8 @@ def check_task(root: Path, benchmark: Benchmark, task: Task) -> TaskData:
             ]
             if lacking:
                 return TaskData(task, f"{len(lacking)} of {len(named)} subtitle files are missing (e.g. {lacking[0]})")
+            spoken = named or {f"{row['videoID']}.srt" for row in rows}
+            check_subtitles(root / benchmark.folder / benchmark.beside / name for name in sorted(spoken))
         needed: dict[str, bool] = {}
         for row in rows:
             paths = [f"{benchmark.folder}/{path}" for path in benchmark.videos(row, task.name)]
@@ -156,8 +173,39 @@ def check_task(root: Path, benchmark: Benchmark, task: Task) -> TaskData:
         return TaskData(task, str(error))
     except KeyError as error:
         return TaskData(task, f"{folder}: its questions have no field {error}; another version of the dataset?")
+    except TypeError as error:
+        return TaskData(task, f"{folder}: a field of its questions has another type ({error}); another version?")
     missing = tuple(path for path, there in needed.items() if not there)
     return TaskData(task, None, len(rows), len(needed), missing)
+
+
+def check_subtitles(paths: Iterable[Path]) -> None:
+    """Refuse subtitles that lmms-eval would end at; those that are missing are left out there.
+
+    Raises:
+        InputError: one is not in UTF-8, or not the list or the sections it should be.
+    """
+    for path in filter(Path.is_file, paths):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not in UTF-8; convert it, as by iconv -f latin1 -t utf-8") from error
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        if path.suffix == ".json":
+            try:
+                spoken = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}: not valid JSON: {error}") from error
+            if not isinstance(spoken, list) or not all(isinstance(line, dict) for line in spoken):
+                raise InputError(f"{path}: not a list of subtitles")
+            if any(half_character(said) for line in spoken for _, said in texts_of(line, "")):
+                raise InputError(f"{path}: it holds half a character; remove it")
+            continue
+        for section in text.split("\n\n"):
+            lines = section.split("\n")
+            if section.strip() and len(lines) >= 3 and not SPOKEN_TIMES.match(lines[1]):
+                raise InputError(f"{path}: not SubRip: {format_value(lines[1])} where times should be")
 
 
 def check(root: Path, benchmarks: Sequence[Benchmark]) -> dict[str, list[TaskData]]:

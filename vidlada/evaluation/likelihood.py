@@ -63,7 +63,7 @@ def negative_log_likelihood(
         ids = answer.where(~rows, model.config.mask_token_id).to(prompt.device)
         embedded = model.language_model.embed_tokens(ids)
         sequence = torch.cat((prompt.to(embedded.dtype).expand(len(rows), -1, -1), embedded), dim=1)
-        states = model.language_model(sequence)[:, len(prompt) :]
+        states = model.language_model(sequence, wanted=slice(len(prompt), None))
         logits = model.lm_head(states[rows.to(states.device)]).float()  # (hidden positions, vocabulary)
         losses = F.cross_entropy(logits, answer.expand(len(rows), -1)[rows].to(logits.device), reduction="none")
         weights = (length / count)[:, None].expand(-1, length)[rows]

@@ -151,7 +151,7 @@ class VidLaDAChat(lmms):
             if error is None:
                 if question.video_key not in seen:
                     seen[question.video_key] = (question.media, self.encode(question.media, question.settings))
-                (reply,) = self.answerer.ask([question], [seen[question.video_key][1]])
+                reply = self.answerer.ask(question, seen[question.video_key][1])
                 error = reply.error
             else:
                 reply = Reply(error=error)

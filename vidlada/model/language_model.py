@@ -9,7 +9,6 @@ What is special about it:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -18,135 +17,19 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vidlada.model.config import VidLaDATextConfig
-
-Rotation = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class SharedPrefixMask:
-    """Rows of a prefix (a video) and several continuations (questions with answers) that do not see one another.
-
-    The prefix attends to itself, a continuation to the prefix and itself: far less than all pairs of a row.
-
-    Attributes:
-        sizes: tokens of the prefix and of every continuation, alike in all rows.
-        valid: (batch, tokens) boolean, False at padding.
-    """
-
-    sizes: tuple[int, ...]
-    valid: Tensor
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, SharedPrefixMask) and self.sizes == other.sizes and self.valid.equal(other.valid)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def to(self, device: torch.device) -> "SharedPrefixMask":
-        """The same on a device."""
-        return SharedPrefixMask(self.sizes, self.valid.to(device))
-
-    def dense(self) -> Tensor:
-        """(batch, 1, tokens, tokens) boolean, True where a query (third axis) may attend to a key (last axis)."""
-        part = torch.arange(len(self.sizes), device=self.valid.device)
-        part = part.repeat_interleave(torch.tensor(self.sizes, device=part.device))
-        allowed = (part[None, :] == 0) | (part[None, :] == part[:, None])
-        return (allowed & self.valid[:, None, :])[:, None]
-
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention over (batch, heads, tokens, head_dim), part by part."""
-        parts = [states.split(self.sizes, dim=2) for states in (queries, keys, values)]
-        valid = self.valid.split(self.sizes, dim=1)
-        mixed = []
-        for number, (query, key, value) in enumerate(zip(*parts, strict=True)):
-            mask = valid[number]
-            if number:
-                key, value = torch.cat((parts[1][0], key), dim=2), torch.cat((parts[2][0], value), dim=2)
-                mask = torch.cat((valid[0], mask), dim=1)
-            if mask.all():
-                mixed.append(F.scaled_dot_product_attention(query, key, value))
-                continue
-            # a query without any key would be no number, and padding's values reach others through a weight of zero
-            mask = mask | (~mask.any(1, keepdim=True))
-            mixed.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :]))
-        return torch.cat(mixed, dim=2)
+from vidlada.model.masks import AnyMask, attend
+from vidlada.model.rotary import Rotation, rotary_angles, rotate, rotate_, rotation_table
 
 
-@dataclass(frozen=True, eq=False)
-class PackedMask:
-    """One row of several sequences, one after another, that do not see one another.
-
-    Attributes:
-        sizes: tokens of every sequence; padding is one of its own.
-    """
-
-    sizes: tuple[int, ...]
-
-    def to(self, device: torch.device) -> "PackedMask":
-        """The same: it holds no tensor."""
-        return self
-
-    def dense(self) -> Tensor:
-        """(1, 1, tokens, tokens) boolean, True where a query (third axis) may attend to a key (last axis)."""
-        part = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
-        return (part[None, :] == part[:, None])[None, None]
-
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention over (1, heads, tokens, head_dim), sequence by sequence."""
-        parts = zip(*(states.split(self.sizes, dim=2) for states in (queries, keys, values)), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=2)
+def copy_on_cpu(states: Tensor) -> Tensor:
+    """One head's states after another's in memory: on a CPU a copy costs less than attention to strided ones."""
+    return states.contiguous() if states.device.type == "cpu" else states
 
 
-RowMask = SharedPrefixMask | PackedMask
-AnyMask = Tensor | RowMask | None
-
-
-def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
-    """Cosine and sine of the rotary embedding, "rotate half" layout.
-
-    Args:
-        position_ids: (batch or 1, tokens) absolute positions.
-        head_dim: width of a head.
-        theta: base of the frequencies.
-        dtype: type of the result; the angles themselves are float32.
-
-    Returns:
-        Two tensors of shape (batch or 1, 1, tokens, head_dim), ready to broadcast over heads.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angles = position_ids[:, None, :, None].float() * (1 / theta**exponents)  # (batch, 1, tokens, head_dim / 2)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(states: Tensor, rotation: Rotation) -> Tensor:
-    """Apply the rotary embedding to (batch, heads, tokens, head_dim)."""
-    cos, sin = rotation
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def rotation_table(tokens: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Rotary angles of positions 0, 1, …, to be taken by `index_select` in every pass.
-
-    Returns:
-        (2, tokens, head_dim): cosine, and sine with the sign that `rotate_` needs in the first half.
-    """
-    cos, sin = rotary_angles(torch.arange(tokens, device=device)[None], head_dim, theta, dtype)
-    first, second = sin[0, 0].chunk(2, dim=-1)
-    return torch.stack((cos[0, 0], torch.cat((-first, second), dim=-1)))
-
-
-def rotate_(states: Tensor, rotation: Tensor) -> None:
-    """Apply the rotary embedding in place, in three kernels.
-
-    Args:
-        states: (heads, tokens, head_dim).
-        rotation: (2, tokens, head_dim) rows of `rotation_table`.
-    """
-    cos, sin = rotation
-    first, second = states.chunk(2, dim=-1)
-    swapped = torch.cat((second, first), dim=-1)
-    states.mul_(cos).addcmul_(swapped, sin)
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a layer's weight is one tensor: those that are smaller, or lie on several devices, are tensors of
+    tensors."""
+    return type(linear) is nn.Linear and not hasattr(linear.weight, "__tensor_flatten__")
 
 
 def add_product(residual: Tensor, linear: nn.Module, states: Tensor) -> Tensor:
@@ -157,8 +40,7 @@ def add_product(residual: Tensor, linear: nn.Module, states: Tensor) -> Tensor:
         linear: without a bias.
         states: (tokens, in) or (batch, tokens, in).
     """
-    # weights that are smaller, or lie on several devices, are tensors of tensors
-    plain = type(linear) is nn.Linear and not hasattr(linear.weight, "__tensor_flatten__") and residual.ndim == 2
+    plain = is_plain(linear) and residual.ndim == 2
     if not plain or torch.is_grad_enabled() or torch.is_autocast_enabled(residual.device.type):
         return residual + linear(states)
     return torch.addmm(residual, states, cast(Tensor, linear.weight).t())
@@ -200,15 +82,9 @@ def pack(module: nn.Module, packed: str, names: Sequence[str]) -> bool:
     return True
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, attention_mask: AnyMask) -> Tensor:
-    """Scaled dot-product attention over (batch, heads, tokens, head_dim)."""
-    if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # the backward pass of the fused kernel is 1.5 to 5 times slower in bfloat16 than in float32 on a CPU
-        with torch.autocast("cpu", enabled=False):
-            return attend(queries.float(), keys.float(), values.float(), attention_mask)
-    if isinstance(attention_mask, RowMask):
-        return attention_mask.attend(queries, keys, values)
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=attention_mask)
+# Of a CPU's pass that go through an MLP at once: what lies between its products stays near the processor, and small
+# enough for the C library to keep the memory, whose pages are zeroed whenever the system gives them
+CPU_ROWS = 1024
 
 
 class RMSNorm(nn.Module):
@@ -244,12 +120,17 @@ class Attention(nn.Module):
         """(batch, tokens, width) → (batch, heads, tokens, head_dim)."""
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def project(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (batch, heads, tokens, head_dim), and keys and values with the key/value heads; rotated."""
+    def project(self, hidden: Tensor, rotation: Rotation, wanted: slice | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (batch, heads, tokens, head_dim), of `wanted` tokens only, and keys and values with the key/value
+        heads; rotated."""
+        if wanted is not None:
+            asking, states = self.products(hidden[:, wanted], hidden)
+            keys, values = copy_on_cpu(self.heads(states)).chunk(2, dim=1)
+            asking_rotation = rotation[0][:, :, wanted], rotation[1][:, :, wanted]
+            return rotate(self.heads(asking), asking_rotation), rotate(keys, rotation), values
         if self.packed:
-            queries, keys, values = self.heads(self.qkv_proj(hidden)).split(self.heads_of, dim=1)
-            if values.device.type == "cpu":  # its attention reads strided values a fifth slower than it copies them
-                values = values.contiguous()
+            states = copy_on_cpu(self.heads(self.qkv_proj(hidden)))
+            queries, keys, values = states.split(self.heads_of, dim=1)
         else:
             queries, keys, values = (self.heads(part(hidden)) for part in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(queries, rotation), rotate(keys, rotation), values
@@ -269,11 +150,29 @@ class Attention(nn.Module):
         else:
             states = torch.cat([part(hidden) for part in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
         states = states.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)  # (heads of all three, tokens, head_dim)
-        if states.device.type == "cpu":  # a copy costs less than what follows on strided states
-            states = states.contiguous()
+        states = copy_on_cpu(states)
         queries, keys, _ = self.heads_of
         rotate_(states[: queries + keys], rotation)
         return states[:queries], states[queries:]
+
+    def products(self, asking: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of some rows; keys, and beside them values, of all: (…, rows, width of each)."""
+        if not self.packed:
+            return self.q_proj(asking), torch.cat((self.k_proj(hidden), self.v_proj(hidden)), dim=-1)
+        width = self.heads_of[0] * self.head_dim
+        if is_plain(self.qkv_proj):
+            return F.linear(asking, self.qkv_proj.weight[:width]), F.linear(hidden, self.qkv_proj.weight[width:])
+        return self.qkv_proj(asking)[..., :width], self.qkv_proj(hidden)[..., width:]
+
+    def project_last(
+        self, asking: Tensor, asking_rotation: Tensor, hidden: Tensor, rotation: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Like `project_rows`, with the queries of some rows only."""
+        heads = (states.unflatten(-1, (-1, self.head_dim)) for states in self.products(asking, hidden))
+        queries, keys_values = (states.transpose(0, 1).contiguous() for states in heads)
+        rotate_(queries, asking_rotation)
+        rotate_(keys_values[: self.heads_of[1]], rotation)
+        return queries, keys_values
 
     def pack(self) -> None:
         """One product instead of three."""
@@ -342,13 +241,41 @@ class Layer(GradientCheckpointingLayer):
         """All of a cached pass before positions meet; see `Attention.project_rows`."""
         return self.self_attn.project_rows(self.input_layernorm(hidden), rotation)
 
+    def enter_last(self, hidden: Tensor, rotation: Tensor, wanted: Sequence[slice]) -> tuple[Tensor, Tensor, Tensor]:
+        """Like `enter_rows`, for the last layer: only wanted rows go on, all leave their keys and values.
+
+        Args:
+            hidden: (tokens, width).
+            rotation: (2, tokens, head_dim) rows of `rotation_table`.
+            wanted: rows.
+
+        Returns:
+            The wanted rows' states, their queries, and all rows' keys and values.
+        """
+        normed = self.input_layernorm(hidden)
+        asking, left = (torch.cat([states[rows] for rows in wanted]) for states in (normed, hidden))
+        asking_rotation = torch.cat([rotation[:, rows] for rows in wanted], dim=1)
+        return left, *self.self_attn.project_last(asking, asking_rotation, normed, rotation)
+
     def leave(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """All after: what was seen, (…, tokens, width), goes into the residual stream."""
+        if (
+            hidden.shape[-2] > CPU_ROWS
+            and hidden.device.type == "cpu"
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        ):
+            parts = zip(hidden.split(CPU_ROWS, dim=-2), mixed.split(CPU_ROWS, dim=-2), strict=True)
+            return torch.cat([self.leave(*part) for part in parts], dim=-2)
         hidden = add_product(hidden, self.self_attn.o_proj, mixed)
         return add_product(hidden, self.mlp.down_proj, self.mlp.gated(self.post_attention_layernorm(hidden)))
 
-    def forward(self, hidden: Tensor, rotation: Rotation, attention_mask: AnyMask) -> Tensor:
-        return self.leave(hidden, self.self_attn.mix(*self.enter(hidden, rotation), attention_mask))
+    def forward(
+        self, hidden: Tensor, rotation: Rotation, attention_mask: AnyMask, wanted: slice | None = None
+    ) -> Tensor:
+        if wanted is None:
+            return self.leave(hidden, self.self_attn.mix(*self.enter(hidden, rotation), attention_mask))
+        states = self.self_attn.project(self.input_layernorm(hidden), rotation, wanted)
+        return self.leave(hidden[:, wanted], self.self_attn.mix(*states, attention_mask))
 
 
 class LanguageModel(nn.Module):
@@ -407,6 +334,7 @@ class LanguageModel(nn.Module):
         hidden: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: AnyMask = None,
+        wanted: slice | None = None,
     ) -> Tensor:
         """Run every position through every layer.
 
@@ -416,6 +344,8 @@ class LanguageModel(nn.Module):
             attention_mask: boolean, True where attention is allowed: (batch, tokens) over keys, or
                 (batch, 1, tokens, tokens) over pairs; or of rows that share a prefix or are packed; None when
                 nothing is padded.
+            wanted: tokens whose states are returned; all by default. Of the others the last layer computes keys and
+                values only.
 
         Returns:
             (batch, tokens, width) normed hidden states.
@@ -426,6 +356,6 @@ class LanguageModel(nn.Module):
             attention_mask = attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, tokens): over keys only
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
         rotation = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, dtype or hidden.dtype)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             hidden = layer(hidden, rotation, attention_mask)
-        return self.norm(hidden)
+        return self.norm(self.layers[-1](hidden, rotation, attention_mask, wanted))

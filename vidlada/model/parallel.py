@@ -29,7 +29,7 @@ PLAN: dict[str, type[ParallelStyle]] = {
 POLL_SECONDS = 0.1  # between looks whether one of the processes has ended
 
 
-def launched() -> int:
+def world_size() -> int:
     """Number of processes of this launch, as torchrun and `launch` tell them; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -62,9 +62,9 @@ def make_mesh(processes: int, device: str) -> DeviceMesh:
     Raises:
         InputError: this process was not launched together with so many.
     """
-    if launched() != processes:
+    if world_size() != processes:
         raise InputError(
-            f"tensor parallelism over {processes} processes was asked for, and {launched()} run; start them with "
+            f"tensor parallelism over {processes} processes was asked for, and {world_size()} run; start them with "
             f"torchrun --nproc-per-node {processes}"
         )
     if device == "cuda":

@@ -11,7 +11,8 @@ from transformers.utils import ModelOutput
 
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
-from vidlada.model.language_model import AnyMask, LanguageModel, RMSNorm
+from vidlada.model.language_model import LanguageModel, RMSNorm
+from vidlada.model.masks import AnyMask
 from vidlada.model.vision import Vision
 from vidlada.tiling import MediaShape
 

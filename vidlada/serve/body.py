@@ -148,7 +148,7 @@ class Arrivals:
                 if len(self.arriving) > self.limits.max_arriving:
                     self.displace()
 
-                def counted(size: int) -> None:
+                def count_bytes(size: int) -> None:
                     assert arrival is not None
                     count(size)
                     arrival.received += size
@@ -159,7 +159,7 @@ class Arrivals:
                         longer = min(seconds + arrival.received / SLOWEST, self.limits.request_seconds)
                         timeout.reschedule(arrival.started + max(seconds, longer))
 
-                limited = LimitedReceive(request, most, mebibytes, counted)
+                limited = LimitedReceive(request, most, mebibytes, count_bytes)
                 try:
                     return await take(Request(request.scope, limited), limited)
                 finally:

@@ -14,7 +14,8 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from vidlada.api import VidLaDA
-from vidlada.engine.requests import RequestHandle, Update
+from vidlada.engine.entry import Update
+from vidlada.engine.requests import RequestHandle
 from vidlada.errors import VidLaDAError
 from vidlada.serve.objects import Draft, DraftToken, TokenLogprob, Usage
 from vidlada.serve.schema import AnswerRequest

@@ -20,8 +20,13 @@ class RequestError(VidLaDAError):
     """
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None):
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
+        super().__init__(writable(message))
+        self.status, self.code, self.param = status, code, None if param is None else writable(param)
+
+
+def writable(text: str) -> str:
+    """A text as UTF-8 can hold it: halves of characters, as in names that a request gave, become escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def shutting_down() -> RequestError:

@@ -188,7 +188,7 @@ class Outermost:
             return
         status = 0
 
-        async def counted(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -197,18 +197,18 @@ class Outermost:
 
         try:
             self.rules.check(Headers(scope=scope))
-            await self.app(scope, receive, counted)
+            await self.app(scope, receive, send_with_headers)
         except ClientDisconnect:
             status = status or CLIENT_CLOSED
         except asyncio.CancelledError:  # by the server, which ends; an answer that began is broken off
             if not status:
-                await error_response(shutting_down())(scope, receive, counted)
+                await error_response(shutting_down())(scope, receive, send_with_headers)
         except Exception as error:
             if not isinstance(error, VidLaDAError):
                 log.exception("a request failed", exc_info=error)
             if status:  # too late to say so: breaking the connection off tells the client
                 raise
-            await error_response(as_request_error(error))(scope, receive, counted)
+            await error_response(as_request_error(error))(scope, receive, send_with_headers)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             scope["app"].state.server.metrics.responses.labels(route, str(status)).inc()

@@ -3,7 +3,7 @@
 from itertools import accumulate
 from typing import Any
 
-from vidlada.engine.requests import Update
+from vidlada.engine.entry import Update
 from vidlada.serve.completions import DONE, Reply, event
 from vidlada.serve.objects import TextChoice, TextLogprobs, TokenLogprob
 from vidlada.serve.schema import CompletionRequest

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from vidlada.api import VidLaDA
-from vidlada.engine.requests import Update
+from vidlada.engine.entry import Update
 from vidlada.serve.body import validate
 from vidlada.serve.completions import Reply, event
 from vidlada.serve.errors import RequestError

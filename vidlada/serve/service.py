@@ -73,7 +73,7 @@ class Service:
         self, vidlada: VidLaDA, limits: Limits, folder: Path, allowed: Path | None = None, private_urls: bool = False
     ):
         self.vidlada, self.limits = vidlada, limits
-        self.engine = Engine(vidlada, limits)
+        self.engine = Engine(vidlada.model, vidlada.processor, limits)
         self.decoders = Decoders(limits, vidlada.processor.image_size, vidlada.processor.most_frames)
         self.files = FileStore(folder, limits)
         self.media = MediaSource(folder, limits, self.files, allowed, private_urls)

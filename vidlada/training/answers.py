@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 
 import torch
 
-from vidlada.decoding.sampler import Request, denoise
-from vidlada.decoding.thinking import split_thought
-from vidlada.errors import InputError
+from vidlada.decoding.request import Request
+from vidlada.decoding.thinking import Turn
+from vidlada.engine.entry import ReadyEntry
+from vidlada.engine.offline import decode
+from vidlada.engine.prompts import build_request
+from vidlada.errors import InputError, VidLaDAError
 from vidlada.generation import GenerationSettings
 from vidlada.messages import pieces_of
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
@@ -50,17 +53,20 @@ def answer_questions(
         questions: any number, of which a few are decoded together.
         settings: of decoding.
     """
-    answers: list[str] = []
-    left = iter(questions)
-    while group := list(islice(left, AT_ONCE)):
-        requests = list(requests_for(model, processor, group, settings))
-        texts = [""] * len(group)
-        places = [place for place, _ in requests]
-        for number, state in denoise(model, [request for _, request in requests]):
-            if state.done:
-                texts[places[number]] = split_thought(processor.decode(state.answer_ids()))[1]
-        answers += texts
-    return answers
+    texts = [""] * len(questions)
+    places: list[int] = []  # of what is decoded
+
+    def entries() -> Iterator[ReadyEntry]:
+        for place, request in requests_for(model, processor, questions, settings):
+            places.append(place)
+            yield ReadyEntry(request, model, partial(Turn, request, processor, model))
+
+    # sharded weights are elsewhere in every evaluation, where captured graphs would not look for them
+    for number, update in decode(model, entries(), AT_ONCE, static=False):
+        if isinstance(update, VidLaDAError):
+            raise update
+        texts[places[number]] = update.stable.text
+    return texts
 
 
 @torch.inference_mode()
@@ -70,13 +76,12 @@ def requests_for(
     questions: Sequence[AskedQuestion],
     settings: GenerationSettings,
 ) -> Iterator[tuple[int, Request]]:
-    """What the decoding loop needs to answer questions, by their number; broken samples are left out. Questions of one
-    sample that follow each other share its visual tokens."""
+    """Requests that answer questions, with their numbers; broken samples are left out. Questions of one sample that
+    follow each other share its visual tokens."""
     item: Item | None = None
     sample: Sample | None = None
     visual: list[torch.Tensor] = []
-    words = [tuple(processor.text_ids(word)) for word in settings.stop]
-    stops = (*words, *((token,) for token in model.config.stop_token_ids))
+    empty = torch.empty(0, model.language_model.config.hidden_size, device=model.device, dtype=model.dtype)
     for place, question in enumerate(questions):
         if question.item is not item:
             item, sample, visual = question.item, sample_of(question), []
@@ -91,9 +96,8 @@ def requests_for(
         messages = messages[: (sample.system is not None) + 2 * turns + 1]
         shown = sum(not isinstance(piece, str) for message in messages for piece in pieces_of(message))
         encoded = processor.encode(messages, sample.shapes[:shown])
-        ids = torch.tensor([encoded.input_ids], device=model.device)
-        prompt = model.embed(ids, torch.cat(visual[:shown]) if shown else None)[0]
-        yield place, Request(prompt, settings, stops, frame_index=encoded.frame_index)
+        tokens = torch.cat([empty, *visual[:shown]])
+        yield place, build_request(model, processor, encoded, tokens, settings)
 
 
 def sample_of(question: AskedQuestion) -> Sample | None:

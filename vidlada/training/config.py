@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
-from vidlada.training.data.samples import STRICT, Share
+from vidlada.training.data.samples import STRICT, OneOrMore, Share
 from vidlada.training.settings import build, expand_variables, read_yaml
 
 ModelPart = Literal["tower", "projector", "language_model"]
@@ -108,7 +108,7 @@ class Stage:
     final_learning_rate: NonNegativeFloat | None = None
     tower_learning_rate: PositiveFloat | None = None
     projector_learning_rate: PositiveFloat | None = None
-    frozen: tuple[ModelPart, ...] = ()
+    frozen: Annotated[tuple[ModelPart, ...], OneOrMore] = ()
     schedule: Literal["linear", "cosine"] = "linear"
     collate: CollateSettings = field(default_factory=CollateSettings)
     think_tokens: bool = False
@@ -176,7 +176,7 @@ class Lora:
     rank: PositiveInt = 64
     alpha: PositiveInt = 128
     dropout: Share = 0.0
-    modules: tuple[LinearMap, ...] = get_args(LinearMap)
+    modules: Annotated[tuple[LinearMap, ...], OneOrMore] = get_args(LinearMap)
     train_projector: bool = True
 
     def __post_init__(self) -> None:
@@ -257,7 +257,7 @@ class TrainingConfig:
     lora: Lora | None = None
     evaluation: Evaluation | None = None
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    layouts: tuple[Literal["vidlada", "published"], ...] = ("vidlada",)
+    layouts: Annotated[tuple[Literal["vidlada", "published"], ...], OneOrMore] = ("vidlada",)
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     name: str | None = None
 

@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedConfig, SiglipVisionConfig
 
 from vidlada.errors import InputError
+from vidlada.machine import free_memory
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
 from vidlada.model.hub import is_hub_name
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
@@ -33,21 +34,30 @@ NOT_DESCRIBED = {entry.name for entry in fields(PreTrainedConfig)} | {
 FROZEN_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the precision of a run
 
 
-def initial_model(config: TrainingConfig, weights: bool = True) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
+def initial_model(
+    config: TrainingConfig,
+    weights: bool = True,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
     """The model a run starts from, and its processor.
 
     Args:
         config: of the run.
         weights: needed; if not, because another process will send them, a checkpoint's are not read.
+        device: a checkpoint's weights are loaded to, if it has room; the CPU by default.
+        dtype: of a checkpoint's weights, but for frozen ones.
 
     Raises:
         InputError: `init_from` is not a usable checkpoint.
     """
-    model, processor = _first_model(config, weights)
+    model, processor = _first_model(config, weights, device or torch.device("cpu"), dtype)
     return model, add_think_tokens(model, processor) if config.think_tokens else processor
 
 
-def _first_model(config: TrainingConfig, weights: bool) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
+def _first_model(
+    config: TrainingConfig, weights: bool, device: torch.device, dtype: torch.dtype
+) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
     """The same without the tokens that stages ask for."""
     from vidlada.training.adapt import adapt_llama
 
@@ -63,10 +73,14 @@ def _first_model(config: TrainingConfig, weights: bool) -> tuple[VidLaDAForMaske
     # frozen weights under adapters are of the run's type, where autocast bridges it; what is trained is float32. Stored
     # in that type they are mapped from the file: processes share that memory
     frozen = FROZEN_TYPES.get(config.precision) if config.lora is not None else None
+    checkpoint = describe(folder)
     if weights or frozen is not None:
-        model = load_model(folder, dtype=frozen or torch.float32)
+        kind = frozen or dtype
+        need = kind.itemsize * sum(entry.count for entry in (*checkpoint.entries.values(), *checkpoint.tower.values()))
+        fits = weights and device.type != "cpu" and need < (free_memory(device) or need)
+        model = load_model(folder, dtype=kind, device=str(device) if fits else None, checkpoint=checkpoint)
     else:
-        model = empty_model(describe(folder).config)
+        model = empty_model(checkpoint.config)
     insert_layers(model, config.new_layers)
     return model, VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
 

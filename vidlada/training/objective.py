@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidlada.model.language_model import AnyMask, RowMask
+from vidlada.model.masks import AnyMask, RowMask
 
 IGNORED = -100
 MINIMUM_PROBABILITY = 1e-3

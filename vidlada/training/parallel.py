@@ -143,6 +143,18 @@ def weights_come_from_main(accelerator: Accelerator) -> bool:
     return fsdp is not None and fsdp.cpu_ram_efficient_loading and not accelerator.is_main_process
 
 
+def weights_place(accelerator: Accelerator) -> tuple[torch.device, torch.dtype]:
+    """Where a checkpoint's weights go, tensor by tensor from the mapped file, and in which type: the device of this
+    process, so that none holds a copy on the host. DeepSpeed keeps them in the run's type, and float32 ones of its own;
+    with ZeRO-3 transformers divides every layer among the processes as soon as it is read.
+    """
+    if not is_deepspeed(accelerator):
+        return accelerator.device, torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    divided = accelerator.state.deepspeed_plugin.zero_stage == 3
+    return torch.device("cpu") if divided else accelerator.device, dtype
+
+
 def is_deepspeed(accelerator: Accelerator) -> bool:
     """Whether DeepSpeed runs backward passes, clips and updates."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.machine import keep_freed_memory, resident_memory, return_free_memory
-from vidlada.model.language_model import PackedMask
+from vidlada.model.masks import PackedMask
 from vidlada.tiling import pictures_of
 from vidlada.training.batches import Batches
 from vidlada.training.checkpoints import NotSaved, load_checkpoint, save_checkpoint, save_final, write_folder
@@ -33,6 +33,7 @@ from vidlada.training.parallel import (
     on_main,
     total,
     weights_come_from_main,
+    weights_place,
 )
 from vidlada.training.records import Records
 from vidlada.training.signals import StopSignals
@@ -118,7 +119,9 @@ class Run:
         self.sources = prepared_run.sources
         self.accelerator, self.say = accelerator, say
         self.output = Path(config.output)
-        model, self.processor = initial_model(config, weights=not weights_come_from_main(accelerator))
+        model, self.processor = initial_model(
+            config, not weights_come_from_main(accelerator), *weights_place(accelerator)
+        )
         self.dtype = save_dtype(config)
         if not model.config.text_only:
             # transformers' fused attention is several times slower than plain products in a CPU's bfloat16 backward

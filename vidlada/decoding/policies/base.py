@@ -5,7 +5,7 @@ does not know what tokens mean, and the sampler does not know which policy runs.
 one with a subclass of `SegmentPolicy` (or anything that fits `Policy`), and add it to the table in `__init__.py`.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -84,11 +84,6 @@ class AttentionPattern:
         self.joins: dict[int, Tensor] = {}
         self.compact: dict[int, Tensor] = {}
 
-    def static_key(self) -> Hashable:
-        """What tells the passes apart whose attention runs over the same buffers whatever the values in them, so that
-        they may be captured once and replayed (`vidlada.decoding.static_step`); None if the next pass must not be."""
-        return () if type(self) is AttentionPattern else None
-
     def prune(self, frames: FrameMap, numbers: np.ndarray) -> None:
         """Take note that visual tokens were dropped, so that remembered positions are void.
 
@@ -123,7 +118,8 @@ class AttentionPattern:
             queries: (heads, active, head_dim), rotated.
             keys, values: (key/value heads, tokens, head_dim) of the whole sequence.
             layer: number of the layer.
-            active: (active,) positions that are being recomputed.
+            active: (active,) positions that are being recomputed; in the last layer only those of the answer, if the
+                pass begins with them.
 
         Returns:
             (heads, active, head_dim).

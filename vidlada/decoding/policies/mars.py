@@ -202,15 +202,13 @@ class ChunkPattern(AttentionPattern):
         self.visual_start = plan.start.get("visual")
         self.chunked, self.search = plan.chunked, plan.search
 
-    def static_key(self) -> tuple[()] | None:
-        """Passes that do not refresh the frames attend to everything."""
-        return () if self.visual_start is None or not (self.chunked or self.search) else None
-
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
         """See `AttentionPattern`."""
         # decided by the plan, not by the tensors: reading those would make the host wait for a GPU in every layer
         if self.visual_start is None or layer < self.visual_start or not (self.chunked or self.search):
             return attend_grouped(queries, keys, values)
+        if len(active) < sum(len(positions) for start, positions in self.joins.items() if start <= layer):
+            return attend_grouped(queries, keys, values)  # in the last layer only the answer asks
         visual = self.frames.visual
         order = self._visual_first(active)
         visual_queries = queries.index_select(1, order[: len(visual)])

@@ -55,10 +55,6 @@ class SparsePattern(AttentionPattern):
         if "text" in plan.start:
             self.compact.clear()
 
-    def static_key(self) -> tuple[int] | None:
-        """Passes after a selection look at its keys."""
-        return (self.selections,) if self.compact and not self.select else None
-
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
         """See `AttentionPattern`."""
         if self.select:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vidlada.errors import InputError
 from vidlada.messages import END_OF_TEXT, END_OF_TURN, MASK, VIDEO_PLACE, Message, place_media
-from vidlada.model.language_model import PackedMask, RowMask, SharedPrefixMask
+from vidlada.model.masks import PackedMask, RowMask, SharedPrefixMask
 from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import ImageShape, MediaShape
 from vidlada.training.config import CollateSettings

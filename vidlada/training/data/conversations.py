@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from vidlada.errors import InputError
-from vidlada.settings import format_value
+from vidlada.settings import format_value, half_character
 from vidlada.training.data.entries import Entry, Media, TarMember
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -170,12 +170,8 @@ def text_of_parts(parts: list[Any], name: str, paths: list[str] | None) -> str:
 
 def check_text(name: str, text: str) -> None:
     """Refuse halves of characters, and bytes that were not UTF-8 (`read_values` leaves those as lone surrogates)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        what = "a byte that is not UTF-8" if "\udc80" <= half <= "\udcff" else f"half a character ({half!a})"
-        raise Malformed(f"{name} has {what} at position {error.start}") from error
+    if problem := half_character(text):
+        raise Malformed(f"{name} has {problem}")
 
 
 def read_values(path: Path) -> Iterator[Value]:

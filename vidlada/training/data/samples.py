@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from vidlada.errors import InputError
+from vidlada.settings import as_sequence
 from vidlada.tiling import MediaShape
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 Share = Annotated[float, Field(ge=0, le=1)]
+OneOrMore = BeforeValidator(as_sequence)
 
 
 class BrokenMedia(InputError):  # noqa: N818 - a kind of input, named for what it is

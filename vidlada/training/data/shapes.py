@@ -13,7 +13,7 @@ from vidlada.errors import InputError
 from vidlada.shapes.questions import BENCHMARK_FAMILIES, FAMILIES, questions_for
 from vidlada.shapes.render import render_frames
 from vidlada.shapes.world import MAX_SECONDS, MAX_THINGS, MIN_SECONDS, Clip, clip_for, slow_down, still
-from vidlada.training.data.samples import STRICT, Item, Sample, Share
+from vidlada.training.data.samples import STRICT, Item, OneOrMore, Sample, Share
 from vidlada.training.settings import hint
 
 Seconds = Annotated[int, Field(ge=MIN_SECONDS, le=MAX_SECONDS)]
@@ -49,12 +49,12 @@ class ShapesSource:
     split: Literal["train", "validation"] = "train"
     frames_per_batch: PositiveInt = 256
     seconds: tuple[Seconds, Seconds] | None = None
-    families: tuple[str, ...] = tuple(BENCHMARK_FAMILIES)
+    families: Annotated[tuple[str, ...], OneOrMore] = tuple(BENCHMARK_FAMILIES)
     questions: PositiveInt = 6
     choice_share: Share = 0.3
     pictures: bool = False
     picture_share: Share = 0.0
-    picture_families: tuple[str, ...] = ("clock",)
+    picture_families: Annotated[tuple[str, ...], OneOrMore] = ("clock",)
     max_things: Annotated[int, Field(ge=1, le=MAX_THINGS)] = MAX_THINGS
     single_share: Share = 0.0
     text_only_share: Share = 0.0

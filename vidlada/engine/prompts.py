@@ -1,0 +1,40 @@
+"""An encoded conversation and its visual tokens, as a request for the denoising loop."""
+
+import torch
+from torch import Tensor
+
+from vidlada.decoding.request import Request
+from vidlada.decoding.token_reduction import reduce_visual
+from vidlada.generation import GenerationSettings
+from vidlada.model.video_model import VidLaDAForMaskedDiffusion
+from vidlada.processor import EncodedConversation, VidLaDAProcessor
+
+
+def build_request(
+    model: VidLaDAForMaskedDiffusion,
+    processor: VidLaDAProcessor,
+    encoded: EncodedConversation,
+    visual_tokens: Tensor,
+    settings: GenerationSettings,
+) -> Request:
+    """Build the decoding request for the next answer of a conversation.
+
+    Args:
+        model, processor: that answer.
+        encoded: as the processor encodes it.
+        visual_tokens: (visual tokens, width) of all its videos, in order.
+        settings: of decoding.
+    """
+    if settings.visual_keep < 1:
+        encoded, visual_tokens = reduce_visual(encoded, visual_tokens, settings.visual_keep)
+    ids = torch.tensor([encoded.input_ids], device=model.device)
+    with torch.inference_mode():
+        prompt = model.embed(ids, visual_tokens)[0]
+    words = [tuple(processor.text_ids(word)) for word in settings.stop]
+    return Request(
+        prompt=prompt,
+        settings=settings,
+        stop_sequences=(*words, *((token,) for token in model.config.stop_token_ids)),
+        suffix_ids=tuple(processor.text_ids(settings.suffix)) if settings.suffix else (),
+        frame_index=encoded.frame_index,
+    )
