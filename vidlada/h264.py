@@ -94,6 +94,11 @@ class FrameNumbers:
         else:
             self._learn_all(extradata)
 
+    def is_refresh(self, packet: bytes | memoryview) -> bool:
+        """Whether a packet's picture is one of instant refresh: no later picture leans on one before it."""
+        start = self._slice(packet)
+        return start < 0 or packet[start] & 0x1F == IDR
+
     def restart(self) -> None:
         """Forget what came before: decoding begins elsewhere."""
         self.reference = None

@@ -386,7 +386,8 @@ def _decode(
             assert isinstance(stream, VideoStream)
             _read_only(container, [stream])
             stream.thread_type = "AUTO"
-            stream.codec_context.options = {"err_detect": "explode"}  # else decoders invent what damage took away
+            if timeline.instant:
+                stream.codec_context.options = {"err_detect": "explode"}  # else decoders invent what damage took away
             yield container, stream
 
     for shown, frame in decode_frames(opener, timeline, wanted):

@@ -13,6 +13,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from vidlada.errors import InputError
+from vidlada.h264 import FrameNumbers
 from vidlada.truncation import is_cut
 
 UNKNOWN = -(2**63)  # a time stamp that is not there
@@ -102,6 +103,8 @@ class Timeline:
         begins_anywhere: recordings in this container may begin between key pictures.
         places: (all packets,) where each begins in the file.
         losses: numbers of the packets in front of which others are missing; see `vidlada.video_losses`.
+        instant: no key picture of an H.264 stream is anything but an instant refresh. Where decoding begins at others,
+            the decoder takes what lies before for an error.
     """
 
     info: VideoInfo
@@ -116,6 +119,7 @@ class Timeline:
     begins_anywhere: bool
     places: Sequence[int] = ()
     losses: frozenset[int] = frozenset()
+    instant: bool = True
 
     def in_decoder_order(self) -> "Timeline":
         """The same for a file whose time stamps, taken together, are right, but not for each packet: frames are
@@ -166,7 +170,8 @@ def index_file(path: Path, container: InputContainer, streams: Sequence[VideoStr
         raise InputError(f"{path}: the video stream holds no frames; the file is empty or truncated")
     timeline = _timeline(path, container, stream, packets)
     _refuse_truncated(path, container, stream, packets, timeline, problem)
-    return stream, replace(timeline, places=columns[stream.index].places)
+    found_columns = columns[stream.index]
+    return stream, replace(timeline, places=found_columns.places, instant=found_columns.instant)
 
 
 class _Columns:
@@ -176,7 +181,8 @@ class _Columns:
         self.pts, self.dts, self.durations = array("q"), array("q"), array("q")
         self.flags, self.places = bytearray(), array("q")
         self.restarts: list[int] = []
-        self.codec = stream.codec_context.name
+        self.codec, self.instant = stream.codec_context.name, True
+        self.numbers = FrameNumbers(stream.codec_context.extradata or b"") if self.codec == "h264" else None
         self.untimed = container.format.name == "avi" or stream.start_time is None
         self.types = container.format.name == "mpeg" and self.codec in MPEG_VIDEO
 
@@ -187,6 +193,8 @@ class _Columns:
         self.durations.append(packet.duration or 0)
         self.places.append(packet.pos or 0)
         self.flags.append(KEY * packet.is_keyframe | HIDDEN * packet.is_discard | CORRUPT * packet.is_corrupt)
+        if packet.is_keyframe and self.numbers is not None:
+            self.instant &= self.numbers.is_refresh(memoryview(packet))
         if packet.is_keyframe and self.untimed and self.codec in UNTIMED_REORDERING:
             place, bits = NAL_TYPE[self.codec]
             kinds = {found.group(1)[0] >> place & bits for found in NAL_START.finditer(bytes(packet))}

@@ -29,7 +29,7 @@ CACHES = {
 }
 FEW = ("none", "dual", "elastic", "mars", "chunks")  # of every kind, for what a cache has no part in
 # Where the host may wait, and how often. Of every question: its ids go up, and its places are counted.
-QUESTION_WAITS = {"api.py tensor of host data": 1, "model/video_model.py _local_scalar_dense": 1}
+QUESTION_WAITS = {"engine/prompts.py tensor of host data": 1, "model/video_model.py _local_scalar_dense": 1}
 # Of every step: the one copy of its proposals.
 STEP_WAITS = {"decoding/sampler.py cpu": 1}
 # What a cache's method cannot do without: whether a layer's attention moved; where scenes begin, once a request.

@@ -48,6 +48,8 @@ class AttentionProbe(AttentionPattern):
         kept: layer → share of the anchors that were anchors in the step before.
     """
 
+    whole = True
+
     def __init__(self, frames: FrameMap):
         super().__init__()
         self.frames = frames

@@ -200,7 +200,7 @@ class RequestCache:
         """How many of a pass's positions, the first ones, are the answer's: nobody reads what leaves the last layer of
         the others. None where the answer does not come first, or only a part of it goes on."""
         starts = [start for segment, start in plan.start.items() if segment not in self.refreshes]
-        if plan.narrow is not None or not starts or set(starts) != {min(plan.start.values())}:
+        if self.attention.whole or plan.narrow is not None or not starts or set(starts) != {min(plan.start.values())}:
             return None
         return sum(map(len, joins[starts[0]][: len(starts)]))
 

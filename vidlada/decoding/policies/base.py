@@ -79,6 +79,8 @@ class AttentionPattern:
         compact: as of `vidlada.decoding.kv_cache.PartialPass`; empty for most.
     """
 
+    whole: ClassVar[bool] = False  # every position of a pass asks in the last layer too, not the answer's alone
+
     def __init__(self) -> None:
         self.anchors: dict[int, Tensor] = {}
         self.joins: dict[int, Tensor] = {}
