@@ -66,11 +66,9 @@ def test_cancelled_requests_free_their_place_within_a_step(small):
         return first
 
     with engine_of(small, max_running=1) as engine:
-        started = time.perf_counter()
         asyncio.run(run(engine))
         assert engine.totals.cancelled == 1
         assert engine.totals.steps < 256
-        assert time.perf_counter() - started < 20
         assert not engine.running
         assert not engine.denoiser.rows
 
