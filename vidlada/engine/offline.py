@@ -1,6 +1,7 @@
 """Answering requests in the caller's thread: what `ask`, `ask_many`, evaluation and the trainer's score are made of."""
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from vidlada.engine.core import EngineCore
 from vidlada.engine.entry import ReadyEntry, Update
@@ -27,15 +28,10 @@ def decode(
     core = EngineCore(model, EngineLimits(max_running=max(1, together)), static)
     source = enumerate(entries)
     taken: dict[int, ReadyEntry] = {}
-    exhausted = False
     while True:
-        while not exhausted and len(taken) < core.limits.max_running:
-            number, entry = next(source, (0, None))
-            if entry is None:
-                exhausted = True
-            else:
-                taken[number] = entry
-                core.waiting.append(entry)
+        for number, entry in islice(source, core.limits.max_running - len(taken)):
+            taken[number] = entry
+            core.waiting.append(entry)
         if not taken:
             return
         while core.prepare():
