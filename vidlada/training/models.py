@@ -31,7 +31,7 @@ NOT_DESCRIBED = {entry.name for entry in fields(PreTrainedConfig)} | {
     "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "video_token_id", "suppressed_token_ids",
     "stop_token_ids", "vocab_size", "tie_word_embeddings", "source",
 }  # fmt: skip
-FROZEN_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the precision of a run
+RUN_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the precision of a run
 
 
 def initial_model(
@@ -72,7 +72,7 @@ def _first_model(
 
     # frozen weights under adapters are of the run's type, where autocast bridges it; what is trained is float32. Stored
     # in that type they are mapped from the file: processes share that memory
-    frozen = FROZEN_TYPES.get(config.precision) if config.lora is not None else None
+    frozen = RUN_TYPES.get(config.precision) if config.lora is not None else None
     checkpoint = describe(folder)
     if weights or frozen is not None:
         kind = frozen or dtype

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.config import TrainingConfig
+from vidlada.training.models import RUN_TYPES
 
 Engine = Literal["ddp", "fsdp", "deepspeed"]
 Result = TypeVar("Result")
@@ -150,7 +151,7 @@ def weights_place(accelerator: Accelerator) -> tuple[torch.device, torch.dtype]:
     """
     if not is_deepspeed(accelerator):
         return accelerator.device, torch.float32
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    dtype = RUN_TYPES.get(accelerator.mixed_precision, torch.float32)
     divided = accelerator.state.deepspeed_plugin.zero_stage == 3
     return torch.device("cpu") if divided else accelerator.device, dtype
 
