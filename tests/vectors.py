@@ -83,6 +83,7 @@ def our_key(published: str) -> str:
 
 
 @cache
+@torch.inference_mode(False)  # an ordinary module even where the first caller is in inference mode
 def load_reference_model(variant: Variant) -> VidLaDAForMaskedDiffusion:
     """The formula model in float32, evaluation mode. One a process: do not change it."""
     published = published_config(variant)

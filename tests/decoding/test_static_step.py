@@ -1,5 +1,7 @@
 """Passes over fixed buffers give what eager ones give, whatever the policy, the batch and who joins or leaves."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -114,7 +116,7 @@ def test_joins_and_leaves_lose_no_graphs(cache):
 
 
 def test_moved_weights_are_captured_anew():
-    model = load_reference_model("gqa")
+    model = copy.deepcopy(load_reference_model("gqa"))  # the reference is shared
     graphs = GRAPHS[model.language_model] = LayerGraphs(1)
     asked = request(model, "dual", {}, 2, 0, ())
     decode(model, [asked], True)
