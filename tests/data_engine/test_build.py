@@ -164,16 +164,18 @@ def four_at_once(tmp_path, config):
 
 def test_segments_worked_on_at_once_write_the_same_files(tmp_path, stub, config, four_at_once):
     assert build(config).exit_code == 0
-    number, lock, at_once = 0, threading.Lock(), [0]
+    number, lock, at_once, met = 0, threading.Lock(), [0], threading.Barrier(2)
 
     def wait(body):
-        """The earlier a request, the longer: what is asked later is answered first."""
+        """The first two meet; then the earlier a request, the longer: what is asked later is answered first."""
         nonlocal number
         with lock:
             number += 1
-            delay = 0.3 / number
+            own = number
             at_once.append(at_once[-1] + 1)
-        time.sleep(delay)
+        if own <= 2:
+            met.wait(240)
+        time.sleep(0.3 / own)
         with lock:
             at_once.append(at_once[-1] - 1)
 

@@ -35,6 +35,14 @@ PACES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def no_graphs():
+    """The models are shared; no other test runs with the graphs of these."""
+    GRAPHS.clear()
+    yield
+    GRAPHS.clear()
+
+
 def request(model, cache, pace, frames, seed, stop):
     index = [-1] * 2 + [number for number in range(frames) for _ in range(4)] + [-1] * 3
     width = model.config.text_config.hidden_size
