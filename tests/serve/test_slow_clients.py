@@ -10,6 +10,7 @@ from serve.running import HEAD, LONG, SHORT, idle, send_body, wait_for
 
 pytestmark = pytest.mark.slow
 
+
 @pytest.fixture
 def connect():
     with ExitStack() as stack:

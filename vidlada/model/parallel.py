@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -99,9 +100,9 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     common = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     running = []
     for rank in range(processes):
-        silent = {} if rank == 0 else {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        silent: dict[str, Any] = {} if rank == 0 else {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        running.append(subprocess.Popen([sys.executable, "-m", "vidlada", *arguments], env=environment, **silent))  # type: ignore[call-overload]
+        running.append(subprocess.Popen([sys.executable, "-m", "vidlada", *arguments], env=environment, **silent))
     try:
         while running[0].poll() is None and not any(each.poll() for each in running):
             time.sleep(POLL_SECONDS)

@@ -247,14 +247,7 @@ class Run:
         # frames that only stand in leave gradients of zero, on which an optimizer's momentum would still move
         if not figures.frames:
             drop_gradients(self.model, ("tower", "projector"))
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
-        # under fp16 the scaler skips such a step; DeepSpeed knows the norm only when it has updated the weights
-        if norm is not None and config.precision != "fp16" and not is_deepspeed(accelerator):
-            figures.gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-            if not math.isfinite(figures.gradient_norm):
-                raise VidLaDAError(
-                    f"the gradient of step {step} is {figures.gradient_norm}; it ended before it changed any weight"
-                )
+        self.clip(step, figures)
         self.optimizers.step()
         if accelerator.device.type == "cpu" and (step + 1) % TRIM_EVERY == 0:
             self.trim()
@@ -271,6 +264,18 @@ class Run:
         mask = batch["attention_mask"]
         sequences = mask.sizes if isinstance(mask, PackedMask) else (length,) * rows
         figures.flops += sum(self.flops(1, size, 0) for size in sequences) + self.flops(0, 0, frames)
+
+    def clip(self, step: int, figures: Figures) -> None:
+        """Clip the gradient and note its norm; a gradient that is not finite ends the run."""
+        accelerator, config = self.accelerator, self.config
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        # under fp16 the scaler skips such a step; DeepSpeed knows the norm only when it has updated the weights
+        if norm is not None and config.precision != "fp16" and not is_deepspeed(accelerator):
+            figures.gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            if not math.isfinite(figures.gradient_norm):
+                raise VidLaDAError(
+                    f"the gradient of step {step} is {figures.gradient_norm}; it ended before it changed any weight"
+                )
 
     def check(self, step: int, figures: Figures, progress: Progress) -> None:
         """End a run whose loss is not finite or whose samples are broken too often; keeps count of the samples."""
