@@ -43,7 +43,7 @@ def models(dtype):
     return found
 
 
-def asked(model, dtype):
+def requests_of(model, dtype):
     for number, cache in enumerate(CACHES):
         settings = GenerationSettings(gen_length=8, block_length=4, cache=cache).replace(**PACES[number % len(PACES)])
         request = random_request(model, 5, 4, settings)
@@ -60,7 +60,7 @@ def final(model, requests):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_of_every_policy_and_pace(dtype):
     plain, there = models(dtype)
-    requests = list(asked(plain, dtype))
+    requests = list(requests_of(plain, dtype))
     expected = final(plain, requests)
     with pretended_device() as counts:
         move(there, counts)

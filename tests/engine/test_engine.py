@@ -224,9 +224,9 @@ def test_a_thought_precedes_its_answer(small):
     thinks = {"think": True, "think_length": 16, "gen_length": 8}
     with engine_of(small) as engine:
         update = asyncio.run(answer(engine, job_of(small, "is it red ?/think", frames=3, **thinks)))
-    asked = small.ask(frames_of(3), "is it red ?", **thinks)
-    assert (update.stable.text, update.stable.reasoning) == (asked.text, asked.reasoning)
-    assert update.state.statistics.steps == asked.statistics.steps > 8
+    expected = small.ask(frames_of(3), "is it red ?", **thinks)
+    assert (update.stable.text, update.stable.reasoning) == (expected.text, expected.reasoning)
+    assert update.state.statistics.steps == expected.statistics.steps > 8
     assert update.stable.reasoning_tokens > 0
 
 

@@ -176,12 +176,12 @@ def test_samples_that_cannot_be_asked_cost_only_themselves(videos, small_lm):
     video = videos / "clip1.mp4"
     small_lm.task_dict["t"] = {"test": [{}] * 3}
     mixed = [{"type": "video", "url": str(video)}, {"type": "audio", "url": "a.wav"}]
-    asked = [
+    conversations = [
         about(video, "is it red ?"),
         [{"role": "user", "content": mixed}],
         about(video, "is it red ?"),
     ]
-    requests = [request_of(n, lambda doc, n=n: asked[n], GENERATION) for n in range(3)]
+    requests = [request_of(n, lambda doc, n=n: conversations[n], GENERATION) for n in range(3)]
     first, second, third = (answer.text for answer in small_lm.generate_until(requests))
     assert first == third != "" and second == ""
 
@@ -206,7 +206,7 @@ def test_wrong_arguments_stop_the_run(small_lm):
 
 
 @pytest.mark.parametrize(
-    "given, loaded, asked",
+    "given, loaded, options",
     [
         ({"cache": "mars:text=8;ratio=2", "threshold": 0.9}, {}, {"cache": "mars:text=8,ratio=2", "threshold": 0.9}),
         ({"add_time_instruction": True, "system_prompt": "red or blue"}, {},
@@ -217,7 +217,7 @@ def test_wrong_arguments_stop_the_run(small_lm):
         ({"quantization": "int8-dynamic"}, {"quantization": "int8-dynamic"}, {}),
     ],
 )  # fmt: skip
-def test_model_arguments_reach_the_model(videos, small_folder, given, loaded, asked):
+def test_model_arguments_reach_the_model(videos, small_folder, given, loaded, options):
     if "quantization" in given:
         pytest.importorskip("torchao")
     video = videos / "clip1.mp4"
@@ -226,7 +226,7 @@ def test_model_arguments_reach_the_model(videos, small_folder, given, loaded, as
     arguments = {"gen_length": 16, "block_length": 8}
     (answer,) = lm.generate_until([request_of(0, lambda doc: about(video, "is it red ?"), arguments)])
     model = vidlada.load(small_folder, device="cpu", **loaded)
-    direct = model.ask(video, "is it red ?", frames=3, **arguments, **asked)
+    direct = model.ask(video, "is it red ?", frames=3, **arguments, **options)
     assert answer.text == direct.text.removesuffix(".").strip() != ""
     assert answer.token_counts.output_tokens == direct.statistics.tokens
     types = [type(each.model.language_model.layers[0].mlp.down_proj.weight.data) for each in (lm.vidlada, model)]
@@ -274,5 +274,5 @@ def test_adapters(videos, small_folder, small_lm, adapter):
     options = {"max_frames_num": 2, "device": "cpu"}
     alone = answer(get_model("vidlada")(pretrained=str(adapter), **options))
     beside = answer(get_model("vidlada")(pretrained=str(small_folder), adapter=str(adapter), **options))
-    asked = vidlada.load(adapter, device="cpu").ask(video, "is it red ?", frames=2, gen_length=4, block_length=4)
-    assert alone == beside == asked.text.removesuffix(".").strip() != answer(small_lm)
+    merged = vidlada.load(adapter, device="cpu").ask(video, "is it red ?", frames=2, gen_length=4, block_length=4)
+    assert alone == beside == merged.text.removesuffix(".").strip() != answer(small_lm)

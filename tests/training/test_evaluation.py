@@ -68,8 +68,8 @@ def test_answers_are_those_of_the_python_interface(small, separate):
         OneSample(Sample([frames], exchanges, separate)), Collator(small.processor, CollateSettings()), 0
     )
     settings = small.settings(gen_length=8, block_length=8, cache=None)
-    asked = [AskedQuestion(dataset, item, number, answer) for number, (_, answer) in enumerate(exchanges)]
-    found = answer_questions(small.model, small.processor, asked, settings)
+    questions = [AskedQuestion(dataset, item, number, answer) for number, (_, answer) in enumerate(exchanges)]
+    found = answer_questions(small.model, small.processor, questions, settings)
     for number, (question, _) in enumerate(exchanges):
         chat = small.chat(frames, gen_length=8, block_length=8, cache="none")
         if not separate:
