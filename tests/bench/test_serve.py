@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from serve.running import wait_for
+from processes import wait_for
 
 from vidlada.bench.mixed_load import Timing, mixed_rows, summary
 from vidlada.cli.bench import promise

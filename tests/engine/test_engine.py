@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from engines import INFO, alone, answer, engine_of, frames_of, job_of
-from serve.running import wait_for
+from processes import wait_for
 
 from vidlada.engine.feature_store import LRUCache
 from vidlada.engine.requests import EngineRequest, MediaInput

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from media import write_video
-from serve.running import KEY, wait_for
+from processes import wait_for
+from serve.running import KEY
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from http.client import HTTPResponse
 
 import pytest
-from serve.running import HEAD, LONG, SHORT, idle, send_body, wait_for
+from processes import wait_for
+from serve.running import HEAD, LONG, SHORT, idle, send_body
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from processes import free_port
 from trainings import MODEL, run
 
 from vidlada.checkpoint.load import describe, save_model
@@ -67,11 +67,8 @@ def folder(tmp_path_factory):
 
 def peaks(settings, tmp_path):
     """Of two processes, in bytes a weight."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     values = asdict(run(tmp_path / "run", model=None, precision="bf16", **settings))
-    variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
                  "OMP_NUM_THREADS": "1"}  # fmt: skip
     ranks = [
         subprocess.Popen(

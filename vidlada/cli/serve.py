@@ -32,7 +32,7 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(cls=GroupedCommand, short_help="Serve a model with an OpenAI-compatible API and a page.")
+@click.command(cls=GroupedCommand, own="Server", short_help="Serve a model with an OpenAI-compatible API and a page.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--name", help="Name the model is served under; its folder's name by default.")
