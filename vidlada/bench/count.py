@@ -125,7 +125,7 @@ def one_launch(counts: Counts, run: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
-def usual(steps: Sequence[Work]) -> Work:
+def typical_step(steps: Sequence[Work]) -> Work:
     """The most frequent kind of step after the first."""
     later = steps[1:] or steps
     kinds = Counter((work.kernels, work.waits) for work in later)
@@ -154,8 +154,8 @@ def count_figures(
         _, replayed = count_work(
             size, cache, frames, gen_length, block_length, min(steps, GRAPH_STEPS), rows, graphs=True
         )
-        kinds = {"joining": joined, "first": counted[0], "usual": usual(counted), "most": most,
-                 "graphs": usual(replayed)}  # fmt: skip
+        kinds = {"joining": joined, "first": counted[0], "usual": typical_step(counted), "most": most,
+                 "graphs": typical_step(replayed)}  # fmt: skip
         found.append({"cache": cache, **{kind: vars(work) for kind, work in kinds.items()}})
     frames = frames or SIZES[size].frames
     return {

@@ -35,7 +35,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process of a launch that prints."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -89,7 +89,7 @@ def shard(layer: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run `python -m vidlada` with the same arguments in several processes of this machine, of which the first speaks.
+    """Run `python -m vidlada` with the same arguments in several processes of this machine, the first of which prints.
 
     Returns:
         The first's exit code, or that of another that failed before it.

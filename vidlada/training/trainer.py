@@ -18,7 +18,7 @@ from vidlada.training.batches import Batches
 from vidlada.training.checkpoints import NotSaved, load_checkpoint, save_checkpoint, save_final, write_folder
 from vidlada.training.config import TrainingConfig
 from vidlada.training.data.collate import rows_of
-from vidlada.training.evaluation import BEST, Evaluated, HeldOut, best_so_far, summary
+from vidlada.training.evaluation import BEST, EvaluationResult, HeldOut, best_so_far, summary
 from vidlada.training.figures import Figures, Progress, figures_of, line_of, parameter_counts
 from vidlada.training.flops import FlopCount
 from vidlada.training.losses import BatchLoss
@@ -152,7 +152,7 @@ class Run:
         self.records = Records(self.output, accelerator.process_index)
         self.batches = Batches(config, self.processor, accelerator, model_config.text_only)
         self.loss = BatchLoss(config, model_config.mask_token_id, self.model, accelerator)
-        self.best: Evaluated | None = None
+        self.best: EvaluationResult | None = None
         self.held_out: HeldOut | None = None
         if config.evaluation is not None and prepared_run.held_out is not None:
             self.held_out = HeldOut(
