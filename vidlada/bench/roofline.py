@@ -244,7 +244,7 @@ def plan_text(figures: dict[str, Any]) -> str:
                    f"each answer {figures['request_gib']:.2f}, and {figures['working_gib']:.2f} in its first step"),
         ("first step, cached step", f"{figures['first_step_s']:.3f} s, {1000 * figures['cached_step_s']:.1f} ms"),
         ("one answer alone", f"{figures['latency_s']:.2f} s, {figures['tokens_per_second_alone']:.0f} tokens/s"),
-        (f"{figures['concurrency']} answers together", f"{figures['batch_s']:.2f} s, "
+        (f"batch of {figures['concurrency']}", f"{figures['batch_s']:.2f} s, "
          f"{figures['tokens_per_second']:.0f} tokens/s, {figures['questions_per_hour']:.0f} questions an hour"),
         ("most time goes to", figures["limited_by"]),
     ]  # fmt: skip
