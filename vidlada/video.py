@@ -351,8 +351,8 @@ def _streams(path: Path, container: InputContainer) -> list[VideoStream]:
     if not streams:
         if not container.streams:
             raise InputError(f"{path}: there is no video in it, nor anything else; the file is empty or truncated")
-        kinds = " and ".join(sorted({stream.type for stream in container.streams}))
-        raise InputError(f"{path}: there is no video in it, only {kinds} streams")
+        kinds = {"cover" if stream.type == "video" else stream.type for stream in container.streams}
+        raise InputError(f"{path}: there is no video in it, only {' and '.join(sorted(kinds))} streams")
     decodable = [stream for stream in streams if stream.codec_context is not None]
     if not decodable:
         raise InputError(f"{path}: this build of FFmpeg has no decoder for its video")
