@@ -26,6 +26,7 @@ STATES_ITS_LENGTH = frozenset({"mov", "matroska", "avi", "asf"})  # a file that 
 HEADERLESS = frozenset({"mpegts", "mpeg"})
 RESTARTING_CLOCKS = frozenset({"mpegts", "mpeg", "flv", "matroska"})  # joined recordings begin again at 0
 GUESS_SECONDS, GUESS_FRAMES = 0.5, 5  # how far guessed time stamps may be off
+LONG_LAST_FRAMES = 5  # a last frame that stays as long as so many others ends no even sequence
 JUMPING_CLOCK, JUMP_SECONDS = "mpegts", 3600.0  # a pause may be long; a broadcast that joins another jumps further
 UNTIMED_REORDERING = {"h264": frozenset({5}), "hevc": frozenset({20})}  # NAL types every later frame is shown after
 NAL_START = re.compile(b"\\0\\0\\x01(.)", re.DOTALL)
@@ -181,8 +182,7 @@ def index_file(path: Path, container: InputContainer, streams: Sequence[VideoStr
 
 def _mark_losses(path: Path, stream: VideoStream, packets: Packets, places: Sequence[int]) -> None:
     """Mark the damaged packets of a transport stream as corrupt, and only those."""
-    found = damaged_pieces(path, stream.id, places)
-    if found is not None:
+    if found := damaged_pieces(path, stream.id, places):
         packets.flags[:] &= ~np.uint8(CORRUPT | BEHIND_LOSS)
         packets.flags[found[0]] |= CORRUPT
         packets.flags[found[1]] |= BEHIND_LOSS
@@ -259,9 +259,9 @@ def _timeline(path: Path, container: InputContainer, stream: VideoStream, packet
     if not len(numbers):
         raise InputError(f"{path}: none of its frames can be decoded; the file is damaged")
     seconds = (stamps - stamps[0]) * unit
-    fps, constant = rate_of(seconds, _stated_rates(stream))
-    last = float(packets.durations[numbers[-1]]) * float(stream.time_base or 1)
-    duration = float(seconds[-1]) + (last if last > 0 and not ordered else 1 / fps)
+    last = 0.0 if ordered else float(packets.durations[numbers[-1]]) * float(stream.time_base or 1)
+    fps, constant = rate_of(seconds, _stated_rates(stream), last)
+    duration = float(seconds[-1]) + (last or 1 / fps)
     context = stream.codec_context
     if not constant:
         fps = len(numbers) / duration
@@ -324,19 +324,19 @@ def _untimed_rate(stream: VideoStream, packets: Packets) -> float:
     """Frames a second where most packets have no times: the stated rate that fits those that have."""
     stated = [float(rate) for rate in (stream.guessed_rate, stream.codec_context.framerate) if rate] or [25.0]
     timed = np.flatnonzero(packets.dts != UNKNOWN)
-    span = int(packets.dts[timed[-1]] - packets.dts[timed[0]]) if len(timed) > 1 else 0
-    if span <= 0:
+    if len(timed) < 2:
         return stated[0]
-    measured = float(timed[-1] - timed[0]) / (span * float(stream.time_base or 1))
+    measured = float(timed[-1] - timed[0]) / (max(1, _span(packets)) * float(stream.time_base or 1))
     return min(stated, key=lambda rate: abs(np.log(rate / measured)))
 
 
-def rate_of(seconds: np.ndarray, stated: Sequence[float]) -> tuple[float, bool]:
+def rate_of(seconds: np.ndarray, stated: Sequence[float], last: float = 0.0) -> tuple[float, bool]:
     """Frames a second, and whether all frames lie within half a frame of an even grid of that rate.
 
     Args:
         seconds: (frames,) of each frame, ascending from 0.
         stated: rates the file claims; one that fits is exact, where time stamps are rounded.
+        last: seconds the last frame is shown; one that stays much longer than the others breaks the grid.
     """
     count, span = len(seconds), float(seconds[-1])
     if count == 1 or span <= 0:
@@ -344,7 +344,7 @@ def rate_of(seconds: np.ndarray, stated: Sequence[float]) -> tuple[float, bool]:
     measured = (count - 1) / span
     for rate in (*stated, measured):
         if np.abs(seconds * rate - np.arange(count)).max() < 0.5:
-            return rate, True
+            return rate, last * rate < LONG_LAST_FRAMES
     return measured, False
 
 
@@ -421,9 +421,9 @@ def _refuse_truncated(
     if cut or (cut is None and packets.flags[-1] & CORRUPT):
         reason = "its last part is incomplete"
     else:
-        promised = _promised_duration(container, stream, packets)
-        seconds = timeline.seconds
-        seen = seconds[-1] if timeline.ordered else _span(packets) * float(stream.time_base or 1)
+        promised, seconds = _promised_duration(container, stream, packets), timeline.seconds
+        span = _span(packets) + int(packets.durations[-1])
+        seen = seconds[-1] if timeline.ordered else span * float(stream.time_base or 1)
         # how long the last picture is shown, nobody may have written down
         longest = float(np.diff(seconds).max()) if len(seconds) > 1 else promised
         if promised - seen <= max(1.0, MOST_MISSING * promised, 2 * longest):
