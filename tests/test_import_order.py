@@ -30,6 +30,7 @@ ROWS = [
         "messages",
         "shapes",
         "tiling",
+        "transport",
         "truncation",
         "video",
         "video_decoding",

@@ -2,7 +2,9 @@
 videos or models."""
 
 import io
+import mmap
 import re
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +17,25 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 from vidlada.errors import InputError
 
 IMAGE_SUFFIXES = frozenset({".png", ".apng", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
+SIGNATURES = re.compile(rb"\x89PNG\r\n\x1a\n|RIFF....WEBP|II\*\0|MM\0\*|\xff\xd8\xff", re.DOTALL)
+JPEG_START, JPEGS_IN_A_ROW = b"\xff\xd8\xff", b"\xff\xd9\xff\xd8\xff"
 BACKGROUNDS: dict[str, int] = {"white": 255, "black": 0}
 MANY_FRAMES = frozenset({"PNG", "WEBP", "GIF", "AVIF", "TIFF"})  # others (MPO) keep previews of the one picture
 UNTIMED_SECONDS = 0.1  # how long browsers show a frame whose duration is 0
 SUBFILE_TYPE, REDUCED, MASK = 254, 1, 4  # TIFF pages that are a smaller copy or a mask of another
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is to be read as a picture: by its suffix, or, whatever its name, by how it begins. JPEGs one
+    after the other are a camera's video."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    with path.open("rb") as file:
+        start = file.read(12)
+        if not SIGNATURES.match(start):
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return not start.startswith(JPEG_START) or data.find(JPEGS_IN_A_ROW) < 0
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
@@ -99,7 +116,8 @@ def read_images(
     with _open(source) as image:
         for page in pages:
             image.seek(page)
-            yield page, to_rgb(ImageOps.exif_transpose(image), BACKGROUNDS[background])
+            turned = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+            yield page, to_rgb(turned, BACKGROUNDS[background])
 
 
 class StrictReading:
@@ -140,9 +158,18 @@ def _open(source: str | Path | bytes) -> Iterator[Image.Image]:
         raise InputError(f"{name}: cannot be read as an image: {error or type(error).__name__}") from error
 
 
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, from 1 to 8; 1 where the EXIF data is damaged, as every viewer takes it."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, TypeError, struct.error):
+        return 1
+    return found if found in range(1, 9) else 1
+
+
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """Return width and height after the EXIF rotation, without decoding."""
-    sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    sideways = _orientation(image) in (5, 6, 7, 8)
     if sideways and image.format != "TIFF":  # whose reader has turned the size already
         return image.height, image.width
     return image.width, image.height

@@ -27,6 +27,7 @@ from vidlada.images import (
     BACKGROUNDS,
     IMAGE_SUFFIXES,
     image_info,
+    is_picture,
     natural_order,
     read_images,
 )
@@ -40,8 +41,10 @@ __all__ = ["MAX_FRAMES", "IMAGE_SUFFIXES", "Frames", "Sampling", "VideoInfo", "n
 
 PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})  # FFmpeg would open what they name, anywhere on the machine
 MERE_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+TILES = Disposition.dependent  # of one picture, as telephones write HEIC
 IMAGE_FOLDER_FPS = 3.0  # of a folder of images, as the published evaluations read MVBench's; of a paged TIFF too
 MAX_FRAMES = 100_000  # of one prompt; far more than any context holds
+FREES_TWICE = frozenset({"png", "apng"})  # PyAV and FFmpeg both free the side data of their frames: it must stay unread
 CLOCK_SECONDS = 2e-3  # time stamps may be rounded to milliseconds
 
 
@@ -181,7 +184,8 @@ def sample_frames(
     path = _existing(source)
     if _is_picture(path):
         pictures = _Pictures(path)
-        constant = rate_of(pictures.seconds, [pictures.info.fps])[1]
+        last = pictures.info.duration - float(pictures.seconds[-1])
+        constant = rate_of(pictures.seconds, [pictures.info.fps], last)[1]
         wanted = [0] if pictures.is_still else choose_frames(pictures.seconds, pictures.info, constant, sampling)
         read = partial(pictures.read, sampling.background)
         return _frames(pictures.info, pictures.seconds, wanted, read, size, check, take)
@@ -275,7 +279,7 @@ def _resize(picture: np.ndarray, size: int | None) -> np.ndarray:
 
 
 def _is_picture(path: Path) -> bool:
-    return path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
+    return path.is_dir() or is_picture(path)
 
 
 class _Pictures:
@@ -347,12 +351,14 @@ def _open(path: Path) -> Iterator[InputContainer]:
 
 def _streams(path: Path, container: InputContainer) -> list[VideoStream]:
     """The video streams that can be decoded and are not mere pictures (covers, thumbnails)."""
-    streams = [stream for stream in container.streams.video if not stream.disposition & MERE_PICTURES]
+    streams = [stream for stream in container.streams.video if not stream.disposition & (MERE_PICTURES | TILES)]
     if not streams:
+        if any(stream.disposition & TILES for stream in container.streams.video):
+            raise InputError(f"{path}: a picture in tiles (HEIC, AVIF) cannot be read; convert it to JPEG or PNG")
         if not container.streams:
             raise InputError(f"{path}: there is no video in it, nor anything else; the file is empty or truncated")
-        kinds = " and ".join(sorted({stream.type for stream in container.streams}))
-        raise InputError(f"{path}: there is no video in it, only {kinds} streams")
+        kinds = {"cover" if stream.type == "video" else stream.type for stream in container.streams}
+        raise InputError(f"{path}: there is no video in it, only {' and '.join(sorted(kinds))} streams")
     decodable = [stream for stream in streams if stream.codec_context is not None]
     if not decodable:
         raise InputError(f"{path}: this build of FFmpeg has no decoder for its video")
@@ -391,18 +397,29 @@ def _decode(
             yield container, stream
 
     for shown, frame in decode_frames(opener, timeline, wanted):
-        yield shown, upright(frame, background)
+        yield shown, upright(frame, background, timeline.info.codec in FREES_TWICE)
 
 
-def upright(frame: av.VideoFrame, background: int = 255) -> np.ndarray:
-    """(height, width, 3) uint8 RGB, transparent places laid on a grey value, turned as the display matrix says."""
+def upright(frame: av.VideoFrame, background: int = 255, only_angle: bool = False) -> np.ndarray:
+    """(height, width, 3) uint8 RGB, turned as the display matrix says.
+
+    Args:
+        frame: decoded.
+        background: grey value that transparent places are laid on.
+        only_angle: turn it, but do not mirror it.
+    """
     if any(component.is_alpha for component in frame.format.components):
         layers = frame.to_ndarray(format="rgba").astype(np.uint16)
         colors, alpha = layers[..., :3], layers[..., 3:]
         picture = ((colors * alpha + background * (255 - alpha) + 127) // 255).astype(np.uint8)
     else:
         picture = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-    side_data: Iterable[Any] = frame.side_data
+    try:
+        side_data: Iterable[Any] = [] if only_angle else frame.side_data
+    except ValueError:  # kinds that PyAV does not know, as the views of spatial videos and EXIF
+        only_angle, side_data = True, []
+    if only_angle:
+        return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
     matrices = [bytes(data) for data in side_data if data.type == Type.DISPLAYMATRIX]
     return orient(picture, np.frombuffer(matrices[0], np.int32)) if matrices else picture
 

@@ -189,17 +189,20 @@ class Reader:
     def decode(self, start: int) -> Iterator[NumberedFrame]:
         """Frames from a packet on, which is the next to be read."""
         count, last, disorder = int(self.frame_of[start]), -1, 0
-        damaged, packet = False, -1
+        damaged, packet, loss = False, -1, -1
         for label, frame in self.labelled_frames():
             if frame is not None and label == packet >= 0:
                 continue  # decoders that learn late of reordering give the first frame twice
             packet = label
+            number = int(self.frame_of[label]) if label >= 0 else -1
             if label >= self.behind_loss:
-                damaged, self.behind_loss = True, NEVER
-            damaged = frame is None or frame.is_corrupt or (damaged and not frame.key_frame)
+                damaged, loss, self.behind_loss = True, self.behind_loss, NEVER
+            if frame is None or frame.is_corrupt:
+                damaged = True
+            elif frame.key_frame and (label < 0 or (number >= 0 and label >= loss)):  # a key picture may come late
+                damaged = False
             if label < 0 or frame is None:
                 continue
-            number = int(self.frame_of[label])
             if self.timeline.ordered:
                 count = number if number in self.restarts else max(count, 0)
                 if not damaged:

@@ -14,16 +14,19 @@ from av.video.stream import VideoStream
 
 from vidlada.errors import InputError
 from vidlada.h264 import FrameNumbers
+from vidlada.transport import damaged_pieces
 from vidlada.truncation import is_cut
 
 UNKNOWN = -(2**63)  # a time stamp that is not there
 NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS: raw streams
-KEY, HIDDEN, CORRUPT, AT_ONCE = 1, 2, 4, 8  # flags of packets
+KEY, HIDDEN, CORRUPT, AT_ONCE, BEHIND_LOSS = 1, 2, 4, 8, 16  # flags of packets
+TAIL_BYTES = 256  # so little behind the last picture is no further one, whatever FFmpeg takes it for
 MOST_MISSING = 0.02  # share of the promised length a readable file may lack before it counts as truncated
 STATES_ITS_LENGTH = frozenset({"mov", "matroska", "avi", "asf"})  # a file that `is_cut` denies is whole
 HEADERLESS = frozenset({"mpegts", "mpeg"})
 RESTARTING_CLOCKS = frozenset({"mpegts", "mpeg", "flv", "matroska"})  # joined recordings begin again at 0
 GUESS_SECONDS, GUESS_FRAMES = 0.5, 5  # how far guessed time stamps may be off
+LONG_LAST_FRAMES = 5  # a last frame that stays as long as so many others ends no even sequence
 JUMPING_CLOCK, JUMP_SECONDS = "mpegts", 3600.0  # a pause may be long; a broadcast that joins another jumps further
 UNTIMED_REORDERING = {"h264": frozenset({5}), "hevc": frozenset({20})}  # NAL types every later frame is shown after
 NAL_START = re.compile(b"\\0\\0\\x01(.)", re.DOTALL)
@@ -63,7 +66,7 @@ class Packets:
         pts, dts: presentation and decoding time stamps in stream units; UNKNOWN where there is none.
         durations: in stream units; 0 where unknown.
         flags: KEY, HIDDEN (decoded, but not shown), CORRUPT, AT_ONCE (shown before all pictures that are decoded later;
-            looked for only in program streams).
+            looked for only in program streams), BEHIND_LOSS (the one before is corrupt, or others are missing there).
         restarts: numbers of the packets that every later packet is shown after; looked for only where there are no
             presentation times.
     """
@@ -161,17 +164,28 @@ def index_file(path: Path, container: InputContainer, streams: Sequence[VideoStr
         for packet in demux(container, streams):
             columns[packet.stream_index].append(packet)
     except av.error.FFmpegError as error:
-        problem = str(error.strerror)
+        if path.stat().st_size - max(column.end for column in columns.values()) > TAIL_BYTES:
+            problem = str(error.strerror)
     found = {stream.index: columns[stream.index].packets() for stream in streams}
     spans = [_span(found[stream.index]) * float(stream.time_base or 1) for stream in streams]
     stream = next(stream for stream, span in zip(streams, spans, strict=True) if span >= max(spans) / 2)
-    packets = found[stream.index]
+    packets, places = found[stream.index], columns[stream.index].places
+    if container.format.name == "mpegts":
+        _mark_losses(path, stream, packets, places)
     if not len(packets):
         raise InputError(f"{path}: the video stream holds no frames; the file is empty or truncated")
     timeline = _timeline(path, container, stream, packets)
     _refuse_truncated(path, container, stream, packets, timeline, problem)
-    found_columns = columns[stream.index]
-    return stream, replace(timeline, places=found_columns.places, instant=found_columns.instant)
+    losses = frozenset(np.flatnonzero(packets.flags & BEHIND_LOSS).tolist())
+    return stream, replace(timeline, places=places, losses=losses, instant=columns[stream.index].instant)
+
+
+def _mark_losses(path: Path, stream: VideoStream, packets: Packets, places: Sequence[int]) -> None:
+    """Mark the damaged packets of a transport stream as corrupt, and only those."""
+    if found := damaged_pieces(path, stream.id, places):
+        packets.flags[:] &= ~np.uint8(CORRUPT | BEHIND_LOSS)
+        packets.flags[found[0]] |= CORRUPT
+        packets.flags[found[1]] |= BEHIND_LOSS
 
 
 class _Columns:
@@ -180,6 +194,7 @@ class _Columns:
     def __init__(self, container: InputContainer, stream: VideoStream):
         self.pts, self.dts, self.durations = array("q"), array("q"), array("q")
         self.flags, self.places = bytearray(), array("q")
+        self.end = 0  # of the last packet in the file
         self.restarts: list[int] = []
         self.codec, self.instant = stream.codec_context.name, True
         self.numbers = FrameNumbers(stream.codec_context.extradata or b"") if self.codec == "h264" else None
@@ -192,6 +207,7 @@ class _Columns:
         self.dts.append(UNKNOWN if dts is None else dts)
         self.durations.append(packet.duration or 0)
         self.places.append(packet.pos or 0)
+        self.end = (packet.pos or 0) + packet.size
         self.flags.append(KEY * packet.is_keyframe | HIDDEN * packet.is_discard | CORRUPT * packet.is_corrupt)
         if packet.is_keyframe and self.numbers is not None:
             self.instant &= self.numbers.is_refresh(memoryview(packet))
@@ -205,7 +221,8 @@ class _Columns:
 
     def packets(self) -> Packets:
         pts, dts, durations = (np.array(column, np.int64) for column in (self.pts, self.dts, self.durations))
-        flags = np.frombuffer(bytes(self.flags), np.uint8)
+        flags = np.frombuffer(bytearray(self.flags), np.uint8)
+        flags[1:] |= (flags[:-1] & CORRUPT > 0) * np.uint8(BEHIND_LOSS)
         return Packets(pts, dts, durations, flags, np.array(self.restarts, np.int64))
 
 
@@ -228,8 +245,7 @@ def _timeline(path: Path, container: InputContainer, stream: VideoStream, packet
     if ordered:
         numbers, stamps = np.flatnonzero(shown), packets.dts[shown]
         if raw or (stamps == UNKNOWN).any():
-            rate = float(stream.guessed_rate or stream.codec_context.framerate or 25)
-            stamps, unit = np.arange(len(numbers)), 1 / rate
+            stamps, unit = np.arange(len(numbers)), 1 / _untimed_rate(stream, packets)
         stamps = np.sort(stamps)
         starts = np.flatnonzero(np.isin(numbers, packets.restarts))
     else:
@@ -243,9 +259,9 @@ def _timeline(path: Path, container: InputContainer, stream: VideoStream, packet
     if not len(numbers):
         raise InputError(f"{path}: none of its frames can be decoded; the file is damaged")
     seconds = (stamps - stamps[0]) * unit
-    fps, constant = rate_of(seconds, _stated_rates(stream))
-    last = float(packets.durations[numbers[-1]]) * float(stream.time_base or 1)
-    duration = float(seconds[-1]) + (last if last > 0 and not ordered else 1 / fps)
+    last = 0.0 if ordered else float(packets.durations[numbers[-1]]) * float(stream.time_base or 1)
+    fps, constant = rate_of(seconds, _stated_rates(stream), last)
+    duration = float(seconds[-1]) + (last or 1 / fps)
     context = stream.codec_context
     if not constant:
         fps = len(numbers) / duration
@@ -304,12 +320,23 @@ def _stated_rates(stream: VideoStream) -> list[float]:
     return [float(rate) for rate in stated if rate]
 
 
-def rate_of(seconds: np.ndarray, stated: Sequence[float]) -> tuple[float, bool]:
+def _untimed_rate(stream: VideoStream, packets: Packets) -> float:
+    """Frames a second where most packets have no times: the stated rate that fits those that have."""
+    stated = [float(rate) for rate in (stream.guessed_rate, stream.codec_context.framerate) if rate] or [25.0]
+    timed = np.flatnonzero(packets.dts != UNKNOWN)
+    if len(timed) < 2:
+        return stated[0]
+    measured = float(timed[-1] - timed[0]) / (max(1, _span(packets)) * float(stream.time_base or 1))
+    return min(stated, key=lambda rate: abs(np.log(rate / measured)))
+
+
+def rate_of(seconds: np.ndarray, stated: Sequence[float], last: float = 0.0) -> tuple[float, bool]:
     """Frames a second, and whether all frames lie within half a frame of an even grid of that rate.
 
     Args:
         seconds: (frames,) of each frame, ascending from 0.
         stated: rates the file claims; one that fits is exact, where time stamps are rounded.
+        last: seconds the last frame is shown; one that stays much longer than the others breaks the grid.
     """
     count, span = len(seconds), float(seconds[-1])
     if count == 1 or span <= 0:
@@ -317,7 +344,7 @@ def rate_of(seconds: np.ndarray, stated: Sequence[float]) -> tuple[float, bool]:
     measured = (count - 1) / span
     for rate in (*stated, measured):
         if np.abs(seconds * rate - np.arange(count)).max() < 0.5:
-            return rate, True
+            return rate, last * rate < LONG_LAST_FRAMES
     return measured, False
 
 
@@ -394,9 +421,9 @@ def _refuse_truncated(
     if cut or (cut is None and packets.flags[-1] & CORRUPT):
         reason = "its last part is incomplete"
     else:
-        promised = _promised_duration(container, stream, packets)
-        seconds = timeline.seconds
-        seen = seconds[-1] if timeline.ordered else _span(packets) * float(stream.time_base or 1)
+        promised, seconds = _promised_duration(container, stream, packets), timeline.seconds
+        span = _span(packets) + int(packets.durations[-1])
+        seen = seconds[-1] if timeline.ordered else span * float(stream.time_base or 1)
         # how long the last picture is shown, nobody may have written down
         longest = float(np.diff(seconds).max()) if len(seconds) > 1 else promised
         if promised - seen <= max(1.0, MOST_MISSING * promised, 2 * longest):

@@ -39,7 +39,7 @@ def with_losses(path: Path, container: str, timeline: Timeline) -> Timeline:
             raise InputError(
                 f"{path}: the file is damaged: what was shown between {before:.2f} s and {behind:.2f} s is missing"
             )
-    return replace(timeline, losses=frozenset(losses))
+    return replace(timeline, losses=timeline.losses | losses)
 
 
 def _uneven(timeline: Timeline) -> set[int]:

@@ -10,7 +10,7 @@ from media import number_of, picture, write_video
 from vidlada.errors import InputError
 from vidlada.evaluation.answering import Answerer, Question
 from vidlada.generation import GenerationSettings
-from vidlada.video import Sampling, orient, sample_frames, sample_indices
+from vidlada.video import Sampling, orient, probe, sample_frames, sample_indices
 from vidlada.video_decoding import Reader
 
 H264 = {"codec": "libx264", "options": {"bf": "2"}}
@@ -354,3 +354,27 @@ def test_an_hour_is_not_decoded_whole(tmp_path, small, monkeypatch):
     answer = small.ask(path, question, frames=32, gen_length=4, block_length=4)
     (reply,) = Answerer(small, Sampling(max_frames=32)).replies([Question(question, str(path), settings)])
     assert reply.text == answer.text.removesuffix(".").strip() and answer.frame_times == frames.times
+
+
+def test_program_streams_of_cameras_run_at_their_own_rate(tmp_path):
+    """Few of their packets are timed; what FFmpeg guesses from those is far off."""
+    path = write_video(tmp_path / "c.mpg", 60, codec="libx265", options={"x265-params": "log-level=0:keyint=25"})
+    frames = sample_frames(path, Sampling(fps=5))
+    assert (frames.info.frames, frames.info.fps) == (60, pytest.approx(25))
+    assert shown(frames) == list(range(0, 60, 5))
+
+
+def test_parts_of_a_camera_stream(tmp_path):
+    """FFmpeg takes the mark behind the last picture for a damaged one."""
+    path = write_video(tmp_path / "c.mjpeg", 30, codec="mjpeg", pixel_format="yuvj420p")
+    with av.open(str(path)) as source, av.open(str(tmp_path / "c.mpjpeg"), "w", format="mpjpeg") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux_one(packet)
+    assert shown(sample_frames(tmp_path / "c.mpjpeg", Sampling(fps=25))) == list(range(30))
+    data = (tmp_path / "c.mpjpeg").read_bytes()
+    (tmp_path / "cut.mpjpeg").write_bytes(data[: int(0.9 * len(data))])
+    with pytest.raises(InputError, match="truncated"):
+        probe(tmp_path / "cut.mpjpeg")

@@ -1,14 +1,19 @@
 """Pictures of every mode, orientation and number, as arrays."""
 
+import gc
+from fractions import Fraction
+
+import av
 import numpy as np
 import pytest
 from media import number_of, picture
-from PIL import Image, ImageFile
+from PIL import Image, ImageCms, ImageFile
 
 from vidlada.errors import InputError
 from vidlada.images import image_info, open_images
 from vidlada.video import Sampling, sample_frames
 
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 RAMP = np.arange(256)
 STORED = {  # what a camera stores so that a viewer that obeys the tag shows the picture upright
     1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
@@ -108,3 +113,54 @@ def test_truncated_images_are_refused_whatever_another_library_allows(tmp_path, 
     with pytest.raises(InputError, match="cannot be read as an image"):
         open_images(path)
     assert ImageFile.LOAD_TRUNCATED_IMAGES  # for that library
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
+@pytest.mark.parametrize("name", ["download", "clip.mp4", "a.gif"])
+def test_pictures_are_known_by_their_content(tmp_path, suffix, name):
+    exif = Image.Exif()
+    exif[0x112] = 7
+    stored = Image.fromarray(np.ascontiguousarray(STORED[7](picture(5))))
+    stored.save(tmp_path / f"image.{suffix}", exif=exif, icc_profile=PROFILE)
+    (tmp_path / f"image.{suffix}").rename(tmp_path / name)
+    frames = sample_frames(tmp_path / name)
+    assert np.abs(frames.images[0].astype(int) - picture(5)).mean() < 12
+    assert frames.info.frames == 1
+
+
+def test_damaged_exif_data_does_not_make_a_picture_unreadable(tmp_path):
+    Image.fromarray(picture(5)).save(tmp_path / "a.png", exif=b"no such data")
+    assert number_of(open_images(tmp_path / "a.png")[0]) == 5
+
+
+def test_a_video_of_pictures_with_profiles_and_exif(tmp_path):
+    """PyAV knows no EXIF of frames, and frees what describes their colour profiles twice."""
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for suffix, codec, container in (("jpg", "mjpeg", "avi"), ("png", "png", "mov")):
+        packets = []
+        for number in range(5):
+            stored = Image.fromarray(np.ascontiguousarray(np.rot90(picture(number))))
+            stored.save(tmp_path / f"a.{suffix}", exif=exif, icc_profile=PROFILE)
+            packets.append((tmp_path / f"a.{suffix}").read_bytes())
+        path = tmp_path / f"c.{container}"
+        with av.open(str(path), "w") as target:
+            stream = target.add_stream(codec, rate=5)
+            stream.width, stream.height, stream.pix_fmt = 96, 160, {"png": "rgb24"}.get(codec, "yuvj420p")
+            for number, data in enumerate(packets):
+                packet = av.Packet(data)
+                packet.pts = packet.dts = number
+                packet.is_keyframe, packet.stream, packet.time_base = True, stream, Fraction(1, 5)
+                target.mux_one(packet)
+        frames = sample_frames(path, Sampling(fps=5))
+        assert frames.images.shape[1:] == (96, 160, 3)
+        assert [number_of(image) for image in frames.images] == list(range(5))
+        gc.collect()
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_a_last_picture_that_stays(tmp_path, name):
+    images = [Image.fromarray(picture(number)) for number in range(4)]
+    images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=[100, 100, 100, 5000])
+    frames = sample_frames(tmp_path / name)
+    assert ([number_of(image) for image in frames.images], frames.info.duration) == ([0, 3], pytest.approx(5.3))
