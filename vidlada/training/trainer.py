@@ -19,6 +19,7 @@ from vidlada.training.checkpoints import NotSaved, load_checkpoint, save_checkpo
 from vidlada.training.config import TrainingConfig
 from vidlada.training.data.collate import rows_of
 from vidlada.training.evaluation import BEST, EvaluationResult, HeldOut, best_so_far, summary
+from vidlada.training.event_supervision import EventLoss
 from vidlada.training.figures import Figures, Progress, figures_of, line_of, parameter_counts
 from vidlada.training.flops import FlopCount
 from vidlada.training.losses import BatchLoss
@@ -139,6 +140,12 @@ class Run:
         if config.lora is not None:
             assert config.init_from is not None
             model = add_lora(model, config.lora, config.init_from, config.seed)
+        self.events: EventLoss | None = None
+        if config.event_supervision is not None:
+            if accelerator.num_processes > 1:
+                raise InputError(f"event_supervision is for one process, not {accelerator.num_processes}")
+            self.events = EventLoss(config.event_supervision, model.language_model)
+            accelerator.register_for_checkpointing(self.events)
         optimizers = make_optimizers(model, config)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
@@ -151,7 +158,7 @@ class Run:
             self.optimizers.begin()
         self.records = Records(self.output, accelerator.process_index)
         self.batches = Batches(config, self.processor, accelerator, model_config.text_only)
-        self.loss = BatchLoss(config, model_config.mask_token_id, self.model, accelerator)
+        self.loss = BatchLoss(config, model_config.mask_token_id, self.model, accelerator, self.events)
         self.best: EvaluationResult | None = None
         self.held_out: HeldOut | None = None
         if config.evaluation is not None and prepared_run.held_out is not None:
@@ -249,6 +256,8 @@ class Run:
             drop_gradients(self.model, ("tower", "projector"))
         self.clip(step, figures)
         self.optimizers.step()
+        if self.events is not None:
+            self.events.step()
         if accelerator.device.type == "cpu" and (step + 1) % TRIM_EVERY == 0:
             self.trim()
         return figures
