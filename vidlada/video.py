@@ -354,9 +354,7 @@ def _streams(path: Path, container: InputContainer) -> list[VideoStream]:
     streams = [stream for stream in container.streams.video if not stream.disposition & (MERE_PICTURES | TILES)]
     if not streams:
         if any(stream.disposition & TILES for stream in container.streams.video):
-            raise InputError(
-                f"{path}: a picture in tiles (HEIC, AVIF) cannot be read; convert it to JPEG or PNG"
-            )
+            raise InputError(f"{path}: a picture in tiles (HEIC, AVIF) cannot be read; convert it to JPEG or PNG")
         if not container.streams:
             raise InputError(f"{path}: there is no video in it, nor anything else; the file is empty or truncated")
         kinds = {"cover" if stream.type == "video" else stream.type for stream in container.streams}
