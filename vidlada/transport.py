@@ -78,7 +78,8 @@ def _losses(data: np.ndarray, stream: int) -> list[TransportLoss] | None:
         return None
     starts, breaks = [], []
     for run in _runs(data, step):
-        own = run[((data[run + 1] & 0x1F).astype(int) << 8 | data[run + 2]) == stream]
+        high, low = (data[run[0] + byte : run[-1] + byte + 1 : step] for byte in (1, 2))
+        own = run[(high & 0x1F == stream >> 8) & (low == stream & 0xFF)]
         extended = own[(data[own + 3] & 0x20 > 0) & (data[own + 4] > 0)]
         starts.append(own[data[own + 3] & 0x10 > 0])
         breaks.append(extended[data[extended + 5] & 0x80 > 0])  # counters that are said to begin anew
