@@ -18,6 +18,15 @@ cd "$folder"
 
 "$vidlada" ask shapes.mp4 "how many things are in the video ?"
 "$vidlada" train tiny --output run --dry-run
+"$folder/venv/bin/python" - <<'PYTHON'  # the first steps of it
+from pathlib import Path
+import yaml
+from vidlada.training.config import config_path
+values = yaml.safe_load(config_path("tiny").read_text())
+stage = {**values["stages"][0], "steps": 3}
+Path("short.yaml").write_text(yaml.safe_dump({**values, "stages": [stage], "warmup_steps": 1}))
+PYTHON
+"$vidlada" ask shapes.mp4 "is it red ?" --gen-length 8 --model "$("$vidlada" train short.yaml --output run)"
 
 "$vidlada" serve --port 0 2>serve.log &
 server=$!

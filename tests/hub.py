@@ -118,9 +118,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "GET":
             return self.reply(200, data, headers)
         self.server.fetched.append(path)
-        asked = self.headers["Range"]
-        if asked is not None:
-            start = int(asked.removeprefix("bytes=").split("-")[0])
+        range_header = self.headers["Range"]
+        if range_header is not None:
+            start = int(range_header.removeprefix("bytes=").split("-")[0])
             self.server.ranges[path] = start
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             return self.reply(206, data[start:], headers)
@@ -146,9 +146,9 @@ class Handler(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "validate-yaml"]:
             answer = {"errors": [], "warnings": []}
         elif parts[:3] == ["api", "repos", "create"]:
-            asked = json.loads(body)
-            repository = f"{asked['organization']}/{asked['name']}"
-            self.server.created[repository] = asked
+            values = json.loads(body)
+            repository = f"{values['organization']}/{values['name']}"
+            self.server.created[repository] = values
             self.server.repositories.setdefault((repository, "main"), {})
             answer = {"url": f"{self.server.endpoint}/{repository}", "id": repository}
         elif parts[-2:] == ["objects", "batch"]:

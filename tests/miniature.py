@@ -81,7 +81,7 @@ class Miniature:
         self.root, self.clips, self.number = root, clips, number
         self.rendered: dict[int, Path] = {}
 
-    def asked(self, first: int = 0) -> list[tuple[int, Choice]]:
+    def choices(self, first: int = 0) -> list[tuple[int, Choice]]:
         """Clips from a number on, and the questions about them."""
         return list(questions(first, self.clips, self.number))
 
@@ -145,7 +145,7 @@ def write_rows(file: Path, documents: Sequence[Document]) -> None:
 
 def videomme(mini: Miniature) -> None:
     documents = []
-    for number, (index, choice) in enumerate(mini.asked()):
+    for number, (index, choice) in enumerate(mini.choices()):
         name = f"clip{index:07d}"
         mini.video(index, f"videomme/data/{name}.mp4")
         documents.append({
@@ -163,7 +163,7 @@ def videomme(mini: Miniature) -> None:
 
 def egoschema(mini: Miniature) -> None:
     documents = []
-    for number, (index, choice) in enumerate(mini.asked()):
+    for number, (index, choice) in enumerate(mini.choices()):
         name = f"{index:08d}-{number:04d}"  # one question a video
         mini.video(index, f"egoschema/videos/{name}.mp4")
         options = [*choice.options, "nothing", "it stays still", "none of them"][:FIVE]
@@ -179,7 +179,7 @@ def mlvu(repository: str, folder: str, kinds: Sequence[str]) -> Callable[[Miniat
 
     def write(mini: Miniature) -> None:
         documents = []
-        for number, (index, choice) in enumerate(mini.asked()):
+        for number, (index, choice) in enumerate(mini.choices()):
             kind = kinds[number % (len(kinds) - 1)]
             path = f"{kind}/{kind}_{index}.mp4"
             mini.video(index, f"{folder}/{path}")
@@ -195,7 +195,7 @@ def mlvu(repository: str, folder: str, kinds: Sequence[str]) -> Callable[[Miniat
 
 def lvbench(mini: Miniature) -> None:
     documents = []
-    for number, (index, choice) in enumerate(mini.asked()):
+    for number, (index, choice) in enumerate(mini.choices()):
         path = f"clip{index}.mp4"
         mini.video(index, f"lvbench/{path}")
         documents.append({
@@ -211,7 +211,7 @@ def video_mmmu(mini: Miniature) -> None:
     tracks = {"Adaptation": "multiple-choice", "Comprehension": "multiple-choice", "Perception": "perception"}
     for place, (track, kind) in enumerate(tracks.items()):
         documents: list[Document] = []
-        for number, (index, choice) in enumerate(mini.asked(place)):
+        for number, (index, choice) in enumerate(mini.choices(place)):
             subject = ("Art_Theory", "Biology")[number % 2]
             identifier = f"validation_{subject}_{place * 100 + number}"
             mini.video(index, f"video_mmmu/{('Art', 'Science')[number % 2]}/{identifier}.mp4")
@@ -227,7 +227,7 @@ def video_mmmu(mini: Miniature) -> None:
 
 def longvideobench(mini: Miniature) -> None:
     documents = []
-    for number, (index, choice) in enumerate(mini.asked()):
+    for number, (index, choice) in enumerate(mini.choices()):
         path = f"clip{index}.mp4"
         mini.video(index, f"datasets/longvideobench/videos/{path}")
         options = [*choice.options, *["N/A"] * FIVE][:FIVE]
@@ -250,7 +250,7 @@ def mvbench(mini: Miniature) -> None:
     configs = {}
     for place, (kind, folder) in enumerate(MVBENCH_FOLDERS.items()):
         documents: list[Document] = []
-        for index, choice in mini.asked(place % 5):
+        for index, choice in mini.choices(place % 5):
             name = f"clip{index}" if kind == "episodic_reasoning" else f"clip{index}.mp4"
             (mini.frames if kind == "episodic_reasoning" else mini.video)(index, f"mvbench_video/{folder}/{name}")
             documents.append({"video": name, "question": choice.text, "candidates": list(choice.options),

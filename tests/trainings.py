@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vidlada.checkpoint.load import load_model
 from vidlada.training.config import CollateSettings, Stage, TrainingConfig
@@ -54,3 +56,19 @@ def assert_same(folder, expected):
 
 def quietly(line):
     pass
+
+
+def write_llama(folder: Path, unknown: str | None = None, dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """A Llama with random weights, tied embeddings and grouped heads, as SmolLM2 has; a tokenizer of single bytes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown).save_pretrained(folder)
+    values = {
+        "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 5000.0,
+        "max_position_embeddings": 512, "initializer_range": 0.3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**values, **changes})).to(dtype).save_pretrained(folder)
+    return folder

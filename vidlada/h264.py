@@ -2,7 +2,6 @@
 
 import re
 
-SPS_NAL = 7
 SLICES = bytes(reference << 5 | kind for kind in (1, 2, 5) for reference in range(4))
 SLICE_START = re.compile(b"\\0\\0\\x01([" + re.escape(SLICES) + b"])", re.DOTALL)
 SPS_START = re.compile(b"\\0\\0\\x01[\\x07\\x27\\x47\\x67]")

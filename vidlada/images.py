@@ -5,13 +5,14 @@ import io
 import mmap
 import re
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from vidlada.errors import InputError
 
@@ -119,12 +120,35 @@ def read_images(
             yield page, to_rgb(turned, BACKGROUNDS[background])
 
 
+class StrictReading:
+    """Pillow refuses truncated images while this is entered, by any number of threads, although another library of this
+    process (lmms-eval) lets it fill them up with grey."""
+
+    def __init__(self) -> None:
+        self.lock, self.readers, self.before = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.readers:
+                self.before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+            self.readers += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.readers -= 1
+            if not self.readers:
+                ImageFile.LOAD_TRUNCATED_IMAGES = self.before
+
+
+STRICT = StrictReading()
+
+
 @contextmanager
 def _open(source: str | Path | bytes) -> Iterator[Image.Image]:
     """Open an image, turning Pillow's errors into ours."""
     name = "the image" if isinstance(source, bytes) else str(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with STRICT, Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             yield image
     except (InputError, MemoryError):
         raise

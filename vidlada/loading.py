@@ -1,5 +1,6 @@
 """Load models by name: the one in the package, a folder, or one of the Hugging Face hub."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,15 @@ import torch
 from torch import nn
 
 from vidlada.api import VidLaDA
-from vidlada.checkpoint.load import describe, load_model, load_tokenizer, load_with_adapter, stored_type, weights_type
+from vidlada.checkpoint.load import (
+    Checkpoint,
+    describe,
+    load_model,
+    load_tokenizer,
+    load_with_adapter,
+    stored_type,
+    weights_type,
+)
 from vidlada.errors import InputError
 from vidlada.info import check_memory_of_weights
 from vidlada.model.hub import local_folder, with_revision
@@ -34,17 +43,11 @@ def model_folder(name_or_folder: str | Path, revision: str | None = None, what: 
 
 
 def load(
-    name_or_folder: str | Path = SHIPPED,
-    dtype: str | torch.dtype = "auto",
-    device: str | None = None,
-    device_map: Any = None,
-    quantization: Quantization | None = None,
-    compiled: bool = False,
-    graphs: bool | None = None,
-    adapter: str | Path | None = None,
-    revision: str | None = None,
+    name_or_folder: str | Path = SHIPPED, dtype: str | torch.dtype = "auto", device: str | None = None,
+    device_map: Any = None, quantization: Quantization | None = None, compiled: bool = False,
+    graphs: bool | None = None, adapter: str | Path | None = None, revision: str | None = None,
     tensor_parallel: int = 1,
-) -> VidLaDA:
+) -> VidLaDA:  # fmt: skip
     """Load a model.
 
     Args:
@@ -74,39 +77,21 @@ def load(
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
     checkpoint = describe(folder)
-    if quantization is not None:
-        check_quantization(
-            quantization, torch.device(device), weights_type(dtype) or stored_type(checkpoint)
-        )  # before anything is loaded
-    mesh = None
+    if quantization is not None:  # before anything is loaded
+        check_quantization(quantization, torch.device(device), weights_type(dtype) or stored_type(checkpoint))
+    places: dict[str, Any] = {"device": device, "device_map": device_map, "checkpoint": checkpoint}
     if tensor_parallel > 1:
         if quantization is not None or device_map is not None or compiled:
             raise InputError("tensor_parallel excludes quantization, device_map and compiled")
-        check_shares(checkpoint.config.text, tensor_parallel)
-        mesh = make_mesh(tensor_parallel, torch.device(device).type)
-        device = f"cuda:{torch.cuda.current_device()}" if torch.device(device).type == "cuda" else device
-        graphs = False
+        graphs, places = False, places | _shares(checkpoint, tensor_parallel, device)
     elif device_map is None:
-        one_by_one = quantization if adapter is None else None
-        check_memory_of_weights(checkpoint, dtype, torch.device(device), one_by_one)
-
-    def finish(layer: nn.Module) -> None:
-        assert isinstance(layer, Layer)
-        if mesh is not None:
-            shard(layer, mesh)
-            return
-        layer.pack()
-        if quantization is not None:
-            quantize(layer, quantization)
-
-    places = {"device": device, "device_map": device_map, "checkpoint": checkpoint}
-    if quantization is not None or mesh is not None:
-        places["finish"] = finish
+        check_memory_of_weights(checkpoint, dtype, torch.device(device), quantization if adapter is None else None)
+    if quantization is not None:
+        places["finish"] = partial(_pack, quantization=quantization)
     if adapter is None:
         model = load_model(folder, dtype, **places)
     else:
         model = load_with_adapter(model_folder(adapter, what="adapter"), dtype, folder, **places)
-    model.eval()
     if "finish" not in places:
         model.language_model.pack()
     model.language_model.static = graphs
@@ -114,7 +99,22 @@ def load(
     if compiled or (quantization is not None and model.device.type == "cuda"):
         model.language_model.compile_layers()
     processor = VidLaDAProcessor.from_config(load_tokenizer(folder), model.config)
-    return VidLaDA(model, processor, with_revision(str(name_or_folder), revision))
+    return VidLaDA(model.eval(), processor, with_revision(str(name_or_folder), revision))
+
+
+def _shares(checkpoint: Checkpoint, processes: int, device: str) -> dict[str, Any]:
+    """Return where this process loads its share of every layer, and what makes the share."""
+    check_shares(checkpoint.config.text, processes)
+    mesh = make_mesh(processes, torch.device(device).type)
+    device = f"cuda:{torch.cuda.current_device()}" if torch.device(device).type == "cuda" else device
+    return {"device": device, "finish": partial(shard, mesh=mesh)}
+
+
+def _pack(layer: nn.Module, quantization: Quantization) -> None:
+    """Join a layer's projections and quantise them."""
+    assert isinstance(layer, Layer)
+    layer.pack()
+    quantize(layer, quantization)
 
 
 def usable_device(device: str | None) -> str:

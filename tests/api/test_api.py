@@ -31,10 +31,10 @@ def test_ask(small, clips):
 
 
 def test_a_padded_batch_of_videos_answers_as_one_by_one(small, clips):
-    asked = [(clips[0], "is it red ?"), (clips[1], "how many things are in the video ?"), (None, "which way ?"),
+    questions = [(clips[0], "is it red ?"), (clips[1], "how many things are in the video ?"), (None, "which way ?"),
              (clips[2], "what colour is the circle ?"), (clips[1], "is it red ?")]  # fmt: skip
-    together = small.ask_many(asked, **FAST)
-    for (video, question), answer in zip(asked, together, strict=True):
+    together = small.ask_many(questions, **FAST)
+    for (video, question), answer in zip(questions, together, strict=True):
         assert answer.token_ids == small.ask(video, question, **FAST).token_ids
 
 

@@ -1,6 +1,7 @@
 """`vidlada batch`: every line answered once, in order, whatever happens."""
 
 import json
+import signal
 import time
 
 import pytest
@@ -112,6 +113,7 @@ def test_killed_and_resumed_nothing_is_lost_or_doubled(folder, small_folder, tmp
     while not out.exists() or out.read_bytes().count(b"\n") < 3:
         assert process.poll() is None
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # so that it cannot end before the second run meets it
     code, err = run(folder / "many.jsonl", out, *options)
     assert (code, "another run" in err) == (2, True)
     process.kill()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vidlada.bench.count import count_figures, count_table, count_work, usual
+from vidlada.bench.count import count_figures, count_table, count_work, typical_step
 from vidlada.bench.pretend import DEVICE, DeviceTensor, MixedDevicesError, move, pretended_device
 from vidlada.bench.sizes import random_model, random_request
 from vidlada.decoding.sampler import denoise
@@ -43,7 +43,7 @@ def models(dtype):
     return found
 
 
-def asked(model, dtype):
+def requests_of(model, dtype):
     for number, cache in enumerate(CACHES):
         settings = GenerationSettings(gen_length=8, block_length=4, cache=cache).replace(**PACES[number % len(PACES)])
         request = random_request(model, 5, 4, settings)
@@ -60,7 +60,7 @@ def final(model, requests):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_of_every_policy_and_pace(dtype):
     plain, there = models(dtype)
-    requests = list(asked(plain, dtype))
+    requests = list(requests_of(plain, dtype))
     expected = final(plain, requests)
     with pretended_device() as counts:
         move(there, counts)
@@ -83,7 +83,7 @@ def test_a_batch_of_every_policy_and_pace(dtype):
 )
 def test_a_cached_step_at_the_shape_of_8b(cache, kernels):
     joining, steps = count_work("8b", cache, frames=2, steps=4)
-    step = usual(steps)
+    step = typical_step(steps)
     assert joining.waits == 0
     assert joining.kernels <= 4
     assert [work.waits for work in steps] == [1] * 4
@@ -115,7 +115,7 @@ def test_requests_share_one_wait():
     _, alone = count_work("mid", "dual", frames=2, steps=3)
     _, together = count_work("mid", "dual", frames=2, steps=3, rows=4)
     assert [work.waits for work in together] == [1] * 3
-    assert usual(together).kernels < 3 * usual(alone).kernels
+    assert typical_step(together).kernels < 3 * typical_step(alone).kernels
 
 
 def test_chunked_refreshes_do_not_wait():

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 FRAME_INDEX = [-1, -1, *[0] * 6, *[1] * 6, *[2] * 6, -1]
 
 
-def request(small, **changes):
+def make_request(small, **changes):
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randn(len(FRAME_INDEX), 32, generator=generator) * 0.2
     settings = GenerationSettings(gen_length=8, block_length=8).replace(**changes)
@@ -24,15 +24,15 @@ def request(small, **changes):
 
 
 def test_drift_is_the_change_of_states_between_steps(small):
-    figures = drift_figures(small.model, request(small))
+    figures = drift_figures(small.model, make_request(small))
     assert figures["steps"] == 8
     assert figures["chance"]["near"] == pytest.approx(7 / 9)
     states, model = [], small.model
-    embed, asked = model.language_model.embed_tokens, request(small)
+    embed, request = model.language_model.embed_tokens, make_request(small)
     with torch.no_grad():
         ids = torch.full((8,), model.config.mask_token_id)
-        for _, state in denoise(model, [asked]):
-            states.append(model.language_model(torch.cat((asked.prompt, embed(ids)))[None])[0])
+        for _, state in denoise(model, [request]):
+            states.append(model.language_model(torch.cat((request.prompt, embed(ids)))[None])[0])
             ids = torch.where(state.committed, state.proposed, model.config.mask_token_id)
     expected = [
         1 - torch.cosine_similarity(a[2:20], b[2:20], dim=-1).mean() for a, b in zip(states, states[1:], strict=False)

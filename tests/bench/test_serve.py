@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from serve.running import wait_for
+from processes import wait_for
 
 from vidlada.bench.mixed_load import Timing, mixed_rows, summary
-from vidlada.cli.bench import promise
+from vidlada.cli.bench import parse_goodput
 from vidlada.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -67,7 +67,7 @@ def test_figures_of_mixed_requests():
     assert long["e2el"]["p99"] == 11_000
     assert len(mixed_rows("together", found)) == 3
     with pytest.raises(InputError, match="goodput"):
-        promise("ttfb:5")
+        parse_goodput("ttfb:5")
 
 
 def test_ended_early_it_ends_its_servers(bench):

@@ -212,9 +212,11 @@ def test_every_command_has_help_and_no_option_twice(words):
     ("given", "expected"), [((), 0), (("--cache", "mars"), 1), (("--cache", "mars", "--reuse", 0), 0)]
 )
 def test_chat_with_a_cache_reuses_half_of_the_layers(clip, small_folder, monkeypatch, given, expected):
-    asked = []
+    depths = []
     answer = Conversation.ask
-    monkeypatch.setattr(Conversation, "ask", lambda self, text: asked.append(self.settings.reuse) or answer(self, text))
+    monkeypatch.setattr(
+        Conversation, "ask", lambda self, text: depths.append(self.settings.reuse) or answer(self, text)
+    )
     code, out, _ = run_here("chat", clip, "--model", small_folder, "--gen-length", 8, *given, stdin="is it red ?\n")
-    assert (code, asked) == (0, [expected])
+    assert (code, depths) == (0, [expected])
     assert out

@@ -77,7 +77,7 @@ def test_a_build_keeps_what_needs_the_video_and_has_the_votes(tmp_path, stub, co
     assert [candidate["verdict"] for candidate in audit[0]["candidates"]] == [
         "kept", "answered without the video", "1 of 2 voters agree",
     ]  # fmt: skip
-    roles = [(call["role"], call["model"]) for call in audit[0]["candidates"][0]["asked"]]
+    roles = [(call["role"], call["model"]) for call in audit[0]["candidates"][0]["calls"]]
     assert roles == [("blind", "blind"), ("voter", "first"), ("voter", "second")]
     for path, authorization, body in stub.requests:
         assert (path, authorization) == ("/v1/chat/completions", "Bearer secret")
@@ -127,12 +127,12 @@ def test_a_refused_request_is_recorded_and_the_build_goes_on(tmp_path, stub, con
     assert [candidate["verdict"] for candidate in second["candidates"]] == [
         f"first {words}", "answered without the video", "1 of 2 voters agree",
     ]  # fmt: skip
-    refused = second["candidates"][0]["asked"][-1]
+    refused = second["candidates"][0]["calls"][-1]
     assert (refused["role"], refused["reply"], refused["agrees"]) == ("voter", "", False) and refused["prompt"]
     assert (last["refused"], last["problem"]) == (False, "")
     assert len(read_llava(tmp_path / "out" / "long.jsonl")) == 2
-    asked = len(stub.requests)
-    assert build(config).exit_code == 0 and len(stub.requests) == asked
+    before = len(stub.requests)
+    assert build(config).exit_code == 0 and len(stub.requests) == before
 
 
 @pytest.mark.parametrize("refusals", [1, 3, 20])
@@ -164,16 +164,18 @@ def four_at_once(tmp_path, config):
 
 def test_segments_worked_on_at_once_write_the_same_files(tmp_path, stub, config, four_at_once):
     assert build(config).exit_code == 0
-    number, lock, at_once = 0, threading.Lock(), [0]
+    number, lock, at_once, met = 0, threading.Lock(), [0], threading.Barrier(2)
 
     def wait(body):
-        """The earlier a request, the longer: what is asked later is answered first."""
+        """The first two meet; then the earlier a request, the longer: what is asked later is answered first."""
         nonlocal number
         with lock:
             number += 1
-            delay = 0.3 / number
+            own = number
             at_once.append(at_once[-1] + 1)
-        time.sleep(delay)
+        if own <= 2:
+            met.wait(240)
+        time.sleep(0.3 / own)
         with lock:
             at_once.append(at_once[-1] - 1)
 
@@ -324,9 +326,9 @@ WORDING = {"prompt": "{question} choices : {choices} . answer with the letter ."
 def test_the_shipped_model_votes_on_shapes_videos(tmp_path, stub, monkeypatch):
     """Through vidlada serve, which shows it the segment as a video of a frame a second."""
     questions = write_dataset(tmp_path, "validation", clips=2, seconds=6, size=84)
-    asked = [entry for entry in json.loads(questions.read_text()) if entry["choices"]]
+    entries = [entry for entry in json.loads(questions.read_text()) if entry["choices"]]
     by_video = {}
-    for entry in asked:
+    for entry in entries:
         right = "ABCDEFGH".index(entry["conversations"][1]["value"])
         by_video.setdefault(entry["video"], []).append(
             {
@@ -352,9 +354,9 @@ def test_the_shipped_model_votes_on_shapes_videos(tmp_path, stub, monkeypatch):
     assert result.exit_code == 0, result.output
     audit = [json.loads(line) for line in (tmp_path / "out.audit.jsonl").read_text().splitlines()]
     judged = [candidate for record in audit for candidate in record["candidates"]]
-    assert len(judged) == len(asked) > 2
+    assert len(judged) == len(entries) > 2
     for candidate in judged:
-        blind, vote = candidate["asked"]
+        blind, vote = candidate["calls"]
         assert (blind["agrees"], vote["model"]) == (False, "tiny")
         assert vote["reply"] in list("ABCDEFGH")  # it understood what it was asked, whether it is right or not
         assert candidate["verdict"] == ("kept" if vote["agrees"] else "0 of 1 voters agree")

@@ -300,12 +300,12 @@ def test_scenes_are_cut_where_frames_change_abruptly():
 def test_every_scene_has_its_own_anchors():
     model = load_reference_model("gqa")
     index = layout(3, [5, 5, 5, 5], 4)
-    asked = random_request(model, index, cache="mars:scene=0.5,window=1,anchors=4")
-    direction = torch.randn(asked.prompt.shape[1])
-    with_scenes = asked.prompt.clone()
+    request = random_request(model, index, cache="mars:scene=0.5,window=1,anchors=4")
+    direction = torch.randn(request.prompt.shape[1])
+    with_scenes = request.prompt.clone()
     with_scenes[3:13], with_scenes[13:23] = direction, -direction  # two scenes of two frames
     denoiser = Denoiser(model)
-    denoiser.add(replace(asked, prompt=with_scenes))
+    denoiser.add(replace(request, prompt=with_scenes))
     denoiser.step()
     found = denoiser.rows[0].caches[0].attention.anchors
     for anchors in found.values():

@@ -59,7 +59,7 @@ def proposals(block, tokens=None, measured=None):
     return Proposals(tokens, confidence, is_open, measured)
 
 
-def request(model, seed=0, tokens=20, **changes):
+def make_request(model, seed=0, tokens=20, **changes):
     return random_request(model, [-1] * 4 + [0] * 6 + [1] * 6 + [-1] * (tokens - 16), seed, **changes)
 
 
@@ -200,7 +200,7 @@ def test_figures_of_distributions():
 @pytest.mark.parametrize("cache", ["none", "dual", "mars:text=2,group=1"])
 def test_every_rule_fills_the_answer_and_changes_nothing_final(small, commit, cache):
     before = None
-    for _, state in denoise(small.model, [request(small.model, commit=commit, cache=cache)]):
+    for _, state in denoise(small.model, [make_request(small.model, commit=commit, cache=cache)]):
         if before is not None:
             assert (state.committed | ~before.committed).all()
             assert (state.proposed[before.committed] == before.proposed[before.committed]).all()
@@ -212,12 +212,12 @@ def test_every_rule_fills_the_answer_and_changes_nothing_final(small, commit, ca
 
 def test_bold_rules_take_fewer_steps(small):
     for commit in BOLD:
-        (state,) = decode(small.model, request(small.model, commit=commit))
+        (state,) = decode(small.model, make_request(small.model, commit=commit))
         assert state.statistics.steps < 16, commit
 
 
 def test_a_rule_gives_the_same_answer_in_a_batch_and_alone(small):
-    requests = [request(small.model, seed, 18 + seed, commit=commit) for seed, commit in enumerate(BOLD)]
+    requests = [make_request(small.model, seed, 18 + seed, commit=commit) for seed, commit in enumerate(BOLD)]
     requests += [replace(r, settings=r.settings.replace(cache="dual", commit=r.settings.commit)) for r in requests[::2]]
     for one, together in zip(requests, decode(small.model, *requests), strict=True):
         (alone,) = decode(small.model, one)
@@ -230,7 +230,7 @@ def test_a_rule_gives_the_same_answer_in_a_batch_and_alone(small):
     [("topk", {}), ("threshold:confidence=0.05", {"threshold": 0.05}), ("factor:factor=4.5", {"factor": 4.5})],
 )
 def test_the_old_settings_are_rules(small, commit, old):
-    (named,), (plain,) = (decode(small.model, request(small.model, **each)) for each in ({"commit": commit}, old))
+    (named,), (plain,) = (decode(small.model, make_request(small.model, **each)) for each in ({"commit": commit}, old))
     assert named.answer_ids() == plain.answer_ids()
     assert named.statistics.steps == plain.statistics.steps
 
@@ -239,9 +239,9 @@ def test_the_old_settings_are_rules(small, commit, old):
 def test_tokens_are_verified_by_masks_beside_the_sequence():
     """Against one dense pass over the sequence with those masks behind it, under a mask of pairs."""
     model = load_reference_model("gqa")
-    asked = request(model, commit="wino:draft=1,verify=0", cache="full")
+    request = make_request(model, commit="wino:draft=1,verify=0", cache="full")
     denoiser = Denoiser(model)
-    denoiser.add(asked)
+    denoiser.add(request)
     for _ in range(3):  # the rule commits one a step, and takes none back
         denoiser.step()
     row = denoiser.rows[0]
@@ -270,8 +270,8 @@ def test_what_may_be_taken_back_is_not_settled(small):
     """Tokens are taken back in the course, and settled text is a prefix of the answer at any time."""
     texts, taken_back, before = [], 0, None
     for seed in range(6):
-        asked = request(small.model, seed, commit="wino:draft=0.01,verify=0.99")
-        states = [state for _, state in denoise(small.model, [asked])]
+        request = make_request(small.model, seed, commit="wino:draft=0.01,verify=0.99")
+        states = [state for _, state in denoise(small.model, [request])]
         texts = [stable_text(state, lambda ids: " ".join(map(str, ids)), (), ()).text for state in states]
         assert all(texts[-1].startswith(text) for text in texts)
         filled = [state.statistics.tokens for state in states]
@@ -286,9 +286,9 @@ def test_what_may_be_taken_back_is_not_settled(small):
 
 
 def test_a_stop_that_may_be_taken_back_is_not_told(small):
-    free = decode(small.model, request(small.model, commit="wino:draft=0.01,verify=0.99"))[0].answer_ids()
-    asked = replace(request(small.model, commit="wino:draft=0.01,verify=0.99"), stop_sequences=[(free[5],)])
-    stops = [state.stop_at for _, state in denoise(small.model, [asked]) if state.stop_at is not None]
+    free = decode(small.model, make_request(small.model, commit="wino:draft=0.01,verify=0.99"))[0].answer_ids()
+    request = replace(make_request(small.model, commit="wino:draft=0.01,verify=0.99"), stop_sequences=[(free[5],)])
+    stops = [state.stop_at for _, state in denoise(small.model, [request]) if state.stop_at is not None]
     assert len(set(stops)) == 1
 
 

@@ -61,8 +61,8 @@ def decode(model, requests, failures=()):
                 found = denoiser.step()
             except torch.OutOfMemoryError:
                 assert len(denoiser.rows) == len(requests) - sum(own[-1].done for own in states.values())
-                if denoiser.spoiled:
-                    return states, denoiser.spoiled
+                if denoiser.unusable:
+                    return states, denoiser.unusable
                 found = denoiser.step()
             for number, state in found:
                 states.setdefault(number, []).append(state)
@@ -78,11 +78,11 @@ failing = st.dictionaries(st.integers(0, 20), st.integers(0, 8), min_size=1, max
 @hypothesis_settings(max_examples=40, deadline=None)
 def test_a_repeated_step(small, chosen, failures):
     expected, _ = decode(small.model, [request(small.model, *kind) for kind in chosen])
-    found, spoiled = decode(small.model, [request(small.model, *kind) for kind in chosen], failures)
-    for number in spoiled:
+    found, unusable = decode(small.model, [request(small.model, *kind) for kind in chosen], failures)
+    for number in unusable:
         assert chosen[number][0].partition(":")[0] in ("dllm", "interval")
     for number, states in found.items():
-        assert len(states) == len(expected[number]) or spoiled
+        assert len(states) == len(expected[number]) or unusable
         for one, other in zip(states, expected[number], strict=False):
             assert torch.equal(one.proposed, other.proposed)
             assert torch.equal(one.confidence, other.confidence)
@@ -91,10 +91,10 @@ def test_a_repeated_step(small, chosen, failures):
             assert one.statistics.refreshes == other.statistics.refreshes
 
 
-@pytest.mark.parametrize(("cache", "spoiled"), [("dual", set()), ("dllm", {0}), ("interval", {0})])
-def test_what_compares_with_what_it_overwrites_cannot_be_repeated(small, cache, spoiled):
+@pytest.mark.parametrize(("cache", "unusable"), [("dual", set()), ("dllm", {0}), ("interval", {0})])
+def test_what_compares_with_what_it_overwrites_cannot_be_repeated(small, cache, unusable):
     _, found = decode(small.model, [request(small.model, cache, {}, 0)], {2: 1})
-    assert found == spoiled
+    assert found == unusable
 
 
 @pytest.mark.parametrize(

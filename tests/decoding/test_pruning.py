@@ -25,7 +25,7 @@ PRUNE = "redvtp:keep=0.4"
 KEPT = 8  # of 20
 
 
-def request(model, seed=0, **changes):
+def make_request(model, seed=0, **changes):
     return random_request(model, FRAMES, seed, **{"visual_prune": PRUNE, **changes})
 
 
@@ -43,10 +43,10 @@ def received(model, hidden, asking):
 
 
 @torch.inference_mode()
-def naive(model, asked):
+def naive(model, request):
     """One token a step, everything recomputed, dropped tokens masked."""
-    settings, config = asked.settings, model.config
-    first, mask = len(asked.prompt), config.mask_token_id
+    settings, config = request.settings, model.config
+    first, mask = len(request.prompt), config.mask_token_id
     ids = torch.full((settings.gen_length,), mask)
     visual = torch.tensor([place for place, frame in enumerate(FRAMES) if frame >= 0])
     seen = torch.ones(1, first + len(ids), dtype=torch.bool)
@@ -59,12 +59,12 @@ def naive(model, asked):
             states = model.language_model(hidden, torch.arange(hidden.shape[1])[None], seen)
             return model.lm_head(states[0, first:][block]).float()
 
-        found = logits(asked.prompt)
+        found = logits(request.prompt)
         if settings.cfg_scale:
             without = logits(embed(torch.tensor([mask])).expand(first, -1))
             found = without + (settings.cfg_scale + 1) * (found - without)
         if step == 0:
-            hidden = torch.cat((asked.prompt, embed(ids)))[None]
+            hidden = torch.cat((request.prompt, embed(ids)))[None]
             score = received(model, hidden, torch.arange(first, first + len(ids)))[visual]
             dropped = visual[score.argsort(descending=True)[KEPT:]]
             seen = seen.index_fill(1, dropped, False)
@@ -88,9 +88,9 @@ def naive(model, asked):
 def test_the_same_answer_as_with_dropped_tokens_masked(changes):
     for variant, seed in (("mha", 1), ("gqa", 2)):
         model = load_reference_model(variant)
-        asked = request(model, seed, **changes)
-        (state,) = decode(model, asked)
-        assert state.proposed.tolist() == naive(model, asked)
+        request = make_request(model, seed, **changes)
+        (state,) = decode(model, request)
+        assert state.proposed.tolist() == naive(model, request)
         assert state.statistics.pruned == 20 - KEPT
 
 
@@ -136,10 +136,10 @@ def mask_instead(cache, numbers):
 )  # fmt: skip
 def test_caches_are_what_they_are_over_masked_tokens(monkeypatch, cache):
     model = load_reference_model("gqa")
-    asked = [request(model, seed, cache=cache) for seed in range(3)]
-    dropped = decode(model, *asked)
+    requests = [make_request(model, seed, cache=cache) for seed in range(3)]
+    dropped = decode(model, *requests)
     monkeypatch.setattr(RequestCache, "prune", mask_instead)
-    masked = decode(model, *asked)
+    masked = decode(model, *requests)
     for one, other in zip(dropped, masked, strict=True):
         assert one.proposed.tolist() == other.proposed.tolist()
         torch.testing.assert_close(one.confidence, other.confidence)
@@ -154,30 +154,35 @@ def test_caches_are_what_they_are_over_masked_tokens(monkeypatch, cache):
 )  # fmt: skip
 def test_alone_in_a_batch_and_on_fixed_buffers(changes):
     model = load_reference_model("gqa")
-    asked = [request(model, 4, **changes), request(model, 5, cache="dual", visual_prune="redvtp:keep=0.05")]
-    (alone,) = decode(model, asked[0])
-    for found in (decode(model, *asked)[0], decode(model, *asked, static=True)[0]):
+    requests = [
+        make_request(model, 4, **changes),
+        make_request(model, 5, cache="dual", visual_prune="redvtp:keep=0.05"),
+    ]
+    (alone,) = decode(model, requests[0])
+    for found in (decode(model, *requests)[0], decode(model, *requests, static=True)[0]):
         assert found.proposed.tolist() == alone.proposed.tolist()
         assert found.statistics.layer_tokens == alone.statistics.layer_tokens
-    assert alone.statistics.pruned == 20 - KEPT and decode(model, asked[1])[0].statistics.pruned == 19
-    (everything,) = decode(model, replace(asked[0], settings=replace(asked[0].settings, visual_prune=None)))
+    assert alone.statistics.pruned == 20 - KEPT and decode(model, requests[1])[0].statistics.pruned == 19
+    (everything,) = decode(model, replace(requests[0], settings=replace(requests[0].settings, visual_prune=None)))
     assert everything.statistics.pruned == 0
 
 
 def test_keeping_all_changes_nothing_and_a_prompt_without_frames_has_nothing_to_drop():
     model = load_reference_model("mha")
-    kept, whole = decode(model, request(model, visual_prune="redvtp:keep=1"), request(model, visual_prune="none"))
+    kept, whole = decode(
+        model, make_request(model, visual_prune="redvtp:keep=1"), make_request(model, visual_prune="none")
+    )
     assert kept.proposed.tolist() == whole.proposed.tolist() and kept.statistics.pruned == 0
-    blind = replace(request(model), frame_index=None)
+    blind = replace(make_request(model), frame_index=None)
     assert decode(model, blind)[0].statistics.pruned == 0
 
 
 def test_another_question_may_reuse_what_this_one_dropped():
     model = load_reference_model("gqa")
-    asked = request(model, cache="mars", reuse=1)
-    (state,) = decode(model, asked)
+    request = make_request(model, cache="mars", reuse=1)
+    (state,) = decode(model, request)
     assert state.visual.layers[0].shape[1] == 20
-    (again,) = decode(model, replace(asked, visual=state.visual))
+    (again,) = decode(model, replace(request, visual=state.visual))
     assert again.statistics.refreshes["visual"] == state.statistics.refreshes["visual"] - 1 or again.statistics.pruned
 
 
@@ -198,11 +203,11 @@ def test_refused_by_name():
 @pytest.mark.slow
 def test_by_the_command_line(small_folder, tmp_path):
     clip = str(write_video(tmp_path / "clip.mp4", frames=50))
-    asked = ["ask", clip, "is it red ?", "--model", str(small_folder), "--json", "--cache", "mars", "--visual-prune"]
-    done = CliRunner().invoke(main, [*asked, "redvtp:keep=0.5"])
+    command = ["ask", clip, "is it red ?", "--model", str(small_folder), "--json", "--cache", "mars", "--visual-prune"]
+    done = CliRunner().invoke(main, [*command, "redvtp:keep=0.5"])
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
     visual = 2 * 6  # frames of 4 cells and 2 line ends
     assert answer["statistics"]["pruned"] == visual // 2 and answer["settings"]["visual_prune"] == "redvtp:keep=0.5"
-    refused = CliRunner().invoke(main, [*asked, "most"], prog_name="vidlada")
+    refused = CliRunner().invoke(main, [*command, "most"], prog_name="vidlada")
     assert refused.exit_code == 2 and refused.stderr == "error: unknown visual_prune 'most'; use none, redvtp\n"

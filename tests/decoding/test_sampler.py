@@ -5,7 +5,6 @@ import torch
 from random_requests import decode
 
 from vidlada.decoding.sampler import Denoiser, Request, denoise
-from vidlada.decoding.streaming import feed
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 
@@ -137,27 +136,6 @@ def test_suffix_is_seen(small):
     plain, steered = decode(small.model, Request(prompt(small, 9), settings()),
                             Request(prompt(small, 9), settings(), suffix_ids=list(range(20, 60))))  # fmt: skip
     assert plain.answer_ids() != steered.answer_ids()
-
-
-def test_streamer_gets_every_final_token_once_and_in_order(small):
-    class Recorder:
-        final, drafts, ended = [], 0, False
-
-        def put(self, tokens):
-            self.final.extend(tokens.tolist())
-
-        def put_draft(self, tokens):
-            self.drafts += 1
-
-        def end(self):
-            self.ended = True
-
-    recorder = Recorder()
-    states = (state for _, state in denoise(small.model, [Request(prompt(small, 9), settings())]))
-    *_, last = feed(recorder, states, small.model.config.mask_token_id)
-    assert recorder.final == last.answer_ids()
-    assert recorder.drafts > 0
-    assert recorder.ended
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ CONFIG = VidLaDATextConfig(hidden_size=64, num_attention_heads=4, num_key_value_
 FRAMES = [-1, -1, *(frame for frame in range(4) for _ in range(5)), -1, -1, -1]
 
 
-def request(model, seed, **changes):
+def make_request(model, seed, **changes):
     return random_request(model, FRAMES, seed, **changes)
 
 
@@ -78,9 +78,9 @@ def test_estimates_count_it():
 )  # fmt: skip
 def test_alone_in_a_batch_and_on_fixed_buffers(kind, cache):
     model = load_reference_model("gqa")
-    asked = [request(model, 6, cache=cache, kv_dtype=kind, commit="wino"), request(model, 7, cache="dual")]
-    (alone,) = decode(model, asked[0])
-    for found in (decode(model, *asked)[0], decode(model, *asked, static=True)[0]):
+    requests = [make_request(model, 6, cache=cache, kv_dtype=kind, commit="wino"), make_request(model, 7, cache="dual")]
+    (alone,) = decode(model, requests[0])
+    for found in (decode(model, *requests)[0], decode(model, *requests, static=True)[0]):
         assert found.proposed.tolist() == alone.proposed.tolist()
 
 
@@ -89,8 +89,8 @@ def test_predictions_stay_near(kind, tolerance):
     """Confidences of the first step, of which most are those of one model."""
     model, found = load_reference_model("mha"), {}
     for each in ("auto", kind):
-        asked = request(model, 8, cache="full", kv_dtype=each, gen_length=8, block_length=8, steps=1)
-        found[each] = decode(model, asked)[0].confidence
+        request = make_request(model, 8, cache="full", kv_dtype=each, gen_length=8, block_length=8, steps=1)
+        found[each] = decode(model, request)[0].confidence
     assert 0 < (found[kind] - found["auto"]).abs().max() < tolerance
 
 

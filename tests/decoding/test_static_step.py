@@ -35,7 +35,15 @@ PACES = [
 ]
 
 
-def request(model, cache, pace, frames, seed, stop):
+@pytest.fixture(autouse=True)
+def no_graphs():
+    """The models are shared; no other test runs with the graphs of these."""
+    GRAPHS.clear()
+    yield
+    GRAPHS.clear()
+
+
+def make_request(model, cache, pace, frames, seed, stop):
     index = [-1] * 2 + [number for number in range(frames) for _ in range(4)] + [-1] * 3
     width = model.config.text_config.hidden_size
     prompt = torch.randn(len(index), width, generator=torch.Generator().manual_seed(seed)) * 0.2
@@ -80,7 +88,7 @@ kinds = st.tuples(st.sampled_from(CACHES), st.sampled_from(PACES), st.integers(2
 )
 @hypothesis_settings(max_examples=25, deadline=None)
 def test_the_same_as_eager(small, chosen, stop, every, leave_after):
-    requests = [request(small.model, *kind, stop) for kind in chosen]
+    requests = [make_request(small.model, *kind, stop) for kind in chosen]
     found = [decode(small.model, requests, static, every, leave_after) for static in (False, True)]
     assert_equal(*found)
 
@@ -90,7 +98,7 @@ def test_the_same_as_eager(small, chosen, stop, every, leave_after):
 @hypothesis_settings(max_examples=15, deadline=None)
 def test_padding_to_multiples_changes_no_answer(chosen):
     model = load_reference_model("gqa")
-    requests = [request(model, *kind, ()) for kind in chosen]
+    requests = [make_request(model, *kind, ()) for kind in chosen]
     eager = decode(model, requests, False)
     GRAPHS[model.language_model] = LayerGraphs(16)
     padded = decode(model, requests, True)
@@ -105,7 +113,7 @@ def test_joins_and_leaves_lose_no_graphs(cache):
     """Of the parts that eight requests of different lengths run, each is captured once, and that is all."""
     model = load_reference_model("gqa")
     graphs = GRAPHS[model.language_model] = LayerGraphs(16)
-    requests = [request(model, cache, {}, 60 + number, number, ()) for number in range(8)]
+    requests = [make_request(model, cache, {}, 60 + number, number, ()) for number in range(8)]
     decode(model, requests, True, every=5, leave_after=30)
     parts = 2 * model.config.text.num_hidden_layers * MAX_ROWS // 16
     assert graphs.eager <= parts and graphs.captures <= parts
@@ -118,21 +126,21 @@ def test_joins_and_leaves_lose_no_graphs(cache):
 def test_moved_weights_are_captured_anew():
     model = copy.deepcopy(load_reference_model("gqa"))  # the reference is shared
     graphs = GRAPHS[model.language_model] = LayerGraphs(1)
-    asked = request(model, "dual", {}, 2, 0, ())
-    decode(model, [asked], True)
+    request = make_request(model, "dual", {}, 2, 0, ())
+    decode(model, [request], True)
     known = next(iter(graphs.sizes.values()))
-    decode(model, [asked], True)
+    decode(model, [request], True)
     assert known in graphs.sizes.values()
     model.double().float()
-    expected = decode(model, [asked], False)
-    assert_equal(expected, decode(model, [asked], True))
+    expected = decode(model, [request], False)
+    assert_equal(expected, decode(model, [request], True))
     assert known not in graphs.sizes.values()
 
 
 def test_wide_passes_stay_eager():
     model = load_reference_model("gqa")
     graphs = GRAPHS[model.language_model] = LayerGraphs(1)
-    decode(model, [request(model, "full", {}, MAX_ROWS // 4, 0, ())], True)
+    decode(model, [make_request(model, "full", {}, MAX_ROWS // 4, 0, ())], True)
     assert graphs.sizes.keys() == {16}  # the answer's rows, which alone leave the last layer
     assert graphs.eager == graphs.captures == 1
 

@@ -120,9 +120,9 @@ def test_prompts_of_both_parts(thinker):
     state = next(state for _, state in run(thinker, turn.request) if state.done)
     turn.take(state)
     behind = turn.request.prompt[len(request.prompt) :]
-    said = state.answer_ids()
-    assert len(behind) == 1 + len(said) + 1 + 1  # <think> thought </think> line break
-    assert torch.equal(behind[1 + len(said)], embed[ids["</think>"]])
+    thought = state.answer_ids()
+    assert len(behind) == 1 + len(thought) + 1 + 1  # <think> thought </think> line break
+    assert torch.equal(behind[1 + len(thought)], embed[ids["</think>"]])
     assert turn.request.settings == request.settings
     assert len(turn.request.frame_index) == len(turn.request.prompt)
 
@@ -135,9 +135,9 @@ def run(vidlada, request):
 
 
 def test_many_thoughts_in_a_batch_are_as_alone(thinker):
-    asked = [(None, "is it red ?"), (None, "which way does it move ?")]
-    together = thinker.ask_many(asked, think=True, **FAST)
-    for (media, question), answer in zip(asked, together, strict=True):
+    questions = [(None, "is it red ?"), (None, "which way does it move ?")]
+    together = thinker.ask_many(questions, think=True, **FAST)
+    for (media, question), answer in zip(questions, together, strict=True):
         alone = thinker.ask(media, question, think=True, **FAST)
         assert (alone.reasoning, alone.token_ids) == (answer.reasoning, answer.token_ids)
 

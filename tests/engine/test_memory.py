@@ -66,7 +66,7 @@ def test_more_than_fit_are_answered_as_alone(small, room, options):
     with engine_of(small, max_running=8) as engine:
         updates = asyncio.run(run(engine))
         totals = engine.totals
-    assert totals.put_back > 0 < room["failures"]
+    assert totals.preempted > 0 < room["failures"]
     assert (totals.finished, totals.failed) == (len(QUESTIONS), 0)
     room["rows"] = len(QUESTIONS)
     for number, (text, update) in enumerate(zip(QUESTIONS, updates, strict=True)):
@@ -108,7 +108,7 @@ def test_what_is_kept_is_given_up_first(small, room):
     with engine_of(small) as engine:
         assert asyncio.run(run(engine)).stable.finish_reason
         assert kept[0] > 0 == kept[1]
-        assert (engine.totals.failed, engine.totals.put_back) == (0, 0)
+        assert (engine.totals.failed, engine.totals.preempted) == (0, 0)
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -136,7 +136,7 @@ def test_the_vision_tower_runs_out_of_memory(small, monkeypatch, others):
     with engine_of(small) as engine:
         last = asyncio.run(run(engine))
         assert failures
-        assert engine.totals.put_back == others
+        assert engine.totals.preempted == others
         assert engine.totals.failed == 1 - others
     assert last.state.answer_ids() == alone(small, "is it red ?", 6).token_ids
 
@@ -167,9 +167,9 @@ def test_a_repeated_answer_that_differs_is_not_put_behind_what_was_sent():
     job = SimpleNamespace(continues=False)
     submitted = [SimpleNamespace(handle=SimpleNamespace(job=job))]
     reply = Reply(None, "tiny", SimpleNamespace(include_reasoning=False), submitted)
-    assert [reply.news(0, update(text))[1] for text in ("a", "a cat", "a cat sits")] == ["a", " cat", " sits"]
+    assert [reply.delta(0, update(text))[1] for text in ("a", "a cat", "a cat sits")] == ["a", " cat", " sits"]
     with pytest.raises(VidLaDAError, match="differs from what was sent"):
-        reply.news(0, update("a dog"))
+        reply.delta(0, update("a dog"))
 
 
 def test_what_is_too_large_to_be_kept_is_said_once(small, caplog):

@@ -31,9 +31,11 @@ def ask(model, questions, batch_size=1, **options):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_replies_equal_asking_alone(small, clips, batch_size):
-    asked = [(0, "is it red ?"), (1, "is it blue ?"), (0, "how many things are in the video ?"), (2, "is it red ?")]
-    replies = ask(small, [Question(text, clips[n], SETTINGS) for n, text in asked], batch_size, time_instruction=True)
-    for (n, text), reply in zip(asked, replies, strict=True):
+    questions = [(0, "is it red ?"), (1, "is it blue ?"), (0, "how many things are in the video ?"), (2, "is it red ?")]
+    replies = ask(
+        small, [Question(text, clips[n], SETTINGS) for n, text in questions], batch_size, time_instruction=True
+    )
+    for (n, text), reply in zip(questions, replies, strict=True):
         alone = small.ask(clips[n], text, frames=4, time_instruction=True, gen_length=4, block_length=4)
         assert reply.text == alone.text.removesuffix(".").strip()
         assert (reply.tokens, reply.forward_passes, reply.error) == (
@@ -94,15 +96,15 @@ def test_the_next_videos_are_decoded_meanwhile_but_not_all(small, clips, monkeyp
 
 
 def test_replies_come_as_soon_as_their_order_allows(small, clips, monkeypatch):
-    asked = []
+    order = []
     plain = Answerer.entry
-    monkeypatch.setattr(Answerer, "entry", lambda self, q, media: (asked.append(q.text), plain(self, q, media))[1])
+    monkeypatch.setattr(Answerer, "entry", lambda self, q, media: (order.append(q.text), plain(self, q, media))[1])
     questions = [Question(text, clips[n], SETTINGS) for text, n in (("a", 0), ("b", 1), ("c", 0))]
     replies = Answerer(small, Sampling(max_frames=2)).replies(questions)
     next(replies)
-    assert asked == ["a"]
+    assert order == ["a"]
     list(replies)
-    assert asked == ["a", "c", "b"]
+    assert order == ["a", "c", "b"]
 
 
 def test_failures_cost_only_themselves(small, clips, tmp_path):

@@ -54,7 +54,7 @@ def test_both_names_and_both_interfaces():
     assert not get_model("vidlada").is_simple and get_model("vidlada", force_simple=True).is_simple
 
 
-def test_answers_are_cached_as_they_come(videos, small_lm, tmp_path):
+def test_answers_are_cached_as_they_come(videos, small_lm, tmp_path, monkeypatch):
     paths = [videos / f"clip{n}.mp4" for n in (1, 2)]
     small_lm.task_dict["t"] = {"test": [{"video": paths[n // 2]} for n in range(4)]}
     requests = [request_of(n, lambda doc: about(doc["video"], "is it red ?"), GENERATION) for n in range(4)]
@@ -66,11 +66,11 @@ def test_answers_are_cached_as_they_come(videos, small_lm, tmp_path):
                 raise KeyboardInterrupt
             yield reply
 
-    small_lm.answerer.replies = interrupted
+    monkeypatch.setattr(small_lm.answerer, "replies", interrupted)
     cache = ResponseCache(str(tmp_path / "a.db"), str(tmp_path / "a.jsonl"), "m")
     with pytest.raises(KeyboardInterrupt):
         cache.execute(small_lm, "generate_until", requests)
-    del small_lm.answerer.replies
+    monkeypatch.undo()
     assert cache.get_stats()["total_cached_entries"] == 2
     answers = cache.execute(small_lm, "generate_until", requests)
     assert cache.get_stats()["hits"] == 2
@@ -79,7 +79,7 @@ def test_answers_are_cached_as_they_come(videos, small_lm, tmp_path):
     assert [getattr(answer, "text", answer) for answer in answers[:2]] == [text, text]
 
 
-def test_rounds(videos, small_lm):
+def test_rounds(videos, small_lm, monkeypatch):
     video = videos / "clip1.mp4"
     small_lm.task_dict["t"] = {"test": [{}]}
     given = []
@@ -92,13 +92,15 @@ def test_rounds(videos, small_lm):
         return (about(video, "is it red ?") if round_idx == 0 else text), False, previous_output, round_idx
 
     encode, encoded = small_lm.vidlada.encode_media, []
-    small_lm.vidlada.encode_media = lambda media, *o, **k: (
-        encoded.append([type(medium).__name__ for medium in media]),
-        encode(media, *o, **k),
-    )[1]
+
+    def record(media, *rest, **options):
+        encoded.append([type(medium).__name__ for medium in media])
+        return encode(media, *rest, **options)
+
+    monkeypatch.setattr(small_lm.vidlada, "encode_media", record)
     request = request_of(0, to_messages, GENERATION, "generate_until_multi_round")
     (answers,) = small_lm.generate_until_multi_round([request])
-    del small_lm.vidlada.encode_media
+    monkeypatch.undo()
     assert encoded.count(["Frames"]) == 1
     assert [entry[0] for entry in given] == [0, 1, 2] and given[2][1] == answers and given[2][2] == 1
     alone = [small_lm.vidlada.ask(video, text, frames=2, gen_length=4, block_length=4) for text in
@@ -176,12 +178,12 @@ def test_samples_that_cannot_be_asked_cost_only_themselves(videos, small_lm):
     video = videos / "clip1.mp4"
     small_lm.task_dict["t"] = {"test": [{}] * 3}
     mixed = [{"type": "video", "url": str(video)}, {"type": "audio", "url": "a.wav"}]
-    asked = [
+    conversations = [
         about(video, "is it red ?"),
         [{"role": "user", "content": mixed}],
         about(video, "is it red ?"),
     ]
-    requests = [request_of(n, lambda doc, n=n: asked[n], GENERATION) for n in range(3)]
+    requests = [request_of(n, lambda doc, n=n: conversations[n], GENERATION) for n in range(3)]
     first, second, third = (answer.text for answer in small_lm.generate_until(requests))
     assert first == third != "" and second == ""
 
@@ -206,7 +208,7 @@ def test_wrong_arguments_stop_the_run(small_lm):
 
 
 @pytest.mark.parametrize(
-    "given, loaded, asked",
+    "given, loaded, options",
     [
         ({"cache": "mars:text=8;ratio=2", "threshold": 0.9}, {}, {"cache": "mars:text=8,ratio=2", "threshold": 0.9}),
         ({"add_time_instruction": True, "system_prompt": "red or blue"}, {},
@@ -217,7 +219,7 @@ def test_wrong_arguments_stop_the_run(small_lm):
         ({"quantization": "int8-dynamic"}, {"quantization": "int8-dynamic"}, {}),
     ],
 )  # fmt: skip
-def test_model_arguments_reach_the_model(videos, small_folder, given, loaded, asked):
+def test_model_arguments_reach_the_model(videos, small_folder, given, loaded, options):
     if "quantization" in given:
         pytest.importorskip("torchao")
     video = videos / "clip1.mp4"
@@ -226,7 +228,7 @@ def test_model_arguments_reach_the_model(videos, small_folder, given, loaded, as
     arguments = {"gen_length": 16, "block_length": 8}
     (answer,) = lm.generate_until([request_of(0, lambda doc: about(video, "is it red ?"), arguments)])
     model = vidlada.load(small_folder, device="cpu", **loaded)
-    direct = model.ask(video, "is it red ?", frames=3, **arguments, **asked)
+    direct = model.ask(video, "is it red ?", frames=3, **arguments, **options)
     assert answer.text == direct.text.removesuffix(".").strip() != ""
     assert answer.token_counts.output_tokens == direct.statistics.tokens
     types = [type(each.model.language_model.layers[0].mlp.down_proj.weight.data) for each in (lm.vidlada, model)]
@@ -274,5 +276,5 @@ def test_adapters(videos, small_folder, small_lm, adapter):
     options = {"max_frames_num": 2, "device": "cpu"}
     alone = answer(get_model("vidlada")(pretrained=str(adapter), **options))
     beside = answer(get_model("vidlada")(pretrained=str(small_folder), adapter=str(adapter), **options))
-    asked = vidlada.load(adapter, device="cpu").ask(video, "is it red ?", frames=2, gen_length=4, block_length=4)
-    assert alone == beside == asked.text.removesuffix(".").strip() != answer(small_lm)
+    merged = vidlada.load(adapter, device="cpu").ask(video, "is it red ?", frames=2, gen_length=4, block_length=4)
+    assert alone == beside == merged.text.removesuffix(".").strip() != answer(small_lm)

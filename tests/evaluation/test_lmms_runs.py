@@ -195,8 +195,8 @@ def test_videomme_with_and_without_subtitles(root, finished, tiny):
     samples = read_run(finished[0]).samples
     for number, row in enumerate(rows_of(root, "lmms-eval/Video-MME", None, "test")):
         sample, video = samples["videomme_w_subtitle", number], root / f"videomme/data/{row['videoID']}.mp4"
-        asked = VIDEOMME + row["question"] + "\n" + "\n".join(row["options"]) + "\nThe best answer is:"
-        text = f"This video's subtitles are listed below: \n{SPOKEN}\n{asked}"
+        prompt = VIDEOMME + row["question"] + "\n" + "\n".join(row["options"]) + "\nThe best answer is:"
+        text = f"This video's subtitles are listed below: \n{SPOKEN}\n{prompt}"
         if not sample.error:
             answer = tiny.ask(video, text, think=False, frames=FRAMES, gen_length=2, block_length=2, steps=2)
             assert sample.answer == answer.text.removesuffix(".").strip()
@@ -211,12 +211,12 @@ def test_longvideobench_with_and_without_subtitles(root, finished, tiny):
         video = root / "datasets/longvideobench/videos" / row["video_path"]
         options = [row[f"option{place}"] for place in range(5) if row[f"option{place}"] != "N/A"]
         lettered = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCDE", options, strict=False))
-        asked = f"{row['question']}\n{lettered}\nAnswer with the option's letter from the given choices directly.\n"
+        prompt = f"{row['question']}\n{lettered}\nAnswer with the option's letter from the given choices directly.\n"
         frames = list(sample_frames(video, Sampling(fps=1)).images)
         turns = f"<image>\n<image>\n{SPOKEN}\n<image>\n<image>\n"
         for task, media, text in (
-            ("longvideobench_val_v", video, asked),
-            ("longvideobench_val_i", frames, turns + asked),
+            ("longvideobench_val_v", video, prompt),
+            ("longvideobench_val_i", frames, turns + prompt),
         ):
             settings = {"think": False, "frames": FRAMES, "gen_length": 2, "block_length": 2, "steps": 2}
             answer = tiny.ask(media, text, **settings)
@@ -228,9 +228,9 @@ def test_shapes_is_the_figure_of_shapes_evaluate(root, finished, tiny):
     """In all its parts, standard errors included."""
     entries = read_questions(root / "vidlada/shapes/test.json")
 
-    def answers(video, asked):
+    def answers(video, questions):
         media = tiny.encode_video(video, frames=FRAMES)
-        found = tiny.ask_many([(media, text) for text, _ in asked], [choices for _, choices in asked])
+        found = tiny.ask_many([(media, text) for text, _ in questions], [choices for _, choices in questions])
         return [answer.text for answer in found]
 
     report, result = evaluate(entries, root / "vidlada/shapes", answers), read_run(finished[0]).results["shapes"]
@@ -312,9 +312,9 @@ def test_a_run_with_an_adapter(root, small_folder, adapter, tmp_path):
     vidlada_eval("--model", small_folder, "--adapter", adapter, "--output", tmp_path / "run", *options)
     model = vidlada.load(adapter, device="cpu")
     samples = read_run(tmp_path / "run").samples
-    asked = [prompt for prompt in prompts(root) if prompt[0] == "mlvu_dev"]
-    assert len(samples) == len(asked)
-    for task, number, video, text in asked:
+    expected = [prompt for prompt in prompts(root) if prompt[0] == "mlvu_dev"]
+    assert len(samples) == len(expected)
+    for task, number, video, text in expected:
         answer = model.ask(root / video, text + "/no_think", frames=2, gen_length=4)
         assert samples[task, number].answer == answer.text.removesuffix(".").strip()
 

@@ -118,8 +118,8 @@ def test_no_server(output, monkeypatch):
         submit(output / "lmms-eval")
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_only_submit_sends(root, server, tmp_path, monkeypatch, vidlada_eval, asked):
+@pytest.mark.parametrize("submit", [False, True])
+def test_only_submit_sends(root, server, tmp_path, monkeypatch, vidlada_eval, submit):
     monkeypatch.setattr(running, "require_lmms_eval", lambda: None)
     monkeypatch.setattr(running, "keep_interrupted", lambda cache: None)
     launched = []
@@ -130,11 +130,11 @@ def test_only_submit_sends(root, server, tmp_path, monkeypatch, vidlada_eval, as
 
     monkeypatch.setattr(running, "execute", lmms_eval)
     options = ["run", "--tasks", "egoschema", "--data-root", root, "--output", tmp_path / "run"]
-    code, out, err = vidlada_eval(*options, *(["--submit"] if asked else []))
+    code, out, err = vidlada_eval(*options, *(["--submit"] if submit else []))
     assert code == 0, err
     assert "--predict_only" in launched[0]  # or lmms-eval itself would send
-    assert len(server.received) == asked
-    assert ("| EgoSchema * | 2 | 50.0 |" if asked else "| EgoSchema * | 2 | – |") in out
+    assert len(server.received) == submit
+    assert ("| EgoSchema * | 2 | 50.0 |" if submit else "| EgoSchema * | 2 | – |") in out
 
 
 @pytest.mark.parametrize("options", [["--tasks", "egoschema", "--limit", 3], ["--tasks", "egoschema_subset"]])

@@ -68,13 +68,13 @@ def test_two_processes_give_the_ids_of_one(tmp_path):
 @pytest.mark.slow
 def test_by_the_command_line(tmp_path, capfd):
     clip = str(write_video(tmp_path / "clip.mp4", frames=50))
-    asked = ["ask", clip, "what happens ?", "--gen-length", "16", "--json"]
-    assert launch([*asked, "--tensor-parallel", "2"], 2) == 0
+    command = ["ask", clip, "what happens ?", "--gen-length", "16", "--json"]
+    assert launch([*command, "--tensor-parallel", "2"], 2) == 0
     divided = json.loads(capfd.readouterr().out)  # one object: the second process is silent
-    assert launch(asked, 1) == 0
+    assert launch(command, 1) == 0
     whole = json.loads(capfd.readouterr().out)
     assert divided["answer"] == whole["answer"]
-    assert launch([*asked, "--tensor-parallel", "2", "--cache", "elastic"], 2) == 2
+    assert launch([*command, "--tensor-parallel", "2", "--cache", "elastic"], 2) == 2
     error = capfd.readouterr().err
     assert error.startswith("error: cache elastic decides") and error.count("\n") == 1
 

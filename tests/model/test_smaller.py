@@ -146,9 +146,9 @@ def test_an_answer_of_smaller_weights(deep_folder):
 
 
 def test_less_memory_is_asked_for(deep_folder, monkeypatch):
-    asked = []
-    monkeypatch.setattr("vidlada.info.check_memory", lambda need, *rest: asked.append(need))
+    needs = []
+    monkeypatch.setattr("vidlada.info.check_memory", lambda need, *rest: needs.append(need))
     checkpoint = describe(deep_folder)
     for kind in (None, "int8", "int4"):
         check_memory_of_weights(checkpoint, torch.bfloat16, torch.device("cpu"), kind)
-    assert asked[0] > asked[1] > asked[2] > asked[0] / 4
+    assert needs[0] > needs[1] > needs[2] > needs[0] / 4

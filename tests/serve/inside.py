@@ -68,3 +68,12 @@ class Call:
 def chat(app):
     """A chat request whose body is yet to come."""
     return Call(app, "POST", "/v1/chat/completions", [("Content-Type", "application/json")])
+
+
+async def until(condition):
+    """Wait in an event loop until a condition holds."""
+    for _ in range(6000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not happen")

@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 import threading
-import time
 from contextlib import contextmanager
 
 import httpx2
@@ -93,13 +92,6 @@ def send_body(connection, body):
     """A request for an answer over a bare connection."""
     content = json.dumps(body).encode()
     connection.sendall(f"{HEAD}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-
-
-def wait_for(condition, seconds=200):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 def idle(server):

@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve.inside import QUESTION, Call, chat, running_app
+from serve.inside import QUESTION, Call, chat, running_app, until
 
 from vidlada.errors import VidLaDAError
 from vidlada.serve import body as body_module
@@ -154,7 +154,7 @@ def test_the_oldest_body_makes_way(small):
             for _ in range(5):
                 calls.append(chat(app))
                 calls[-1].body(b"{", more=True)
-                await asyncio.sleep(0.01)
+                await until(calls[-1].incoming.empty)  # it has been read
             for call in calls[:2]:
                 assert (await call.answer())[0] == 503
             assert (await http.post("/v1/chat/completions", json=QUESTION)).status_code == 200
@@ -173,8 +173,7 @@ def test_memory_of_bodies_is_bounded(small):
             arrivals = app.state.server.arrivals
             slow = chat(app)
             slow.body(b" " * 1_500_000, more=True)
-            await asyncio.sleep(0.01)
-            assert arrivals.nbytes == 1_500_000
+            await until(lambda: arrivals.nbytes == 1_500_000)
             assert (await http.post("/v1/chat/completions", json=QUESTION)).status_code == 200
             large = chat(app)
             large.body(b" " * 1_500_000)

@@ -74,11 +74,11 @@ def test_llama_index(server, clip, expected):
         model="tiny", api_base=f"{server.url}/v1", api_key=KEY, is_chat_model=True, max_tokens=32, temperature=0,
         max_retries=0,
     )  # fmt: skip
-    asked = ChatMessage(role=MessageRole.USER, content="is it red ?")
-    found = model.chat([asked])
+    message = ChatMessage(role=MessageRole.USER, content="is it red ?")
+    found = model.chat([message])
     assert found.message.content
-    assert model.chat([asked, found.message, asked]).message.content
-    assert [event.message.content for event in model.stream_chat([asked])][-1] == found.message.content
+    assert model.chat([message, found.message, message]).message.content
+    assert [event.message.content for event in model.stream_chat([message])][-1] == found.message.content
     assert model.complete("is it red ?").text
     video = VideoBlock(video=clip.read_bytes(), video_mimetype="video/mp4")
     try:

@@ -12,7 +12,8 @@ import time
 import httpx2
 import numpy as np
 import pytest
-from serve.running import HEAD, JSON, KEY, LONG, SHORT, idle, running_server, send_body, wait_for
+from processes import wait_for
+from serve.running import HEAD, JSON, KEY, LONG, SHORT, idle, running_server, send_body
 
 from vidlada.serve.temporary import temporary_folder
 

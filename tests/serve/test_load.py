@@ -9,7 +9,8 @@ from contextlib import ExitStack
 import httpx2
 import pytest
 from media import write_video
-from serve.running import HEAD, JSON, KEY, running_server, wait_for
+from processes import wait_for
+from serve.running import HEAD, JSON, KEY, running_server
 
 from vidlada.serve.decoder import Decoders
 from vidlada.serve.errors import RequestError

@@ -138,11 +138,11 @@ def test_a_name_is_judged_by_all_its_addresses(folder, monkeypatch):
 
 def test_the_judged_address_is_the_one_connected_to(folder, site, monkeypatch):
     """The name is looked up once: what it says a moment later does not matter."""
-    port, asked = int(site.rpartition(":")[2]), []
+    port, hosts = int(site.rpartition(":")[2]), []
 
     def once(host, port_, **options):
-        asked.append(host)
-        assert len(asked) == 1, "looked up again"
+        hosts.append(host)
+        assert len(hosts) == 1, "looked up again"
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", once)

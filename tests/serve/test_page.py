@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from media import write_video
-from serve.running import KEY, wait_for
+from processes import wait_for
+from serve.running import KEY
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -130,9 +131,9 @@ def test_a_conversation(page, clip):
     choose(page, clip)
     settings(page, gen_length=16)
     ask(page, "is it red ?")
-    with page.expect_request("**/v1/chat/completions") as asked:
+    with page.expect_request("**/v1/chat/completions") as sent:
         ask(page, "what color is it ?")
-    messages = asked.value.post_data_json["messages"]
+    messages = sent.value.post_data_json["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant", "user"]
     assert [part["type"] for part in messages[0]["content"]] == ["file", "text"]
     assert [part["type"] for part in messages[2]["content"]] == ["text"]
@@ -192,9 +193,9 @@ def test_several_media_and_a_url(page, clip, tmp_path):
     assert page.locator("#media h3").all_inner_texts() == ["clip.mp4", "other.mp4", "third.mp4"]
     page.get_by_role("button", name="Remove clip.mp4").click()
     page.locator("#question").fill("is it red ?")
-    with page.expect_request("**/v1/chat/completions") as asked:
+    with page.expect_request("**/v1/chat/completions") as sent:
         page.locator("#ask").click()
-    content = asked.value.post_data_json["messages"][0]["content"]
+    content = sent.value.post_data_json["messages"][0]["content"]
     assert [part["type"] for part in content] == ["file", "video_url", "text"]
     playwright.expect(page.locator("#error")).to_contain_text("cannot be fetched", timeout=SECONDS)
 

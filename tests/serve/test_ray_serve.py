@@ -1,13 +1,13 @@
 """The Ray Serve example, asked through OpenAI's client."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import openai
 import pytest
+from processes import free_port
 from serve.test_server import data_uri, text, video
 
 pytestmark = pytest.mark.slow
@@ -32,12 +32,10 @@ serve.shutdown()
 @pytest.fixture(scope="module")
 def replicas():
     """A client of two replicas."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES), "RAY_USAGE_STATS_ENABLED": "0", "VIDLADA_GPUS": "0",
                    "VIDLADA_REPLICAS": "2"}  # fmt: skip
-    command = [sys.executable, "-c", RUN, str(port)]
+    command = [sys.executable, "-c", RUN, port]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     )

@@ -7,8 +7,8 @@ import json
 import openai
 import pytest
 from PIL import Image
-from processes import run_vidlada
-from serve.running import JSON, KEY, wait_for
+from processes import run_vidlada, wait_for
+from serve.running import JSON, KEY
 
 pytestmark = pytest.mark.slow
 

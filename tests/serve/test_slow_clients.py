@@ -6,11 +6,10 @@ from contextlib import ExitStack
 from http.client import HTTPResponse
 
 import pytest
-from serve.running import HEAD, LONG, SHORT, idle, send_body, wait_for
+from processes import wait_for
+from serve.running import HEAD, LONG, SHORT, idle, send_body
 
 pytestmark = pytest.mark.slow
-
-SECONDS = 6  # to send a head, and a body
 
 
 @pytest.fixture
@@ -27,31 +26,30 @@ def has_ended(connection):
 
 
 def drip(connections, content, server):
-    """A byte a moment to each, while somebody else is answered; how long it took until the first was closed."""
-    started = time.monotonic()
+    """Send a byte a moment to each until the first is closed, which it must be; somebody else is answered meanwhile."""
     answered = False
+    connections[0].settimeout(0.5)
     for byte in content:
-        for connection in connections:
-            try:
-                connection.sendall(bytes([byte]))
-            except OSError:
-                return time.monotonic() - started
-        connections[0].settimeout(0.5)
         try:
-            if connections[0].recv(1, socket.MSG_PEEK) is not None:
-                break
-        except TimeoutError:
+            for connection in connections:
+                connection.sendall(bytes([byte]))
+            connections[0].recv(1, socket.MSG_PEEK)
+            break
+        except TimeoutError:  # still open
             pass
+        except OSError:
+            break
         if not answered:
             assert server.http().post("/v1/chat/completions", json=SHORT).status_code == 200
             answered = True
+    else:
+        pytest.fail("the connection was never closed")
     assert answered
-    return time.monotonic() - started
 
 
 def test_heads_that_never_end(server, connect):
     connections, silent = [connect(server) for _ in range(30)], connect(server)
-    assert SECONDS - 2 < drip(connections, HEAD.encode() * 10, server) < SECONDS + 60
+    drip(connections, HEAD.encode() * 10, server)
     for connection in [*connections, silent]:
         connection.settimeout(60)
         assert has_ended(connection)
@@ -65,7 +63,7 @@ def test_a_second_head_that_never_ends(server, connect):
     response.begin()
     assert response.status == 200
     response.read()
-    assert SECONDS - 2 < drip([connection], HEAD.encode() * 10, server) < SECONDS + 60
+    drip([connection], HEAD.encode() * 10, server)
     assert has_ended(connection)
 
 
@@ -73,7 +71,7 @@ def test_bodies_that_never_end(server, connect):
     connections = [connect(server) for _ in range(30)]
     for connection in connections:
         connection.sendall(f"{HEAD}Content-Length: 5000\r\n\r\n".encode())
-    assert SECONDS - 2 < drip(connections, b" " * 1000, server) < SECONDS + 60
+    drip(connections, b" " * 1000, server)
     for connection in connections:
         connection.settimeout(60)
         assert b" 408 " in connection.recv(4096)

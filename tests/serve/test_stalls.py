@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 from media import write_video
-from serve.inside import QUESTION, Call, chat, running_app
+from serve.inside import QUESTION, Call, chat, running_app, until
 
 from vidlada.cli.serve import listen
 from vidlada.serve import body as body_module
@@ -59,14 +59,6 @@ def slow_names(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: found)
     with block(monkeypatch, socket, "getaddrinfo") as called:
         yield called
-
-
-async def until(condition):
-    for _ in range(6000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not happen")
 
 
 def test_slow_name_servers(small, monkeypatch):

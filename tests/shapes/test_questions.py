@@ -80,9 +80,9 @@ def test_no_is_never_the_answer_about_a_held_out_pair():
 
 
 def test_choices_hold_the_answer_once():
-    asked = [q for q in all_questions(CLIP, 100, choice_share=1.0) if q.choices]
-    assert {question.family for question in asked} >= {"count", "colour", "direction", "order", "when"}
-    for question in asked:
+    questions = [q for q in all_questions(CLIP, 100, choice_share=1.0) if q.choices]
+    assert {question.family for question in questions} >= {"count", "colour", "direction", "order", "when"}
+    for question in questions:
         assert len(set(question.choices)) == len(question.choices) <= 4
         assert question.question.count(f"{question.answer} {question.choices['ABCD'.index(question.answer)]}")
 

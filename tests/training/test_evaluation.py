@@ -16,7 +16,7 @@ from vidlada.training.answers import AskedQuestion, answer_questions, is_right
 from vidlada.training.config import CollateSettings, Evaluation, Stage
 from vidlada.training.data.collate import Collator, StepDataset
 from vidlada.training.data.samples import Item, Sample
-from vidlada.training.evaluation import Evaluated
+from vidlada.training.evaluation import EvaluationResult
 from vidlada.training.signals import Interrupted
 from vidlada.training.trainer import train
 
@@ -68,8 +68,8 @@ def test_answers_are_those_of_the_python_interface(small, separate):
         OneSample(Sample([frames], exchanges, separate)), Collator(small.processor, CollateSettings()), 0
     )
     settings = small.settings(gen_length=8, block_length=8, cache=None)
-    asked = [AskedQuestion(dataset, item, number, answer) for number, (_, answer) in enumerate(exchanges)]
-    found = answer_questions(small.model, small.processor, asked, settings)
+    questions = [AskedQuestion(dataset, item, number, answer) for number, (_, answer) in enumerate(exchanges)]
+    found = answer_questions(small.model, small.processor, questions, settings)
     for number, (question, _) in enumerate(exchanges):
         chat = small.chat(frames, gen_length=8, block_length=8, cache="none")
         if not separate:
@@ -148,11 +148,11 @@ def test_the_best_by_loss_survives_a_resumption(tmp_path):
 
 
 def test_better_is_a_higher_score_or_a_lower_loss():
-    first, second = Evaluated(1, loss=1.0, score=0.5), Evaluated(2, loss=2.0, score=0.75)
+    first, second = EvaluationResult(1, loss=1.0, score=0.5), EvaluationResult(2, loss=2.0, score=0.75)
     assert second.beats(first, "score") and first.beats(second, "loss")
     assert not first.beats(first, "score") and not first.beats(first, "loss")
     assert first.beats(None, "loss")
-    assert Evaluated(3, 0.5).beats(first, "score") and first.beats(Evaluated(3, 0.5), "score")
+    assert EvaluationResult(3, 0.5).beats(first, "score") and first.beats(EvaluationResult(3, 0.5), "score")
 
 
 def test_settings_of_the_answers_that_do_not_fit_are_refused_before_the_first_step(tmp_path):

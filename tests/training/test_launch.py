@@ -3,15 +3,14 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import free_port, wait_for
 from trainings import run
 
 from vidlada.training.config import Stage
@@ -20,12 +19,6 @@ pytestmark = pytest.mark.slow
 
 DATA = {"kind": "shapes", "pictures": True, "frames_per_batch": 4, "questions": 2, "families": ["clock"],
         "choice_share": 0.0}  # fmt: skip
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
 
 
 def node(rank, port, path, log):
@@ -60,9 +53,7 @@ def test_a_process_that_ends_is_one_line_on_each_node(tmp_path, number, codes, m
     logs, port = [tmp_path / "first", tmp_path / "second"], free_port()
     nodes = [node(rank, port, path, log) for rank, log in enumerate(logs)]
     try:
-        deadline = time.monotonic() + 300
-        while "step 2/" not in logs[0].read_text() and time.monotonic() < deadline and nodes[0].poll() is None:
-            time.sleep(0.2)
+        wait_for(lambda: "step 2/" in logs[0].read_text() or nodes[0].poll() is not None, 300)
         os.kill(child_of(nodes[0]), number)
         assert [each.wait(timeout=200) for each in nodes] == codes, [log.read_text() for log in logs]
     finally:

@@ -1,8 +1,8 @@
 """Processes that load a checkpoint to train it hold no more of it in the host's memory than what they train there."""
 
 import json
+import math
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,10 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from trainings import MODEL, run
+from processes import free_port
+from safetensors.torch import load_file
+from trainings import MODEL, run, write_llama
 
 from vidlada.checkpoint.load import describe, save_model
 from vidlada.info import parameter_count
+from vidlada.training.config import Stage
 from vidlada.training.models import new_model
 from vidlada.training.parallel import weights_place
 
@@ -65,13 +68,10 @@ def folder(tmp_path_factory):
     return where
 
 
-def peaks(settings, tmp_path):
+def peaks(settings, weights, tmp_path):
     """Of two processes, in bytes a weight."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    values = asdict(run(tmp_path / "run", model=None, precision="bf16", **settings))
-    variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    values = asdict(run(tmp_path / "run", precision="bf16", **{"model": None, **settings}))
+    variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
                  "OMP_NUM_THREADS": "1"}  # fmt: skip
     ranks = [
         subprocess.Popen(
@@ -85,7 +85,7 @@ def peaks(settings, tmp_path):
         printed, errors = rank.communicate(timeout=600)
         assert rank.returncode == 0, errors
         number, peak = json.loads(printed.splitlines()[-1])
-        found[number] = peak / parameter_count(describe(Path(settings["init_from"])))
+        found[number] = peak / weights
     return found["0"], found["1"]
 
 
@@ -98,10 +98,22 @@ def peaks(settings, tmp_path):
 def test_a_process_holds_what_it_trains(folder, tmp_path, parallel, main, other):
     if parallel.startswith("zero"):
         pytest.importorskip("deepspeed")
-    found = peaks({"init_from": str(folder), "parallel": parallel}, tmp_path)
+    found = peaks({"init_from": str(folder), "parallel": parallel}, parameter_count(describe(folder)), tmp_path)
     assert found[0] < main and found[1] < other
     if parallel == "ddp":  # else nothing would be counted
         assert min(found) > 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts pages of the process, as Linux lists them")
+@pytest.mark.parametrize(("parallel", "most"), [("ddp", 5), ("zero2", 3)])
+def test_a_llama_is_held_once(tmp_path, parallel, most):
+    if parallel.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    llama = write_llama(tmp_path / "llama", dtype=torch.bfloat16, tie_word_embeddings=False, **TEXT)
+    weights = sum(math.prod(tensor.shape) for tensor in load_file(llama / "model.safetensors").values())
+    settings = {"init_from": str(llama), "model": {"text_only": True}, "parallel": parallel}
+    settings["stages"] = (Stage("a", 1e-3, {"kind": "shapes", "text_only_share": 1.0}, 1),)
+    assert max(peaks(settings, weights, tmp_path)) < most
 
 
 def test_weights_go_to_the_device_in_the_type_of_the_run():

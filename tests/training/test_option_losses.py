@@ -15,10 +15,19 @@ from vidlada.training.trainer import Run
 
 SEED, STEP = 7, 1
 CONVERSATIONS = [
-    {"image": "0.png", "asked": ["<image>\nwhich colour ?"], "said": ["red"]},
-    {"asked": ["how many ?"], "said": ["three red stars and a blue circle"], "process": "one and two are three"},
-    {"image": ["0.png", "1.png"], "asked": ["<image> or <image> ?", "and where ?"], "said": ["the first", "left"]},
-    {"image": "1.png", "asked": ["<image>\nwhat moves ?"], "said": ["a star moves up and then left"], "process": "up"},
+    {"image": "0.png", "questions": ["<image>\nwhich colour ?"], "answers": ["red"]},
+    {"questions": ["how many ?"], "answers": ["three red stars and a blue circle"], "process": "one and two are three"},
+    {
+        "image": ["0.png", "1.png"],
+        "questions": ["<image> or <image> ?", "and where ?"],
+        "answers": ["the first", "left"],
+    },
+    {
+        "image": "1.png",
+        "questions": ["<image>\nwhat moves ?"],
+        "answers": ["a star moves up and then left"],
+        "process": "up",
+    },
 ]
 CONTROL = ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
@@ -50,7 +59,7 @@ def data(tmp_path_factory):
     for number, conversation in enumerate(CONVERSATIONS):
         turns = [
             {"from": who, "value": text}
-            for pair in zip(conversation["asked"], conversation["said"], strict=True)
+            for pair in zip(conversation["questions"], conversation["answers"], strict=True)
             for who, text in zip(("human", "gpt"), pair, strict=True)
         ]
         more = {name: conversation[name] for name in ("image", "process") if name in conversation}
@@ -63,15 +72,15 @@ def plain_tokens(processor, conversation, collate, think):
     """Token ids of a conversation, which are targets, their turns, and how many are answer: read off its text."""
     token = processor.tokenizer.convert_tokens_to_ids
     text = "<|startoftext|>"
-    for number, (asked, said) in enumerate(zip(conversation["asked"], conversation["said"], strict=True)):
+    for number, (question, answer) in enumerate(zip(conversation["questions"], conversation["answers"], strict=True)):
         if think and number == 0:
             process = conversation.get("process")
-            asked = f"{asked}/no_think" if process is None else f"{asked}/think"
-            said = said if process is None else f"<think>{process}</think>\n{said}"
-        if asked.count("<image>") == 1:  # several stand where they are
-            asked = f"<image>\n{asked.replace('<image>', '').strip()}"
-        for role, said_by_it in (("user", asked), ("assistant", said)):
-            text += f"<|start_header_id|>{role}<|end_header_id|>\n\n{said_by_it}<|eot_id|>"
+            question = f"{question}/no_think" if process is None else f"{question}/think"
+            answer = answer if process is None else f"<think>{process}</think>\n{answer}"
+        if question.count("<image>") == 1:  # several stand where they are
+            question = f"<image>\n{question.replace('<image>', '').strip()}"
+        for role, turn in (("user", question), ("assistant", answer)):
+            text += f"<|start_header_id|>{role}<|end_header_id|>\n\n{turn}<|eot_id|>"
     ids, targets, turns, turn = [], [], [], -1
     for number, piece in enumerate(text.split("<image>")):
         if number:

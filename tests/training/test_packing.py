@@ -147,12 +147,12 @@ def test_rows_keep_to_their_budget(samples, model_and_processor, ends):
 
 
 def test_budgets_of_rows_are_checked():
-    for values, said in (
+    for values, message in (
         ({}, "set packing: true"),
         ({"packing": True, "end_slots": 64}, "leave no room"),
         ({"packing": True, "pad_to_multiple_of": 48}, "no multiple of pad_to_multiple_of"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             CollateSettings(tokens_per_row=64, **values)
     stage = Stage("a", 1e-3, CLIPS, 1, collate=CollateSettings(packing=True, tokens_per_row=64))
     with pytest.raises(InputError, match="tokens_per_row.*fsdp"):

@@ -9,10 +9,9 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import Command
+from processes import Command, free_port, wait_for
 from trainings import MODEL, assert_same, quietly, run, weights
 
 from vidlada.checkpoint.load import save_model
@@ -57,12 +56,6 @@ def config_of_deepspeed(output, **changes):
     return config(output, **{"stages": stages, **changes})
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
 # `vidlada` where DeepSpeed talks over gloo, as between machines: its own way within one takes minutes to compile.
 OVER_GLOO = """
 import sys
@@ -91,9 +84,8 @@ def launch(settings, folder, *options, processes=2):
         Command("train", path, *options, code=code, **variables, RANK=rank, LOCAL_RANK=rank)
         for rank in range(processes)
     ]
-    deadline = time.monotonic() + 900
-    while None in (codes := [rank.poll() for rank in ranks]) and not any(codes) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    with suppress(AssertionError):  # the codes say that some were killed
+        wait_for(lambda: all(rank.poll() is not None for rank in ranks) or any(rank.poll() for rank in ranks), 900)
     for rank in ranks:
         rank.kill()
     codes = [rank.wait() for rank in ranks]
@@ -446,9 +438,7 @@ def test_sigterm_to_torchrun_saves_first(tmp_path):
         running = subprocess.Popen(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file, start_new_session=True
         )
-    deadline = time.monotonic() + 300
-    while "step 2/" not in errors.read_text() and time.monotonic() < deadline and running.poll() is None:
-        time.sleep(0.2)
+    wait_for(lambda: "step 2/" in errors.read_text() or running.poll() is not None, 300)
     running.send_signal(signal.SIGTERM)
     running.wait(timeout=200)
     log = errors.read_text()

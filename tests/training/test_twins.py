@@ -58,7 +58,7 @@ def entry(family, question, answer, choices=None, seconds=9):
 
 
 @pytest.mark.parametrize(
-    ("asked", "third"),
+    ("question", "third"),
     [
         (entry("when", "at which second does the red ball appear ?", "2"), "early"),
         (entry("when", "at which second ? A : 7 B : 2", "A", ["7", "2"]), "late"),
@@ -69,5 +69,5 @@ def entry(family, question, answer, choices=None, seconds=9):
         (entry("colour", "what colour is the ball ?", "red"), None),
     ],
 )
-def test_the_time_of_the_decisive_event(script, asked, third):
-    assert script.third_of(asked) == third
+def test_the_time_of_the_decisive_event(script, question, third):
+    assert script.third_of(question) == third

@@ -19,7 +19,7 @@ workers: 0
 warmup_steps: 0
 tracker: none
 stages:
-  - {{name: thought, steps: 2, learning_rate: 1.0e-3, think_tokens: {asked},
+  - {{name: thought, steps: 2, learning_rate: 1.0e-3, think_tokens: {think},
      data: {{kind: llava, json_path: {data}, batch_size: 2, think: true}}, collate: {{control_targets: true}}}}
 """
 
@@ -30,8 +30,8 @@ def run_of(small_folder, tmp_path):
     entries = [{"conversations": talk, "process": "the circle is red"}, {"conversations": talk}]
     (tmp_path / "d.json").write_text(json.dumps(entries))
 
-    def write(asked="true", more=""):
-        text = RUN.format(output=tmp_path / "run", folder=small_folder, data=tmp_path / "d.json", asked=asked)
+    def write(think="true", more=""):
+        text = RUN.format(output=tmp_path / "run", folder=small_folder, data=tmp_path / "d.json", think=think)
         (tmp_path / "run.yaml").write_text(text + more)
         return load_config(tmp_path / "run.yaml")
 

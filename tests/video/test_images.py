@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 from media import number_of, picture
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from vidlada.errors import InputError
 from vidlada.images import image_info, open_images
@@ -102,6 +102,17 @@ def test_names_with_other_digits(tmp_path):
 def test_what_is_no_picture(content):
     with pytest.raises(InputError, match="cannot be read as an image"):
         open_images(content)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
+def test_truncated_images_are_refused_whatever_another_library_allows(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"cut.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as importing lmms-eval does
+    with pytest.raises(InputError, match="cannot be read as an image"):
+        open_images(path)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES  # for that library
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])

@@ -18,6 +18,7 @@ from vidlada.decoding.sampler import Denoiser, Request
 from vidlada.decoding.static_step import GRAPHS, MULTIPLE, LayerGraphs
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
+from vidlada.markdown import table
 
 CACHES = ("none", "prefix", "dual", "frozen", "interval", "dllm", "dkv", "elastic", "sparse", "mars",
           "mars:window=1,fused=false", "mars:drift=0.02")  # fmt: skip
@@ -124,7 +125,7 @@ def one_launch(counts: Counts, run: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
-def usual(steps: Sequence[Work]) -> Work:
+def typical_step(steps: Sequence[Work]) -> Work:
     """The most frequent kind of step after the first."""
     later = steps[1:] or steps
     kinds = Counter((work.kernels, work.waits) for work in later)
@@ -153,8 +154,8 @@ def count_figures(
         _, replayed = count_work(
             size, cache, frames, gen_length, block_length, min(steps, GRAPH_STEPS), rows, graphs=True
         )
-        kinds = {"joining": joined, "first": counted[0], "usual": usual(counted), "most": most,
-                 "graphs": usual(replayed)}  # fmt: skip
+        kinds = {"joining": joined, "first": counted[0], "usual": typical_step(counted), "most": most,
+                 "graphs": typical_step(replayed)}  # fmt: skip
         found.append({"cache": cache, **{kind: vars(work) for kind, work in kinds.items()}})
     frames = frames or SIZES[size].frames
     return {
@@ -165,25 +166,23 @@ def count_figures(
 
 def count_table(figures: dict[str, Any]) -> str:
     """Markdown of `count_figures`."""
-    lines = [
+    title = (
         f"Counted on a pretended GPU, nothing measured: size {figures['size']}, {figures['frames']} frames "
         f"({figures['visual_tokens']} visual tokens), {figures['gen_length']} answer slots, blocks of "
         f"{figures['block_length']}, bfloat16, {figures['requests']} requests together, the first "
-        f"{figures['steps']} steps. Waits are where the host waits for the GPU.",
-        "",
-        "| cache | joining: kernels, waits | usual step: kernels, waits | launches with graphs | GB | TFLOP "
-        "| largest later step: kernels, waits | TFLOP | first step: kernels, waits | TFLOP |",
-        "|---" * 10 + "|",
-    ]
+        f"{figures['steps']} steps. Waits are where the host waits for the GPU."
+    )
+    head = ["cache", "joining: kernels, waits", "usual step: kernels, waits", "launches with graphs", "GB", "TFLOP",
+            "largest later step: kernels, waits", "TFLOP", "first step: kernels, waits", "TFLOP"]  # fmt: skip
+    rows = []
     for row in figures["rows"]:
         joining, first, step, most = (row[kind] for kind in ("joining", "first", "usual", "most"))
         pairs = [f"{work['kernels']:,}, {work['waits']}" for work in (joining, step, most, first)]
-        lines.append(
-            f"| {row['cache']} | {pairs[0]} | {pairs[1]} | {row['graphs']['kernels']:,} "
-            f"| {step['read_written'] / 1e9:.1f} "
-            f"| {step['flops'] / 1e12:.2f} | {pairs[2]} | {most['flops'] / 1e12:.1f} "
-            f"| {pairs[3]} | {first['flops'] / 1e12:.1f} |"
-        )
+        rows.append([
+            row["cache"], pairs[0], pairs[1], f"{row['graphs']['kernels']:,}", f"{step['read_written'] / 1e9:.1f}",
+            f"{step['flops'] / 1e12:.2f}", pairs[2], f"{most['flops'] / 1e12:.1f}", pairs[3],
+            f"{first['flops'] / 1e12:.1f}",
+        ])  # fmt: skip
     waits = sorted({place for row in figures["rows"] for kind in ("joining", "first", "usual", "most")
                     for place in row[kind]["places"]})  # fmt: skip
-    return "\n".join([*lines, "", "The host waits at:", *(f"- {place}" for place in waits)])
+    return "\n".join([title, "", *table(head, rows), "", "The host waits at:", *(f"- {place}" for place in waits)])

@@ -99,7 +99,7 @@ def environment(session: Session) -> dict[str, Any]:
         "machine": machine(session.device), "vidlada": __version__, "torch": torch.__version__,
         "python": platform.python_version(), "size": session.size_name, "frames": session.frames,
         "visual_tokens": session.visual, "dtype": str(session.dtype).removeprefix("torch."),
-        "predicted_for": session.known or "rates measured on this machine",
+        "predicted_for": session.known_gpu or "rates measured on this machine",
     }  # fmt: skip
     if session.device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(session.device)
@@ -118,15 +118,22 @@ def report_text(facts: dict[str, Any], stages: dict[str, Results]) -> str:
         stage = STAGES[name]
         lines += ["", f"## {name}", "", stage.title, ""]
         if results.rows:
-            cells = [[row["case"], row["what"], formatted(row["predicted"]), formatted(row["measured"]), row["unit"]]
-                     for row in results.rows]  # fmt: skip
+            cells = [
+                [
+                    row["case"],
+                    row["what"],
+                    *map(format_figure, (row["predicted"], row["measured"])),
+                    row["unit"],
+                ]
+                for row in results.rows
+            ]
             lines += table(["case", "figure", "predicted", "measured", "unit"], cells)
         lines += [f"- {case}: failed: {error}" for case, error in results.errors.items()]
         lines += [f"- no time was left for {case}: run the command again" for case in results.left]
     return "\n".join([*lines, ""])
 
 
-def formatted(value: Any) -> str:
+def format_figure(value: Any) -> str:
     """A figure with four digits; a dash where there is none."""
     if value is None:
         return "–"
@@ -168,7 +175,9 @@ def bench_gpu(
         other = [name for name in ("machine", "size", "frames", "torch") if earlier.get(name) != facts[name]]
         if other:
             raise InputError(f"{out} has results of another {', '.join(other)}; give an empty folder")
-    session.device_rates = GPUS[session.known] if session.known else calibrate(session.text, device, session.dtype)
+    session.device_rates = (
+        GPUS[session.known_gpu] if session.known_gpu else calibrate(session.text, device, session.dtype)
+    )
     done = {}
     for name in STAGES:
         path = out / f"{name}.json"

@@ -80,7 +80,7 @@ class Session:
         return cls(device, dtype, size, shape, frames or shape.frames, tests, slots, block)
 
     @property
-    def known(self) -> str | None:
+    def known_gpu(self) -> str | None:
         """The device among those whose rates are known."""
         if not self.device.startswith("cuda"):
             return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vidlada.bench.calibration import FEW, KEYS, MANY, attention_rate, bandwidth, host_seconds, products_rate
-from vidlada.bench.count import CACHES, STOP, count_work, usual
+from vidlada.bench.count import CACHES, STOP, count_work, typical_step
 from vidlada.bench.decoding import Run, measure
 from vidlada.bench.gpu_session import SMALL, WARM_STEPS, Case, Figure, Session, Stage
 from vidlada.bench.launches import launches_of
@@ -33,7 +33,7 @@ TOGETHER = (1, 4, 8, 16)
 def machine_cases(session: Session) -> Iterator[Case]:
     """What predictions rest on."""
     device, text, kind = session.device_rates, session.text, (session.device, session.dtype)
-    known = session.known is not None
+    known = session.known_gpu is not None
 
     def rate(what: str, unit: str, scale: float, expected: float | None, run: Callable[[], float]) -> Case:
         return what, lambda: [Figure(what, unit, expected / scale if known and expected else None, run() / scale)]
@@ -126,7 +126,7 @@ def count_cases(session: Session) -> Iterator[Case]:
         settings = session.settings(cache)
         steps = 8 if cache.startswith("mars") else 6
         _, work = count_work(session.size, cache, session.frames, session.slots, session.block, steps)
-        expected = usual(work)
+        expected = typical_step(work)
         denoiser = Denoiser(session.model, static=False)
         request = session.request(settings)
         denoiser.add(Request(request.prompt, settings, STOP, frame_index=request.frame_index))

@@ -99,13 +99,13 @@ async def mixed_load(url: str, bodies: dict[str, dict[str, Any]], requests: int,
     return {"seconds": time.perf_counter() - started, "timings": timings}
 
 
-def summary(seconds: float, timings: Sequence[Timing], promises: dict[str, float]) -> dict[str, Any]:
+def summary(seconds: float, timings: Sequence[Timing], goodput: dict[str, float]) -> dict[str, Any]:
     """What vLLM's benchmark reports, for all requests and for each kind.
 
     Args:
         seconds: the load lasted.
         timings: of its requests.
-        promises: milliseconds of `ttft`, `tpot` and `e2el` that goodput asks for; those left out are not asked for.
+        goodput: bounds of `ttft`, `tpot` and `e2el` in milliseconds, of requests that count as goodput.
     """
     rows = []
     for kind in ("all", "short", "long"):
@@ -120,7 +120,7 @@ def summary(seconds: float, timings: Sequence[Timing], promises: dict[str, float
             }
             for timing in chosen
         ]
-        kept = sum(all(each[name] <= most for name, most in promises.items()) for each in measured)
+        kept = sum(all(each[name] <= most for name, most in goodput.items()) for each in measured)
         rows.append({
             "kind": kind,
             "requests": len(chosen),
@@ -129,7 +129,7 @@ def summary(seconds: float, timings: Sequence[Timing], promises: dict[str, float
             "goodput": kept / seconds,
             **{name: percentiles([each[name] for each in measured]) for name in ("ttft", "tpot", "e2el")},
         })  # fmt: skip
-    return {"seconds": seconds, "promises": promises, "rows": rows}
+    return {"seconds": seconds, "goodput": goodput, "rows": rows}
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

@@ -91,24 +91,17 @@ def quality_figures(
         progress(", ".join(f"{name} {value}" for name, value in way.items()))
         outcomes.append(ask_all(vidlada, entries, folder, watched, **{**options, **way}))
     reference = outcomes[0]
-    rows = [
-        {
-            "cache": way["cache"],
-            "commit": way["commit"],
-            "changes": {name: value for name, value in way.items() if name not in ("cache", "commit")},
-            **row_of(found, reference),
-            "frontier": not any(dominates(other, found) for other in outcomes),
-        }
-        for way, found in zip(ways, outcomes, strict=True)
-    ]
+    rows = []
+    for way, found in zip(ways, outcomes, strict=True):
+        frontier = not any(dominates(other, found) for other in outcomes)
+        changes = {name: value for name, value in way.items() if name not in ("cache", "commit")}
+        pair = {"cache": way["cache"], "commit": way["commit"], "changes": changes}
+        rows.append({**pair, **row_of(found, reference), "frontier": frontier})
+    short = len(reference.report.short.points)
     return {
-        "model": vidlada.name,
-        "clips": len({entry["video"] for entry in entries}),
-        "short_questions": len(reference.report.short.points),
-        "long_questions": len(entries) - len(reference.report.short.points),
-        "options": options,
-        "rows": rows,
-    }
+        "model": vidlada.name, "clips": len({entry["video"] for entry in entries}), "short_questions": short,
+        "long_questions": len(entries) - short, "options": options, "rows": rows,
+    }  # fmt: skip
 
 
 def ask_all(

@@ -5,6 +5,7 @@ their data sheets; those of a CPU are measured on it (`vidlada.bench.calibration
 arithmetic or its bytes, whichever is more; the host launches the next ones meanwhile, unless it is the device itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,32 +202,39 @@ def plan_figures(
     )
     layers = text.num_hidden_layers
     latency, total = (sum(step.seconds(device, layers) for step in steps) for steps in (alone, batch))
-    spent: dict[str, float] = {}
-    for step in batch:
-        costs = step.costs(device, layers)
-        largest = max(costs, key=lambda name: costs[name])
-        spent[largest] = spent.get(largest, 0.0) + step.seconds(device, layers)
     an_hour = 3600 * together / total
-    fits = room >= 1
-    if not fits:
-        advice = "one answer does not fit on one device: fewer frames, smaller weights, or tensor parallelism"
-    elif together < concurrency:
-        advice = f"memory holds {together} answers of {concurrency}: one model on each of several devices"
-    else:
-        advice = "it fits on one device; for more questions put a model on each of several, not one over several"
     return {
         "gpu": gpu, "value_bytes": size, "frames": frames, "tokens": tokens, "cache": settings.to_dict()["cache"],
         "gen_length": settings.gen_length, "steps": len(alone), "concurrency": together,
         "quantization": quantization, "kv_dtype": settings.kv_dtype,
         "weights_gib": weights / GIB, "request_gib": each.kept / GIB, "working_gib": each.working / GIB,
         "total_gib": (weights + together * each.peak) / GIB,
-        "fits": fits, "first_step_s": alone[0].seconds(device, layers), "cached_step_s":
+        "fits": room >= 1, "first_step_s": alone[0].seconds(device, layers), "cached_step_s":
         sorted(step.seconds(device, layers) for step in alone)[len(alone) // 2], "latency_s": latency,
         "tokens_per_second_alone": settings.gen_length / latency, "batch_s": total,
         "tokens_per_second": together * settings.gen_length / total, "questions_per_hour": an_hour,
-        "limited_by": max(spent, key=lambda name: spent[name]), "advice": advice,
+        "limited_by": bottleneck(batch, device, layers), "advice": advice(room, concurrency),
         "gpus": None if questions_per_hour is None else -int(-questions_per_hour // an_hour),
     }  # fmt: skip
+
+
+def bottleneck(steps: Sequence[StepWork], device: Device, layers: int) -> str:
+    """Return the kind of cost that most of the steps' time goes to."""
+    spent: dict[str, float] = {}
+    for step in steps:
+        costs = step.costs(device, layers)
+        largest = max(costs, key=lambda name: costs[name])
+        spent[largest] = spent.get(largest, 0.0) + step.seconds(device, layers)
+    return max(spent, key=lambda name: spent[name])
+
+
+def advice(room: int, concurrency: int) -> str:
+    """Return how to place the model, where the memory of one device has room for so many answers."""
+    if room < 1:
+        return "one answer does not fit on one device: fewer frames, smaller weights, or tensor parallelism"
+    if room < concurrency:
+        return f"memory holds {room} answers of {concurrency}: one model on each of several devices"
+    return "it fits on one device; for more questions put a model on each of several, not one over several"
 
 
 def plan_text(figures: dict[str, Any]) -> str:
@@ -236,7 +244,7 @@ def plan_text(figures: dict[str, Any]) -> str:
                    f"each answer {figures['request_gib']:.2f}, and {figures['working_gib']:.2f} in its first step"),
         ("first step, cached step", f"{figures['first_step_s']:.3f} s, {1000 * figures['cached_step_s']:.1f} ms"),
         ("one answer alone", f"{figures['latency_s']:.2f} s, {figures['tokens_per_second_alone']:.0f} tokens/s"),
-        (f"{figures['concurrency']} answers together", f"{figures['batch_s']:.2f} s, "
+        (f"batch of {figures['concurrency']}", f"{figures['batch_s']:.2f} s, "
          f"{figures['tokens_per_second']:.0f} tokens/s, {figures['questions_per_hour']:.0f} questions an hour"),
         ("most time goes to", figures["limited_by"]),
     ]  # fmt: skip

@@ -117,14 +117,12 @@ def memory(url: str) -> float:
     return float(found[1]) / MEBI
 
 
-def load_mixed(
-    url: str, body: dict[str, Any], requests: int, rate: float, promises: dict[str, float]
-) -> dict[str, Any]:
+def load_mixed(url: str, body: dict[str, Any], requests: int, rate: float, goodput: dict[str, float]) -> dict[str, Any]:
     """Figures of requests of mixed length."""
     slots = LONG_TIMES * body["gen_length"]
     bodies = {"short": body, "long": {**body, "gen_length": slots, "max_tokens": slots}}
     measured = asyncio.run(mixed_load(url, bodies, requests, rate))
-    return summary(measured["seconds"], measured["timings"], promises)
+    return summary(measured["seconds"], measured["timings"], goodput)
 
 
 def watch_memory(
@@ -147,7 +145,7 @@ def serve_figures(
     memory_requests: int = 0,
     mixed_requests: int = 0,
     rate: float = 1.0,
-    promises: dict[str, float] | None = None,
+    goodput: dict[str, float] | None = None,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
@@ -162,7 +160,7 @@ def serve_figures(
         mixed_requests: so many more of mixed length to both servers: short ones of `gen_length` slots, and one in four
             with eight times as many.
         rate: of those, a second.
-        promises: milliseconds of `ttft`, `tpot` and `e2el` within which a request counts as goodput.
+        goodput: milliseconds of `ttft`, `tpot` and `e2el` within which a request counts as goodput.
         device: where the model runs.
         progress: called with what is measured next.
     """
@@ -183,7 +181,7 @@ def serve_figures(
         mixed = {}
         if mixed_requests:
             progress("requests of mixed length")
-            mixed = {name: load_mixed(url, body, mixed_requests, rate, promises or {}) for name, url in urls.items()}
+            mixed = {name: load_mixed(url, body, mixed_requests, rate, goodput or {}) for name, url in urls.items()}
         memory_mib = watch_memory(together, short, max(clients), memory_requests, progress) if memory_requests else []
     answers = {row.pop("answer") for row in rows}
     return {
@@ -219,8 +217,8 @@ def serve_table(figures: dict[str, Any]) -> str:
     lines += table(head, rows)
     if figures["mixed"]:
         rows = [row for name, measured in figures["mixed"].items() for row in mixed_rows(name, measured)]
-        promises = next(iter(figures["mixed"].values()))["promises"]
-        kept = " and ".join(f"{name} ≤ {most:g} ms" for name, most in promises.items()) or "every answer"
+        goodput = next(iter(figures["mixed"].values()))["goodput"]
+        kept = " and ".join(f"{name} ≤ {most:g} ms" for name, most in goodput.items()) or "every answer"
         head = ["server", "requests", "requests/s", "tokens/s", "goodput/s", "TTFT, ms", "TPOT, ms", "E2EL, ms"]
         lines += [
             "",

@@ -69,11 +69,11 @@ def ask(
 
 def in_processes(count: int) -> None:
     """Run this command in several processes and exit; within one of them, go on, silent in all but the first."""
-    from vidlada.model.parallel import launch, speaks, world_size
+    from vidlada.model.parallel import is_main_process, launch, world_size
 
     if world_size() == 1:
         sys.exit(launch(sys.argv[1:], count))
-    if not speaks():
+    if not is_main_process():
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
 
 

@@ -316,23 +316,23 @@ def bench_drift(video: str, question: str, as_json: bool, source: ModelSource, *
 @click.option(
     "--rate", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Of those, a second."
 )
-@click.option("--goodput", "promises", multiple=True,
+@click.option("--goodput", multiple=True,
               help="What a request must keep to: ttft:500, tpot:50, e2el:3000 (ms). May be repeated.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @one_line_errors
 def bench_serve(
-    clients: tuple[int, ...], promises: tuple[str, ...], device: str | None, as_json: bool, **options: Any
+    clients: tuple[int, ...], goodput: tuple[str, ...], device: str | None, as_json: bool, **options: Any
 ) -> None:
     """Requests a second and latency of `vidlada serve`, against serving one request at a time."""
     from vidlada.bench.serve import serve_figures, serve_table
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as an exception: it ends the servers
-    kept = dict(promise(text) for text in promises)
-    figures = serve_figures(clients=clients or (1, 4, 16), promises=kept, **measuring(device), **options)
+    kept = dict(parse_goodput(text) for text in goodput)
+    figures = serve_figures(clients=clients or (1, 4, 16), goodput=kept, **measuring(device), **options)
     click.echo(json.dumps(figures) if as_json else serve_table(figures))
 
 
-def promise(text: str) -> tuple[str, float]:
+def parse_goodput(text: str) -> tuple[str, float]:
     """A time and the milliseconds it may take."""
     name, _, most = text.partition(":")
     try:

@@ -112,28 +112,36 @@ def name_with_revision(model: str, revision: str | None) -> str:
 class GroupedOption(click.Option):
     """An option that belongs to a group of the help page."""
 
-    def __init__(self, *args: Any, group: str = "Output", **kwargs: Any):
+    def __init__(self, *args: Any, group: str, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.group = group
 
 
 class GroupedCommand(click.Command):
-    """A command whose help page lists its options in groups, the ones a newcomer needs first."""
+    """A command whose help page lists its options in groups, the ones a newcomer needs first.
+
+    Args:
+        own: heading of the options that name no group, those of this command alone.
+    """
+
+    def __init__(self, *args: Any, own: str = "Output", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.own = own
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Groups in the order of `GROUPS`, then what belongs to none."""
-        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
+        """Groups in their order."""
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Common", self.own, *GROUPS)}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                groups[getattr(parameter, "group", "Output")].append(record)
+                groups[getattr(parameter, "group", self.own)].append(record)
         for name, records in groups.items():
             if records:
                 with formatter.section(name):
                     formatter.write_dl(records)
 
 
-GROUPS = ("Common", "Output", "Model", "Video", "Prompt", "Decoding", "Limits")
+GROUPS = ("Model", "Video", "Prompt", "Decoding", "Limits")
 
 
 class NumberOr(click.ParamType):

@@ -32,7 +32,7 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(cls=GroupedCommand, short_help="Serve a model with an OpenAI-compatible API and a page.")
+@click.command(cls=GroupedCommand, own="Server", short_help="Serve a model with an OpenAI-compatible API and a page.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--name", help="Name the model is served under; its folder's name by default.")
@@ -74,7 +74,7 @@ def serve(
         import uvicorn
 
         from vidlada.serve.app import create_app
-        from vidlada.serve.connection import drop_idle_readers, impatient_protocol
+        from vidlada.serve.connection import drop_idle_readers, timeout_protocol
         from vidlada.serve.draining import DrainingServer
         from vidlada.serve.http import site_rules
         from vidlada.serve.server import ServerSettings
@@ -88,7 +88,7 @@ def serve(
     app = create_app(vidlada, settings, checked)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="on",
-        http=impatient_protocol(checked.body_seconds),
+        http=timeout_protocol(checked.body_seconds),
         # longer than clients keep idle connections (5 s is httpx's time too): a request may meet a closing one
         timeout_keep_alive=math.ceil(checked.body_seconds),
     )  # fmt: skip

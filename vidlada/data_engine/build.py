@@ -113,7 +113,7 @@ def judge(candidate: Candidate, config: BuildConfig, segment: Segment, seed: Seq
         prompt, right = with_choices(candidate, endpoint, [*seed, number])
         prompt = WITHOUT * (role == "blind") + prompt
         call = {"role": role, "model": endpoint.model, "prompt": prompt, "reply": "", "right": right, "agrees": False}
-        candidate.asked.append(call)  # before it is answered: a refused prompt is kept as well
+        candidate.calls.append(call)  # before it is answered: a refused prompt is kept as well
         reply = complete(endpoint, prompt, shown)
         agrees = letter_in(reply) == right
         call.update(reply=reply, agrees=agrees)

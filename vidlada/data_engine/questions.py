@@ -23,14 +23,14 @@ class Candidate:
 
     Attributes:
         question, answer, wrong: as written.
-        asked: every call: role, model, prompt, reply, and whether it was right.
+        calls: every call: role, model, prompt, reply, and whether it was right.
         verdict: `kept`, or why not.
     """
 
     question: str
     answer: str
     wrong: list[str]
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
     verdict: str = ""
 
 

@@ -102,8 +102,9 @@ class RequestCache:
         self.entries = sorted({*policy.entries(config.num_hidden_layers), self.reuse} - {0, config.num_hidden_layers})
         layers = {layer for layer in self.entries if layer <= self.reuse}
         self.layout = tuple(index[: 1 + np.flatnonzero(index >= 0).max(initial=-1)].tolist())
-        alike = visual is not None and visual.hidden.keys() == layers and visual.layout == self.layout
-        self.reused = visual if alike and 0 < self.reuse == len(visual.layers) else None  # type: ignore[union-attr]
+        self.reused: VisualCache | None = None
+        if visual is not None and visual.hidden.keys() == layers and visual.layout == self.layout:
+            self.reused = visual if 0 < self.reuse == len(visual.layers) else None
         if len(set(devices or ())) > 1 and type(self.attention) is not AttentionPattern:
             raise InputError(f"cache {policy.name} runs on a single device; spread the model over none, or use dual")
         self.check_heads()

@@ -8,8 +8,6 @@ import torch
 
 from vidlada.decoding.choices import policy_of
 from vidlada.decoding.kv_cache import key_value_bytes
-from vidlada.decoding.policies.dllm import DLLM
-from vidlada.decoding.policies.sparse import Sparse
 from vidlada.decoding.small_kv import stored_bytes
 from vidlada.generation import GenerationSettings
 from vidlada.model.config import VidLaDATextConfig
@@ -45,11 +43,7 @@ def kept_bytes(
     entries = {*policy.entries(layers), reuse} - {0, layers}
     states = 2 + len(entries)  # entering the first layer, leaving the last
     kept = stored_bytes(config, tokens, value_bytes, settings.kv_dtype) + states * tokens * width * value_bytes
-    if isinstance(policy, Sparse):
-        block = min(settings.block_length, tokens)
-        kept += key_value_bytes(config, block + max(1, round(policy.keep * (tokens - block))), value_bytes)
-    if isinstance(policy, DLLM):
-        kept += layers * settings.gen_length * width * value_bytes
+    kept += policy.pattern_bytes(config, tokens, settings, value_bytes)
     if settings.cfg_scale > 0:
         kept *= 2
     if reuse:

@@ -45,7 +45,7 @@ class Denoiser:
         self.graphs = graphs_of(model.language_model) if use_static else None
         self.suppressed = upload({"": np.array(model.config.suppressed_token_ids, dtype=np.int64)}, device)[""]
         self.rows: list[RunningRequest] = []
-        self.spoiled: set[int] = set()  # numbers of requests that a failed step left in no usable state
+        self.unusable: set[int] = set()  # numbers of requests that a failed step left in no usable state
         self.count = 0
 
     def add(self, request: Request) -> tuple[int, State | None]:
@@ -87,7 +87,7 @@ class Denoiser:
                 return self._step(self.rows)
         except Exception as error:
             if is_out_of_memory(error):
-                self.spoiled = {row.number for row in self.rows if not row.repeatable}
+                self.unusable = {row.number for row in self.rows if not row.repeatable}
                 for restore in undo:
                     restore()
             raise

@@ -5,9 +5,8 @@ What is settled is the run of final tokens from the left, less whatever a later 
 a stop string, an unfinished character, white space that the end of the answer would strip.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from vidlada.decoding.sampler import State
 
@@ -83,28 +82,3 @@ def overlap(sequence: Sequence, ends: Sequence[Sequence]) -> int:
                 longest = length
                 break
     return longest
-
-
-def feed(streamer: Any, states: Iterable[State], mask_token_id: int) -> Iterator[State]:
-    """Pass states on and show them to a streamer such as `transformers.TextDiffusionStreamer`.
-
-    Tokens are `put` once everything before them is final too, since a streamer cannot take text back.
-
-    Args:
-        streamer: with `put`, `end` and, for drafts, `put_draft`.
-        states: of one request, in order.
-        mask_token_id: left out of drafts.
-    """
-    shown = 0
-    for state in states:
-        committed = state.committed[: state.stop_at]
-        final = len(committed) if bool(committed.all()) else int(committed.long().argmin())
-        if final > shown:
-            streamer.put(state.proposed[shown:final])
-            shown = final
-        draft = state.proposed[shown : state.stop_at]
-        draft = draft[draft != mask_token_id]
-        if len(draft) and hasattr(streamer, "put_draft"):
-            streamer.put_draft(draft)
-        yield state
-    streamer.end()

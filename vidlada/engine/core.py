@@ -56,7 +56,7 @@ class Totals:
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
-    put_back: int = 0
+    preempted: int = 0
     stepping_seconds: float = 0.0
 
 
@@ -134,7 +134,7 @@ class EngineCore:
         started = time.perf_counter()
         done = self._attempt(partial(self._prepare_piece, entry))
         if isinstance(done, VidLaDAError):
-            self._recover(done, [entry], spoiled=[entry])
+            self._recover(done, [entry], unusable=[entry])
             return True
         entry.seconds["vision"] = entry.seconds.get("vision", 0.0) + time.perf_counter() - started
         if done:
@@ -205,12 +205,12 @@ class EngineCore:
         if not rows:
             return 0.0
         before = {row.number: row.statistics for row in rows}
-        self.denoiser.rows, self.denoiser.spoiled = rows, set()
+        self.denoiser.rows, self.denoiser.unusable = rows, set()
         states = self._attempt(self.denoiser.step)
         self.denoiser.rows = [*self.denoiser.rows, *others]
         if isinstance(states, VidLaDAError):
-            spoiled = [self.decoding[number] for number in self.denoiser.spoiled]
-            self._recover(states, [self.decoding[number] for number in before], spoiled)
+            unusable = [self.decoding[number] for number in self.denoiser.unusable]
+            self._recover(states, [self.decoding[number] for number in before], unusable)
             return 0.0
         computed, failed = 0.0, list[tuple[VidLaDAError, Entry]]()
         for number, state in states:
@@ -264,13 +264,13 @@ class EngineCore:
         except Exception as error:
             return self.error_of(error)
 
-    def _recover(self, error: VidLaDAError, failed: Collection[Entry], spoiled: Collection[Entry] = ()) -> None:
+    def _recover(self, error: VidLaDAError, failed: Collection[Entry], unusable: Collection[Entry] = ()) -> None:
         """Deal with an error.
 
         Args:
             error: if it is not that memory ran out, the requests it happened to fail.
             failed: those requests.
-            spoiled: those of them that cannot go on from where they were.
+            unusable: those of them that cannot go on from where they were.
         """
         if not isinstance(error, MemoryExhaustedError):
             self._fail(error, failed)
@@ -281,12 +281,12 @@ class EngineCore:
             advice = "though nothing else was running; use fewer frames, a smaller gen_length or a smaller type"
             self._fail(MemoryExhaustedError(f"{error}, {advice}"), taken)
             return
-        back = list(spoiled) or ([] if released else [max(taken, key=lambda entry: entry.submitted)])
+        back = list(unusable) or ([] if released else [max(taken, key=lambda entry: entry.submitted)])
         if not released:
             self.scheduler.shrink_budget([entry.task for entry in taken], [entry.task for entry in back])
         log.warning("%s; %d of %d requests are put back", error, len(back), len(taken))
         self._remove(back)
-        self.totals.put_back += len(back)
+        self.totals.preempted += len(back)
         for entry in sorted(back, key=lambda entry: entry.submitted, reverse=True):
             entry.retried = len(taken) == 1
             entry.reset()

@@ -106,7 +106,7 @@ class RequestHandle(Entry):
         self.job, self.loop, self.join, self.keep = job, loop, join, keep
         self.updated = self.seen = 0  # updates since it began, and the most before it had to begin again
         self.pending: deque[Update | VidLaDAError] = deque(maxlen=MOST_PENDING)
-        self.news = asyncio.Event()
+        self.arrived = asyncio.Event()
         visual = sum(frame >= 0 for frame in job.encoded.frame_index)
         frames = sum(len(shown.frames.times) for shown in job.videos)
         tokens, visual, settings = merged_shape(job.tokens, visual, job.settings)
@@ -138,8 +138,8 @@ class RequestHandle(Entry):
         try:
             while True:
                 async with asyncio.timeout_at(deadline):
-                    await self.news.wait()
-                self.news.clear()
+                    await self.arrived.wait()
+                self.arrived.clear()
                 while self.pending:
                     update = self.pending.popleft()
                     if isinstance(update, VidLaDAError):
@@ -163,7 +163,7 @@ class RequestHandle(Entry):
 
         def deliver() -> None:
             self.pending.append(update)
-            self.news.set()
+            self.arrived.set()
 
         try:
             self.loop.call_soon_threadsafe(deliver)

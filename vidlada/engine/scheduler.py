@@ -130,15 +130,15 @@ class Scheduler:
         free = self.free()
         return free is None or task.bytes + sum(other.bytes for other in running if not other.steps) <= free
 
-    def shrink_budget(self, running: Sequence[Task], put_back: Sequence[Task]) -> None:
+    def shrink_budget(self, running: Sequence[Task], preempted: Sequence[Task]) -> None:
         """Take note that memory ran out: fewer may run together from now on.
 
         Args:
             running: when it ran out, with those being prepared.
-            put_back: of them.
+            preempted: of them.
         """
         # if all are, all but one of them may have fitted
-        gone = put_back if len(put_back) < len(running) else put_back[:1]
+        gone = preempted if len(preempted) < len(running) else preempted[:1]
         self.budget = float(sum(task.bytes for task in running) - sum(task.bytes for task in gone))
 
     def grow_budget(self) -> None:

@@ -116,7 +116,7 @@ class Answerer:
             order: their numbers, as they are to be asked.
             ahead: gives the frames.
         """
-        asked: dict[int, tuple[int, Conversation]] = {}  # by their numbers in the engine
+        pending: dict[int, tuple[int, Conversation]] = {}  # by their numbers in the engine
         places = count()
         failed: list[tuple[int, Reply]] = []
         seconds: dict[int, float] = {}  # of what is being decoded; who is decoded together shares the time
@@ -132,7 +132,7 @@ class Answerer:
                     failed.append((number, Reply(error=found)))
                     continue
                 chat, entry = found
-                asked[next(places)] = number, chat
+                pending[next(places)] = number, chat
                 seconds[number] = 0.0
                 yield entry
 
@@ -144,14 +144,14 @@ class Answerer:
             started = now
             yield from failed
             failed.clear()
-            number, chat = asked[place]
+            number, chat = pending[place]
             if isinstance(update, VidLaDAError):
                 reply = Reply(error=str(update))
             elif update.stable.finish_reason is not None:
                 reply = reply_of(chat.answer(update, questions[number].choices))
             else:
                 continue
-            del asked[place]
+            del pending[place]
             yield number, replace(reply, seconds=seconds.pop(number))
         yield from failed
 

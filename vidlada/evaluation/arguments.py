@@ -63,9 +63,9 @@ class ModelArguments:
 
     pretrained: str = "tiny"
     adapter: str | None = None
-    max_frames_num: int = 64
-    video_fps: float = 1.0
-    force_sample: bool = False
+    max_frames_num: int = Sampling().most
+    video_fps: float = Sampling.fps
+    force_sample: bool = Sampling.force_sample
     add_time_instruction: bool = False
     think_mode: ThinkMode | None = None
     system_prompt: str | None = None

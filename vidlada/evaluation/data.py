@@ -199,7 +199,7 @@ def check_subtitles(paths: Iterable[Path]) -> None:
                 raise InputError(f"{path}: not valid JSON: {error}") from error
             if not isinstance(spoken, list) or not all(isinstance(line, dict) for line in spoken):
                 raise InputError(f"{path}: not a list of subtitles")
-            if any(half_character(said) for line in spoken for _, said in texts_of(line, "")):
+            if any(half_character(text) for line in spoken for _, text in texts_of(line, "")):
                 raise InputError(f"{path}: it holds half a character; remove it")
             continue
         for section in text.split("\n\n"):

@@ -166,7 +166,7 @@ class VidLaDAConfig(PreTrainedConfig):
         pinpoints = self.image_grid_pinpoints
         return Tiling(
             self.image_aspect_ratio,
-            int(self.vision_config.image_size),  # type: ignore[union-attr]
+            int(self.vision.image_size),
             self.patches_per_side,
             None if pinpoints is None else tuple(tuple(pinpoint) for pinpoint in pinpoints),  # type: ignore[misc]
             self.image_merge_type,

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -34,7 +35,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process of a launch that prints."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -88,7 +89,7 @@ def shard(layer: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run `python -m vidlada` with the same arguments in several processes of this machine, of which the first speaks.
+    """Run `python -m vidlada` with the same arguments in several processes of this machine, the first of which prints.
 
     Returns:
         The first's exit code, or that of another that failed before it.
@@ -99,9 +100,9 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     common = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     running = []
     for rank in range(processes):
-        silent = {} if rank == 0 else {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        silent: dict[str, Any] = {} if rank == 0 else {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        running.append(subprocess.Popen([sys.executable, "-m", "vidlada", *arguments], env=environment, **silent))  # type: ignore[call-overload]
+        running.append(subprocess.Popen([sys.executable, "-m", "vidlada", *arguments], env=environment, **silent))
     try:
         while running[0].poll() is None and not any(each.poll() for each in running):
             time.sleep(POLL_SECONDS)

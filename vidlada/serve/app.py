@@ -15,7 +15,7 @@ from vidlada import __version__
 from vidlada.api import VidLaDA
 from vidlada.errors import VidLaDAError
 from vidlada.serve.errors import RequestError
-from vidlada.serve.http import Outermost, as_request_error, error_response
+from vidlada.serve.http import ErrorMiddleware, as_request_error, error_response
 from vidlada.serve.limits import Limits
 from vidlada.serve.routes import router
 from vidlada.serve.server import Server, ServerSettings
@@ -55,7 +55,7 @@ def create_app(vidlada: VidLaDA, settings: ServerSettings, limits: Limits) -> Fa
             CORSMiddleware, allow_origins=settings.site_rules.origins, allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
         )  # fmt: skip
-    app.add_middleware(Outermost, rules=settings.site_rules)
+    app.add_middleware(ErrorMiddleware, rules=settings.site_rules)
     app.include_router(router)
     app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
     return app

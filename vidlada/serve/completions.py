@@ -179,7 +179,7 @@ class Reply:
         """An error after the stream began."""
         return event(body)
 
-    def news(self, number: int, update: Update) -> tuple[str, str, list[TokenLogprob]]:
+    def delta(self, number: int, update: Update) -> tuple[str, str, list[TokenLogprob]]:
         """Thought, text and the text's tokens that were not sent yet."""
         before, self.last[number] = self.last[number], update
         if before is not None and not update.stable.text.startswith(before.stable.text):
@@ -229,7 +229,7 @@ class ChatReply(Reply):
 
     def events(self, number: int, update: Update) -> bytes:
         """What became certain, and the end."""
-        reasoning, text, tokens = self.news(number, update)
+        reasoning, text, tokens = self.delta(number, update)
         logprobs = {"content": tokens, "refusal": None} if tokens else None
         draft, parts = self.draft(number, update), []
         delta = {"reasoning_content": reasoning, "content": text}

@@ -14,10 +14,10 @@ def drop_idle_readers(listener: socket.socket, seconds: float) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * MILLISECONDS))
 
 
-def impatient_protocol(seconds: float) -> type[H11Protocol]:
+def timeout_protocol(seconds: float) -> type[H11Protocol]:
     """Uvicorn's HTTP, but a connection is closed if a request's head is not there within `seconds`."""
 
-    class ImpatientProtocol(H11Protocol):
+    class TimeoutProtocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.waiting = self.loop.call_later(seconds, self.give_up)
@@ -35,4 +35,4 @@ def impatient_protocol(seconds: float) -> type[H11Protocol]:
             if self.cycle is None or self.cycle.response_complete:
                 self.transport.close()
 
-    return ImpatientProtocol
+    return TimeoutProtocol

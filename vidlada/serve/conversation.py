@@ -70,7 +70,7 @@ def conversation_of(messages: Sequence[ChatMessage], multi_turn: bool) -> Prepar
         messages: at least one; the last is the user's, or the beginning of the assistant's answer.
         multi_turn: the model was trained on conversations.
     """
-    turns: list[Turn] = [(role_of(message), in_marks(pieces_of(message))) for message in messages]
+    turns: list[Turn] = [(role_of(message), fill_image_marks(pieces_of(message))) for message in messages]
     prefix = ""
     if turns[-1][0] == "assistant":
         prefix = "".join(piece for piece in turns.pop()[1] if isinstance(piece, str))
@@ -129,7 +129,7 @@ def text_of(pieces: Sequence[Piece]) -> str:
     return "\n".join(filter(None, texts))
 
 
-def in_marks(pieces: list[Piece]) -> list[Piece]:
+def fill_image_marks(pieces: list[Piece]) -> list[Piece]:
     """The pieces of a turn, with several media in the text's `<image>` marks if there are as many of them."""
     shown = [piece for piece in pieces if isinstance(piece, MediaReference)]
     texts = "\n".join(piece for piece in pieces if isinstance(piece, str)).split(VIDEO_PLACE)

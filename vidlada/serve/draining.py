@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import uvicorn
 
-LAST_WORDS_SECONDS = 5  # to send errors to requests that did not end in time; then connections are broken off
+ERROR_SECONDS = 5  # to send errors to requests that did not end in time; then connections are broken off
 
 
 class DrainingServer(uvicorn.Server):
@@ -20,7 +20,7 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, seconds: int, give_up: Callable[[], None]):
         super().__init__(config)
-        config.timeout_graceful_shutdown = seconds + LAST_WORDS_SECONDS
+        config.timeout_graceful_shutdown = seconds + ERROR_SECONDS
         self.seconds, self.give_up = seconds, give_up
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -62,7 +62,7 @@ class EventStream(StreamingResponse):
 # --- requests ---
 
 
-async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+async def cancel_on_disconnect(request: Request, work: Awaitable[Result]) -> Result:
     """Do some work, but cancel it when the client hangs up. The request's body must have been read."""
 
     async def hang_up() -> None:
@@ -175,7 +175,7 @@ def error_response(error: RequestError) -> Response:
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 
 
-class Outermost:
+class ErrorMiddleware:
     """Refuses foreign pages, turns every error into OpenAI's object, counts responses, adds headers."""
 
     def __init__(self, app: ASGIApp, rules: SiteRules):

@@ -36,7 +36,7 @@ class TextReply(Reply):
     def events(self, number: int, update: Update) -> bytes:
         """What became certain, and the end."""
         offset = len(self.prompt(number)) + self.sent[number]
-        _, text, tokens = self.news(number, update)
+        _, text, tokens = self.delta(number, update)
         draft, reason = self.draft(number, update), update.stable.finish_reason
         if not (text or draft or reason):
             return b""

@@ -45,7 +45,7 @@ class ServiceCollector(Collector):
             "finished_answers": ("Answers completed", totals.finished),
             "cancelled_answers": ("Answers given up by their clients", totals.cancelled),
             "failed_answers": ("Answers the model failed to give", totals.failed),
-            "put_back_answers": ("Answers begun again because memory ran out", totals.put_back),
+            "preempted_answers": ("Answers begun again because memory ran out", totals.preempted),
             "decoder_deaths": ("Worker processes that died over a video", service.decoders.deaths),
             "feature_store_hits": ("Videos found encoded", engine.features.hits),
             "feature_store_misses": ("Videos not found encoded", engine.features.misses),

@@ -271,7 +271,7 @@ class ResponsesReply(Reply):
 
     def events(self, number: int, update: Update) -> bytes:
         """What became certain; a draft of which nothing is certain yet comes with an event of the response."""
-        reasoning, text, tokens = self.news(number, update)
+        reasoning, text, tokens = self.delta(number, update)
         draft, found = self.draft(number, update), b""
         if reasoning:
             found += self.begin("reasoning")

@@ -24,7 +24,7 @@ from vidlada.serve.completions import Reply, updates_of
 from vidlada.serve.conversation import question_of
 from vidlada.serve.errors import RequestError, disk_errors
 from vidlada.serve.files import Upload, too_large
-from vidlada.serve.http import EventStream, SiteRules, as_request_error, error_body, unless_gone
+from vidlada.serve.http import EventStream, SiteRules, as_request_error, cancel_on_disconnect, error_body
 from vidlada.serve.metrics import Metrics
 from vidlada.serve.objects import DecodedTokens, FileObject, FrameStrip, ModelObject, Tokens
 from vidlada.serve.previews import strip
@@ -106,12 +106,12 @@ class Server:
                 stack.enter_context(self.service.admit())
             try:
                 async with asyncio.timeout_at(deadline):
-                    submitted = await unless_gone(request, self.service.submit(order, owner))
+                    submitted = await cancel_on_disconnect(request, self.service.submit(order, owner))
                     for each in submitted:
                         stack.callback(each.handle.cancel)
                     reply = reply_type(self.vidlada, self.settings.name, order, submitted)
                     if not order.stream:
-                        return await unless_gone(request, self.whole(reply, started))
+                        return await cancel_on_disconnect(request, self.whole(reply, started))
             except TimeoutError:
                 raise self.too_slow() from None
             events = self.stream(reply, started, deadline)
@@ -178,7 +178,7 @@ class Server:
             order = await parse_in_thread(body, model, self.vidlada.processor.max_length)
             self.check_model(order.model)
             async with asyncio.timeout(self.limits.request_seconds):
-                jobs, _ = await unless_gone(request, self.service.prepare(order, owner))
+                jobs, _ = await cancel_on_disconnect(request, self.service.prepare(order, owner))
             ids = jobs[0].encoded.input_ids
             most = self.vidlada.processor.max_length
             return {"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": None}
@@ -271,7 +271,7 @@ class Server:
         with self.service.admit_preview():
             try:
                 async with asyncio.timeout(self.limits.request_seconds):
-                    return await unless_gone(request, preview())
+                    return await cancel_on_disconnect(request, preview())
             except TimeoutError:
                 raise self.too_slow() from None
 

@@ -1,9 +1,11 @@
 """From an autoregressive language model to the start of a masked-diffusion one."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.utils import set_seed
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -17,11 +19,12 @@ from vidlada.training.origin import gguf_file
 from vidlada.training.tokenizer import role_tokens
 from vidlada.training.vocabulary import add_rows
 
+EMBEDDINGS = ("language_model.embed_tokens.weight", "lm_head.weight")
 CONTROL_TOKENS = (BOS, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN, MASK)
 
 
 def adapt_llama(
-    folder: Path, arguments: dict[str, Any], seed: int
+    folder: Path, arguments: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[VidLaDAForMaskedDiffusion, VidLaDAProcessor]:
     """The same layers without the causal mask, rows for the control tokens added, a new vision half.
 
@@ -31,13 +34,14 @@ def adapt_llama(
         folder: of the autoregressive model: Hugging Face files, or one GGUF file (needs the gguf package).
         arguments: of `VidLaDAConfig` for everything but the language model; `text_only: true` for no vision.
         seed: of the new weights.
+        dtype: of all weights; those of the language model are held once.
 
     Raises:
         InputError: the model has something our layers do not.
     """
     named = {} if gguf_file(folder) is None else {"gguf_file": gguf_file(folder)}
     try:
-        source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **named)
+        source = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **named)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
     llama = source.config
@@ -60,14 +64,25 @@ def adapt_llama(
             },
         }
     )  # fmt: skip
-    set_seed(seed)
-    model = VidLaDAForMaskedDiffusion(config)
-    state = source.model.state_dict()
-    model.language_model.load_state_dict(
-        {name: add_rows(tensor, rows) if "embed" in name else tensor for name, tensor in state.items()}
-    )
-    model.lm_head.load_state_dict({"weight": add_rows(source.lm_head.weight.detach(), rows)})
+    with init_empty_weights(include_buffers=False):
+        model = VidLaDAForMaskedDiffusion(config)
+    state = {f"language_model.{name}": tensor for name, tensor in source.model.state_dict().items()}
+    state["lm_head.weight"] = source.lm_head.weight.detach()
+    state |= {name: add_rows(state[name], rows) for name in EMBEDDINGS}
+    if not config.text_only:
+        state |= new_vision(config, seed, dtype)
+    model.load_state_dict(state, assign=True)
     return model, VidLaDAProcessor.from_config(tokenizer, config)
+
+
+def new_vision(config: VidLaDAConfig, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Random weights of the vision half, by their names in the model."""
+    set_seed(seed)
+    small = copy.deepcopy(config)
+    small.text.num_hidden_layers = 0
+    small.text.vocab_size = 1
+    vision = VidLaDAForMaskedDiffusion(small).vision.to(dtype)
+    return {f"vision.{name}": tensor for name, tensor in vision.state_dict().items()}
 
 
 def check_adaptable(folder: Path, llama: Any) -> None:

@@ -185,6 +185,28 @@ class Lora:
 
 
 @dataclass(frozen=True, config=STRICT)
+class EventSupervision:
+    """Loss on what middle layers know of the events of the shapes world (deep supervision, arXiv 1409.5185).
+
+    Linear maps, which are left behind after training, read the kind of event and the colours and shape of its thing
+    from single tokens. A video's tokens otherwise learn of events only through answers, by way of all layers.
+
+    Args:
+        frame_layers: whose output must know, in the first token of every frame, what happens in it.
+        question_layers: whose output must know, in a question of what happens at a second or before or after another
+            event, the event in question: in the token of the second, or in that of the question mark.
+        frame_weight, question_weight: of the losses, each a mean over layers.
+        learning_rate: of the linear maps, by Adam.
+    """
+
+    frame_layers: tuple[NonNegativeInt, ...] = ()
+    question_layers: tuple[NonNegativeInt, ...] = ()
+    frame_weight: PositiveFloat = 0.3
+    question_weight: PositiveFloat = 0.4
+    learning_rate: PositiveFloat = 2e-3
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainingConfig:
     """One run.
 
@@ -219,6 +241,7 @@ class TrainingConfig:
             torchrun. `fsdp` is FSDP2; `zero2` and `zero3` are DeepSpeed's.
         max_skipped_share: the run ends when more than this share of the samples so far was broken.
         lora: train adapters instead of the language model.
+        event_supervision: see `EventSupervision`; for runs of one process on clips of the shapes world.
         evaluation: on held-out samples.
         tracker: where figures go besides the terminal.
         layouts: the final model's; `published` is written as `model-published`, beside ours.
@@ -255,6 +278,7 @@ class TrainingConfig:
     parallel: Literal["auto", "ddp", "fsdp", "zero2", "zero3"] = "auto"
     max_skipped_share: Share = 0.02
     lora: Lora | None = None
+    event_supervision: EventSupervision | None = None
     evaluation: Evaluation | None = None
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     layouts: Annotated[tuple[Literal["vidlada", "published"], ...], OneOrMore] = ("vidlada",)
@@ -277,6 +301,10 @@ class TrainingConfig:
             raise InputError(f"{self.parallel} cannot freeze other parts in other stages; use fsdp, or freeze alike")
         if self.objective == "autoregressive" and self.complementary:
             raise InputError("complementary masks belong to objective: diffusion; autoregressive hides nothing")
+        if self.event_supervision is not None and (self.lora is not None or self.parallel != "auto"):
+            raise InputError(
+                "event_supervision is for training whole models in one process: leave lora and parallel out"
+            )
         if self.lora is not None and self.think_tokens:
             raise InputError("think_tokens: adapters leave the embeddings frozen, so new tokens would learn nothing")
         if self.lora is not None and self.init_from is None:

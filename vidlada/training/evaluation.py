@@ -29,7 +29,7 @@ BEST_FIGURES = "evaluation.json"  # in it: at which step it was evaluated, and h
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationResult:
     """What an evaluation found.
 
     Attributes:
@@ -42,7 +42,7 @@ class Evaluated:
     loss: float
     score: float | None = None
 
-    def beats(self, other: "Evaluated | None", best: str) -> bool:
+    def beats(self, other: "EvaluationResult | None", best: str) -> bool:
         """Whether this is better, by `score` or `loss`; what has no such figure is beaten."""
         if other is None:
             return True
@@ -85,11 +85,11 @@ class HeldOut:
             raise InputError(f"evaluation: generation: {error}") from error
 
     @torch.no_grad()
-    def evaluate(self, done: int) -> Evaluated:
+    def evaluate(self, done: int) -> EvaluationResult:
         """Loss, and score where there are questions, after so many steps; every process calls this."""
         self.model.eval()
         try:
-            return Evaluated(done, self._loss(done), self._score() if self.settings.questions else None)
+            return EvaluationResult(done, self._loss(done), self._score() if self.settings.questions else None)
         finally:
             self.model.train()
 
@@ -131,19 +131,19 @@ def inner_model(accelerator: Accelerator, model: Any) -> VidLaDAForMaskedDiffusi
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def best_so_far(output: Path) -> Evaluated | None:
+def best_so_far(output: Path) -> EvaluationResult | None:
     """What the best model of a run came to; None where there is none."""
     path = output / BEST / BEST_FIGURES
     if not path.is_file():
         return None
     values = files.read_json(path)
     try:
-        return Evaluated(**values)
+        return EvaluationResult(**values)
     except TypeError as error:
         raise InputError(f"{path}: not the figures of an evaluation; remove {path.parent}") from error
 
 
-def summary(found: Evaluated, best: bool) -> str:
+def summary(found: EvaluationResult, best: bool) -> str:
     """A line for people."""
     score = "" if found.score is None else f" score {found.score:.1%}"
     return f"evaluation after step {found.step}: loss {found.loss:.4f}{score}{', the best so far' * best}"

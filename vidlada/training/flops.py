@@ -43,10 +43,10 @@ class FlopCount:
         self.patch = (2 * weights["tower"][0] + 6 * weights["tower"][1]) + (
             4 * weights["projector"][0] + 6 * weights["projector"][1]
         )
-        text, vision = config.text_config, config.vision_config
-        self.attention = 12 * text.num_hidden_layers * text.hidden_size  # type: ignore[union-attr]
+        text, vision = config.text, config.vision
+        self.attention = 12 * text.num_hidden_layers * text.hidden_size
         self.patches = 0 if config.text_only else config.patches_per_side**2
-        layers, width = vision.num_hidden_layers, vision.hidden_size  # type: ignore[union-attr]
+        layers, width = vision.num_hidden_layers, vision.hidden_size
         self.patch += (12 if tower_trained else 4) * layers * width * self.patches
 
     def __call__(self, rows: int, length: int, frames: int) -> float:

@@ -34,4 +34,4 @@ def insert_layers(model: VidLaDAForMaskedDiffusion, after: Sequence[int]) -> Non
             nn.init.zeros_(new.mlp.down_proj.weight)
             deeper.append(new)
     model.language_model.layers = deeper
-    model.config.text_config.num_hidden_layers = len(deeper)  # type: ignore[union-attr]
+    model.config.text.num_hidden_layers = len(deeper)

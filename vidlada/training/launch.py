@@ -12,15 +12,15 @@ from collections.abc import Sequence
 # read by torch as it is imported: it would log a trace of its own for every process that ends early, and where the
 # first node ends before the others
 QUIET = {"LOGLEVEL": "CRITICAL", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-added = QUIET.keys() - os.environ.keys()
-os.environ.update({name: QUIET[name] for name in added})
+quieted = QUIET.keys() - os.environ.keys()
+os.environ.update({name: QUIET[name] for name in quieted})
 from torch.distributed import DistError  # noqa: E402
 from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
 from torch.distributed.elastic.rendezvous import RendezvousError  # noqa: E402
 from torch.distributed.run import main as torchrun  # noqa: E402
 
-for name in added:  # the processes themselves log as always
+for name in quieted:  # the processes themselves log as always
     del os.environ[name]
 
 
@@ -39,17 +39,17 @@ def launch(arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # it could not say anything itself
-            say(f"process {rank} was killed ({failure.signal_name()}); continue with --resume")
+            print_error(f"process {rank} was killed ({failure.signal_name()}); continue with --resume")
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as error:
         return 128 + error.sigval
     except (RendezvousError, DistError) as error:
-        say(f"the other nodes cannot be reached, or have ended: {' '.join(str(error).splitlines()[:1])}")
+        print_error(f"the other nodes cannot be reached, or have ended: {' '.join(str(error).splitlines()[:1])}")
         return 1
     return 0
 
 
-def say(line: str) -> None:
+def print_error(line: str) -> None:
     """Print an error as the command line does."""
     print(f"error: {line}", file=sys.stderr)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vidlada.training.config import TrainingConfig
 from vidlada.training.data.collate import to_device
+from vidlada.training.event_supervision import EventLoss
 from vidlada.training.objective import (
     before_targets,
     causal_mask,
@@ -28,11 +29,19 @@ class BatchLoss:
         mask_token_id: what a hidden token is replaced by.
         model: wrapped by the accelerator.
         accelerator: of all processes.
+        events: what is added in training, if anything.
     """
 
-    def __init__(self, config: TrainingConfig, mask_token_id: int, model: Any, accelerator: Accelerator):
+    def __init__(
+        self,
+        config: TrainingConfig,
+        mask_token_id: int,
+        model: Any,
+        accelerator: Accelerator,
+        events: EventLoss | None = None,
+    ):
         self.config, self.mask_token_id = config, mask_token_id
-        self.model, self.accelerator = model, accelerator
+        self.model, self.accelerator, self.events = model, accelerator, events
 
     def __call__(self, batch: dict[str, Any], step: int, stream: int = 0) -> Tensor:
         """A batch's share of the step's mean loss.
@@ -43,8 +52,12 @@ class BatchLoss:
             stream: another stream of random numbers, for evaluation.
         """
         if self.config.objective == "autoregressive":
-            return self._next_token(batch) * batch["weight"]
-        return self._diffusion(batch, step, stream) * batch["weight"]
+            loss = self._next_token(batch)
+        else:
+            loss = self._diffusion(batch, step, stream)
+        if self.events is not None and self.model.training:
+            loss = loss + self.events(batch)
+        return loss * batch["weight"]
 
     def _next_token(self, batch: dict[str, Any]) -> Tensor:
         labels, sample_index, device = batch["labels"], batch["sample_index"], self.accelerator.device

@@ -67,7 +67,7 @@ def _first_model(
         return model, processor
     folder = origin(config.init_from)
     if is_llama(folder):
-        return adapt_llama(folder, config.new_model, config.seed)
+        return adapt_llama(folder, config.new_model, config.seed, dtype)
     from vidlada.checkpoint.load import describe, load_model, load_tokenizer
 
     # frozen weights under adapters are of the run's type, where autocast bridges it; what is trained is float32. Stored

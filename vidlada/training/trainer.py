@@ -18,7 +18,8 @@ from vidlada.training.batches import Batches
 from vidlada.training.checkpoints import NotSaved, load_checkpoint, save_checkpoint, save_final, write_folder
 from vidlada.training.config import TrainingConfig
 from vidlada.training.data.collate import rows_of
-from vidlada.training.evaluation import BEST, Evaluated, HeldOut, best_so_far, summary
+from vidlada.training.evaluation import BEST, EvaluationResult, HeldOut, best_so_far, summary
+from vidlada.training.event_supervision import EventLoss
 from vidlada.training.figures import Figures, Progress, figures_of, line_of, parameter_counts
 from vidlada.training.flops import FlopCount
 from vidlada.training.losses import BatchLoss
@@ -139,6 +140,12 @@ class Run:
         if config.lora is not None:
             assert config.init_from is not None
             model = add_lora(model, config.lora, config.init_from, config.seed)
+        self.events: EventLoss | None = None
+        if config.event_supervision is not None:
+            if accelerator.num_processes > 1:
+                raise InputError(f"event_supervision is for one process, not {accelerator.num_processes}")
+            self.events = EventLoss(config.event_supervision, model.language_model)
+            accelerator.register_for_checkpointing(self.events)
         optimizers = make_optimizers(model, config)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
@@ -151,8 +158,8 @@ class Run:
             self.optimizers.begin()
         self.records = Records(self.output, accelerator.process_index)
         self.batches = Batches(config, self.processor, accelerator, model_config.text_only)
-        self.loss = BatchLoss(config, model_config.mask_token_id, self.model, accelerator)
-        self.best: Evaluated | None = None
+        self.loss = BatchLoss(config, model_config.mask_token_id, self.model, accelerator, self.events)
+        self.best: EvaluationResult | None = None
         self.held_out: HeldOut | None = None
         if config.evaluation is not None and prepared_run.held_out is not None:
             self.held_out = HeldOut(
@@ -247,15 +254,10 @@ class Run:
         # frames that only stand in leave gradients of zero, on which an optimizer's momentum would still move
         if not figures.frames:
             drop_gradients(self.model, ("tower", "projector"))
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
-        # under fp16 the scaler skips such a step; DeepSpeed knows the norm only when it has updated the weights
-        if norm is not None and config.precision != "fp16" and not is_deepspeed(accelerator):
-            figures.gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-            if not math.isfinite(figures.gradient_norm):
-                raise VidLaDAError(
-                    f"the gradient of step {step} is {figures.gradient_norm}; it ended before it changed any weight"
-                )
+        self.clip(step, figures)
         self.optimizers.step()
+        if self.events is not None:
+            self.events.step()
         if accelerator.device.type == "cpu" and (step + 1) % TRIM_EVERY == 0:
             self.trim()
         return figures
@@ -271,6 +273,18 @@ class Run:
         mask = batch["attention_mask"]
         sequences = mask.sizes if isinstance(mask, PackedMask) else (length,) * rows
         figures.flops += sum(self.flops(1, size, 0) for size in sequences) + self.flops(0, 0, frames)
+
+    def clip(self, step: int, figures: Figures) -> None:
+        """Clip the gradient and note its norm; a gradient that is not finite ends the run."""
+        accelerator, config = self.accelerator, self.config
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        # under fp16 the scaler skips such a step; DeepSpeed knows the norm only when it has updated the weights
+        if norm is not None and config.precision != "fp16" and not is_deepspeed(accelerator):
+            figures.gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            if not math.isfinite(figures.gradient_norm):
+                raise VidLaDAError(
+                    f"the gradient of step {step} is {figures.gradient_norm}; it ended before it changed any weight"
+                )
 
     def check(self, step: int, figures: Figures, progress: Progress) -> None:
         """End a run whose loss is not finite or whose samples are broken too often; keeps count of the samples."""

@@ -22,8 +22,8 @@ def add_think_tokens(model: VidLaDAForMaskedDiffusion, processor: VidLaDAProcess
         A processor that knows the tokens.
     """
     tokenizer = add_think_tokens_to(processor.tokenizer)
-    rows, text = len(tokenizer), model.config.text_config
-    if rows > text.vocab_size:  # type: ignore[union-attr]
+    rows, text = len(tokenizer), model.config.text
+    if rows > text.vocab_size:
         tied = model.config.tie_word_embeddings
         embedding = model.language_model.embed_tokens
         for module in (embedding,) if tied else (embedding, model.lm_head):
@@ -31,7 +31,7 @@ def add_think_tokens(model: VidLaDAForMaskedDiffusion, processor: VidLaDAProcess
         if tied:
             model.lm_head.weight = embedding.weight
         embedding.num_embeddings = model.lm_head.out_features = rows
-        text.vocab_size = rows  # type: ignore[union-attr]
+        text.vocab_size = rows
     return VidLaDAProcessor.from_config(tokenizer, model.config)
 
 

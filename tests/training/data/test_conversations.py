@@ -112,8 +112,8 @@ def test_parts_are_rendered_as_at_inference(tmp_path):
         kinds = [{"type": part["type"].removesuffix("_url")} if part is not TEXT else TEXT for part in parts]
         if len(media) == 1:  # a single one goes in front
             kinds.sort(key=lambda part: part is TEXT)
-        asked = [{"role": "user", "content": kinds}, trained[1]]
-        assert processor.apply_chat_template(trained) == processor.apply_chat_template(asked)
+        expected = [{"role": "user", "content": kinds}, trained[1]]
+        assert processor.apply_chat_template(trained) == processor.apply_chat_template(expected)
 
 
 @pytest.mark.parametrize(

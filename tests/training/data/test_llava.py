@@ -130,10 +130,10 @@ def test_control_targets_of_packed_samples(new):
 def test_packed_samples_without_exchanges(new):
     """Sixty pictures of which some do not support a question about a colour."""
     samples = batch(ShapesSource(frames_per_batch=60, pictures=True, families=("colour",), questions=1), 0)
-    asked = sum(len(sample.exchanges) for sample in samples)
-    assert 0 < asked < 60
+    exchanges = sum(len(sample.exchanges) for sample in samples)
+    assert 0 < exchanges < 60
     labels = collate(new, samples)["labels"]
-    assert int((labels == new[1].token_id(END_OF_TURN)).sum()) == asked
+    assert int((labels == new[1].token_id(END_OF_TURN)).sum()) == exchanges
 
 
 def test_end_targets_and_slots_follow_the_answer(new):

@@ -409,12 +409,12 @@ def test_images_are_tiled_as_at_inference(tmp_path, small, monkeypatch):
     path = write_json(tmp_path / "d.json", [entry("red", "which? <image>", image="a.png")])
     source = LlavaSource(path, batch_size=1)
     batch = StepDataset(source, Collator(small.processor, CollateSettings()), 0)[Part(0)]
-    asked = small.chat(str(tmp_path / "a.png"))
-    prompt = asked.request("which? <image>").prompt
+    chat = small.chat(str(tmp_path / "a.png"))
+    prompt = chat.request("which? <image>").prompt
     (shape,) = batch["media_shapes"]
     assert shape.tiles == len(batch["pixel_values"]) > 1
     visual = torch.cat(small.model.encode_media(batch["pixel_values"], batch["media_shapes"]))
-    assert torch.allclose(visual, asked.media[0].visual_tokens, atol=1e-5)
+    assert torch.allclose(visual, chat.media[0].visual_tokens, atol=1e-5)
     ids = batch["input_ids"][0].tolist()
     assert torch.allclose(small.model.embed(batch["input_ids"], visual)[0, : len(prompt)], prompt, atol=1e-5)
     assert check_source("a", source, small.processor).lengths == [len(ids)]

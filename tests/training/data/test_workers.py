@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serve.running import wait_for
+from processes import wait_for
 
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.training.data.collate import Part

@@ -15,7 +15,8 @@ from torch import Tensor
 from vidlada.decoding.attention import FrameMap
 from vidlada.decoding.kv_cache import KVCache, attend_grouped
 from vidlada.decoding.named import check_named
-from vidlada.generation import MAX_SLOTS
+from vidlada.generation import MAX_SLOTS, GenerationSettings
+from vidlada.model.config import VidLaDATextConfig
 from vidlada.model.language_model import LanguageModel
 
 MAX_STEPS = MAX_SLOTS  # no answer takes more
@@ -148,6 +149,11 @@ class Policy(Protocol):
             prompt: (tokens, width) embeddings.
         """
 
+    def pattern_bytes(
+        self, config: VidLaDATextConfig, tokens: int, settings: GenerationSettings, value_bytes: int
+    ) -> int:
+        """What the attention pattern keeps between steps; the arguments are those of `kept_bytes` (`memory.py`)."""
+
 
 class SegmentPolicy:
     """Base of policies: dataclasses of listed settings. By itself it recomputes whole segments from layer 0, with full
@@ -165,3 +171,9 @@ class SegmentPolicy:
     def attention(self, frames: FrameMap, prompt: Tensor) -> AttentionPattern:
         """Full attention."""
         return AttentionPattern()
+
+    def pattern_bytes(
+        self, config: VidLaDATextConfig, tokens: int, settings: GenerationSettings, value_bytes: int
+    ) -> int:
+        """Nothing."""
+        return 0

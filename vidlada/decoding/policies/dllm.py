@@ -11,6 +11,8 @@ from torch import Tensor
 from vidlada.decoding.attention import FrameMap
 from vidlada.decoding.kv_cache import KVCache, attend_grouped
 from vidlada.decoding.policies.base import EVERYTHING, MAX_STEPS, AttentionPattern, Plan, SegmentPolicy, StepContext
+from vidlada.generation import GenerationSettings
+from vidlada.model.config import VidLaDATextConfig
 from vidlada.model.language_model import LanguageModel, Layer
 from vidlada.settings import setting
 
@@ -39,6 +41,12 @@ class DLLM(SegmentPolicy):
     def attention(self, frames: FrameMap, prompt: Tensor) -> "LayerwiseUpdate":
         """Full attention, and the answer's own pass after it."""
         return LayerwiseUpdate()
+
+    def pattern_bytes(
+        self, config: VidLaDATextConfig, tokens: int, settings: GenerationSettings, value_bytes: int
+    ) -> int:
+        """What each layer last added to the answer's states."""
+        return config.num_hidden_layers * settings.gen_length * config.hidden_size * value_bytes
 
 
 class LayerwiseUpdate(AttentionPattern):

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap
-from vidlada.decoding.kv_cache import attend_grouped
+from vidlada.decoding.kv_cache import attend_grouped, key_value_bytes
 from vidlada.decoding.policies.base import EVERYTHING, AttentionPattern, Plan, SegmentPolicy, StepContext
+from vidlada.generation import GenerationSettings
+from vidlada.model.config import VidLaDATextConfig
 from vidlada.settings import setting
 
 
@@ -33,6 +35,13 @@ class Sparse(SegmentPolicy):
         """Attention to the kept keys."""
         return SparsePattern(self.keep)
 
+    def pattern_bytes(
+        self, config: VidLaDATextConfig, tokens: int, settings: GenerationSettings, value_bytes: int
+    ) -> int:
+        """The gathered keys and values."""
+        block = min(settings.block_length, tokens)
+        return key_value_bytes(config, block + max(1, round(self.keep * (tokens - block))), value_bytes)
+
 
 class SparsePattern(AttentionPattern):
     """The block attends to itself and, of everything else, to the keys it attended to most (Sparse-dLLM).
@@ -45,13 +54,12 @@ class SparsePattern(AttentionPattern):
 
     def __init__(self, keep: float):
         super().__init__()
-        self.keep, self.select, self.selections = keep, False, 0
+        self.keep, self.select = keep, False
         self.block: Tensor
 
     def begin_pass(self, plan: Plan, block: Tensor) -> None:
         """A pass over everything starts a new selection."""
         self.block, self.select = block, plan.select
-        self.selections += plan.select
         if "text" in plan.start:
             self.compact.clear()
 

@@ -62,7 +62,9 @@ class Collator:
             `input_ids`, `labels`, `sample_index`, `position_ids` (batch, tokens); `attention_mask` (batch, tokens)
             or (batch, 1, tokens, tokens), or of rows that share a prefix or are packed, or None when nothing is padded
             or separate; `force` (samples,); `sample_weight` (samples,) where samples are weighed; with videos
-            `pixel_values` and `media_shapes`; `stands_in` where they are only a stand-in.
+            `pixel_values` and `media_shapes`; `stands_in` where they are only a stand-in. Where samples know their
+            events and have rows of their own: `frame_events` and `question_events` (events, 6), the row and position of
+            a token and the labels it should know.
         """
         samples = [self.cut(sample) for sample in samples]
         rows_of_parts, first = [], 0
@@ -113,7 +115,30 @@ class Collator:
         if videos:
             batch["pixel_values"] = torch.cat([self.processor.pixel_values(video) for video in videos])
             batch["media_shapes"] = shapes
+        if not packed:
+            batch |= self._events(samples, batch)
         return batch
+
+    def _events(self, samples: Sequence[Sample], batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Tokens that should know an event: the first of each frame, and the word in a question that means a moment."""
+        frames: list[tuple[int, ...]] = []
+        questions: list[tuple[int, ...]] = []
+        first = 0
+        for row, sample in enumerate(samples):
+            ids, owner = batch["input_ids"][row], batch["sample_index"][row]
+            places = (ids == self.processor.video_token_id).nonzero()[:, 0].tolist()
+            tokens = len(places) // max(1, len(sample.frame_events))
+            frames += [(row, places[n * tokens], *labels) for n, labels in enumerate(sample.frame_events)]
+            for event in sample.question_events:
+                token = self.processor.tokenizer.convert_tokens_to_ids(event.word)
+                number = first + event.exchange if sample.separate else first
+                questions += [
+                    (row, place, *event.labels)
+                    for place in ((owner == number) & (ids == token)).nonzero()[:1, 0].tolist()
+                ]
+            first += len(sample.exchanges) if sample.separate else 1
+        found = {"frame_events": frames, "question_events": questions}
+        return {name: torch.tensor(events) for name, events in found.items() if events}
 
     def rows(self, samples: Sequence[Sample], generator: np.random.Generator) -> list[tuple[int, dict[str, Any]]]:
         """The samples as one batch or, where packed rows may have so many tokens only, several: the number of the first

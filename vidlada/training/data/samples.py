@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from vidlada.errors import InputError
 from vidlada.settings import as_sequence
 from vidlada.tiling import MediaShape
+from vidlada.training.data.event_labels import EventLabels, QuestionEvent
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -33,6 +34,8 @@ class Sample:
             conversation of several turns. Rendering and the vision tower are then paid once for all.
         shapes: of the videos and images, once images are cut into tiles (`Collator.cut`).
         system: message of the conversation; None for the model's own.
+        frame_events, question_events: what happens in each frame of the only video, and what answers questions of that,
+            as far as the source knows.
     """
 
     videos: Sequence[np.ndarray]
@@ -40,6 +43,8 @@ class Sample:
     separate: bool = False
     shapes: Sequence[MediaShape] = ()
     system: str | None = None
+    frame_events: Sequence[EventLabels] = ()
+    question_events: Sequence[QuestionEvent] = ()
 
 
 @dataclass(frozen=True)

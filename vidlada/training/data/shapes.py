@@ -13,6 +13,7 @@ from vidlada.errors import InputError
 from vidlada.shapes.questions import BENCHMARK_FAMILIES, FAMILIES, questions_for
 from vidlada.shapes.render import render_frames
 from vidlada.shapes.world import MAX_SECONDS, MAX_THINGS, MIN_SECONDS, Clip, clip_for, slow_down, still
+from vidlada.training.data.event_labels import frame_events, question_events
 from vidlada.training.data.samples import STRICT, Item, OneOrMore, Sample, Share
 from vidlada.training.settings import hint
 
@@ -117,9 +118,16 @@ class ShapesSource:
 
     def load(self, item: Item, size: int) -> Sample:
         """Render the clip."""
-        clip, seconds = item.media
-        videos = [render_frames(clip, seconds, size)] if seconds else []
-        return Sample(videos, item.exchanges, item.separate)
+        clip, times = item.media
+        if not times:
+            return Sample([], item.exchanges, item.separate)
+        return Sample(
+            [render_frames(clip, times, size)],
+            item.exchanges,
+            item.separate,
+            frame_events=frame_events(clip, times),
+            question_events=question_events(clip, item.exchanges),
+        )
 
     def instead_of(self, item: Item, attempt: int) -> Item:
         """Nothing rendered is ever broken."""
