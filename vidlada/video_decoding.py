@@ -19,7 +19,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from vidlada.errors import InputError
-from vidlada.h264 import FrameNumbers
+from vidlada.h264 import FrameNumbers, has_hole, length_bytes
 from vidlada.video_index import MOST_MISSING, Timeline, demux
 
 SEEK_WORTH_FRAMES = 12  # skip to a key picture only if that saves so many frames; see `vidlada bench video`
@@ -29,8 +29,6 @@ Opener = Callable[[], AbstractContextManager[tuple[InputContainer, VideoStream]]
 NumberedFrame = tuple[int, av.VideoFrame]
 NEED_PARAMETER_SETS = frozenset({"h264", "hevc", "vvc"})
 SEES_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders leave out what makes places transparent
-NEVER_ZERO = frozenset({"h264", "hevc"})  # codecs whose units hold no three zeros in a row
-HOLE = bytes(16)  # what a download that was never finished, or a broken disk, leaves in a packet
 NEVER = 2**62  # number of no packet
 MOST_LEADING = 16  # frames shown before the key picture they are decoded after
 MOST_DISORDER = 3  # frames that may leave the decoder too late, as the first of a stream do, before its times are wrong
@@ -106,7 +104,7 @@ class Reader:
         if tags.get("alpha_mode") == "1" and context.name in SEES_ALPHA:
             self.decoder = cast(VideoCodecContext, av.CodecContext.create(SEES_ALPHA[context.name], "r"))
         self.numbers = FrameNumbers(context.extradata or b"") if context.name == "h264" else None
-        self.in_lengths = context.name in NEVER_ZERO and bytes(context.extradata or b"")[:1] == b"\1"
+        self.length_bytes = length_bytes(context.name, context.extradata or b"")
         self.behind_loss = NEVER  # number of the first packet behind some that are missing
         self.demuxed = self.packets()
         self.position = 0  # number of the next packet
@@ -236,7 +234,7 @@ class Reader:
             ended = packet is None
             if packet is not None and self.misses_before(label, packet):
                 self.behind_loss = min(self.behind_loss, label)
-            if packet is not None and self.in_lengths and HOLE in bytes(packet):
+            if packet is not None and self.length_bytes and has_hole(bytes(packet), self.length_bytes):
                 self.behind_loss = min(self.behind_loss, label)
                 continue
             try:

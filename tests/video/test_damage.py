@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vidlada.errors import InputError
+from vidlada.h264 import has_hole
 from vidlada.truncation import gaps_of
 from vidlada.video import Sampling, sample_frames
 from vidlada.video_index import demux
@@ -130,6 +131,19 @@ def test_zeros_of_unfinished_downloads(clips, tmp_path, name, hole):
         return
     assert hole[1] < 1.0
     assert max(np.abs(sound - image).mean((1, 2, 3)).min() for image in found) < TOLERANCE
+
+
+def test_zeros_behind_units_are_no_holes():
+    """Some encoders fill up to even sizes."""
+    unit = b"\x65" + bytes(range(1, 200))
+
+    def packet(*units):
+        return b"".join(len(unit).to_bytes(4) + unit for unit in units)
+
+    assert not has_hole(packet(unit + bytes(31), unit + bytes(64)), 4)
+    assert has_hole(packet(unit, unit[:90] + bytes(40) + unit), 4)
+    assert has_hole(packet(unit)[:50] + bytes(400), 4)
+    assert has_hole(packet(unit) + bytes(40), 4)
 
 
 def test_appearing_streams_do_not_end_the_reading(tmp_path):
