@@ -9,6 +9,7 @@ HIGH_PROFILES = frozenset({100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 1
 HEADER_BYTES = 64  # more than the fields of a slice that are read here
 SPS_BYTES = 1024
 IDR = 5
+HOLE, MOST_PADDING = bytes(16), 256
 
 
 class Bits:
@@ -77,6 +78,34 @@ def skip_scaling_list(bits: Bits, size: int) -> None:
         last = following or last
 
 
+def length_bytes(codec: str, extradata: bytes) -> int:
+    """Bytes of the length in front of each unit of H.264 or HEVC; 0 where start codes stand there instead."""
+    place = {"h264": 4, "hevc": 21}.get(codec, len(extradata))
+    return extradata[place] % 4 + 1 if len(extradata) > place and extradata[0] == 1 else 0
+
+
+def has_hole(packet: bytes, length_bytes: int) -> bool:
+    """Whether zeros stand where a picture was, as in a download that was never finished: inside a unit, no three follow
+    each other; behind one, some encoders fill up a few.
+
+    Args:
+        packet: of H.264 or HEVC.
+        length_bytes: of the length in front of each unit.
+    """
+    if HOLE not in packet:
+        return False
+    place = 0
+    while place + length_bytes <= len(packet):
+        length = int.from_bytes(packet[place : place + length_bytes])
+        place += length_bytes
+        unit = packet[place : place + length]
+        inside = unit.rstrip(b"\0")
+        if not inside or HOLE in inside or len(unit) - len(inside) > MOST_PADDING:
+            return True
+        place += length
+    return False
+
+
 class FrameNumbers:
     """Follows the frame numbers of packets in order of decoding.
 
@@ -85,7 +114,7 @@ class FrameNumbers:
     """
 
     def __init__(self, extradata: bytes):
-        self.length_bytes = extradata[4] % 4 + 1 if len(extradata) > 6 and extradata[0] == 1 else 0
+        self.length_bytes = length_bytes("h264", extradata)
         self.forms: set[tuple[int, bool] | None] = set()  # of all parameter sets
         self.reference: int | None = None  # frame number of the last picture that others may lean on
         if self.length_bytes:

@@ -1,9 +1,10 @@
 """The letter of an answer to a question with choices."""
 
 import re
+import unicodedata
 
 MARKUP = re.compile(r"[*_`$\"'“”‘’]|\\boxed|\\text")
-CLAUSE = r"(?=\s*$|\s*[.,;:!?)\]}\n]|\s+(?:because|since|as|is|and|or)\b)"
+CLAUSE = r"(?=\s*$|\s*[.,;:!?)\]}\n。、]|\s+(?:because|since|as|is|and|or)\b)"
 
 
 def read_letter(answer: str, letters: str = "ABCDE") -> str | None:
@@ -17,15 +18,15 @@ def read_letter(answer: str, letters: str = "ABCDE") -> str | None:
         answer: what the model said.
         letters: the choices there are.
     """
-    text = MARKUP.sub("", answer).strip()
+    text = MARKUP.sub("", unicodedata.normalize("NFKC", answer)).strip()
     either, capital = f"[{letters}{letters.lower()}]", f"[{letters}]"
     article = r"(?!(?<=A)\s+[a-z])"
     for pattern in (
         rf"^[(\[{{]?({either})[)\]}}]?[\s.,;:!?]*$",
-        rf"(?i:\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*(?:option\s+)?)[(\[{{]?({either}){CLAUSE}",
-        rf"^[(\[{{]?({either})[)\].:]|^({capital})(?:,|\s+[-–—]|\s*\n)",
+        rf"(?i:(?:\b(?:answer|option|choice)\b|答案|选项|选)(?:\s+is|是|为)?\s*:?\s*(?:option\s+)?)[(\[{{]?({either}){CLAUSE}",
+        rf"^[(\[{{]?({either})[)\].:](?!\w\.)|^({capital})(?:,|\s+[-–—]|\s*\n)",
         rf"[(\[{{]({either})[)\]}}]",
-        rf"(?<![\w'’.-])({capital})(?![\w'’-]){article}",
+        rf"(?a:(?<![\w'’.-])({capital})(?![\w'’-])){article}",
     ):
         if found := list(re.finditer(pattern, text)):
             return next(group for group in found[-1].groups() if group).upper()

@@ -1,6 +1,7 @@
 """Where a transport stream lost packets: in every packet of a stream there is a counter that runs on.
 
-FFmpeg notices this too, but then marks the picture before the one that is damaged.
+FFmpeg notices this too, but then marks the picture before the one that is damaged. A packet may be sent twice; FFmpeg
+reads both, so that damages a picture too.
 """
 
 import mmap
@@ -16,7 +17,6 @@ SURE = 5  # marks in a row that show where packets begin
 CHUNK = 2**16  # packets looked at together
 SEARCHED = 2**20  # bytes that are searched together for the next packet
 STUFFING = 8  # bytes, more than what else stands in a packet that is filled up
-SAME = 64  # last bytes by which a repeated packet is known
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def _losses(data: np.ndarray, stream: int) -> list[TransportLoss] | None:
         return None
     starts, breaks = [], []
     for run in _runs(data, step):
-        own = run[((data[run + 1] & 0x1F).astype(int) << 8 | data[run + 2]) == stream]
+        high, low = (data[run[0] + byte : run[-1] + byte + 1 : step] for byte in (1, 2))
+        own = run[(high & 0x1F == stream >> 8) & (low == stream & 0xFF)]
         extended = own[(data[own + 3] & 0x20 > 0) & (data[own + 4] > 0)]
         starts.append(own[data[own + 3] & 0x10 > 0])
         breaks.append(extended[data[extended + 5] & 0x80 > 0])  # counters that are said to begin anew
@@ -89,9 +90,6 @@ def _losses(data: np.ndarray, stream: int) -> list[TransportLoss] | None:
     found = []
     for number in np.flatnonzero((steps != 1) & ~news).tolist():
         before, behind = int(payloads[number]), int(payloads[number + 1])
-        ends = [data[place + BYTES - SAME : place + BYTES] for place in (before, behind)]
-        if steps[number] == 0 and np.array_equal(ends[0], ends[1]):
-            continue  # a packet may be sent twice
         begins = bool(data[behind + 1] & 0x40)
         found.append(TransportLoss(behind, begins and _is_filled_up(data, before)))
     found += [TransportLoss(place, False) for place in payloads[data[payloads + 1] & 0x80 > 0].tolist()]

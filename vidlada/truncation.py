@@ -115,8 +115,16 @@ def _matroska(data: mmap.mmap) -> bool | None:
         else:
             place = end
             if name == SEGMENT:  # what stands behind it is not of this video
-                return place > size
+                return place > size or _has_hole_at_end(data, place)
     return place > size
+
+
+def _has_hole_at_end(data: mmap.mmap, segment_end: int) -> bool:
+    """Whether what follows the last cluster's beginning are no elements, as where a download was never finished."""
+    last, found = data.rfind(CLUSTER, 0, segment_end), list[int]()
+    if last >= 0:
+        _follow_elements(data, last, segment_end, found)
+    return bool(found)
 
 
 def gaps_of(path: Path, container: str) -> list[int]:
@@ -141,7 +149,10 @@ def _matroska_gaps(data: mmap.mmap, found: list[int]) -> None:
     if segment is None or segment[0] != SEGMENT:
         return
     _, place, segment_end = segment
-    segment_end = min(len(data), segment_end or len(data))
+    _follow_elements(data, place, min(len(data), segment_end or len(data)), found)
+
+
+def _follow_elements(data: mmap.mmap, place: int, segment_end: int, found: list[int]) -> None:
     cluster_end: int | None = None  # of the one that is entered
     while place < segment_end:
         inside = cluster_end is not None and place < cluster_end
@@ -162,13 +173,19 @@ def _matroska_gaps(data: mmap.mmap, found: list[int]) -> None:
 
 
 def _riff(data: mmap.mmap) -> bool | None:
-    """RIFF chunks; an avi of more than 1 GB has several. One that was never finished states no length."""
+    """RIFF chunks; an avi of more than 1 GB has several. One that was never finished states no length; in one whose
+    download was not, zeros stand where the next chunk should begin."""
     place, size = 0, len(data)
     while place + 12 <= size and data[place : place + 4] == b"RIFF":
         length = int.from_bytes(data[place + 4 : place + 8], "little")
         if length in (0, 0xFFFFFFFF):
             return None
-        place += 8 + length + length % 2
+        inner, place = place + 12, place + 8 + length + length % 2
+        while inner + 8 <= min(place, size):
+            if data[inner : inner + 4] == bytes(4):
+                return True
+            inside = int.from_bytes(data[inner + 4 : inner + 8], "little")
+            inner += 8 + inside + inside % 2
     return place - size > 1  # the last byte of padding is often left out
 
 
@@ -213,7 +230,8 @@ def _mpegts(data: mmap.mmap) -> bool | None:
     for step in TS_SIZES:
         for start in range(min(step, size)):
             if all(data[place] == TS_SYNC for place in range(start, min(size, start + 8 * step), step)):
-                return 0 < (size - start) % step < TS_PAYLOAD
+                ends_in_packets = any(data[size - step - rest] == TS_SYNC for rest in range(min(step, size - step)))
+                return not ends_in_packets or 0 < (size - start) % step < TS_PAYLOAD
     return None
 
 

@@ -10,14 +10,16 @@ Behind a damaged packet, what follows leans on a picture that is not there: up t
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import cast
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from vidlada.errors import InputError
-from vidlada.h264 import FrameNumbers
+from vidlada.h264 import FrameNumbers, has_hole, length_bytes
 from vidlada.video_index import MOST_MISSING, Timeline, demux
 
 SEEK_WORTH_FRAMES = 12  # skip to a key picture only if that saves so many frames; see `vidlada bench video`
@@ -26,6 +28,7 @@ FRAMELESS = 2  # packets in a row that may give no frame of their own in a sound
 Opener = Callable[[], AbstractContextManager[tuple[InputContainer, VideoStream]]]
 NumberedFrame = tuple[int, av.VideoFrame]
 NEED_PARAMETER_SETS = frozenset({"h264", "hevc", "vvc"})
+SEES_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders leave out what makes places transparent
 NEVER = 2**62  # number of no packet
 MOST_LEADING = 16  # frames shown before the key picture they are decoded after
 MOST_DISORDER = 3  # frames that may leave the decoder too late, as the first of a stream do, before its times are wrong
@@ -96,8 +99,12 @@ class Reader:
         self.restarts = frozenset(self.starts) if timeline.ordered else frozenset()
         self.frame_of = np.full(len(timeline.seek_to), -1)  # number of the frame that a packet holds
         self.frame_of[timeline.packets] = np.arange(len(timeline.packets))
-        context = stream.codec_context
+        context = self.decoder = stream.codec_context
+        tags = {name.lower(): value for name, value in stream.metadata.items()}
+        if tags.get("alpha_mode") == "1" and context.name in SEES_ALPHA:
+            self.decoder = cast(VideoCodecContext, av.CodecContext.create(SEES_ALPHA[context.name], "r"))
         self.numbers = FrameNumbers(context.extradata or b"") if context.name == "h264" else None
+        self.length_bytes = length_bytes(context.name, context.extradata or b"")
         self.behind_loss = NEVER  # number of the first packet behind some that are missing
         self.demuxed = self.packets()
         self.position = 0  # number of the next packet
@@ -227,12 +234,15 @@ class Reader:
             ended = packet is None
             if packet is not None and self.misses_before(label, packet):
                 self.behind_loss = min(self.behind_loss, label)
+            if packet is not None and self.length_bytes and has_hole(bytes(packet), self.length_bytes):
+                self.behind_loss = min(self.behind_loss, label)
+                continue
             try:
                 if packet is None:
-                    frames = self.stream.codec_context.decode(None)
+                    frames = self.decoder.decode(None)
                 else:
                     packet.pts = label if label >= 0 else None
-                    frames = packet.decode()
+                    frames = self.decoder.decode(packet)
             except MemoryError:
                 raise
             except av.error.FFmpegError:
@@ -262,7 +272,7 @@ class SkippingReader(Reader):
 
     def skip_to(self, start: int) -> None:
         """Go on at a key picture further on."""
-        self.stream.codec_context.flush_buffers()
+        self.decoder.flush_buffers()
         self.begin_at(start)
 
     def retry(self, number: int) -> None:

@@ -1,6 +1,7 @@
 """Letters of answers as models give them, and as lmms-eval reads them."""
 
 import string
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given
@@ -17,12 +18,13 @@ ANSWERS = {
     "The best option is C because he left.": "C", "I think (A) is wrong, so the answer is B.": "B",
     "The final answer is $\\boxed{D}$.": "D", "It is B": "B", "A man opens C": "C", "A man opens the door": None,
     "The answer is a man": None, "": None, "He leaves.": None, "a man": None, "Both a and b": None, "Z": None, "A": "A",
+    "答案是C": "C", "答案：C。因为A不对": "C", "Ｃ": "C", "C.The man": "C", "e.g. the man": None,
     "I'd say E!": "E", "U.S.A": None, "vitamin-C": None,
 }  # fmt: skip
-# lmms-eval's own reader (0.7.3) takes no small letters, and capitals inside words and articles for letters
+# lmms-eval's own reader (0.7.3) takes no small or wide letters, and capitals inside words and articles for letters
 DIFFERENT = {
     "c": "", "(c)": "", "answer: c": "", "A man opens C": "A", "A man opens the door": "A", "Both a and b": "B",
-    "U.S.A": "A", "vitamin-C": "C",
+    "U.S.A": "A", "vitamin-C": "C", "Ｃ": "", "答案：C。因为A不对": "A",
 }  # fmt: skip
 
 
@@ -41,7 +43,7 @@ def test_lmms_eval_reads_the_same_elsewhere():
 @given(st.text(), st.sampled_from(["ABCD", "ABCDE", "ABCDEFGHIJ"]))
 def test_a_letter_is_in_the_answer_and_among_the_choices(answer, letters):
     letter = read_letter(answer, letters)
-    assert letter is None or (letter in letters and letter in answer.upper())
+    assert letter is None or (letter in letters and letter in normalize("NFKC", answer).upper())
 
 
 @given(st.sampled_from("ABCDE"), st.text(string.ascii_lowercase + " ", max_size=20))

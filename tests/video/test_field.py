@@ -364,6 +364,17 @@ def test_program_streams_of_cameras_run_at_their_own_rate(tmp_path):
     assert shown(frames) == list(range(0, 60, 5))
 
 
+def test_joined_fragmented_files_are_not_mixed(tmp_path):
+    """What a browser records anew begins anew; FFmpeg takes the second start for the first and leaves it out."""
+    parts = []
+    for number in range(2):
+        path, options = tmp_path / f"{number}.mp4", {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+        parts.append(write_timed(path, np.arange(60) / 25, container_options=options).read_bytes())
+    (tmp_path / "j.mp4").write_bytes(b"".join(parts))
+    found = shown(sample_frames(tmp_path / "j.mp4", Sampling(fps=25, max_frames=200)))
+    assert found == [*range(60), *range(12, 60)]
+
+
 def test_parts_of_a_camera_stream(tmp_path):
     """FFmpeg takes the mark behind the last picture for a damaged one."""
     path = write_video(tmp_path / "c.mjpeg", 30, codec="mjpeg", pixel_format="yuvj420p")

@@ -164,3 +164,30 @@ def test_a_last_picture_that_stays(tmp_path, name):
     images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=[100, 100, 100, 5000])
     frames = sample_frames(tmp_path / name)
     assert ([number_of(image) for image in frames.images], frames.info.duration) == ([0, 3], pytest.approx(5.3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "codec", "form"),
+    [("a.webm", "libvpx-vp9", "yuva420p"), ("b.webm", "libvpx", "yuva420p"), ("a.mov", "prores_ks", "yuva444p10le"),
+     ("b.mov", "qtrle", "argb")],
+)  # fmt: skip
+def test_transparent_videos(tmp_path, name, codec, form):
+    drawing = np.zeros((96, 160, 4), np.uint8)
+    drawing[:48] = (200, 0, 0, 255)
+    with av.open(str(tmp_path / name), "w") as container:
+        fast = {"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "0"} if "vpx" in codec else {}
+        stream = container.add_stream(codec, rate=10, options=fast)
+        stream.width, stream.height, stream.pix_fmt = 160, 96, form
+        if "vpx" in codec:
+            stream.metadata["alpha_mode"] = "1"
+        for number in range(12):
+            frame = av.VideoFrame.from_ndarray(drawing, format="rgba")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for background, grey in (("white", 255), ("black", 0)):
+        first, last = sample_frames(tmp_path / name, Sampling(background=background)).images
+        for image in (first, last):
+            assert np.abs(image[20, 20].astype(int) - (200, 0, 0)).max() < 16
+            assert np.abs(image[80, 80].astype(int) - grey).max() < 4
