@@ -59,7 +59,7 @@ HALVES = st.builds(
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=HALVES)
 def test_every_entry_of_python_refuses(small, entry, text):
     with pytest.raises(InputError) as refused:
@@ -67,7 +67,7 @@ def test_every_entry_of_python_refuses(small, entry, text):
     str(refused.value).encode(errors="backslashreplace")
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=HALVES)
 def test_evaluation_loses_only_the_question(small, text):
     decoding = GenerationSettings(**SHORT)

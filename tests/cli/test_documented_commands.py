@@ -26,9 +26,11 @@ def test_it_is_understood(line):
     arguments = shlex.split(re.split(r" [|&] ", line)[0], comments=True)
     command, context = main, None
     while isinstance(command, click.Group):
-        name, command, arguments = command.resolve_command(click.Context(command, parent=context), arguments)
+        # with the group's own settings: a command remembers the help option it first had
+        context = click.Context(command, parent=context, **command.context_settings)
+        name, command, arguments = command.resolve_command(context, arguments)
         assert command is not None, name
     try:
-        command.make_context(name, arguments)
+        command.make_context(name, arguments, parent=context)
     except click.UsageError as error:
         assert "does not exist" in str(error), error

@@ -63,7 +63,7 @@ def test_recorded_answers(variant, cache):
     before=st.integers(1, 4), frames=st.lists(st.integers(1, 5), min_size=1, max_size=5), after=st.integers(0, 6),
     cache=st.sampled_from(EXACT), cfg=st.sampled_from([0.0, 1.0]),
 )  # fmt: skip
-@hypothesis_settings(max_examples=30, deadline=None)
+@hypothesis_settings(max_examples=30)
 def test_recomputing_everything_changes_nothing(small, before, frames, after, cache, cfg):
     index = layout(before, frames, after)
     plain, cached = decode(
@@ -151,7 +151,7 @@ def test_a_group_that_joins_later_starts_from_its_stored_states(small):
     frames=st.lists(st.integers(1, 4), min_size=1, max_size=6), before=st.integers(0, 3), after=st.integers(1, 4),
     window=st.integers(0, 3), anchors=st.integers(0, 3), seed=st.integers(0, 100),
 )  # fmt: skip
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=40)
 def test_chunked_attention_is_full_attention_under_a_mask(per_head, frames, before, after, window, anchors, seed):
     index = torch.tensor(layout(before, frames, after))
     frame_map = FrameMap.from_frame_index(index)

@@ -37,7 +37,6 @@ from vidlada.errors import InputError
 from vidlada.generation import MAX_SLOTS, GenerationSettings
 from vidlada.settings import settings_of
 
-unhurried = hypothesis_settings(deadline=None)
 BLOCKS = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40)
 # Every rule, bold enough to matter on the random weights of the small model.
 BOLD = [
@@ -69,7 +68,6 @@ def test_recorded_schedules():
         assert [spread(masks, steps, step) for step in range(steps)] == row[:steps].tolist()
 
 
-@unhurried
 @given(st.integers(0, 200), st.integers(1, 200))
 def test_spread_is_even_and_complete(masked, steps):
     plan = [spread(masked, steps, step) for step in range(steps)]
@@ -85,7 +83,6 @@ def test_steps_without_end_cost_nothing():
     assert rule.choose(Proposals(torch.arange(32), confidence, torch.ones(32, dtype=torch.bool))).sum() == 1
 
 
-@unhurried
 @given(BLOCKS, st.integers(1, 50))
 def test_most_confident(block, count):
     confidence, is_open = tensors(block)
@@ -97,7 +94,6 @@ def test_most_confident(block, count):
         assert confidence[chosen].min() >= confidence[left].max()
 
 
-@unhurried
 @given(BLOCKS, st.floats(0.01, 1))
 def test_threshold(block, threshold):
     chosen = Threshold(threshold).choose(proposals(block))
@@ -106,7 +102,6 @@ def test_threshold(block, threshold):
     assert found == expected if expected else len(found) == 1 and all(block[i][1] for i in found)
 
 
-@unhurried
 @given(BLOCKS, st.floats(0.01, 4))
 def test_factor(block, factor):
     chosen = Factor(factor).choose(proposals(block))
@@ -119,7 +114,6 @@ def test_factor(block, factor):
     assert not (chosen & ~torch.tensor([is_open for _, is_open in block])).any()
 
 
-@unhurried
 @given(BLOCKS, st.floats(0, 5))
 def test_entropy_bound(block, bound):
     # multiples of 1/64, whose sums are exact
@@ -138,7 +132,6 @@ def test_entropy_bound(block, bound):
     )
 
 
-@unhurried
 @given(BLOCKS, st.integers(0, 40), st.floats(0, 10))
 def test_prophet_commits_all_or_follows_the_schedule(block, step, gap):
     rule = Prophet()
@@ -150,7 +143,6 @@ def test_prophet_commits_all_or_follows_the_schedule(block, step, gap):
     assert rule.choose(found).sum() == (found.open.sum() if everything else 1)
 
 
-@unhurried
 @given(st.lists(st.lists(st.integers(0, 2), min_size=4, max_size=4), min_size=1, max_size=8), st.integers(1, 4))
 def test_history_stable_against_a_naive_history(history, steps):
     rule = HistoryStable(steps=steps, confidence=0.0)
@@ -177,7 +169,6 @@ def test_credit_against_the_formula():
         np.testing.assert_allclose(rule.adjust(step).numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-@unhurried
 @given(BLOCKS, st.floats(0, 1), st.integers(0, 40))
 def test_wino_takes_back_fewer_than_it_committed(block, bound, committed):
     rule = Wino(verify=bound)
@@ -321,7 +312,7 @@ def test_bad_rules_are_refused(changes, message):
         check_choices(GenerationSettings(gen_length=16, block_length=8, **changes))
 
 
-@hypothesis_settings(max_examples=20, deadline=None)
+@hypothesis_settings(max_examples=20)
 @given(st.integers(1, MAX_SLOTS))
 def test_any_number_of_steps_is_a_schedule(steps):
     rule = commit_rule(GenerationSettings(gen_length=8, block_length=8, steps=steps))

@@ -36,14 +36,14 @@ class Shortage:
 
     def __init__(self):
         self.left = None
-        self.gated = MLP.gated
+        self.gate = MLP.gate
 
     def __call__(self, mlp, hidden):
         if self.left == 0:
             self.left = None
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         self.left = None if self.left is None else self.left - 1
-        return self.gated(mlp, hidden)
+        return self.gate(mlp, hidden)
 
 
 def decode(model, requests, failures=()):
@@ -53,7 +53,7 @@ def decode(model, requests, failures=()):
     for each in requests:
         denoiser.add(each)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MLP, "gated", lambda mlp, hidden: shortage(mlp, hidden))
+        patch.setattr(MLP, "gate", lambda mlp, hidden: shortage(mlp, hidden))
         while denoiser.rows:
             shortage.left = failures.get(step)
             step += 1
@@ -75,7 +75,7 @@ failing = st.dictionaries(st.integers(0, 20), st.integers(0, 8), min_size=1, max
 
 @pytest.mark.slow
 @given(chosen=st.lists(kinds, min_size=1, max_size=2), failures=failing)
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=40)
 def test_a_repeated_step(small, chosen, failures):
     expected, _ = decode(small.model, [request(small.model, *kind) for kind in chosen])
     found, unusable = decode(small.model, [request(small.model, *kind) for kind in chosen], failures)

@@ -47,7 +47,7 @@ def anchors_of(frames, count, per_head, seed):
     frames=sizes, before=st.integers(0, 5), after=st.integers(1, 200), window=st.integers(0, 3),
     anchors=st.integers(0, 20), per_head=st.booleans(), seed=st.integers(0, 100),
 )  # fmt: skip
-@hypothesis_settings(max_examples=30, deadline=None)
+@hypothesis_settings(max_examples=30)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_equals_gathered_blocks(frames, before, after, window, anchors, per_head, seed):
     frames = sequence(frames, before, after)
@@ -62,7 +62,7 @@ def test_equals_gathered_blocks(frames, before, after, window, anchors, per_head
 
 @given(frames=sizes, before=st.integers(0, 300), after=st.integers(1, 300), window=st.integers(0, 3),
        anchors=st.integers(0, 200))  # fmt: skip
-@hypothesis_settings(max_examples=50, deadline=None)
+@hypothesis_settings(max_examples=50)
 def test_blocks_cover_what_is_seen_and_no_more_than_they_must(frames, before, after, window, anchors):
     frames = sequence(frames, before, after)
     fused = FusedChunks(frames, window, 1, anchors)

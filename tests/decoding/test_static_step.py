@@ -86,7 +86,7 @@ kinds = st.tuples(st.sampled_from(CACHES), st.sampled_from(PACES), st.integers(2
     every=st.integers(1, 4),
     leave_after=st.none() | st.integers(1, 12),
 )
-@hypothesis_settings(max_examples=25, deadline=None)
+@hypothesis_settings(max_examples=25)
 def test_the_same_as_eager(small, chosen, stop, every, leave_after):
     requests = [make_request(small.model, *kind, stop) for kind in chosen]
     found = [decode(small.model, requests, static, every, leave_after) for static in (False, True)]
@@ -95,7 +95,7 @@ def test_the_same_as_eager(small, chosen, stop, every, leave_after):
 
 @pytest.mark.slow
 @given(chosen=st.lists(kinds, min_size=1, max_size=3))
-@hypothesis_settings(max_examples=15, deadline=None)
+@hypothesis_settings(max_examples=15)
 def test_padding_to_multiples_changes_no_answer(chosen):
     model = load_reference_model("gqa")
     requests = [make_request(model, *kind, ()) for kind in chosen]

@@ -45,7 +45,7 @@ def first_stop(ids, committed, sequences):
     )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     ids=st.lists(st.sampled_from(INTERESTING), min_size=SLOTS, max_size=SLOTS),
     order=st.permutations(range(SLOTS)),

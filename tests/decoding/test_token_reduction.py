@@ -24,7 +24,7 @@ def conversation(*videos):
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.floats(0.01, 1), st.integers(0, 99))
-@hypothesis_settings(max_examples=50, deadline=None)
+@hypothesis_settings(max_examples=50)
 def test_the_share_is_kept_and_the_sum_of_all_is_left(sizes, keep, seed):
     frames = [number for number, size in enumerate(sizes) for _ in range(size)]
     tokens = torch.randn(len(frames), 8, generator=torch.Generator().manual_seed(seed))

@@ -46,8 +46,8 @@ def test_replies_equal_asking_alone(small, clips, batch_size):
 def test_batches_share_their_forward_passes(small, clips, monkeypatch, cache):
     calls = Counter()
     last = small.model.language_model.layers[-1].mlp
-    gated = type(last).gated
-    monkeypatch.setattr(type(last), "gated", lambda self, hidden: (calls.update([self]), gated(self, hidden))[1])
+    gate = type(last).gate
+    monkeypatch.setattr(type(last), "gate", lambda self, hidden: (calls.update([self]), gate(self, hidden))[1])
     settings = GenerationSettings(gen_length=4, block_length=4, cache=cache)
     questions = [Question(f"is it {word} ?", clips[n % 2], settings) for n, word in enumerate(("red", "blue", "green"))]
     together = ask(small, questions, batch_size=3)

@@ -67,7 +67,7 @@ def render(processor, encoded):
     return text + processor.tokenizer.decode(pending)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(sorted(TOKENIZERS)), st.lists(MESSAGES, min_size=1, max_size=4), st.booleans())
 def test_what_is_encoded_is_what_the_template_renders(name, messages, prompt):
     processor = TOKENIZERS[name]

@@ -25,9 +25,9 @@ def server(allowed):
 
 
 @pytest.fixture(scope="session")
-def tireless_folder(tmp_path_factory):
+def endless_folder(tmp_path_factory):
     """The model, but it may not end an answer before the last slot: the one way to be sure of a long answer."""
-    folder = shutil.copytree(model_folder(SHIPPED), tmp_path_factory.mktemp("tireless") / "tiny")
+    folder = shutil.copytree(model_folder(SHIPPED), tmp_path_factory.mktemp("endless") / "tiny")
     config = json.loads((folder / "config.json").read_text())
     config["suppressed_token_ids"] += config["stop_token_ids"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -35,9 +35,9 @@ def tireless_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tireless(allowed, tireless_folder):
+def endless(allowed, endless_folder):
     """A server of that model."""
-    with running_server("--model", tireless_folder, "--allow-dir", allowed, *LIMITS, VIDLADA_API_KEYS=KEY) as started:
+    with running_server("--model", endless_folder, "--allow-dir", allowed, *LIMITS, VIDLADA_API_KEYS=KEY) as started:
         yield started
         assert "Traceback" not in started.log
 

@@ -17,7 +17,7 @@ LIMITS = ("--max-upload-mb", 4, "--max-stored-mb", 6, "--max-body-mb", 8, "--max
           "--body-seconds", 6, "--reader-seconds", 5)  # fmt: skip
 
 
-# for a model that cannot end early (`tireless`): hundreds of steps; in one block, so that every event tells all slots
+# for a model that cannot end early (`endless`): hundreds of steps; in one block, so that every event tells all slots
 LONG = {"model": "tiny", "stream": True, "gen_length": 1024, "block_length": 1024, "diffusing": True,
         "messages": [{"role": "user", "content": "describe the video ."}]}  # fmt: skip
 SHORT = {"model": "tiny", "gen_length": 16, "messages": [{"role": "user", "content": "is it red ?"}]}

@@ -76,14 +76,14 @@ def test_a_data_uri_is_no_text():
     scan(b'{"url": ' + escaped + b"}", 1000)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TREES)
 def test_no_small_json_is_refused_by_its_shape(tree):
     content = json.dumps(tree).encode()
     scan(content, len(content))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TREES, st.integers(1, 30))
 def test_values_are_never_counted_short(tree, most):
     """Whatever the text says, JSON with more values than allowed does not pass."""

@@ -1,4 +1,4 @@
-"""What goes wrong in the field: malformed requests, clients that vanish or dawdle, crowds, dead workers, signals."""
+"""What goes wrong in the field: malformed requests, clients that vanish or are slow, crowds, dead workers, signals."""
 
 import asyncio
 import json
@@ -36,13 +36,13 @@ def test_malformed_bodies(server, body):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_frees_its_place(tireless, stream):
-    cancelled = tireless.metric("vidlada_cancelled_answers_total")
-    with tireless.connect() as connection:
+def test_a_client_that_hangs_up_frees_its_place(endless, stream):
+    cancelled = endless.metric("vidlada_cancelled_answers_total")
+    with endless.connect() as connection:
         send_body(connection, {**LONG, "stream": stream})
-        wait_for(lambda: tireless.metric("vidlada_running_requests") == 1)
-    wait_for(lambda: idle(tireless))
-    assert tireless.metric("vidlada_cancelled_answers_total") == cancelled + 1
+        wait_for(lambda: endless.metric("vidlada_running_requests") == 1)
+    wait_for(lambda: idle(endless))
+    assert endless.metric("vidlada_cancelled_answers_total") == cancelled + 1
 
 
 def test_a_crowd_is_answered_or_refused(server):
@@ -85,8 +85,8 @@ def test_bad_videos_do_no_harm(server, clip, allowed):
         assert str(allowed) not in response.text
 
 
-def test_sigterm_lets_answers_end_and_leaves_nothing_behind(tireless_folder, tmp_path):
-    with running_server("--model", tireless_folder, "--drain-seconds", 300, TMPDIR=str(tmp_path)) as server:
+def test_sigterm_lets_answers_end_and_leaves_nothing_behind(endless_folder, tmp_path):
+    with running_server("--model", endless_folder, "--drain-seconds", 300, TMPDIR=str(tmp_path)) as server:
         events, started, order = [], threading.Event(), {**LONG, "gen_length": 128, "block_length": 128}
 
         def read():
@@ -109,9 +109,9 @@ def test_sigterm_lets_answers_end_and_leaves_nothing_behind(tireless_folder, tmp
             server.http().get("/health")
 
 
-def test_answers_that_do_not_end_in_time_get_an_error(tireless_folder, tmp_path):
+def test_answers_that_do_not_end_in_time_get_an_error(endless_folder, tmp_path):
     with (
-        running_server("--model", tireless_folder, "--drain-seconds", 1, TMPDIR=str(tmp_path)) as server,
+        running_server("--model", endless_folder, "--drain-seconds", 1, TMPDIR=str(tmp_path)) as server,
         server.connect() as streaming,
         server.connect() as waiting,
         server.connect() as sending,

@@ -75,7 +75,7 @@ def test_hostile_values_of_every_field(ask, field):
         check(ask, field, value)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(FIELDS), VALUES)
 def test_any_value_of_any_field(ask, field, value):
     check(ask, field, value)
@@ -115,7 +115,7 @@ def test_half_characters_anywhere_are_no_failure_of_the_server(ask, changes):
     response.content.decode()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.fixed_dictionaries(
         {},
@@ -155,7 +155,7 @@ def test_guidance_that_leaves_no_numbers_is_refused(ask, scale):
     assert "cfg_scale" in response.json()["error"]["message"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.dictionaries(st.text(max_size=20), VALUES, max_size=5), VALUES)
 def test_any_object_is_refused_in_one_short_sentence(extra, messages):
     try:

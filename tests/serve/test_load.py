@@ -1,4 +1,4 @@
-"""The attack, small enough for every day: crowds of mixed requests, damaged files, dawdlers in the background."""
+"""The attack, small enough for every day: crowds of mixed requests, damaged files, slow clients in the background."""
 
 import asyncio
 import base64
@@ -59,7 +59,7 @@ def outcome(response):
     return response.status_code, choice["message"]["content"], choice["finish_reason"]
 
 
-def test_crowds_of_mixed_requests_beside_dawdlers(small_folder, allowed, tmp_path):
+def test_crowds_of_mixed_requests_beside_slow_clients(small_folder, allowed, tmp_path):
     """Twice 150 requests at once: each gets what it gets alone, nothing is refused for want of a place, and
     whoever watches the server is answered between them."""
     clip = write_video(allowed / "crowd.mp4", frames=50)
@@ -189,7 +189,7 @@ def test_damaged_files(tmp_path):
     assert 100 < asyncio.run(run()) < 800
 
 
-def test_a_short_answer_beside_four_long_ones(tireless_folder):
+def test_a_short_answer_beside_four_long_ones(endless_folder):
     """In steps, not seconds: while a short answer is made, the long ones together take as much work as it does."""
 
     async def run(server):
@@ -223,5 +223,5 @@ def test_a_short_answer_beside_four_long_ones(tireless_folder):
             assert short.status_code == 200
             return taken
 
-    with running_server("--model", tireless_folder, "--name", "tiny") as server:
+    with running_server("--model", endless_folder, "--name", "tiny") as server:
         assert asyncio.run(run(server)) <= 12  # 32 if every turn stepped them all

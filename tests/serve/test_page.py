@@ -61,8 +61,8 @@ def page(browser, server):
 
 
 @pytest.fixture
-def tireless_page(browser, tireless):
-    with open_page(browser, tireless) as page:
+def endless_page(browser, endless):
+    with open_page(browser, endless) as page:
         yield page
 
 
@@ -208,9 +208,9 @@ def ask_at_length(page):
     playwright.expect(page.locator(".text [class*=sure-]").first).to_be_visible(timeout=SECONDS)
 
 
-def test_stop(tireless_page, tireless):
-    page = tireless_page
-    cancelled = tireless.metric("vidlada_cancelled_answers_total")
+def test_stop(endless_page, endless):
+    page = endless_page
+    cancelled = endless.metric("vidlada_cancelled_answers_total")
     ask_at_length(page)
     picture(page, "midway")
     assert page.locator("#ask").is_disabled()
@@ -219,7 +219,7 @@ def test_stop(tireless_page, tireless):
     playwright.expect(answer_text(page)).to_have_text("Stopped.")
     playwright.expect(page.locator("#stop")).to_be_disabled()
     assert page.locator("#error").is_hidden()
-    wait_for(lambda: tireless.metric("vidlada_cancelled_answers_total") == cancelled + 1)
+    wait_for(lambda: endless.metric("vidlada_cancelled_answers_total") == cancelled + 1)
 
 
 def test_a_question_waits_for_its_video(page, clip):

@@ -1,4 +1,4 @@
-"""Clients that dawdle at the socket: the others are served meanwhile, and the dawdlers' connections end."""
+"""Clients that are slow at the socket: the others are served meanwhile, and their connections end."""
 
 import socket
 import time
@@ -78,19 +78,19 @@ def test_bodies_that_never_end(server, connect):
     wait_for(lambda: idle(server))
 
 
-def test_a_client_that_does_not_read(tireless, connect):
-    connection = connect(tireless, buffer=4096)
+def test_a_client_that_does_not_read(endless, connect):
+    connection = connect(endless, buffer=4096)
     send_body(connection, LONG)
-    wait_for(lambda: tireless.metric("vidlada_admitted_requests") == 1)
-    assert tireless.http().post("/v1/chat/completions", json=SHORT).status_code == 200
-    wait_for(lambda: idle(tireless), seconds=120)
+    wait_for(lambda: endless.metric("vidlada_admitted_requests") == 1)
+    assert endless.http().post("/v1/chat/completions", json=SHORT).status_code == 200
+    wait_for(lambda: idle(endless), seconds=120)
     with pytest.raises(ConnectionResetError):  # it was broken off, not answered
         while connection.recv(2**20):
             pass
 
 
-def test_a_client_that_reads_slowly(tireless, connect):
-    connection = connect(tireless, buffer=4096)
+def test_a_client_that_reads_slowly(endless, connect):
+    connection = connect(endless, buffer=4096)
     send_body(connection, {**LONG, "gen_length": 128, "block_length": 128})
     received = b""
     while not received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):

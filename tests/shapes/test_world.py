@@ -42,7 +42,7 @@ def test_splits_never_share_a_clip():
 
 
 @given(index=st.integers(0, 10**6), seconds=st.integers(2, 60), things=st.integers(1, 4))
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60)
 def test_clips_are_always_the_same_and_consistent(index, seconds, things):
     clip = clip_for("train", index, seconds, things)
     assert clip == clip_for("train", index, seconds, things)

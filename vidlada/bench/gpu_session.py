@@ -120,14 +120,14 @@ class Session:
         """A prompt of text, frames and text."""
         return random_request(self.model, self.size.tokens_per_frame, frames or self.frames, settings)
 
-    def predicted(self, settings: GenerationSettings, requests: int = 1, frames: int | None = None) -> list[float]:
+    def predict(self, settings: GenerationSettings, requests: int = 1, frames: int | None = None) -> list[float]:
         """Seconds of every step."""
         visual = (frames or self.frames) * self.size.tokens_per_frame
         size, layers = self.device_rates.value_bytes, self.text.num_hidden_layers
         steps = steps_of(self.config, visual, settings, requests, size, 2 * TEXT_TOKENS)
         return [step.seconds(self.device_rates, layers) for step in steps]
 
-    def predicted_peak(self, settings: GenerationSettings, requests: int = 1, frames: int | None = None) -> float:
+    def predict_peak(self, settings: GenerationSettings, requests: int = 1, frames: int | None = None) -> float:
         """GiB of weights and of requests that all take their first step together."""
         visual, size = (frames or self.frames) * self.size.tokens_per_frame, self.dtype.itemsize
         tokens = visual + 2 * TEXT_TOKENS + settings.gen_length

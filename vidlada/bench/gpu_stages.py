@@ -122,7 +122,7 @@ def policy_cases(session: Session) -> Iterator[Case]:
 def count_cases(session: Session) -> Iterator[Case]:
     """Launches and waits of a usual step, counted on a pretended device and on this one."""
 
-    def counted(cache: str) -> list[Figure]:
+    def run_case(cache: str) -> list[Figure]:
         settings = session.settings(cache)
         steps = 8 if cache.startswith("mars") else 6
         _, work = count_work(session.size, cache, session.frames, session.slots, session.block, steps)
@@ -139,19 +139,19 @@ def count_cases(session: Session) -> Iterator[Case]:
                 Figure("waits of the host", "a step", expected.waits, waits if on_gpu else None)]  # fmt: skip
 
     for cache in CACHES:
-        yield cache, partial(counted, cache)
+        yield cache, partial(run_case, cache)
 
 
 def speed_figures(session: Session, settings: GenerationSettings, run: Run, frames: int | None = None) -> list[Figure]:
     """Of one answer."""
-    predicted, later = session.predicted(settings, frames=frames), run.seconds[1:] or run.seconds
+    predicted, later = session.predict(settings, frames=frames), run.seconds[1:] or run.seconds
     steps = predicted[: len(run.seconds)]
     return [
         Figure("whole answer", "s", sum(steps), run.total),
         Figure("first step", "s", steps[0], run.seconds[0]),
         Figure("later step, median", "ms", 1e3 * statistics.median(steps[1:] or steps), 1e3 * statistics.median(later)),
         Figure("tokens a second", "", session.slots / sum(steps), session.slots / run.total),
-        Figure("peak memory", "GiB", session.predicted_peak(settings, frames=frames), run.peak / GIB),
+        Figure("peak memory", "GiB", session.predict_peak(settings, frames=frames), run.peak / GIB),
     ]
 
 
@@ -159,7 +159,7 @@ def protocol_cases(session: Session) -> Iterator[Case]:
     """The paper's speed table: answers of 128 tokens in blocks of 32, one token a step, with ours and peers' caches;
     then at a faster pace, and with half of the frames."""
 
-    def timed(cache: str, pace: int, frames: int) -> list[Figure]:
+    def run_case(cache: str, pace: int, frames: int) -> list[Figure]:
         settings = session.settings(cache, pace)
         session.warm(settings)
         return speed_figures(session, settings, measure(session.model, session.request(settings, frames)), frames)
@@ -170,13 +170,13 @@ def protocol_cases(session: Session) -> Iterator[Case]:
     order += [(cache, 1, half) for cache in ("none", "mars", "mars:paper")]
     order += [(cache, 1, session.frames) for cache in PEERS.values()]
     for cache, pace, frames in OrderedDict.fromkeys(order):
-        yield f"{cache}, {pace} a step, {frames} frames", partial(timed, cache, pace, frames)
+        yield f"{cache}, {pace} a step, {frames} frames", partial(run_case, cache, pace, frames)
 
 
 def graph_cases(session: Session) -> Iterator[Case]:
     """A cached step eagerly, as captured graphs, by compiled layers, and both."""
 
-    def timed(cache: str, graphs: bool, compiled: bool) -> list[Figure]:
+    def run_case(cache: str, graphs: bool, compiled: bool) -> list[Figure]:
         settings, language_model = session.settings(cache), session.model.language_model
         plain = language_model.enter, language_model.leave
         if compiled:
@@ -194,11 +194,11 @@ def graph_cases(session: Session) -> Iterator[Case]:
                     seconds.append(now(session.device) - started)
         finally:
             language_model.enter, language_model.leave = plain
-        expected = session.predicted(settings)[1:]
+        expected = session.predict(settings)[1:]
         own = seconds[len(seconds) // 2 :]
         found = [
             Figure("later step, median", "ms", 1e3 * statistics.median(expected), 1e3 * statistics.median(own[1:])),
-            Figure("whole second answer", "s", sum(session.predicted(settings)), sum(own)),
+            Figure("whole second answer", "s", sum(session.predict(settings)), sum(own)),
             Figure("slowest step but the first", "ms", None, 1e3 * max(own[1:])),
             Figure("peak memory", "GiB", None, peak_memory(session.device) / GIB),
         ]
@@ -213,13 +213,13 @@ def graph_cases(session: Session) -> Iterator[Case]:
         for cache in ("mars", "dual", "frozen"):
             for graphs in (False, True):
                 kind = [name for name, on in (("graphs", graphs), ("compiled", compiled)) if on]
-                yield f"{cache}, {' and '.join(kind) or 'eager'}", partial(timed, cache, graphs, compiled)
+                yield f"{cache}, {' and '.join(kind) or 'eager'}", partial(run_case, cache, graphs, compiled)
 
 
 def weight_cases(session: Session) -> Iterator[Case]:
     """Steps with smaller weights; on a GPU they are compiled, as `vidlada.load` does."""
 
-    def timed(kind: Quantization | None, compiled: bool) -> list[Figure]:
+    def run_case(kind: Quantization | None, compiled: bool) -> list[Figure]:
         session.kept = None  # two models of 8B beside the copies of a conversion may be too much
         session.release()
         model = random_model(session.size.text_config, session.device, session.dtype)
@@ -233,7 +233,7 @@ def weight_cases(session: Session) -> Iterator[Case]:
         request = random_request(model, session.size.tokens_per_frame, session.frames, settings)
         measure(model, request)
         run = measure(model, request)
-        expected = session.predicted(settings) if kind is None else None
+        expected = session.predict(settings) if kind is None else None
         return [
             Figure("first step", "s", expected[0] if expected else None, run.seconds[0]),
             Figure("later step, median", "ms", 1e3 * statistics.median(expected[1:]) if expected else None,
@@ -243,13 +243,13 @@ def weight_cases(session: Session) -> Iterator[Case]:
 
     on_gpu = session.device.startswith("cuda")
     for kind in (None, *get_args(Quantization)):
-        yield kind or "none", partial(timed, kind, on_gpu and kind is not None)
+        yield kind or "none", partial(run_case, kind, on_gpu and kind is not None)
 
 
 def batch_cases(session: Session) -> Iterator[Case]:
     """Answers decoded together."""
 
-    def timed(cache: str, count: int) -> list[Figure]:
+    def run_case(cache: str, count: int) -> list[Figure]:
         settings = session.settings(cache)
         session.warm(settings, count)
         session.release()
@@ -262,23 +262,23 @@ def batch_cases(session: Session) -> Iterator[Case]:
             before = now(session.device)
             denoiser.step()
             steps.append(now(session.device) - before)
-        total, expected = now(session.device) - started, session.predicted(settings, count)
+        total, expected = now(session.device) - started, session.predict(settings, count)
         return [
             Figure("tokens a second, all", "", count * session.slots / sum(expected), count * session.slots / total),
             Figure("later step, median", "ms", 1e3 * statistics.median(expected[1:]),
                    1e3 * statistics.median(steps[1:])),
-            Figure("peak memory", "GiB", session.predicted_peak(settings, count), peak_memory(session.device) / GIB),
+            Figure("peak memory", "GiB", session.predict_peak(settings, count), peak_memory(session.device) / GIB),
         ]  # fmt: skip
 
     for cache in ("mars", "dual"):
         for count in TOGETHER if session.size_name != "tiny" else TOGETHER[:2]:
-            yield f"{cache}, {count} together", partial(timed, cache, count)
+            yield f"{cache}, {count} together", partial(run_case, cache, count)
 
 
 def vision_cases(session: Session) -> Iterator[Case]:
     """Synthetic frames through a random tower of the published shape."""
 
-    def timed() -> list[Figure]:
+    def run_case() -> list[Figure]:
         tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
         shape = tiny if session.size_name == "tiny" else {}
         published = VidLaDAConfig().vision.to_dict()
@@ -304,7 +304,7 @@ def vision_cases(session: Session) -> Iterator[Case]:
         )  # fmt: skip
         return [Figure(f"{session.frames} frames", "s", work / session.device_rates.products, min(seconds[1:]))]
 
-    yield "tower", timed
+    yield "tower", run_case
 
 
 STAGES = {

@@ -299,7 +299,7 @@ def _where(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-def _fused(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _one_kernel(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One kernel on a GPU."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not any(isinstance(tensor, DeviceTensor) for tensor in tensors):
@@ -328,7 +328,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.to, Tensor.cuda), _to),
     **dict.fromkeys((Tensor.cpu, Tensor.tolist, Tensor.numpy), _to_host),
     **dict.fromkeys((torch.where, Tensor.where), _where),
-    **dict.fromkeys((F.scaled_dot_product_attention, torch.rms_norm, F.rms_norm, F.cosine_similarity), _fused),
+    **dict.fromkeys((F.scaled_dot_product_attention, torch.rms_norm, F.rms_norm, F.cosine_similarity), _one_kernel),
     Tensor.new_tensor: _new_tensor,
 }  # fmt: skip
 

@@ -72,7 +72,7 @@ def subject(name: str, frames: int | None, device: str, dtype: torch.dtype) -> S
         InputError: an unknown size, or more frames than it can see.
     """
     if name == SHIPPED:
-        return _shipped(frames or 60, device, dtype)
+        return _shipped_subject(frames or 60, device, dtype)
     if name not in SIZES:
         raise InputError(f"unknown size {name!r}; use {SHIPPED}, {', '.join(SIZES)}")
     size = SIZES[name]
@@ -88,7 +88,7 @@ def subject(name: str, frames: int | None, device: str, dtype: torch.dtype) -> S
     )
 
 
-def _shipped(frames: int, device: str, dtype: torch.dtype) -> Subject:
+def _shipped_subject(frames: int, device: str, dtype: torch.dtype) -> Subject:
     from vidlada.loading import load
     from vidlada.shapes.render import render_frames
     from vidlada.shapes.world import MAX_SECONDS, MIN_SECONDS, clip_for

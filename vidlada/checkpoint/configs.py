@@ -140,7 +140,7 @@ def _read_published(stored: ConfigValues, weights: Weights) -> dict[str, Any]:
         "text_config": text,
         "tie_word_embeddings": _is_tied(stored, "tie_word_embeddings", weights),
         "max_length": stored.length("tokenizer_model_max_length", 32768),
-        "source": _kept(stored, "published"),
+        "source": _unused_fields(stored, "published"),
     }
     own = stored.inner(OURS)
     if weights.sees:
@@ -219,7 +219,7 @@ def _read_llada(stored: ConfigValues, weights: Weights) -> dict[str, Any]:
         "text_config": text,
         "system_message": "",
         "tie_word_embeddings": _is_tied(stored, "weight_tying", weights),
-        "source": _kept(stored, "llada"),
+        "source": _unused_fields(stored, "llada"),
         **_role_tokens(stored, stored.inner(OURS), weights, text["vocab_size"]),
         **_own_settings(stored.inner(OURS)),
     }
@@ -366,7 +366,7 @@ def _role_tokens(stored: ConfigValues, own: ConfigValues, weights: Weights, voca
     }
 
 
-def _kept(stored: ConfigValues, layout: Layout) -> dict[str, Any]:
+def _unused_fields(stored: ConfigValues, layout: Layout) -> dict[str, Any]:
     """Return the part of a config.json that `VidLaDAConfig.source` keeps."""
     return {"layout": layout, "config": {key: v for key, v in stored.values.items() if key not in NOT_KEPT}}
 

@@ -38,9 +38,9 @@ def batch(
     """Answer QUESTIONS, a file of JSON lines, into another: one line out for every line in, in order.
 
     A line is an object with "question", "video" and "image" (a path or an http(s) address, a list of such, or none;
-    images are shown first), and if it likes "id" and settings of its own, named as the options: {"id": 7, "video":
-    "talk.mp4", "question": "Who is_main_process?", "gen_length": 64}. What cannot be answered
-    gives a line with "error". The exit code is 1 if the whole output has such a line, earlier runs' included.
+    images are shown first), optionally with "id" and settings of its own, named as the options: {"id": 7, "video":
+    "talk.mp4", "question": "Who speaks?", "gen_length": 64}. What cannot be answered gives a line with "error". The
+    exit code is 1 if the whole output has such a line, earlier runs' included.
     """
     try:
         from vidlada.batch.local import Answerer, answer_all, open_output, read_lines

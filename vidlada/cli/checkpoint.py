@@ -7,12 +7,14 @@ from typing import Any
 import click
 
 from vidlada.cli.options import name_with_revision, one_line_errors, progress, revision_option, without_progress_bars
+from vidlada.video import Sampling
 
 
 @click.command(short_help="Show a checkpoint, its memory need and this machine.")
 @click.argument("model", default="tiny")
 @revision_option
-@click.option("--frames", type=click.IntRange(1), default=64, show_default=True, help="Estimate memory for so many.")
+@click.option("--frames", type=click.IntRange(1), default=Sampling.max_frames, show_default=True,
+              help="Estimate memory for a video of so many.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
               show_default=True, help="Estimate memory in this type.")  # fmt: skip
 @click.option("--cache", default="none", show_default=True, help="Estimate memory with this cache.")

@@ -9,6 +9,7 @@ import click
 
 from vidlada.cli.options import GroupedCommand, GroupedOption, ModelSource, model_option, one_line_errors
 from vidlada.errors import InputError
+from vidlada.video import Sampling
 
 SHAPES_CLIPS = 24
 
@@ -92,9 +93,11 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
          {"type": click.IntRange(1), "help": "Only the first samples of each task; for trying things out."}),
         ("Common", ("--skip-missing",),
          {"is_flag": True, "help": "Leave out tasks and questions whose data is missing; the report lists them."}),
-        ("Video", ("--frames",), {"type": click.IntRange(1), "help": "Most frames to take; 64 by default."}),
+        ("Video", ("--frames",),
+         {"type": click.IntRange(1), "help": f"Most frames to take; {Sampling.max_frames} by default."}),
         ("Video", ("--fps",),
-         {"type": click.FloatRange(0, min_open=True), "help": "Candidate frames a second; 1 by default."}),
+         {"type": click.FloatRange(0, min_open=True),
+          "help": f"Candidate frames a second; {Sampling.fps:g} by default."}),
         ("Video", ("--force-sample",), {"is_flag": True, "help": "Always take --frames frames, evenly spaced."}),
         ("Prompt", ("--time-instruction/--no-time-instruction",),
          {"default": None, "help": "Tell the model when its frames were taken; by default to MVBench only."}),

@@ -20,7 +20,7 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Print expected errors as one line on stderr; exit with 2 for bad input and 1 for the rest."""
 
     @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             with quiet_libraries():
                 return command(*args, **kwargs)
@@ -34,7 +34,7 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except BrokenPipeError:
             sys.exit(0)
 
-    return wrapped
+    return wrapper
 
 
 @contextmanager
@@ -204,7 +204,7 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that choose the model and its device; the command gets them as `source`."""
 
     @wraps(command)
-    def wrapped(
+    def wrapper(
         model: str, revision: str | None, device: str | None, dtype: str, quantization: str | None, compiled: bool,
         no_graphs: bool, **options: Any,
     ) -> Any:  # fmt: skip
@@ -228,8 +228,8 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
          {"default": "tiny", "show_default": True,
           "help": "The shipped model 'tiny', a checkpoint folder, or a name of the Hugging Face hub (owner/name)."}),
     ):  # fmt: skip
-        wrapped = click.option(*names, cls=GroupedOption, group=group, **settings)(wrapped)
-    return wrapped
+        wrapper = click.option(*names, cls=GroupedOption, group=group, **settings)(wrapper)
+    return wrapper
 
 
 def pace_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,8 @@ import json
 import click
 
 from vidlada.cli.options import one_line_errors
+from vidlada.generation import GenerationSettings
+from vidlada.video import Sampling
 
 
 @click.command("plan")
@@ -16,14 +18,18 @@ from vidlada.cli.options import one_line_errors
 )
 @click.option("--gpu", default="h200", show_default=True,
               help="a100, h100, h200, rtx4090; or cpu, this machine's, measured for some seconds first.")  # fmt: skip
-@click.option("--frames", type=click.IntRange(1), default=64, show_default=True, help="Of every video.")
+@click.option("--frames", type=click.IntRange(1), default=Sampling.max_frames, show_default=True, help="Of a video.")
 @click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True, help="Answers decoded together.")
 @click.option("--cache", default="mars", show_default=True, help="As for ask.")
 @click.option("--quantize", "quantization", help="The layers' weights, as for ask.")
-@click.option("--kv-dtype", default="auto", show_default=True, help="As for ask.")
-@click.option("--visual-keep", type=float, default=1.0, show_default=True, help="As for ask.")
-@click.option("--gen-length", type=click.IntRange(1), default=128, show_default=True, help="Answer slots.")
-@click.option("--block-length", type=click.IntRange(1), default=32, show_default=True, help="Decoded together.")
+@click.option("--kv-dtype", default=GenerationSettings.kv_dtype, show_default=True, help="As for ask.")
+@click.option(
+    "--visual-keep", type=float, default=GenerationSettings.visual_keep, show_default=True, help="As for ask."
+)
+@click.option("--gen-length", type=click.IntRange(1), default=GenerationSettings.gen_length, show_default=True,
+              help="Answer slots.")  # fmt: skip
+@click.option("--block-length", type=click.IntRange(1), default=GenerationSettings.block_length, show_default=True,
+              help="Decoded together.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(1), help="Of an answer; one a slot by default.")
 @click.option("--questions-per-hour", type=click.FloatRange(0, min_open=True), help="How many GPUs would answer them.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -38,7 +44,6 @@ def plan(
     from vidlada.bench.roofline import CPU, model_parameters, plan_figures, plan_text
     from vidlada.bench.sizes import SIZES, size_config
     from vidlada.checkpoint.load import describe
-    from vidlada.generation import GenerationSettings
     from vidlada.info import parameter_count
     from vidlada.loading import model_folder
     from vidlada.model.config import VidLaDAConfig

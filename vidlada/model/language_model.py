@@ -196,7 +196,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def gated(self, hidden: Tensor) -> Tensor:
+    def gate(self, hidden: Tensor) -> Tensor:
         """The states between the two products."""
         if self.packed:
             gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
@@ -209,7 +209,7 @@ class MLP(nn.Module):
         self.packed = pack(self, "gate_up_proj", ("gate_proj", "up_proj"))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(self.gated(hidden))
+        return self.down_proj(self.gate(hidden))
 
 
 class Layer(GradientCheckpointingLayer):
@@ -267,7 +267,7 @@ class Layer(GradientCheckpointingLayer):
             parts = zip(hidden.split(CPU_ROWS, dim=-2), mixed.split(CPU_ROWS, dim=-2), strict=True)
             return torch.cat([self.leave(*part) for part in parts], dim=-2)
         hidden = add_product(hidden, self.self_attn.o_proj, mixed)
-        return add_product(hidden, self.mlp.down_proj, self.mlp.gated(self.post_attention_layernorm(hidden)))
+        return add_product(hidden, self.mlp.down_proj, self.mlp.gate(self.post_attention_layernorm(hidden)))
 
     def forward(
         self, hidden: Tensor, rotation: Rotation, attention_mask: AnyMask, wanted: slice | None = None

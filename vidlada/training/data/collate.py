@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
+from itertools import accumulate, chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -67,10 +67,9 @@ class Collator:
             a token and the labels it should know.
         """
         samples = [self.cut(sample) for sample in samples]
-        rows_of_parts, first = [], 0
-        for sample in samples:
-            rows_of_parts.append(self._parts(sample, first, generator))
-            first += len(sample.exchanges) if sample.separate else 1
+        counts = [len(sample.exchanges) if sample.separate else 1 for sample in samples]
+        *starts, total = accumulate(counts, initial=0)
+        rows_of_parts = [self._parts(sample, start, generator) for sample, start in zip(samples, starts, strict=True)]
         sizes = sizes_of(rows_of_parts)
         sizes = (*sizes[:-1], sizes[-1] + -sum(sizes) % self.settings.pad_to_multiple_of)
         rows = [self._join(parts, sizes if len(sizes) > 2 else None) for parts in rows_of_parts]
@@ -88,8 +87,8 @@ class Collator:
         unseen = self.processor.media_frame_index(1) if self.stand_in is not None and not videos else []
         length += len(unseen)
         batch: dict[str, Any] = {
-            name: torch.tensor([row[name] + [self.padding[name]] * (length - len(row[name])) for row in rows])
-            for name in self.padding
+            name: torch.tensor([row[name] + [padding] * (length - len(row[name])) for row in rows])
+            for name, padding in self.padding.items()
         }
         valid = batch["sample_index"] != PADDING
         turn, in_answer = batch.pop("turn"), batch.pop("in_answer") == 1
@@ -98,14 +97,12 @@ class Collator:
             batch["attention_mask"] = PackedMask((*packed, *[padding] * bool(padding)))
         elif len(sizes) > 2:
             batch["attention_mask"] = SharedPrefixMask((*sizes, *[len(unseen)] * bool(unseen)), valid)
-        elif self.settings.conversation_mask:
-            batch["attention_mask"] = conversation_mask(turn, valid)
         else:
-            batch["attention_mask"] = None if valid.all() else valid
-        lengths = torch.bincount(batch["sample_index"][in_answer], minlength=first)
-        batch["force"] = lengths <= self.settings.force_up_to
+            mask = conversation_mask(turn, valid) if self.settings.conversation_mask else valid
+            batch["attention_mask"] = None if mask is valid and valid.all() else mask
+        batch["force"] = torch.bincount(batch["sample_index"][in_answer], minlength=total) <= self.settings.force_up_to
         if self.settings.weigh_every:
-            targets = torch.bincount(batch["sample_index"][batch["labels"] != IGNORED], minlength=first)
+            targets = torch.bincount(batch["sample_index"][batch["labels"] != IGNORED], minlength=total)
             batch["sample_weight"] = (targets / self.settings.weigh_every).clamp(min=1)
         if unseen:
             assert self.stand_in is not None
