@@ -19,27 +19,11 @@ from vidlada.checkpoint.load import (
 )
 from vidlada.errors import InputError
 from vidlada.info import check_memory_of_weights
-from vidlada.model.hub import local_folder, with_revision
+from vidlada.model.hub import SHIPPED, model_folder, with_revision
 from vidlada.model.language_model import Layer
 from vidlada.model.parallel import check_shares, make_mesh, shard
 from vidlada.model.quantization import Quantization, check_quantization, quantize
 from vidlada.processor import VidLaDAProcessor
-
-SHIPPED = "tiny"
-
-
-def model_folder(name_or_folder: str | Path, revision: str | None = None, what: str = "model") -> Path:
-    """Return the local folder of a model or adapter, downloading it if needed; `InputError` if there is none.
-
-    Args:
-        name_or_folder: `tiny`, the model in the package; a folder; or a name of the Hugging Face hub, `owner/name` or
-            `owner/name@revision`, which is downloaded into the hub's cache.
-        revision: of a name of the hub: a branch, tag or commit.
-        what: is looked for, for messages.
-    """
-    if str(name_or_folder) == SHIPPED and revision is None:
-        return Path(__file__).parent / "weights" / SHIPPED
-    return local_folder(with_revision(str(name_or_folder), revision), what)
 
 
 def load(

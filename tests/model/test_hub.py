@@ -5,9 +5,10 @@ import shutil
 import pytest
 from hub import commit_of, running_hub, use_hub
 
+from vidlada.checkpoint.load import base_of, describe
 from vidlada.errors import InputError, VidLaDAError
-from vidlada.loading import model_folder
-from vidlada.model.hub import is_hub_name, local_folder, with_revision
+from vidlada.model.hub import is_hub_name, local_folder, model_folder, with_revision
+from vidlada.training.origin import origin
 
 
 @pytest.fixture
@@ -107,3 +108,9 @@ def test_without_a_network(hub, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(VidLaDAError, match="owner/other: .* HF_HUB_OFFLINE forbids"):
         local_folder("owner/other")
+
+
+def test_a_run_may_start_from_the_model_in_the_package(tmp_path):
+    assert origin("tiny") == model_folder("tiny") and describe(origin("tiny")).layout == "vidlada"
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "tiny"}')
+    assert base_of(tmp_path) == model_folder("tiny")

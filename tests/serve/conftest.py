@@ -8,7 +8,7 @@ import pytest
 from media import write_video
 from serve.running import KEY, LIMITS, running_server
 
-from vidlada.loading import SHIPPED, model_folder
+from vidlada.model.hub import SHIPPED, model_folder
 
 
 @pytest.fixture(scope="session")

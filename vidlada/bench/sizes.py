@@ -10,10 +10,10 @@ from vidlada.decoding.sampler import Request
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.model.config import VidLaDAConfig
+from vidlada.model.hub import SHIPPED
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 TEXT_TOKENS = 32  # on either side of the video
-SHIPPED = "tiny"
 SHIPPED_QUESTION = "describe the video ."
 
 

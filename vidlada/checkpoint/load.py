@@ -31,7 +31,7 @@ from vidlada.errors import InputError
 from vidlada.files import write_text
 from vidlada.messages import END_OF_TEXT
 from vidlada.model.config import VidLaDAConfig
-from vidlada.model.hub import is_hub_name, local_folder
+from vidlada.model.hub import SHIPPED, is_hub_name, local_folder, model_folder
 from vidlada.model.language_model import Layer
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.noise import quiet_libraries
@@ -85,8 +85,8 @@ def base_of(folder: Path) -> Path:
     for place in (Path(named), folder / named, folder.parent / Path(named).name):
         if _is_file(place / "config.json"):
             return place
-    if is_hub_name(named):
-        return local_folder(named, "base model")
+    if named == SHIPPED or is_hub_name(named):
+        return model_folder(named, what="base model")
     raise InputError(f"{folder}: its base model {named} is not there; put it there, or correct {ADAPTER_CONFIG}")
 
 

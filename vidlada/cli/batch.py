@@ -56,7 +56,7 @@ def batch(
         done = output.written
         if ray:
             from vidlada.batch.ray_data import answer_on_cluster
-            from vidlada.loading import SHIPPED, model_folder
+            from vidlada.model.hub import SHIPPED, model_folder
 
             if source.model != SHIPPED:
                 source = replace(source, model=str(model_folder(source.model).absolute()))

@@ -29,7 +29,7 @@ def info(model: str, revision: str | None, frames: int, dtype: str, cache: str, 
     """
     from vidlada.checkpoint.load import describe
     from vidlada.info import checkpoint_facts, machine_facts
-    from vidlada.loading import model_folder
+    from vidlada.model.hub import model_folder
 
     facts = {
         "checkpoint": checkpoint_facts(
@@ -63,7 +63,7 @@ def convert(source: str, target: Path, layout: Any, revision: str | None) -> Non
     SOURCE is a folder, or a name of the Hugging Face hub (owner/name, owner/name@revision).
     """
     from vidlada.checkpoint.convert import convert as convert_checkpoint
-    from vidlada.loading import model_folder
+    from vidlada.model.hub import model_folder
 
     folder = model_folder(name_with_revision(source, revision))
     with progress(f"converting {source}"):
@@ -81,7 +81,7 @@ def merge(adapter: str, target: Path) -> None:
     ADAPTER and the base it names may also be names of the Hugging Face hub (owner/name, owner/name@revision).
     """
     from vidlada.checkpoint.convert import merge as merge_adapter
-    from vidlada.loading import model_folder
+    from vidlada.model.hub import model_folder
 
     folder = model_folder(adapter, what="adapter")
     without_progress_bars()
@@ -102,6 +102,6 @@ def push(source: str, repository: str, revision: str | None, private: bool | Non
     (hf auth login), or set HF_TOKEN.
     """
     from vidlada.checkpoint.publish import push as push_checkpoint
-    from vidlada.loading import model_folder
+    from vidlada.model.hub import model_folder
 
     click.echo(push_checkpoint(model_folder(source), repository, private, revision))

@@ -166,7 +166,7 @@ def run_settings(source: ModelSource, adapter: Path | None, options: dict[str, A
     import yaml
 
     from vidlada.evaluation.run import RunSettings
-    from vidlada.loading import model_folder
+    from vidlada.model.hub import model_folder
 
     model = {
         "adapter": None if adapter is None else str(model_folder(adapter, what="adapter").absolute()),

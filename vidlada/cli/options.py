@@ -82,7 +82,8 @@ class ModelSource:
 
     def load(self, tensor_parallel: int = 1) -> Any:
         """Load it behind our own spinner instead of transformers' progress bars; a download shows the hub's."""
-        from vidlada.loading import load, model_folder
+        from vidlada.loading import load
+        from vidlada.model.hub import model_folder
 
         folder = model_folder(self.model)
         without_progress_bars()

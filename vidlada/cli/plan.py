@@ -45,8 +45,8 @@ def plan(
     from vidlada.bench.sizes import SIZES, size_config
     from vidlada.checkpoint.load import describe
     from vidlada.info import parameter_count
-    from vidlada.loading import model_folder
     from vidlada.model.config import VidLaDAConfig
+    from vidlada.model.hub import model_folder
 
     visual = None
     if model == "8b":

@@ -41,7 +41,7 @@ from vidlada.evaluation.presets import PresetName, generation_arguments, model_a
 from vidlada.evaluation.submission import write_submission
 from vidlada.files import read_json, write_json, write_text
 from vidlada.generation import GenerationSettings
-from vidlada.loading import SHIPPED, model_folder
+from vidlada.model.hub import SHIPPED, model_folder
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 PACKAGES = ("vidlada", "lmms-eval", "torch", "transformers", "av", "datasets")

@@ -10,6 +10,7 @@ from typing import Any
 
 from vidlada.errors import InputError, VidLaDAError
 
+SHIPPED = "tiny"
 HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 SAFE_WEIGHTS, PICKLED_WEIGHTS = ["*.safetensors"], ["*.bin"]
@@ -30,6 +31,20 @@ def with_revision(name: str, revision: str | None) -> str:
     if "@" in name:
         raise InputError(f"{name} names a revision already, and {revision} was asked for too; give one of them")
     return f"{name}@{revision}"
+
+
+def model_folder(name_or_folder: str | Path, revision: str | None = None, what: str = "model") -> Path:
+    """Return the local folder of a model or adapter, downloading it if needed; `InputError` if there is none.
+
+    Args:
+        name_or_folder: `tiny`, the model in the package; a folder; or a name of the Hugging Face hub, `owner/name` or
+            `owner/name@revision`, which is downloaded into the hub's cache.
+        revision: of a name of the hub: a branch, tag or commit.
+        what: is looked for, for messages.
+    """
+    if str(name_or_folder) == SHIPPED and revision is None:
+        return Path(__file__).parents[1] / "weights" / SHIPPED
+    return local_folder(with_revision(str(name_or_folder), revision), what)
 
 
 def local_folder(name: str | Path, what: str = "model") -> Path:

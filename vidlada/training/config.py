@@ -214,8 +214,9 @@ class TrainingConfig:
         output: folder of checkpoints, logs and the final model.
         stages: in order.
         model: entries of `vidlada.model.config.VidLaDAConfig`, for a model trained from nothing; or
-        init_from: a model folder to start from. A folder of a Llama-family language model loses its causal mask and
-            gains the mask and control tokens; `model` then describes the vision half, or says `text_only: true`.
+        init_from: a model to start from: `tiny`, a folder, or a name of the hub. A folder of a Llama-family language
+            model loses its causal mask and gains the mask and control tokens; `model` then describes the vision half,
+            or says `text_only: true`.
         new_layers: numbers of layers of `init_from`'s language model, counted from 0, each to be followed by a copy of
             itself that adds nothing yet: a deeper model that starts where the other stood.
         vision_tower: name or folder of the tower that a published `init_from` must have been made with; only its last

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, SiglipVisionConfig
 from vidlada.errors import InputError
 from vidlada.machine import free_memory
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
-from vidlada.model.hub import is_hub_name
+from vidlada.model.hub import SHIPPED, is_hub_name
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.noise import quiet_libraries
 from vidlada.processor import VidLaDAProcessor
@@ -218,5 +218,6 @@ def add_lora(model: VidLaDAForMaskedDiffusion, settings: Lora, base: str, seed: 
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    adapted.peft_config["default"].base_model_name_or_path = base if is_hub_name(base) else str(Path(base).resolve())
+    named = base == SHIPPED or is_hub_name(base)
+    adapted.peft_config["default"].base_model_name_or_path = base if named else str(Path(base).resolve())
     return adapted

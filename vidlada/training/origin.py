@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vidlada.errors import InputError
 from vidlada.files import read_json
-from vidlada.model.hub import local_folder
+from vidlada.model.hub import model_folder
 
 # vidlada.processor.MASK, whose module imports torch
 MASK = "<|mdm_mask|>"
@@ -13,7 +13,7 @@ MASK = "<|mdm_mask|>"
 def origin(init_from: str) -> Path:
     """The folder a run starts from, downloaded first where it is named by the hub; `InputError` if there is none."""
     try:
-        return local_folder(init_from)
+        return model_folder(init_from)
     except InputError as error:
         raise InputError(f"init_from: {error}") from error
 
