@@ -356,7 +356,9 @@ def save_model(
     """
     if dtype is not None:
         state_dict = cast(model.state_dict() if state_dict is None else state_dict, dtype)
-    model.save_pretrained(folder, state_dict=state_dict)
+    # peft would look for the base model on the hub, to see whether its embeddings have changed: adapters freeze them
+    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(folder, state_dict=state_dict, **options)
     if dtype is not None:  # transformers names the type of the model in memory
         config = read_json(folder / "config.json").values
         write_text(folder / "config.json", json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2))
