@@ -1,5 +1,7 @@
 """Engines and jobs for tests."""
 
+import asyncio
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,6 +26,41 @@ def engine_of(model, **limits):
         yield engine
     finally:
         engine.close()
+
+
+class Turns:
+    """Lets an engine take turns only as the test says, however busy the machine is."""
+
+    def __init__(self, engine):
+        self.allowed, turn = threading.Semaphore(0), engine.turn
+
+        def wait_and_turn():
+            self.allowed.acquire()
+            turn()
+
+        engine.turn = wait_and_turn
+
+    async def until(self, awaitable, watch=lambda: None):
+        """Turn by turn until something has come; calls `watch` before each."""
+        task = asyncio.ensure_future(awaitable)
+        while not task.done():
+            watch()
+            self.allowed.release()
+            await asyncio.sleep(0.005)
+        return await task
+
+    def open(self):
+        """Turns are free from now on."""
+        self.allowed.release(1_000_000)
+
+
+@contextmanager
+def turns_of(engine):
+    turns = Turns(engine)
+    try:
+        yield turns
+    finally:
+        turns.open()
 
 
 def job_of(model, question="is it red ?", frames=0, seed=0, max_tokens=None, **generation):

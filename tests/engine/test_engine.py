@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engines import INFO, alone, answer, engine_of, frames_of, job_of
+from engines import INFO, alone, answer, engine_of, frames_of, job_of, turns_of
 from processes import wait_for
 
 from vidlada.engine.feature_store import LRUCache
@@ -56,17 +56,17 @@ def test_a_request_joins_and_another_leaves(small):
 
 
 def test_cancelled_requests_free_their_place_within_a_step(small):
-    async def run(engine):
+    async def run(engine, turns):
         updates = engine.submit(job_of(small, gen_length=256, block_length=8)).updates()
-        first = await anext(updates)
+        await turns.until(anext(updates))
         waiting = engine.submit(job_of(small, gen_length=4, block_length=4))
         await updates.aclose()
+        turns.open()
         last = [update async for update in waiting.updates()][-1]
         assert last.stable.finish_reason
-        return first
 
-    with engine_of(small, max_running=1) as engine:
-        asyncio.run(run(engine))
+    with engine_of(small, max_running=1) as engine, turns_of(engine) as turns:
+        asyncio.run(run(engine, turns))
         assert engine.totals.cancelled == 1
         assert engine.totals.steps < 256
         assert not engine.running
@@ -115,21 +115,15 @@ def test_keys_and_values_are_taken_over_where_asked(small):
 
 
 def test_token_bound_lets_only_one_run(small):
-    most = 0
+    running = []
 
-    async def encode_video(engine):
-        nonlocal most
-        while engine.running or engine.queued:
-            most = max(most, len(engine.running))
-            await asyncio.sleep(0.001)
+    async def run(engine, turns):
+        answers = asyncio.gather(*(answer(engine, job_of(small)) for _ in range(3)))
+        await turns.until(answers, lambda: running.append(len(engine.running)))
 
-    async def run(engine):
-        tasks = [asyncio.ensure_future(answer(engine, job_of(small))) for _ in range(3)]
-        await asyncio.gather(*tasks, encode_video(engine))
-
-    with engine_of(small, max_running_tokens=30) as engine:
-        asyncio.run(run(engine))
-    assert most == 1
+    with engine_of(small, max_running_tokens=30) as engine, turns_of(engine) as turns:
+        asyncio.run(run(engine, turns))
+    assert max(running) == 1
 
 
 def test_max_tokens_ends_early(small):
@@ -178,10 +172,12 @@ def test_deadline(small):
 
 
 def test_closing_fails_what_runs(small):
-    async def run(engine):
+    async def run(engine, turns):
         updates = engine.submit(job_of(small, gen_length=256, block_length=8)).updates()
-        await anext(updates)
+        await turns.until(anext(updates))
         waiting = engine.submit(job_of(small))
+        engine.stop()
+        turns.open()
         await asyncio.to_thread(engine.close)
         with pytest.raises(VidLaDAError, match="shutting down"):
             async for _ in waiting.updates():
@@ -189,8 +185,8 @@ def test_closing_fails_what_runs(small):
         with pytest.raises(VidLaDAError, match="shutting down"):
             engine.submit(job_of(small))
 
-    with engine_of(small, max_running=1) as engine:
-        asyncio.run(run(engine))
+    with engine_of(small, max_running=1) as engine, turns_of(engine) as turns:
+        asyncio.run(run(engine, turns))
         assert not engine.alive
 
 
@@ -272,32 +268,32 @@ def test_choices_count_as_requests_of_one_step(small):
 
 
 def test_a_choice_goes_before_long_answers(small):
-    async def run(engine):
+    async def run(engine, turns):
         long = engine.submit(job_of(small, gen_length=1024, block_length=8)).updates()
-        await anext(long)
-        await answer(engine, choice_of(small))
+        await turns.until(anext(long))
+        await turns.until(answer(engine, choice_of(small)))
         return engine.totals.finished
 
-    with engine_of(small, max_running=2) as engine:
-        assert asyncio.run(run(engine)) == 1
+    with engine_of(small, max_running=2) as engine, turns_of(engine) as turns:
+        assert asyncio.run(run(engine, turns)) == 1
 
 
 def test_choices_that_do_not_fit_or_are_given_up(small):
-    async def run(engine):
+    async def run(engine, turns):
         with pytest.raises(InputError, match="none of them empty"):
-            await answer(engine, choice_of(small, choices=("", "red")))
+            await turns.until(answer(engine, choice_of(small, choices=("", "red"))))
         long = engine.submit(job_of(small, gen_length=256, block_length=8)).updates()
-        await anext(long)
+        await turns.until(anext(long))
         waiting = engine.submit(choice_of(small))
         waiting.cancel()
         with pytest.raises(VidLaDAError, match="cancelled"):
-            async for _ in waiting.updates():
-                pass
+            await turns.until(anext(waiting.updates()))
         await long.aclose()
+        turns.open()
         assert (await answer(engine, choice_of(small))).stable.text
 
-    with engine_of(small, max_running=1) as engine:
-        asyncio.run(run(engine))
+    with engine_of(small, max_running=1) as engine, turns_of(engine) as turns:
+        asyncio.run(run(engine, turns))
         assert (engine.totals.failed, engine.totals.finished) == (1, 1)
         assert not engine.running
 
