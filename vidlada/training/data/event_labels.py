@@ -48,8 +48,8 @@ def labels_of(clip: Clip, event: Event | None) -> EventLabels:
 
 def frame_events(clip: Clip, times: Sequence[float]) -> list[EventLabels]:
     """Labels of every frame, of what happens at its time; of the first event where there are several."""
-    events = {event.second: event for event in reversed(clip.events)}
-    return [labels_of(clip, events.get(time)) for time in times]  # type: ignore[call-overload]  # 2.0 finds 2
+    events: dict[float, Event] = {event.second: event for event in reversed(clip.events)}
+    return [labels_of(clip, events.get(time)) for time in times]
 
 
 def question_events(clip: Clip, exchanges: Sequence[tuple[str, str]]) -> list[QuestionEvent]:
