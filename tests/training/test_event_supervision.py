@@ -57,7 +57,7 @@ def test_tokens_are_those_of_frames_and_of_the_moment_asked_about():
     seconds = marks = 0
     for step in range(4):
         samples = [source.load(item, processor.image_size) for item in source.plan(step)]
-        batch = Collator(processor, CollateSettings())(samples, np.random.default_rng(0))
+        batch = Collator(processor, CollateSettings(), events=True)(samples, np.random.default_rng(0))
         ids, owner = batch["input_ids"], batch["sample_index"]
         row, place, *_ = batch["frame_events"].T
         assert (ids[row, place] == processor.video_token_id).all()

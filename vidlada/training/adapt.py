@@ -34,7 +34,7 @@ def adapt_llama(
         folder: of the autoregressive model: Hugging Face files, or one GGUF file (needs the gguf package).
         arguments: of `VidLaDAConfig` for everything but the language model; `text_only: true` for no vision.
         seed: of the new weights.
-        dtype: of all weights; those of the language model are held once.
+        dtype: of all weights; those of the language model are in memory once.
 
     Raises:
         InputError: the model has something our layers do not.

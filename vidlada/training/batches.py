@@ -45,7 +45,8 @@ class Batches:
             collate: how they become tensors.
             number: of the stage; seeds the random choices.
         """
-        collator = Collator(self.processor, collate, self.processor.image_size if self.needs_stand_in else None)
+        stand_in = self.processor.image_size if self.needs_stand_in else None
+        collator = Collator(self.processor, collate, stand_in, events=self.config.event_supervision is not None)
         return StepDataset(source, collator, stage_seed(self.config, number))
 
     def of(self, source: Source, collate: CollateSettings, number: int, steps: range) -> Generator[dict[str, Any]]:

@@ -32,9 +32,17 @@ class Collator:
         settings: see `CollateSettings`.
         stand_in: size of the frame that stands in, behind the attention mask, where a batch has no video. Processes
             that train together must all run the vision tower in every step. None: no frame stands in.
+        events: find the tokens that should know an event, where samples know theirs and have rows of their own.
     """
 
-    def __init__(self, processor: VidLaDAProcessor, settings: CollateSettings, stand_in: int | None = None):
+    def __init__(
+        self,
+        processor: VidLaDAProcessor,
+        settings: CollateSettings,
+        stand_in: int | None = None,
+        events: bool = False,
+    ):
+        self.events = events
         self.processor = processor
         self.settings = settings
         self.stand_in = stand_in
@@ -62,9 +70,9 @@ class Collator:
             `input_ids`, `labels`, `sample_index`, `position_ids` (batch, tokens); `attention_mask` (batch, tokens)
             or (batch, 1, tokens, tokens), or of rows that share a prefix or are packed, or None when nothing is padded
             or separate; `force` (samples,); `sample_weight` (samples,) where samples are weighed; with videos
-            `pixel_values` and `media_shapes`; `stands_in` where they are only a stand-in. Where samples know their
-            events and have rows of their own: `frame_events` and `question_events` (events, 6), the row and position of
-            a token and the labels it should know.
+            `pixel_values` and `media_shapes`; `stands_in` where they are only a stand-in. With events:
+            `frame_events` and `question_events` (events, 6), the row and position of a token and the labels it should
+            know.
         """
         samples = [self.cut(sample) for sample in samples]
         counts = [len(sample.exchanges) if sample.separate else 1 for sample in samples]
@@ -112,16 +120,15 @@ class Collator:
         if videos:
             batch["pixel_values"] = torch.cat([self.processor.pixel_values(video) for video in videos])
             batch["media_shapes"] = shapes
-        if not packed:
-            batch |= self._events(samples, batch)
+        if self.events and not packed:
+            batch |= self._events(samples, starts, batch)
         return batch
 
-    def _events(self, samples: Sequence[Sample], batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _events(self, samples: Sequence[Sample], starts: Sequence[int], batch: dict[str, Any]) -> dict[str, Tensor]:
         """Tokens that should know an event: the first of each frame, and the word in a question that means a moment."""
         frames: list[tuple[int, ...]] = []
         questions: list[tuple[int, ...]] = []
-        first = 0
-        for row, sample in enumerate(samples):
+        for row, (sample, first) in enumerate(zip(samples, starts, strict=True)):
             ids, owner = batch["input_ids"][row], batch["sample_index"][row]
             places = (ids == self.processor.video_token_id).nonzero()[:, 0].tolist()
             tokens = len(places) // max(1, len(sample.frame_events))
@@ -133,7 +140,6 @@ class Collator:
                     (row, place, *event.labels)
                     for place in ((owner == number) & (ids == token)).nonzero()[:1, 0].tolist()
                 ]
-            first += len(sample.exchanges) if sample.separate else 1
         found = {"frame_events": frames, "question_events": questions}
         return {name: torch.tensor(events) for name, events in found.items() if events}
 
