@@ -50,12 +50,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
     Raises:
         InputError: the engine asked for is not installed, is configured for something the run cannot do,
-            or does not go with the optimizer.
+            or does not go with the optimizer; or fp16 is asked for without a GPU.
     """
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and config.precision == "fp16":  # accelerate would compute in float32 without a word
+        raise InputError('precision: fp16 needs a GPU, and none is here; use bf16, or "no" for float32')
     engine = engine_of(config)
     fsdp = fsdp_plugin(config) if engine == "fsdp" else None
     zero = deepspeed_plugin(config) if engine == "deepspeed" else None
-    on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
         mixed_precision=config.precision,
         log_with=None if config.tracker == "none" else config.tracker,
