@@ -19,6 +19,7 @@ if [[ $# -lt 1 ]]; then
     echo "usage: scripts/train.sh [DEVICES] CONFIG [options of vidlada train]" >&2
     exit 2
 fi
+echo "checking $1" >&2  # before what takes its time
 python=${PYTHON:-python}
 devices=${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 nodes=${NNODES:-1} node=${RANK:-0} port=${MASTER_PORT:-29500}
