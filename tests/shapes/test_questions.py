@@ -136,4 +136,4 @@ def test_the_benchmark_scores_answers(tmp_path):
     assert all(video.is_file() for video in shown)
     silent = evaluate(entries, tmp_path, lambda video, questions: [""] * len(questions), blind=True)
     assert silent.short.mean == 0
-    assert "all short answers | 8 | 0.0" in silent.to_markdown()
+    assert "all short answers | 8 | 0.0" in silent.to_markdown() and "nan" not in silent.to_markdown()
