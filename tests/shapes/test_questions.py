@@ -104,6 +104,8 @@ def test_lengths_of_captions_and_timelines():
 
 
 def test_questions_of_a_clip_are_all_different():
+    one = questions_for(clip_for("train", 5), np.random.default_rng(0), 12, "colour")
+    assert one and {question.family for question in one} == {"colour"}
     questions = questions_for(clip_for("train", 5), np.random.default_rng(0), 12)
     assert len({question.question for question in questions}) == len(questions) > 8
 
