@@ -222,7 +222,7 @@ class TrainingConfig:
         vision_tower: name or folder of the tower that a published `init_from` must have been made with; only its last
             part counts. None: whichever it is.
         seed: of initial weights, data order and masking.
-        precision: of the forward pass; weights and optimizer stay float32.
+        precision: of the forward pass; weights and optimizer stay float32. `fp16` needs a GPU.
         optimizer: `adamw`, or `muon`: the layers' matrices by Muon, everything else by AdamW, at one learning rate
             (its updates are scaled to AdamW's size). Muon needs whole matrices: one process or DDP, not sharded.
         weight_decay, beta1, beta2, gradient_clip: of the optimizer; the betas are AdamW's.
