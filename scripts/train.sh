@@ -20,7 +20,6 @@ if [[ $# -lt 1 ]]; then
     exit 2
 fi
 python=${PYTHON:-python}
-devices=${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 nodes=${NNODES:-1} node=${RANK:-0} port=${MASTER_PORT:-29500}
 
 refuse() {
@@ -31,10 +30,12 @@ within() { # name, value, lowest, highest
     [[ $2 =~ ^[0-9]{1,5}$ ]] && ((10#$2 >= $3 && 10#$2 <= $4)) || refuse "$1=$2 is not a whole number from $3 to $4"
 }
 within NNODES "$nodes" 1 99999
-within NPROC_PER_NODE "$devices" 1 99999
+within NPROC_PER_NODE "${NPROC_PER_NODE:-1}" 1 99999
 within RANK "$node" 0 $((10#$nodes - 1))
 within MASTER_PORT "$port" 1 65535
 [[ $nodes == 1 || -n ${MASTER_ADDR:-} ]] || refuse "NNODES=$nodes needs MASTER_ADDR, where all reach machine 0"
+echo "checking $1" >&2  # before what takes its time
+devices=${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
 unset RANK  # torchrun gives every process its own
 if [[ $nodes == 1 && $devices == 1 ]]; then

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vidlada.errors import InputError
+from vidlada.settings import check_unicode, format_value
 
 Message = dict[str, Any]
 
@@ -61,18 +62,22 @@ def pieces_of(message: Message) -> list[str | Message]:
         Texts and media parts in turn, beginning and ending with a text; empty if the message says nothing.
 
     Raises:
-        InputError: its role or a part is unknown.
+        InputError: its role or a part is unknown, or what should be a text is none.
     """
     role, content = message.get("role"), message.get("content")
     if role not in ("system", "user", "assistant"):
         raise InputError(f"unknown role {role!r}; use system, user or assistant")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else () if content is None else content
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"a message's content must be a text or a list of parts, not {format_value(content)}")
     pieces: list[str | Message] = [""]
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or ():
+    for part in parts:
         kind = part.get("type")
         if kind not in PARTS:
             raise InputError(f"unknown content part {kind!r}; use text, image or video")
         if kind == "text":
-            pieces[-1] = str(pieces[-1]) + str(part["text"])
+            check_unicode("a content part", part.get("text"))
+            pieces[-1] = str(pieces[-1]) + part["text"]
         else:
             pieces += [part, "" if part.get("inline") else "\n"]
     if pieces == [""]:

@@ -114,17 +114,17 @@ def limits(bounds: Setting) -> str:
 
 def check_text(name: str, value: Any, bounds: Setting) -> None:
     """Raise an error unless a value is valid Unicode text, not too long, and one of the choices."""
-    if not isinstance(value, str):
-        raise InputError(f"{name} must be a text, not {format_value(value)}")
-    if bounds.choices and value not in bounds.choices:
+    if isinstance(value, str) and bounds.choices and value not in bounds.choices:
         raise InputError(f"{name} must be {' or '.join(bounds.choices)}, not {format_value(value)}")
+    check_unicode(name, value)
     if bounds.max_length is not None and len(value) > bounds.max_length:
         raise InputError(f"{name} may have at most {bounds.max_length:,} characters, not {len(value):,}")
-    check_unicode(name, value)
 
 
-def check_unicode(name: str, text: str) -> None:
-    """Raise an error for lone surrogates, which no tokenizer or file can encode."""
+def check_unicode(name: str, text: Any) -> None:
+    """Raise an error for what is no text, and for lone surrogates, which no tokenizer or file can encode."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} must be a text, not {format_value(text)}")
     if problem := half_character(text):
         raise InputError(f"{name} has {problem}; remove it")
 

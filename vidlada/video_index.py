@@ -392,22 +392,22 @@ def _one_clock(container: InputContainer, packets: Packets, unit: float) -> tupl
             fit &= others | (np.cumsum(others) > 1)
         else:
             fit &= part >= part[key]
-        if end is not None:
-            shown = np.sort(part[fit])
-            step = int(np.median(np.diff(shown))) if len(shown) > 1 else 1
-            part[stamped] += end + step - shown[0]
-        end = int(part[fit].max())
         usable[start:stop] = fit
+        # FFmpeg lets what several edits show follow one another; what they hide reaches beyond
+        shown = np.sort(part[fit & (packets.flags[start:stop] & HIDDEN == 0)])
+        if not len(shown):
+            continue
+        if end is not None and (shown[0] <= end or container.format.name == JUMPING_CLOCK):
+            step = int(np.median(np.diff(shown))) if len(shown) > 1 else 1
+            moved = end + step - shown[0]
+            part[stamped] += moved
+            shown += moved
+        end = int(shown[-1])
     return pts, usable
 
 
 def _refuse_truncated(
-    path: Path,
-    container: InputContainer,
-    stream: VideoStream,
-    packets: Packets,
-    timeline: Timeline,
-    problem: str,
+    path: Path, container: InputContainer, stream: VideoStream, packets: Packets, timeline: Timeline, problem: str
 ) -> None:
     """A silently shortened video gives wrong answers: refuse one that ends in the middle of something, or long
     before the end that its header announces."""

@@ -67,6 +67,15 @@ def test_every_entry_of_python_refuses(small, entry, text):
     str(refused.value).encode(errors="backslashreplace")
 
 
+@pytest.mark.parametrize("value", [b"is it \xff ?", 5, ["red ?"], [b"red ?"], {"red": 1}])
+@pytest.mark.parametrize(
+    "entry", ["question", "one of many", "stream", "turn", "choice", "suffix", "system", "message", "part"]
+)
+def test_what_is_no_text_is_refused(small, entry, value):
+    with pytest.raises(InputError, match="must be "):
+        ENTRIES[entry](small, value)
+
+
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=HALVES)
 def test_evaluation_loses_only_the_question(small, text):

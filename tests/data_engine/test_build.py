@@ -61,6 +61,13 @@ def test_odd_characters_in_replies_are_kept_in_the_audit_file(tmp_path, stub, co
     assert len(read_llava(tmp_path / "out" / "long.jsonl", tmp_path / "videos")) == 2
 
 
+def test_a_name_that_no_data_file_can_hold_is_refused_before_anyone_is_asked(tmp_path, stub, config):
+    (tmp_path / "videos" / "a.mp4").rename(tmp_path / "videos" / "a\udcff.mp4")
+    result = build(config)
+    assert result.exit_code == 2 and "a byte that is not UTF-8" in result.stderr.splitlines()[-1]
+    assert not stub.requests
+
+
 def test_a_build_keeps_what_needs_the_video_and_has_the_votes(tmp_path, stub, config, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     result = build(config)

@@ -106,6 +106,12 @@ def test_subtitles_have_to_be_there(root, tmp_path):
         ("json", b'[{"timestamp": [0, 1], "text": "caf\xe9"}]', "not in UTF-8"),
         ("json", b'[{"timestamp": [0, 1], "text": "\\ud83d"}]', "half a character"),
         ("json", b'{"text": "red"}', "not a list"),
+        ("json", b'[{"timestamp": [0, null], "text": ""}, {"start": "0:1:2", "end": "0:1:3.5", "line": "a"}]', None),
+        ("json", b'[{"start": "00:00:01", "end": "00:00:02", "line": "a"}, {"start": "00:00:01"}]', "entry 1 is no"),
+        ("json", b'[{"start": "00:01", "end": "00:02", "line": "a"}]', "entry 0 is no subtitle"),
+        ("json", b'[{"timestamp": [0], "text": "a"}]', "entry 0 is no subtitle"),
+        ("json", b'[{"timestamp": [null, 1.0], "text": "a"}]', "entry 0 is no subtitle"),
+        ("json", b'[{"timestamp": [0, 1.0], "text": null}]', "entry 0 is no subtitle"),
         ("json", b"[", "not valid JSON"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 from serve.inside import QUESTION, running_app
 
 from vidlada.serve.http import SiteRules, site_rules
+from vidlada.serve.server import ServerSettings
 
 LOCAL = site_rules("127.0.0.1", keys=False, allowed_hosts=(), origins=())
 CHAT, FILES = "/v1/chat/completions", "/v1/files"
@@ -183,3 +184,9 @@ def test_uploads_that_were_cut_off_or_are_empty(small, body, status):
             assert files.arriving == 0
 
     asyncio.run(run())
+
+
+def test_one_text_is_one_name_one_origin_and_one_key():
+    rules = site_rules("0.0.0.0", False, "example.org", "https://example.org")
+    assert rules == site_rules("0.0.0.0", False, ["example.org"], ["https://example.org"])
+    assert ServerSettings("small", api_keys="secret").api_keys == ("secret",)

@@ -104,6 +104,8 @@ def test_lengths_of_captions_and_timelines():
 
 
 def test_questions_of_a_clip_are_all_different():
+    one = questions_for(clip_for("train", 5), np.random.default_rng(0), 12, "colour")
+    assert one and {question.family for question in one} == {"colour"}
     questions = questions_for(clip_for("train", 5), np.random.default_rng(0), 12)
     assert len({question.question for question in questions}) == len(questions) > 8
 
@@ -136,4 +138,4 @@ def test_the_benchmark_scores_answers(tmp_path):
     assert all(video.is_file() for video in shown)
     silent = evaluate(entries, tmp_path, lambda video, questions: [""] * len(questions), blind=True)
     assert silent.short.mean == 0
-    assert "all short answers | 8 | 0.0" in silent.to_markdown()
+    assert "all short answers | 8 | 0.0" in silent.to_markdown() and "nan" not in silent.to_markdown()

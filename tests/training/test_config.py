@@ -5,6 +5,7 @@ import sys
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from pydantic import TypeAdapter
@@ -15,6 +16,7 @@ from vidlada.training.config import CONFIGS, CollateSettings, Evaluation, Lora, 
 from vidlada.training.data.llava import LlavaSource
 from vidlada.training.data.shapes import ShapesSource
 from vidlada.training.models import initial_config
+from vidlada.training.parallel import make_accelerator
 from vidlada.training.stages import make_source, prepare_run
 
 TINY = CONFIGS / "tiny.yaml"
@@ -238,6 +240,14 @@ def test_a_missing_package_is_named(monkeypatch, setting, value, package):
     settings = {"tracker": "none", setting: value}
     with pytest.raises(InputError, match=f"{setting}: {value} needs {package}.*pip install {package}"):
         prepare_run(TrainingConfig("out", (Stage("a", 1.0, {"kind": "shapes"}, 1),), model={}, **settings))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("changes", [{}, {"lora": Lora(), "model": None, "init_from": "tiny"}, {"parallel": "fsdp"}])
+def test_fp16_is_refused_without_a_gpu(changes):
+    settings = {"model": {}, "precision": "fp16", **changes}
+    with pytest.raises(InputError, match="fp16 needs a GPU"):
+        make_accelerator(TrainingConfig("out", (Stage("a", 1.0, {"kind": "shapes"}, 1),), **settings))
 
 
 def run(**changes):

@@ -4,7 +4,9 @@ import json
 import os
 import re
 import signal
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,3 +168,21 @@ def test_no_best_model_where_none_is_asked_for(tmp_path):
     held_out = Evaluation(CLOCK, every=1, steps=1, best="none")
     train(run(tmp_path / "run", stages=(Stage("a", 1e-3, CLOCK, 1),), evaluation=held_out), report=quietly)
     assert not (tmp_path / "run" / "model-best").exists()
+
+
+def test_evaluations_and_checkpoints_are_no_part_of_a_step(tmp_path, monkeypatch):
+    late = 0.0
+
+    def evaluate(run, done):
+        nonlocal late
+        late += 1e5
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late)
+    monkeypatch.setattr("vidlada.training.figures.time", clock)
+    reported = []
+    monkeypatch.setattr("vidlada.training.trainer.Run.evaluate", evaluate)
+    monkeypatch.setattr("vidlada.training.trainer.line_of", lambda figures, *place: reported.append(figures) or "")
+    held_out = Evaluation(CLOCK, every=1, steps=1)
+    train(run(tmp_path, evaluation=held_out, log_every=2, stages=(Stage("a", 1e-3, CLOCK, 4),)))
+    assert late == 4e5 and len(reported) == 2
+    assert all(figures["seconds_per_step"] < 1e4 for figures in reported)

@@ -246,6 +246,14 @@ def test_deepspeed_s_sharded_weights_follow_the_curve_of_one_process(one_like_de
     resumes(settings, log, tmp_path)
 
 
+@DEEPSPEED
+def test_deepspeed_follows_it_without_a_launcher_too(one_like_deepspeed, tmp_path):
+    settings = config_of_deepspeed(tmp_path / "run", parallel="zero2")
+    process = Command("train", run_file(settings, tmp_path), code=OVER_GLOO, OMP_NUM_THREADS=1)
+    assert process.wait() == 0, process.errors
+    follows(settings, process.errors + process.output, one_like_deepspeed)
+
+
 def written_by_both(settings):
     """Whether DeepSpeed's second process wrote into the newest checkpoint too."""
     names = {path.name for path in (checkpoints(Path(settings.output))[-1] / "pytorch_model").iterdir()}

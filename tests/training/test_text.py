@@ -134,3 +134,17 @@ def test_the_command_line_names_it(folder, text):
     path.write_text(yaml.dump(values))
     ended = CliRunner().invoke(main, ["train", str(path)])
     assert ended.exit_code == 2 and ended.stderr.splitlines()[-1].startswith("error: ") and "name" in ended.stderr
+
+
+@pytest.mark.parametrize("name", ["OUTPUT", "VIDEOS"])
+def test_bytes_of_the_environment_and_the_command_line_are_refused(folder, monkeypatch, name):
+    values = description(folder)
+    values["output"] = "${OUTPUT:-out}"
+    values["stages"][0]["data"]["video_folder"] = "${VIDEOS:-}"
+    path = folder / "variables.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError, match="output has a byte that is not UTF-8 at position 4"):
+        load_config(path, output="runs\udcff")
+    monkeypatch.setenv(name, "runs\udcff")
+    with pytest.raises(InputError, match="has a byte that is not UTF-8 at position 4"):
+        load_config(path)

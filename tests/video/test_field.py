@@ -1,5 +1,6 @@
 """Videos as people's devices write them: every picture carries its number, so that a wrong frame is seen."""
 
+import struct
 from fractions import Fraction
 
 import av
@@ -389,3 +390,32 @@ def test_parts_of_a_camera_stream(tmp_path):
     (tmp_path / "cut.mpjpeg").write_bytes(data[: int(0.9 * len(data))])
     with pytest.raises(InputError, match="truncated"):
         probe(tmp_path / "cut.mpjpeg")
+
+
+def with_edits(path, edits):
+    """An mp4 file whose only track shows these parts, one after another: seconds, and from which second on."""
+    content = bytearray(path.read_bytes())
+    place = content.index(b"elst") - 4
+    scale = int.from_bytes(content[content.index(b"mdhd") + 16 :][:4], "big")
+    whole = int.from_bytes(content[content.index(b"mvhd") + 16 :][:4], "big")
+    (old,), begin = struct.unpack_from(">I", content, place), struct.unpack_from(">i", content, place + 20)[0]
+    rows = [
+        struct.pack(">IiI", round(seconds * whole), begin + round(start * scale), 1 << 16) for seconds, start in edits
+    ]
+    new = struct.pack(">I4sII", 16 + 12 * len(rows), b"elst", 0, len(rows)) + b"".join(rows)
+    for name in (b"moov", b"trak", b"edts"):
+        size = content.index(name) - 4
+        struct.pack_into(">I", content, size, struct.unpack_from(">I", content, size)[0] + len(new) - old)
+    content[place : place + old] = new
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("bf", ["0", "2"])
+def test_parts_that_several_edits_show(tmp_path, bf):
+    """What they hide moves nothing."""
+    options = {"bf": bf, "g": "10"}
+    again = write_video(tmp_path / "again.mp4", frames=60, fps=10, codec="libx264", options=options)
+    frames = sample_frames(with_edits(again, [(2, 0), (3, 0)]), Sampling(fps=10, max_frames=99))
+    assert shown(frames) == [*range(20), *range(30)]
+    assert np.allclose(frames.times, np.arange(50) / 10, atol=2e-3)

@@ -22,6 +22,7 @@ from vidlada.data_engine.endpoints import Endpoint, RefusedError, Segment, compl
 from vidlada.data_engine.questions import Candidate, candidates_in, letter_in, with_choices
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.files import lock
+from vidlada.settings import check_unicode
 from vidlada.training.data.mixture import VIDEO_SUFFIXES
 from vidlada.training.data.samples import STRICT
 from vidlada.training.settings import build, expand_variables, read_yaml
@@ -134,7 +135,8 @@ def build_dataset(config: BuildConfig, report: Callable[[str], Any] = print) -> 
         report: called with a line for every segment.
 
     Raises:
-        InputError: there are no videos, or the output exists and is not from this build, or another is at work on it.
+        InputError: there are no videos, or one has a name that is not in UTF-8; or the output exists and is not from
+            this build, or another is at work on it.
         VidLaDAError: an endpoint fails or refuses everything, or nothing can be written; what is done so far is kept.
     """
     if not config.videos.is_dir():
@@ -142,6 +144,8 @@ def build_dataset(config: BuildConfig, report: Callable[[str], Any] = print) -> 
     videos = sorted(path for path in config.videos.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
     if not videos:
         raise InputError(f"videos: no video below {config.videos}")
+    for path in videos:  # data files name it, which are text
+        check_unicode(f"videos: the name {path.name!a}", path.relative_to(config.videos).as_posix())
     if config.output.exists() and not config.audit.exists():
         raise InputError(f"{config.output} exists without its audit file; choose another output")
     try:

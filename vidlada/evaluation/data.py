@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from vidlada.settings import format_value, half_character, texts_of
 
 SHOWN_MISSING = 3  # videos named in a check
 SUBTITLES = "subtitle_path"  # field of a question
+CLOCK = re.compile(r"\d+:\d+:\d+(\.\d*)?$")
 SPOKEN_TIMES = re.compile(r"\s*\d+:\d+:\d+,\d+\s* --> \s*\d+:\d+:\d+,\d+\s*$")
 QUESTION_KINDS = ("parquet", "jsonl", "json")
 
@@ -199,6 +200,9 @@ def check_subtitles(paths: Iterable[Path]) -> None:
                 raise InputError(f"{path}: not valid JSON: {error}") from error
             if not isinstance(spoken, list) or not all(isinstance(line, dict) for line in spoken):
                 raise InputError(f"{path}: not a list of subtitles")
+            for number, line in enumerate(spoken):
+                if not is_spoken(line):
+                    raise InputError(f"{path}: entry {number} is no subtitle: {format_value(line)}")
             if any(half_character(text) for line in spoken for _, text in texts_of(line, "")):
                 raise InputError(f"{path}: it holds half a character; remove it")
             continue
@@ -206,6 +210,15 @@ def check_subtitles(paths: Iterable[Path]) -> None:
             lines = section.split("\n")
             if section.strip() and len(lines) >= 3 and not SPOKEN_TIMES.match(lines[1]):
                 raise InputError(f"{path}: not SubRip: {format_value(lines[1])} where times should be")
+
+
+def is_spoken(line: Mapping[str, Any]) -> bool:
+    """Whether an entry of LongVideoBench's subtitles has the times and the text that lmms-eval reads."""
+    if "timestamp" in line:  # its end may be null
+        times = line["timestamp"]
+        timed = isinstance(times, list) and len(times) == 2 and type(times[0]) in (int, float)
+        return timed and isinstance(line.get("text"), str)
+    return isinstance(line.get("line"), str) and all(CLOCK.match(str(line.get(name))) for name in ("start", "end"))
 
 
 def check(root: Path, benchmarks: Sequence[Benchmark]) -> dict[str, list[TaskData]]:

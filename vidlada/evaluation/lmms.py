@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -98,7 +98,7 @@ class VidLaDAChat(lmms):
     def generate_until(self, requests: Sequence[Instance]) -> Iterator[GenerationResult]:
         """Answers, one by one as they come, so that the response cache holds all of them when a run is interrupted."""
         questions = [self.read_request(request) for request in requests]
-        with Record(self._rank) as record, self.bar(len(requests)) as bar:
+        with Record(self._rank, self.document) as record, self.bar(len(requests)) as bar:
             replies = self.answerer.replies(questions)
             for request, question, reply in zip(requests, questions, replies, strict=True):
                 record.add(request, question, reply)
@@ -107,7 +107,7 @@ class VidLaDAChat(lmms):
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> Iterator[list[str]]:
         """Answers of every round of conversations."""
-        with Record(self._rank) as record, self.bar(len(requests)) as bar:
+        with Record(self._rank, self.document) as record, self.bar(len(requests)) as bar:
             for request in requests:
                 started = time.perf_counter()
                 rounds = list(self.rounds(request))
@@ -206,7 +206,7 @@ class VidLaDASimple(VidLaDAChat):
         """
         seen: dict[Any, list[EncodedVideo] | str] = {}
         model, given = self.vidlada.model, self.arguments
-        with Record(self._rank) as record, self.bar(len(requests)) as bar:
+        with Record(self._rank, self.document) as record, self.bar(len(requests)) as bar:
             for request in requests:
                 text, continuation, to_visual, doc_id, task, split = request.args
                 question = self.simple_question(text, to_visual, {}, self.document(task, split, doc_id), task)
@@ -287,8 +287,8 @@ def picture(image: Any) -> np.ndarray:
 class Record:
     """What every sample cost and which failed, one JSON object a line, where `RECORD_FOLDER` says; else nowhere."""
 
-    def __init__(self, rank: int):
-        self.rank = rank
+    def __init__(self, rank: int, document: Callable[[str, str, int], dict[str, Any]]):
+        self.rank, self.document = rank, document
         self.file: TextIO | None = None
 
     def __enter__(self) -> "Record":
@@ -307,7 +307,10 @@ class Record:
             tqdm.write(f"{request.task_name} {request.doc_id}: {reply.error}")
         if self.file is None:
             return
-        video = question.media if isinstance(question.media, str) else None
+        video = question.media
+        if not isinstance(video, str):  # a task may show a video as pictures
+            *_, doc_id, task, split = request.args
+            video = video_of(task, self.document(task, split, doc_id))
         entry = {
             "task": request.task_name, "doc_id": request.doc_id, "video": video, "tokens": reply.tokens,
             "forward_passes": reply.forward_passes, "seconds": round(reply.seconds, 4), "error": reply.error,

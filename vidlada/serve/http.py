@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vidlada.engine.requests import EngineClosedError
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.serve.errors import RequestError, shutting_down
+from vidlada.settings import as_sequence
 
 RETRY_SECONDS = 1
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -115,7 +116,7 @@ def name_of(host: str) -> str:
     return name if colon and port.isdecimal() and not name.endswith(":") else host
 
 
-def site_rules(bind: str, keys: bool, allowed_hosts: Sequence[str], origins: Sequence[str]) -> SiteRules:
+def site_rules(bind: str, keys: bool, allowed_hosts: str | Sequence[str], origins: str | Sequence[str]) -> SiteRules:
     """The rules for a server.
 
     Args:
@@ -126,8 +127,8 @@ def site_rules(bind: str, keys: bool, allowed_hosts: Sequence[str], origins: Seq
     """
     local = bind == "localhost" or is_loopback(bind)
     own = [*LOCAL_NAMES, f"[{bind}]" if ":" in bind else bind] if local and not keys else []
-    hosts = frozenset(name.lower() for name in [*own, *allowed_hosts])
-    return SiteRules(hosts if hosts and "*" not in hosts else None, tuple(origins), not keys)
+    hosts = frozenset(name.lower() for name in [*own, *as_sequence(allowed_hosts)])
+    return SiteRules(hosts if hosts and "*" not in hosts else None, tuple(as_sequence(origins)), not keys)
 
 
 def is_loopback(address: str) -> bool:

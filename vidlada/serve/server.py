@@ -32,6 +32,7 @@ from vidlada.serve.responses import ResponsesRequest
 from vidlada.serve.schema import AnswerRequest, ChatRequest, CompletionRequest, DetokenizeRequest
 from vidlada.serve.service import Service
 from vidlada.serve.threads import FILES, PICTURES, in_thread
+from vidlada.settings import as_sequence
 from vidlada.video import Sampling
 
 MULTIPART_BYTES = 2**16  # an upload's envelope may add
@@ -52,11 +53,14 @@ class ServerSettings:
     """
 
     name: str
-    api_keys: Sequence[str] = ()
+    api_keys: str | Sequence[str] = ()
     allowed: Path | None = None
     private_urls: bool = False
     log_content: bool = False
     site_rules: SiteRules = SiteRules()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "api_keys", tuple(as_sequence(self.api_keys)))  # one text is one key, not its letters
 
 
 class Server:

@@ -1,5 +1,6 @@
 """How well a model answers the questions of a shapes dataset."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,8 @@ class Report:
     def to_markdown(self) -> str:
         """Markdown."""
         rows = [
-            (name, len(score.points), f"{score.mean:.1f}", f"{score.standard_error:.1f}",
+            (name, len(score.points), f"{score.mean:.1f}",
+             "–" if math.isnan(score.standard_error) else f"{score.standard_error:.1f}",
              "–" if name in (*LONG_FAMILIES, ALL) else f"{score.mean_chance:.1f}")
             for name, score in self.rows().items()
         ]  # fmt: skip

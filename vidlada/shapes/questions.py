@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vidlada.settings import as_sequence
 from vidlada.shapes.captions import (
     NOTHING,
     STILL,
@@ -336,7 +337,7 @@ def questions_for(
     clip: Clip,
     generator: Generator,
     number: int,
-    families: Iterable[str] = tuple(BENCHMARK_FAMILIES),
+    families: str | Iterable[str] = tuple(BENCHMARK_FAMILIES),
     choice_share: float = 0.3,
 ) -> list[Question]:
     """Several different questions about a clip, spread over the families that it supports.
@@ -348,7 +349,7 @@ def questions_for(
         families: to choose from; a family named twice is asked twice as often.
         choice_share: share of short questions asked as multiple choice.
     """
-    families = list(families)
+    families = list(as_sequence(families))
     found: dict[str, Question] = {}
     for _ in range(4):
         for family in generator.permutation(families):

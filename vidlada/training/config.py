@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from vidlada.errors import InputError
 from vidlada.training.data.samples import STRICT, OneOrMore, Share
-from vidlada.training.settings import build, expand_variables, read_yaml
+from vidlada.training.settings import build, check_texts, expand_variables, read_yaml
 
 ModelPart = Literal["tower", "projector", "language_model"]
 LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a layer
@@ -222,7 +222,7 @@ class TrainingConfig:
         vision_tower: name or folder of the tower that a published `init_from` must have been made with; only its last
             part counts. None: whichever it is.
         seed: of initial weights, data order and masking.
-        precision: of the forward pass; weights and optimizer stay float32.
+        precision: of the forward pass; weights and optimizer stay float32. `fp16` needs a GPU.
         optimizer: `adamw`, or `muon`: the layers' matrices by Muon, everything else by AdamW, at one learning rate
             (its updates are scaled to AdamW's size). Muon needs whole matrices: one process or DDP, not sharded.
         weight_decay, beta1, beta2, gradient_clip: of the optimizer; the betas are AdamW's.
@@ -386,7 +386,7 @@ def load_config(path: str | Path, output: str | None = None) -> TrainingConfig:
         output: overrides the file's own `output`.
 
     Raises:
-        InputError: the file is missing or malformed, or an entry is unknown or invalid.
+        InputError: the file is missing or malformed, or an entry is unknown, invalid or no Unicode.
     """
     path = config_path(path)
     if not path.exists() and path.suffix == "":
@@ -395,4 +395,5 @@ def load_config(path: str | Path, output: str | None = None) -> TrainingConfig:
     values = expand_variables(read_yaml(path), str(path))
     if output is not None:
         values["output"] = output
+    check_texts(values, str(path))  # of the environment and the command line too
     return build(TrainingConfig, values, str(path))

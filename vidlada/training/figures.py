@@ -1,6 +1,8 @@
 """What steps of a run came to: summed over processes, as one line for people and as figures for trackers."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,12 +24,22 @@ class Figures:
     samples: float = 0.0
     gradient_norm: float = 0.0
     steps: int = 0
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
 
     def add(self, other: "Figures") -> None:
         """Count a step in."""
         for name in ("loss", "tokens", "flops", "skipped", "samples", "gradient_norm", "steps"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of what happens meanwhile out: evaluations and checkpoints are no part of a step."""
+        since = time.monotonic()
+        yield
+        self.started += time.monotonic() - since
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """Several processes as one: the accelerator a run asks for, and what keeps processes in step."""
 
+import os
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,12 +52,16 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
     Raises:
         InputError: the engine asked for is not installed, is configured for something the run cannot do,
-            or does not go with the optimizer.
+            or does not go with the optimizer; or fp16 is asked for without a GPU.
     """
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and config.precision == "fp16":  # accelerate would compute in float32 without a word
+        raise InputError('precision: fp16 needs a GPU, and none is here; use bf16, or "no" for float32')
     engine = engine_of(config)
     fsdp = fsdp_plugin(config) if engine == "fsdp" else None
     zero = deepspeed_plugin(config) if engine == "deepspeed" else None
-    on_cpu = not torch.accelerator.is_available()
+    if zero is not None and "LOCAL_RANK" not in os.environ:
+        launch_alone()
     accelerator = Accelerator(
         mixed_precision=config.precision,
         log_with=None if config.tracker == "none" else config.tracker,
@@ -78,6 +84,15 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if any(stage.collate.tokens_per_row for stage in config.stages) and is_sharded(accelerator):
         raise InputError("tokens_per_row: processes would need as many rows, since this launch splits the model")
     return accelerator
+
+
+def launch_alone() -> None:
+    """Set what a launcher would for a single process: DeepSpeed does not begin without it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in alone.items()})
 
 
 def engine_of(config: TrainingConfig) -> Engine:

@@ -195,12 +195,13 @@ class Run:
                 if done % config.log_every == 0 or last:
                     self.log(window, rate, done)
                     window = Figures()
-                due = config.evaluation is not None and (done % config.evaluation.every == 0 or last)
-                if due and not (figures.signals or alone):  # who asked waits for the checkpoint only
-                    self.evaluate(done)
-                stop = figures.signals > 0 or bool(alone)
-                if done % config.checkpoint_every == 0 or last or stop:
-                    self.checkpoint(progress, needed=last or stop)
+                with window.paused():
+                    due = config.evaluation is not None and (done % config.evaluation.every == 0 or last)
+                    if due and not (figures.signals or alone):  # who asked waits for the checkpoint only
+                        self.evaluate(done)
+                    stop = figures.signals > 0 or bool(alone)
+                    if done % config.checkpoint_every == 0 or last or stop:
+                        self.checkpoint(progress, needed=last or stop)
                 if stop:
                     raise signals.interruption(done)
 
