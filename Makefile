@@ -16,7 +16,7 @@ TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 
 # Set everything up and answer a question about a video with the model in the package.
 ask: $(VENV)/ready
-	$(BIN)/vidlada ask examples/order.mp4 "what happens before the green circle disappears ?"
+	$(BIN)/vidlada ask examples/order.mp4 "what happens before the yellow ring appears ?"
 
 # The fast tests, two files at a time: no network, no browser, no compiler. TESTS="tests/model …" runs some of them.
 test: $(VENV)/ready-dev
