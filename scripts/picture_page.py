@@ -28,7 +28,6 @@ def take(url: str, path: str) -> None:
         page.locator("#samples button").first.click()
         expect(page.locator("#media video")).to_be_visible(timeout=WAIT)
         page.locator("#settings > summary").click()
-        page.locator("[name=pace]").select_option("threshold")
         page.locator("[name=cache]").fill("mars")
         page.locator("#settings > summary").click()
         for number, question in enumerate(QUESTIONS, start=1):
