@@ -20,7 +20,7 @@ from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.markdown import table
 
-CACHES = ("none", "prefix", "dual", "frozen", "interval", "dllm", "dkv", "elastic", "sparse", "mars",
+CACHES = ("none", "prefix", "dual", "frozen", "interval", "dllm", "dkv", "elastic", "sparse", "mars", "mars:paper",
           "mars:window=1,fused=false", "mars:drift=0.02")  # fmt: skip
 GRAPH_STEPS = 8  # after which the usual step is replayed
 STOP = ((7,), (8, 9))  # two stop sequences, as real requests have
