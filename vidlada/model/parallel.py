@@ -88,16 +88,22 @@ def shard(layer: nn.Module, mesh: DeviceMesh) -> None:
     layer.self_attn.heads_of = queries, keys, values
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on, where processes of a launch may meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def launch(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m vidlada` with the same arguments in several processes of this machine, the first of which prints.
 
     Returns:
         The first's exit code, or that of another that failed before it.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {
+        **os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
     running = []
     for rank in range(processes):
         silent: dict[str, Any] = {} if rank == 0 else {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.distributed import DistError
 from torch.distributed.fsdp import FSDPModule
 
 from vidlada.errors import InputError, VidLaDAError
+from vidlada.model.parallel import free_port
 from vidlada.training.config import TrainingConfig
 from vidlada.training.models import RUN_TYPES
 
@@ -88,10 +88,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 def launch_alone() -> None:
     """Set what a launcher would for a single process: DeepSpeed does not begin without it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     os.environ.update({name: str(value) for name, value in alone.items()})
 
 
