@@ -27,16 +27,16 @@ def test_an_answer_is_sent_back(client, clip, dump):
     messages = question_about(clip)
     messages.append(dump(ask(client, messages, gen_length=16).choices[0].message))
     messages.append({"role": "user", "content": "is it red ?"})
-    assert ask(client, messages, gen_length=16).choices[0].message.content
+    found, alone = ask(client, messages, gen_length=16), ask(client, question_about(clip, "is it red ?"), gen_length=16)
+    assert found.choices[0].message.content == alone.choices[0].message.content  # this model sees the last turn alone
+    assert found.usage == alone.usage
 
 
 def test_several_answers(client, clip):
-    found = ask(
-        client, question_about(clip, "describe the video ."), gen_length=16, temperature=1.5, top_p=0.95, n=3, seed=5
-    )
+    found = ask(client, question_about(clip, "describe the video ."), gen_length=16, temperature=2, n=3, seed=5)
     texts = [choice.message.content for choice in found.choices]
     assert [choice.index for choice in found.choices] == [0, 1, 2]
-    sampled = {"gen_length": 16, "temperature": 1.5, "top_p": 0.95}
+    sampled = {"gen_length": 16, "temperature": 2}
     alone = [ask(client, question_about(clip, "describe the video ."), seed=seed, **sampled) for seed in (5, 6, 7)]
     assert texts == [each.choices[0].message.content for each in alone]
     assert len(set(texts)) > 1
@@ -118,10 +118,13 @@ def test_responses(client, clip):
         deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
         final = stream.get_final_response()
     assert "".join(deltas) == final.output_text == found.output_text
-    again = client.responses.create(
-        model="tiny", input=[*given, *found.output, {"role": "user", "content": "is it red ?"}], instructions="be short"
-    )
-    assert again.output_text
+    further = {"role": "user", "content": "is it red ?"}
+    again = client.responses.create(model="tiny", input=[*given, *found.output, further], instructions="be short")
+    messages = [{"role": "system", "content": "be short"}, *question_about(clip, "describe the video ."),
+                {"role": "assistant", "content": found.output_text}, further]  # fmt: skip
+    expected = ask(client, messages)
+    assert again.output_text == expected.choices[0].message.content
+    assert again.usage.input_tokens == expected.usage.prompt_tokens
     with pytest.raises(openai.UnprocessableEntityError, match="nothing is stored"):
         client.responses.create(model="tiny", input="hi", previous_response_id=found.id)
 
