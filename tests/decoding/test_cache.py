@@ -377,6 +377,18 @@ def test_dkv_cache_computes_what_was_open_in_the_step_before(small):
     assert state.statistics.layer_tokens == (len(index) + 16 + sum(range(2, 17)),) * 2
 
 
+def test_what_verifies_tokens_reads_what_a_sparse_step_wrote(small):
+    denoiser = Denoiser(small.model)
+    denoiser.add(random_request(small.model, layout(2, [3, 3], 2), cache="sparse"))
+    for _ in range(4):  # the fourth computes the block alone
+        denoiser.step()
+    (row,) = denoiser.rows
+    (cache,) = row.caches
+    assert cache.attention.compact.keys() == set(range(len(cache.kv_cache.layers)))
+    for layer, compact in cache.attention.compact.items():
+        assert torch.equal(compact[:, :8], cache.kv_cache.select(layer, cache.segment("block")))
+
+
 @pytest.mark.parametrize("similarity", [0.0, 1.0])
 def test_elastic_cache_recomputes_above_the_layer_that_changed(similarity):
     model, index = load_reference_model("gqa"), layout(2, [4, 4], 3)

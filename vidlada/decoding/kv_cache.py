@@ -151,7 +151,7 @@ class PartialPass:
             were last computed; None for all.
         answer: ids of the answer as it stands, whose embeddings are to enter the first layer, and their positions.
         compact: layer → keys, and below them values, that the queries attend to instead of the whole cache: first
-            those of the pass's own positions, which are written here too.
+            those of the pass's own positions, which are written here too: what verifies tokens reads the cache.
         wanted: so many of the positions, those that are active first, whose states leave the last layer; None for all.
             There the others leave keys and values only.
     """
