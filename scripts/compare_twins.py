@@ -158,7 +158,7 @@ def main(diffusion: Path, autoregressive: Path, questions: Path, output: Path) -
     output.mkdir(parents=True, exist_ok=True)
     (output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     for group in ("family", "decisive event", "frames a second"):
-        plot(scores, group, output / f"{group.replace(' ', '-')}.png")
+        plot(scores, group, output / f"{group.replace(' ', '-')}.svg")
     for group in scores["diffusion"]:
         click.echo(f"| {group} | diffusion, % | causal, % | questions |\n|---|---|---|---|")
         for label, found in scores["diffusion"][group].items():

@@ -42,7 +42,7 @@ def test_twins_are_compared_on_the_same_questions(script, tmp_path):
             {label: found["number"] for label, found in scores[name][group].items()} for name in ("diffusion", "causal")
         )
         assert one == other
-        assert (tmp_path / "out" / f"{group.replace(' ', '-')}.png").stat().st_size > 1000
+        assert (tmp_path / "out" / f"{group.replace(' ', '-')}.svg").stat().st_size > 1000
     assert sum(found["number"] for found in scores["causal"]["family"].values()) == 12
     assert set(scores["causal"]["frames a second"]) == {"1", "0.5", "0.25"}
     again = CliRunner().invoke(script.main, arguments)
