@@ -205,6 +205,14 @@ class RequestCache:
             return None
         return sum(map(len, joins[starts[0]][: len(starts)]))
 
+    def write_back(self) -> KVCache:
+        """The KV cache, with the block's keys and values of passes that wrote them into `compact` alone."""
+        assert self.kv_cache is not None
+        for layer, compact in self.attention.compact.items():
+            block = self.segment("block")
+            self.kv_cache.write(layer, block, compact[:, : len(block)])
+        return self.kv_cache
+
     def reuse_visual(self, kv_cache: KVCache) -> dict[str, int]:
         """Copy an earlier request's visual states in; returns what the first step still has to compute."""
         if self.reused is None:

@@ -151,7 +151,7 @@ class PartialPass:
             were last computed; None for all.
         answer: ids of the answer as it stands, whose embeddings are to enter the first layer, and their positions.
         compact: layer → keys, and below them values, that the queries attend to instead of the whole cache: first
-            those of the pass's own positions, which are written here too: what verifies tokens reads the cache.
+            those of the pass's own positions, which are written here alone.
         wanted: so many of the positions, those that are active first, whose states leave the last layer; None for all.
             There the others leave keys and values only.
     """
@@ -273,11 +273,10 @@ def _narrow(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor,
 def _attend(each: PartialPass, layer: int, active: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:
     """Write one request's fresh keys and values, then let its queries look, in the last layer those of the first
     positions only: (queries, heads × head_dim)."""
-    kv_cache = each.kv_cache
-    kv_cache.write(layer, active, keys_values)
+    kv_cache, compact = each.kv_cache, each.compact.get(layer)
     kv_cache.computed[layer] += len(active)
-    compact = each.compact.get(layer)
     if compact is None:
+        kv_cache.write(layer, active, keys_values)
         keys, values = kv_cache.read(layer)
     else:
         compact[:, : len(active)].copy_(keys_values)

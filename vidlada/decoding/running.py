@@ -179,10 +179,9 @@ class RunningRequest:
         if not len(drafted):
             return None
         cache = self.caches[0]
-        assert cache.kv_cache is not None
         places = upload({"block": drafted, "answer": drafted + self.slots.start}, self.device_ids.device)
         positions, ids = (each.index_select(0, places["answer"]) for each in (cache.answer, self.device_ids))
-        found = verify(model, cache.kv_cache, positions, ids, suppressed)
+        found = verify(model, cache.write_back(), positions, ids, suppressed)
         return found.new_ones(self.settings.block_length).index_copy_(0, places["block"], found)
 
     def commit(self, found: Prediction, passes: int, layers: int) -> State:
