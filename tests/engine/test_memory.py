@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import alone, answer, engine_of, job_of
+from engines import alone, answer, engine_of, job_of, turns_of
 
 from vidlada.decoding.sampler import Denoiser
 from vidlada.engine.limits import EngineLimits
@@ -123,18 +123,18 @@ def test_the_vision_tower_runs_out_of_memory(small, monkeypatch, others):
 
     monkeypatch.setattr(Vision, "project", limited)
 
-    async def run(engine):
+    async def run(engine, turns):
         long = [engine.submit(job_of(small, gen_length=128, block_length=8)).updates() for _ in range(others)]
         for updates in long:
-            await anext(updates)
+            await turns.until(anext(updates))
         job = job_of(small, frames=6)
         if not others:
             with pytest.raises(VidLaDAError, match="out of memory"):
-                await answer(engine, job)
-        return await answer(engine, job)
+                await turns.until(answer(engine, job))
+        return await turns.until(answer(engine, job))
 
-    with engine_of(small) as engine:
-        last = asyncio.run(run(engine))
+    with engine_of(small) as engine, turns_of(engine) as turns:
+        last = asyncio.run(run(engine, turns))
         assert failures
         assert engine.totals.preempted == others
         assert engine.totals.failed == 1 - others
