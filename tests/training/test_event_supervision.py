@@ -14,10 +14,11 @@ from vidlada.shapes.captions import event_words
 from vidlada.shapes.world import COLOURS, SHAPES
 from vidlada.training.config import CollateSettings, EventSupervision, Stage
 from vidlada.training.data.collate import Collator
-from vidlada.training.data.event_labels import CLASSES, KINDS, NO_LABEL, frame_events, question_events
+from vidlada.training.data.event_labels import CLASSES, KINDS, frame_events, question_events
 from vidlada.training.data.shapes import ShapesSource
 from vidlada.training.event_supervision import EventLoss
 from vidlada.training.models import new_model
+from vidlada.training.objective import IGNORED
 
 DATA = {"kind": "shapes", "seconds": [5, 8], "frames_per_batch": 24, "questions": 4, "choice_share": 0.0,
         "families": ["at", "quiet", "order"], "shifted_share": 0.5, "rates": [1, 2, 0.5]}  # fmt: skip
@@ -28,7 +29,7 @@ def words_of(labels):
     """An event in words, from its labels."""
     if labels.kind == 0:
         return "nothing"
-    what = KINDS[labels.kind] if labels.new_colour == NO_LABEL else f"turns {list(COLOURS)[labels.new_colour]}"
+    what = KINDS[labels.kind] if labels.new_colour == IGNORED else f"turns {list(COLOURS)[labels.new_colour]}"
     return f"{list(COLOURS)[labels.colour]} {SHAPES[labels.shape]} {what}"
 
 
@@ -83,11 +84,11 @@ def test_the_loss_is_cross_entropy_over_labels():
     states = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
     language_model(states)
     known = loss.states[0]
-    events = torch.tensor([[0, 3, 2, 1, 4, NO_LABEL], [1, 5, 0, NO_LABEL, NO_LABEL, NO_LABEL], [1, 8, 3, 0, 0, 7]])
+    events = torch.tensor([[0, 3, 2, 1, 4, IGNORED], [1, 5, 0, IGNORED, IGNORED, IGNORED], [1, 8, 3, 0, 0, 7]])
     total = 0.0
     for row, place, *labels in events.tolist():
         for label, read in zip(labels, loss.readers["frame0"](known[row, place][None]), strict=True):
-            if label != NO_LABEL:
+            if label != IGNORED:
                 weight = 0.25 if labels[0] == 0 else 1
                 total += weight * F.cross_entropy(read, torch.tensor([label])).item()
     torch.testing.assert_close(loss({"frame_events": events}).item(), 0.3 * total / 2.25, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from vidlada.errors import InputError
 from vidlada.model.language_model import LanguageModel
 from vidlada.training.config import EventSupervision
-from vidlada.training.data.event_labels import CLASSES, NO_LABEL
+from vidlada.training.data.event_labels import CLASSES
+from vidlada.training.objective import IGNORED
 
 # Of the kind of event where nothing happens: frames with an event are few
 QUIET_FRAME, QUIET_QUESTION = 0.25, 0.5
@@ -85,7 +86,7 @@ class EventLoss:
         weights = torch.where(labels[0] > 0, 1.0, quiet)
         logits = self.readers[reader](states[row, place])
         losses = [
-            F.cross_entropy(read, label, ignore_index=NO_LABEL, reduction="none")
+            F.cross_entropy(read, label, ignore_index=IGNORED, reduction="none")
             for read, label in zip(logits, labels, strict=True)
         ]
         return (losses[0] * weights + losses[1] + losses[2] + losses[3]).sum() / weights.sum()

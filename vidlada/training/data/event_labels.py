@@ -7,19 +7,19 @@ from typing import NamedTuple
 from vidlada.shapes.captions import event_words
 from vidlada.shapes.questions import NOTHING
 from vidlada.shapes.world import COLOURS, SHAPES, Clip, Event
+from vidlada.training.objective import IGNORED
 
-NO_LABEL = -100  # what cross-entropy leaves out
 KINDS = ("nothing", "appears", "disappears", "turns")
 CLASSES = (len(KINDS), len(COLOURS), len(SHAPES), len(COLOURS))  # of the four labels of an event
 
 
 class EventLabels(NamedTuple):
-    """Classes of an event: its kind, the colour and shape of its thing, the colour it turns; `NO_LABEL` for none."""
+    """Classes of an event: its kind, the colour and shape of its thing, the colour it turns; `IGNORED` for none."""
 
     kind: int = 0
-    colour: int = NO_LABEL
-    shape: int = NO_LABEL
-    new_colour: int = NO_LABEL
+    colour: int = IGNORED
+    shape: int = IGNORED
+    new_colour: int = IGNORED
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def labels_of(clip: Clip, event: Event | None) -> EventLabels:
     if event is None:
         return EventLabels()
     thing, colours = clip.things[event.thing], list(COLOURS)
-    new_colour = NO_LABEL if event.colour is None else colours.index(event.colour)
+    new_colour = IGNORED if event.colour is None else colours.index(event.colour)
     return EventLabels(KINDS.index(event.kind), colours.index(thing.colour), SHAPES.index(thing.shape), new_colour)
 
 
