@@ -1,6 +1,6 @@
 """Draw an answer as it denoises, below the video's frames, as an animated GIF: the picture of the README.
 
-python scripts/draw_answer.py examples/order.mp4 "list the events in order ." docs/answer.gif --threshold 0.98
+python scripts/draw_answer.py examples/order.mp4 "describe the video ." docs/answer.gif --threshold 0.98
 """
 
 import argparse

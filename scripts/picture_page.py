@@ -12,7 +12,7 @@ import sys
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-QUESTIONS = ("what happens before the yellow ring appears ?", "list the events in order .")
+QUESTIONS = ("what happens before the yellow ring appears ?", "describe the video .")
 WAIT = 300_000  # milliseconds
 
 
