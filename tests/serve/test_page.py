@@ -144,15 +144,16 @@ def test_a_conversation(page, clip):
 def test_frames_and_times_seek_the_video(page):
     page.locator("#samples button").first.click()
     playwright.expect(page.locator("#media video")).to_be_visible(timeout=SECONDS)
-    page.wait_for_function("document.querySelector('#media video').readyState > 0")
+    # not by wait_for_function, whose second look the page's security policy refuses
+    wait_for(lambda: page.evaluate("document.querySelector('#media video').readyState > 0"))
     page.locator(".strip button").nth(3).click()
-    page.wait_for_function("Math.abs(document.querySelector('#media video').currentTime - 3) < 0.2")
+    wait_for(lambda: page.evaluate("Math.abs(document.querySelector('#media video').currentTime - 3) < 0.2"))
     playwright.expect(page.locator(".strip li.now")).to_have_count(1, timeout=SECONDS)
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=ANSWER, content_type="text/event-stream"))
     ask(page, "when ?")
     assert page.locator(".time").all_inner_texts() == ["4.5 s", "0:07"]
     page.locator(".time").first.click()
-    page.wait_for_function("Math.abs(document.querySelector('#media video').currentTime - 4.5) < 0.2")
+    wait_for(lambda: page.evaluate("Math.abs(document.querySelector('#media video').currentTime - 4.5) < 0.2"))
     assert page.locator(".thought").evaluate("box => box.open") is False
     assert "let me see" in page.locator(".thought p").text_content()
     picture(page, "times")
