@@ -45,8 +45,8 @@ class Turns:
         """Turn by turn until something has come; calls `watch` before each."""
         task = asyncio.ensure_future(awaitable)
         while not task.done():
-            watch()
             if self.asked.is_set():  # never a turn ahead, on a slow machine either
+                watch()
                 self.asked.clear()
                 self.allowed.release()
             await asyncio.sleep(0.005)
