@@ -1,18 +1,20 @@
 """Take the picture of the server's page in the README: python scripts/picture_page.py [docs/page.png].
 
-Needs Playwright and Chromium. Starts a server of the shipped model, shows it the sample video, asks two questions, and
+Needs Playwright and Chromium. Starts a server of the shipped model, shows it the sample video, asks its questions, and
 keeps what a window of 1440 pixels shows.
 """
 
+import json
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-QUESTIONS = ("what happens before the yellow ring appears ?", "describe the video .")
+SAMPLES = Path(__file__).parents[1] / "vidlada" / "serve" / "page" / "samples" / "index.json"
 WAIT = 300_000  # milliseconds
 
 
@@ -30,7 +32,8 @@ def take(url: str, path: str) -> None:
         page.locator("#settings > summary").click()
         page.locator("[name=cache]").fill("mars")
         page.locator("#settings > summary").click()
-        for number, question in enumerate(QUESTIONS, start=1):
+        questions = json.loads(SAMPLES.read_text(encoding="utf-8"))[0]["questions"]
+        for number, question in enumerate(questions, start=1):
             page.locator("#question").fill(question)
             page.locator("#ask").click()
             expect(page.locator(".cost:visible")).to_have_count(number, timeout=WAIT)
