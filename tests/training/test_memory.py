@@ -90,10 +90,11 @@ def peaks(settings, weights, tmp_path):
 
 
 # On a CPU the device is the host: what is trained in float32 is there once, what stays as it is stored is in the file,
-# and of what ZeRO-3 divides there is a half.
+# and of what ZeRO-3 divides there is a half, beside layers just read (the heap gives them back late). A whole copy
+# beside that half would be 3 bytes a weight, one in float32 5.
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts pages of the process, as Linux lists them")
 @pytest.mark.parametrize(
-    ("parallel", "main", "other"), [("ddp", 5, 5), ("fsdp", 5, 0.5), ("zero2", 0.5, 0.5), ("zero3", 2, 2)]
+    ("parallel", "main", "other"), [("ddp", 5, 5), ("fsdp", 5, 0.5), ("zero2", 0.5, 0.5), ("zero3", 2.8, 2.8)]
 )
 def test_a_process_holds_what_it_trains(folder, tmp_path, parallel, main, other):
     if parallel.startswith("zero"):
