@@ -222,7 +222,8 @@ class TrainingConfig:
         vision_tower: name or folder of the tower that a published `init_from` must have been made with; only its last
             part counts. None: whichever it is.
         seed: of initial weights, data order and masking.
-        precision: of the forward pass; weights and optimizer stay float32. `fp16` needs a GPU.
+        precision: of the forward pass; weights and optimizer stay float32. `auto` is `bf16` where the machine has
+            instructions for its products, else `no`, which is float32. `fp16` needs a GPU.
         optimizer: `adamw`, or `muon`: the layers' matrices by Muon, everything else by AdamW, at one learning rate
             (its updates are scaled to AdamW's size). Muon needs whole matrices: one process or DDP, not sharded.
         weight_decay, beta1, beta2, gradient_clip: of the optimizer; the betas are AdamW's.
@@ -258,7 +259,7 @@ class TrainingConfig:
     new_layers: tuple[NonNegativeInt, ...] = ()
     vision_tower: str | None = None
     seed: int = 0
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: NonNegativeFloat = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

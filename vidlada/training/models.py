@@ -22,6 +22,7 @@ from vidlada.training.config import Lora, TrainingConfig
 from vidlada.training.growth import insert_layers
 from vidlada.training.initialization import initialize
 from vidlada.training.origin import is_llama, origin
+from vidlada.training.precision import RUN_TYPES, run_precision
 from vidlada.training.settings import hint
 from vidlada.training.tokenizer import role_tokens, word_tokenizer
 from vidlada.training.vocabulary import add_think_tokens, add_think_tokens_to
@@ -31,7 +32,6 @@ NOT_DESCRIBED = {entry.name for entry in fields(PreTrainedConfig)} | {
     "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "video_token_id", "suppressed_token_ids",
     "stop_token_ids", "vocab_size", "tie_word_embeddings", "source",
 }  # fmt: skip
-RUN_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the precision of a run
 
 
 def initial_model(
@@ -72,7 +72,7 @@ def _first_model(
 
     # frozen weights under adapters are of the run's type, where autocast bridges it; what is trained is float32. Stored
     # in that type they are mapped from the file: processes share that memory
-    frozen = RUN_TYPES.get(config.precision) if config.lora is not None else None
+    frozen = RUN_TYPES.get(run_precision(config)) if config.lora is not None else None
     checkpoint = describe(folder)
     if weights or frozen is not None:
         kind = frozen or dtype

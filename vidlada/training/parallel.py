@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.model.parallel import free_port
 from vidlada.training.config import TrainingConfig
-from vidlada.training.models import RUN_TYPES
+from vidlada.training.precision import RUN_TYPES, run_precision
 
 Engine = Literal["ddp", "fsdp", "deepspeed"]
 Result = TypeVar("Result")
@@ -63,7 +63,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if zero is not None and "LOCAL_RANK" not in os.environ:
         launch_alone()
     accelerator = Accelerator(
-        mixed_precision=config.precision,
+        mixed_precision=run_precision(config),
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output,
         # without it, accelerate does not join processes on a machine without GPU; with it, it does not use DeepSpeed
@@ -75,8 +75,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     )
     if fsdp is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate shards over GPUs only, though what it does then works on CPUs too; so it is tested there
-        if config.precision != "no":
-            fsdp.set_mixed_precision(config.precision)
+        if (precision := run_precision(config)) != "no":
+            fsdp.set_mixed_precision(precision)
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = fsdp
     if config.optimizer == "muon" and is_sharded(accelerator):

@@ -84,7 +84,10 @@ def run_training(
         on_main(accelerator, lambda: stack.enter_context(lock_output(output)))
         if not resume:  # only now, when all else is known to be right
             on_main(accelerator, lambda: clear_output(output))
-            say(f"{run.trainable:,} trainable parameters, {run.frozen:,} frozen")
+            say(
+                f"{run.trainable:,} trainable parameters, {run.frozen:,} frozen, "
+                f"precision {accelerator.mixed_precision}"
+            )
         start_tracker(accelerator, config, {"trainable_parameters": run.trainable, "frozen_parameters": run.frozen})
         progress = Progress()
         if resume:
@@ -280,7 +283,7 @@ class Run:
         accelerator, config = self.accelerator, self.config
         norm = accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         # under fp16 the scaler skips such a step; DeepSpeed knows the norm only when it has updated the weights
-        if norm is not None and config.precision != "fp16" and not is_deepspeed(accelerator):
+        if norm is not None and self.accelerator.mixed_precision != "fp16" and not is_deepspeed(accelerator):
             figures.gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
             if not math.isfinite(figures.gradient_norm):
                 raise VidLaDAError(
