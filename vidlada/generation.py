@@ -9,11 +9,11 @@ from vidlada.errors import InputError
 from vidlada.settings import INT64, as_sequence, check_settings, format_value, setting
 
 Remasking = Literal["low_confidence", "random"]
-# Cache and commit rule of each speed: on the frontier of `vidlada bench quality` (docs/benchmarks.md)
+# Cache and commit rule of each speed, from what `vidlada bench quality` measured (docs/benchmarks.md)
 SPEEDS: dict[str, dict[str, str | None]] = {
     "exact": {"cache": "none", "commit": None},
-    "balanced": {"cache": "mars", "commit": "threshold:confidence=0.9"},
-    "fast": {"cache": "dual", "commit": "factor:factor=1"},
+    "balanced": {"cache": "mars", "commit": "entropy:bound=0.1"},
+    "fast": {"cache": "dual", "commit": "threshold:confidence=0.9"},
 }
 PACES = ("commit", "threshold", "factor", "steps")  # settings that replace each other
 Noise = Literal["auto", "torch", "counter"]
