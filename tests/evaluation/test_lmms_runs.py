@@ -316,7 +316,8 @@ def test_two_processes_give_the_answers_of_one(finished, tmp_path):
         "record-0.jsonl", "record-1.jsonl"}  # fmt: skip
     for key, sample in two.items():
         expected = one[key]
-        assert (sample.question, sample.video, sample.error) == (expected.question, expected.video, expected.error)
+        assert (sample.question, sample.error) == (expected.question, expected.error)
+        assert Path(sample.video).name == Path(expected.video).name
     # other shapes round differently; answers that went to others' questions would differ everywhere
     assert sum(sample.answer == one[key].answer for key, sample in two.items()) > 8
 

@@ -81,7 +81,7 @@ def test_a_run_writes_checkpoints_logs_and_a_model(whole, expected):
     initial, _ = new_model(MODEL, 0)
     counts = [int(word.replace(",", "")) for word in first.split() if word[0].isdigit()]
     assert sum(counts) == sum(parameter.numel() for parameter in initial.parameters())
-    assert first.endswith(" frozen") and counts[1] > 0
+    assert first.endswith("frozen, precision no") and counts[1] > 0
     for figure in ("norm", "samples/s", "waiting"):
         assert all(figure in line for line in lines)
     assert names(output) == ["checkpoint-0000006", "checkpoint-0000007"]  # only the newest two are kept
