@@ -470,7 +470,8 @@ function preparePanels() {
     };
     const facts = model.vidlada ?? {};
     if (facts.max_frames < 64) panel.querySelector("[name=frames]").value = facts.max_frames;
-    for (const name of ["gen_length", "block_length"]) panel.querySelector(`[name=${name}]`).value = facts[name] ?? "";
+    panel.querySelector("[name=gen_length]").value = facts.gen_length ?? "";
+    panel.querySelector("[name=block_length]").placeholder = facts.block_length ?? "";  // empty, it fits gen_length
     if (panels.children.length === 1) panel.querySelector("[name=cache]").value = "mars";
     panels.append(panel);
   }
