@@ -109,12 +109,12 @@ def test_responses(client, clip):
     inline = f"data:video/mp4;base64,{base64.b64encode(clip.read_bytes()).decode()}"
     content = [{"type": "input_text", "text": "describe the video ."}, {"type": "input_file", "file_data": inline}]
     given = [{"role": "user", "content": content}]
-    chat = ask(client, question_about(clip, "describe the video ."), max_tokens=32)
-    found = client.responses.create(model="tiny", input=given, max_output_tokens=32)
+    chat = ask(client, question_about(clip, "describe the video ."), max_tokens=128)
+    found = client.responses.create(model="tiny", input=given, max_output_tokens=128)
     assert found.output_text == chat.choices[0].message.content
     assert found.usage.input_tokens == chat.usage.prompt_tokens
     assert found.status == ("completed" if chat.choices[0].finish_reason == "stop" else "incomplete")
-    with client.responses.stream(model="tiny", input=given, max_output_tokens=32) as stream:
+    with client.responses.stream(model="tiny", input=given, max_output_tokens=128) as stream:
         deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
         final = stream.get_final_response()
     assert "".join(deltas) == final.output_text == found.output_text
