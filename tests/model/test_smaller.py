@@ -114,6 +114,7 @@ def alive():
     return sum(places.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "float8", "int4"])
 def test_the_layers_are_never_whole_while_they_are_loaded(deep_folder, monkeypatch, kind):
     gc.collect()
