@@ -91,12 +91,13 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
         coefficients, steps, eps: see `torch.optim.Muon`.
     """
     a, b, c = coefficients
-    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if tall else matrix
     wide = wide / wide.norm().clamp(min=eps)
     for _ in range(steps):
         gram = wide @ wide.T  # (rows, rows)
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
+    return wide.T if tall else wide
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> Optimizers:
@@ -117,11 +118,11 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> Optimizers:
             (matrices if is_matrix else others)["language_model" if one_rate else part_of(name)].append(parameter)
         if UNUSED in name:
             parameter.requires_grad_(False)
-    fast = multiplies_bfloat16(next(model.parameters()).device)
+    muon = torch.optim.Muon if multiplies_bfloat16() else Float32Muon
     rate, decay = config.stages[0].learning_rate, config.weight_decay
     kinds: list[tuple[Any, dict[ModelPart, list[nn.Parameter]], dict[str, Any]]] = [
         (torch.optim.AdamW, others, {"betas": (config.beta1, config.beta2)}),
-        (torch.optim.Muon if fast else Float32Muon, matrices, {"adjust_lr_fn": "match_rms_adamw"}),
+        (muon, matrices, {"adjust_lr_fn": "match_rms_adamw"}),
     ]
     built, parts = [], []
     for kind, groups, options in kinds:

@@ -75,8 +75,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     )
     if fsdp is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate shards over GPUs only, though what it does then works on CPUs too; so it is tested there
-        if (precision := run_precision(config)) != "no":
-            fsdp.set_mixed_precision(precision)
+        if accelerator.mixed_precision != "no":
+            fsdp.set_mixed_precision(accelerator.mixed_precision)
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = fsdp
     if config.optimizer == "muon" and is_sharded(accelerator):

@@ -11,15 +11,12 @@ def run_precision(config: TrainingConfig) -> str:
     """`no`, `bf16` or `fp16`: what `auto` means on this machine, or the precision that the run asks for."""
     if config.precision != "auto":
         return config.precision
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return "bf16" if multiplies_bfloat16(device) else "no"
+    return "bf16" if multiplies_bfloat16() else "no"
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are not slower than in float32: 20 times so on a CPU without instructions for them
-    (x86 without AVX-512)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
+def multiplies_bfloat16() -> bool:
+    """Whether the device that runs train on, the accelerator or else the CPU, has instructions for products in
+    bfloat16. On a CPU without them (x86 without AVX-512) they take 20 times as long as in float32."""
+    if not torch.accelerator.is_available():
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return True
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)

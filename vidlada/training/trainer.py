@@ -283,7 +283,7 @@ class Run:
         accelerator, config = self.accelerator, self.config
         norm = accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         # under fp16 the scaler skips such a step; DeepSpeed knows the norm only when it has updated the weights
-        if norm is not None and self.accelerator.mixed_precision != "fp16" and not is_deepspeed(accelerator):
+        if norm is not None and accelerator.mixed_precision != "fp16" and not is_deepspeed(accelerator):
             figures.gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
             if not math.isfinite(figures.gradient_norm):
                 raise VidLaDAError(
