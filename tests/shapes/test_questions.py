@@ -5,9 +5,10 @@ import re
 import numpy as np
 import pytest
 
+from vidlada.errors import InputError
 from vidlada.shapes.benchmark import evaluate, read_questions
 from vidlada.shapes.captions import caption_of, events_recovered, timeline_of
-from vidlada.shapes.dataset import write_dataset
+from vidlada.shapes.dataset import question_of, write_dataset
 from vidlada.shapes.questions import (
     BENCHMARK_FAMILIES,
     FAMILIES,
@@ -108,6 +109,50 @@ def test_questions_of_a_clip_are_all_different():
     assert one and {question.family for question in one} == {"colour"}
     questions = questions_for(clip_for("train", 5), np.random.default_rng(0), 12)
     assert len({question.question for question in questions}) == len(questions) > 8
+
+
+def test_a_shifted_clock_moves_the_seconds_of_questions_and_answers(tmp_path):
+    """The clock starts anywhere, within two digits' reach of the last second; the rest of the clip is the same."""
+    families = ("when", "clock", "timeline")
+    plain = read_questions(write_dataset(tmp_path / "plain", "test", 4, 6, seconds=5, size=50, families=families))
+    shifted = read_questions(
+        write_dataset(tmp_path / "shifted", "test", 4, 6, seconds=5, size=50, shifted_clock=True, families=families)
+    )
+    assert {entry["family"] for entry in shifted} == set(families) and len(plain) == len(shifted)
+    firsts = set()
+    for one, other in zip(plain, shifted, strict=True):
+        first = other["clip"]["first_second"]
+        firsts.add(first)
+        assert one["clip"]["things"] == other["clip"]["things"] and one["family"] == other["family"]
+        assert (tmp_path / "shifted" / other["video"]).exists() and "shifted-clock" in other["video"]
+        before, after = (entry["conversations"][1]["value"] for entry in (one, other))
+        if one["choices"] is None and one["family"] != "timeline":
+            assert int(after) == int(before) + first
+        elif one["family"] == "timeline":
+            assert after.startswith(f"{first} : ") and before.startswith("0 : ")
+    assert len(firsts) > 2
+    truth = {(entry["video"], question_of(entry)): entry["conversations"][1]["value"] for entry in shifted}
+    clocks = [entry for entry in shifted if entry["family"] == "clock"]
+    report = evaluate(
+        clocks,
+        tmp_path,
+        lambda video, asked: [truth[str(video.relative_to(tmp_path)), question] for question, _ in asked],
+    )
+    assert list(report.rows()) == ["clock", "all questions"] and report.families["clock"].mean == 100
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"families": ("when", "why")}, "no questions are called why; use existence"),
+        ({"clock": False, "shifted_clock": True}, "cannot start at another second"),
+        ({"size": 51}, "even number of pixels a side, not 51; use 52"),
+    ],
+)
+def test_what_cannot_be_written_is_named(tmp_path, wrong, message):
+    with pytest.raises(InputError, match=message):
+        write_dataset(tmp_path, "test", clips=1, **wrong)
+    assert not list(tmp_path.glob("*.json")) and not list(tmp_path.glob("videos/*"))
 
 
 def test_the_benchmark_scores_answers(tmp_path):

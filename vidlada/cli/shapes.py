@@ -24,13 +24,17 @@ def shapes() -> None:
 @click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="Number of the first clip.")
 @click.option("--questions", type=click.IntRange(0), default=10, show_default=True, help="Most short ones a clip.")
 @click.option("--seconds", type=click.IntRange(2, 60), help="Length of every clip; drawn by default.")
-@click.option("--size", type=click.IntRange(49), default=224, show_default=True, help="Pixels along a side.")
+@click.option("--size", type=click.IntRange(49), default=224, show_default=True, help="Pixels along a side, even.")
 @click.option("--no-clock", is_flag=True, help="Leave out the running clock in the corner.")
+@click.option("--shifted-clock", is_flag=True, help="Let the clock of every clip start at a random second.")
+@click.option("--families", metavar="NAMES", help="Kinds of questions, e.g. at,when,clock; by default the benchmark's.")
 @one_line_errors
-def shapes_write(folder: Path, no_clock: bool, **options: Any) -> None:
+def shapes_write(folder: Path, no_clock: bool, families: str | None, **options: Any) -> None:
     """Write H.264 clips and their questions, in the LLaVA json format, to FOLDER."""
     from vidlada.shapes.dataset import write_dataset
 
+    if families is not None:
+        options["families"] = [family.strip() for family in families.split(",")]
     with progress("writing clips"):
         click.echo(str(write_dataset(folder, clock=not no_clock, **options)))
 

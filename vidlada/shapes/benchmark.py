@@ -13,7 +13,7 @@ from vidlada.markdown import table
 from vidlada.scores import mean_score
 from vidlada.shapes.captions import events_recovered
 from vidlada.shapes.dataset import question_of
-from vidlada.shapes.questions import BENCHMARK_FAMILIES, CHOICES_MARK, LETTERS, LONG_FAMILIES
+from vidlada.shapes.questions import BENCHMARK_FAMILIES, CHOICES_MARK, FAMILIES, LETTERS, LONG_FAMILIES
 from vidlada.shapes.world import HELD_OUT, Clip
 
 # A question and the answers to choose from, None where it is open
@@ -91,8 +91,14 @@ class Report:
 
     def rows(self) -> dict[str, Score]:
         """Scores in the order they are shown."""
-        letters = {LETTER: self.letters} if self.letters.points else {}
-        return {**self.families, "all short answers": self.short, ALL: self.all, **self.unseen, **letters}
+        rows = {
+            **self.families,
+            "all short answers": self.short,
+            ALL: self.all,
+            **self.unseen,
+            LETTER: self.letters,
+        }
+        return {name: score for name, score in rows.items() if score.points}
 
     def to_markdown(self) -> str:
         """Markdown."""
@@ -193,7 +199,7 @@ def evaluate(
     for entry in entries:
         by_video[entry["video"]].append(entry)
     commonest = commonest_answers(entries)
-    families = {family: Score() for family in (*BENCHMARK_FAMILIES, *LONG_FAMILIES)}
+    families = {family: Score() for family in FAMILIES}
     unseen, by_letter = {SEEN: Score(), UNSEEN: Score()}, Score()
     answers: list[dict[str, Any]] = []
     for video, of_video in by_video.items():

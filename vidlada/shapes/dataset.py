@@ -1,7 +1,8 @@
 """Clips and questions as files: real mp4 and the LLaVA json format."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 
 from vidlada.errors import InputError
 from vidlada.files import write_text
-from vidlada.shapes.questions import BENCHMARK_FAMILIES, LONG_FAMILIES, Question, questions_for
+from vidlada.shapes.questions import BENCHMARK_FAMILIES, FAMILIES, LONG_FAMILIES, Question, questions_for
 from vidlada.shapes.render import write_mp4
-from vidlada.shapes.world import SPLITS, Clip, clip_for
+from vidlada.shapes.world import SPLITS, Clip, clip_for, shift_clock
 
 IMAGE_MARK = "<image>\n"  # where LLaVA's format puts the video
 
@@ -53,6 +54,8 @@ def write_dataset(
     size: int = 224,
     fps: int = 8,
     clock: bool = True,
+    shifted_clock: bool = False,
+    families: Sequence[str] = (*BENCHMARK_FAMILIES, *LONG_FAMILIES),
     progress: Callable[[int], None] = lambda done: None,
 ) -> Path:
     """Write numbered clips of a split and questions about them.
@@ -62,12 +65,14 @@ def write_dataset(
             run continues.
         split: train, validation or test.
         clips: how many, from number `first`.
-        questions: most short questions a clip; a caption and a timeline come on top.
+        questions: most questions a clip of the families but captions and timelines, which come on top, one each.
         first: number of the first clip.
         seconds: length of every clip; drawn by default.
         size: pixels along a side.
         fps: frames a second.
         clock: draw the running clock.
+        shifted_clock: let every clip's clock start at a random second; questions and answers name what it shows.
+        families: of the questions, keys of `vidlada.shapes.questions.FAMILIES`.
         progress: called with the number of finished clips.
 
     Returns:
@@ -78,6 +83,13 @@ def write_dataset(
     """
     if clips < 1 or questions < 0:
         raise InputError(f"give at least 1 clip and 0 questions, not {clips} and {questions}")
+    unknown = [family for family in families if family not in FAMILIES]
+    if unknown:
+        raise InputError(f"no questions are called {', '.join(unknown)}; use {', '.join(FAMILIES)}")
+    if shifted_clock and not clock:
+        raise InputError("a clock that is left out cannot start at another second; give one of the two")
+    short = [family for family in families if family not in LONG_FAMILIES]
+    long = [family for family in families if family in LONG_FAMILIES]
     videos = Path(folder) / "videos"
     try:
         videos.mkdir(parents=True, exist_ok=True)
@@ -87,12 +99,15 @@ def write_dataset(
     for done, index in enumerate(range(first, first + clips), start=1):
         clip = clip_for(split, index, seconds)
         if not clock:
-            clip = Clip.from_dict({**clip.to_dict(), "clock": False})
-        name = f"{split}-{index:06d}-{clip.seconds:02d}s{'' if clock else '-no-clock'}.mp4"
+            clip = replace(clip, clock=False)
+        if shifted_clock:
+            clip = shift_clock(clip, np.random.default_rng([SPLITS[split], index, 2]))
+        clock_name = "-shifted-clock" if shifted_clock else "" if clock else "-no-clock"
+        name = f"{split}-{index:06d}-{clip.seconds:02d}s{clock_name}.mp4"
         if not (videos / name).exists():
             write_mp4(clip, videos / name, size=size, fps=fps)
-        questions_of_clip = clip_questions(clip, split, index, questions, BENCHMARK_FAMILIES)
-        questions_of_clip += clip_questions(clip, split, index, len(LONG_FAMILIES), LONG_FAMILIES)
+        questions_of_clip = clip_questions(clip, split, index, questions, short)
+        questions_of_clip += clip_questions(clip, split, index, len(long), long)
         video = f"videos/{name}"
         entries += [entry_of(clip, question, video, number) for number, question in enumerate(questions_of_clip)]
         progress(done)

@@ -159,8 +159,13 @@ def write_mp4(clip: Clip, path: Path, size: int = 224, fps: int = 8, crf: int = 
         fps: frames a second; frame k shows the time k / fps.
         crf: quality; larger is smaller and worse.
         overwrite: replace an existing file instead of refusing.
+
+    Raises:
+        InputError: the file exists, or the size is odd.
     """
     path = Path(path)
+    if size % 2:
+        raise InputError(f"H.264 files have an even number of pixels a side, not {size}; use {size + 1}")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; choose another name, or overwrite it explicitly")
     with atomic_path(path) as partial, av.open(str(partial), "w", format="mp4") as container:

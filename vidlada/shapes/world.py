@@ -188,6 +188,11 @@ def still(clip: Clip, second: int) -> Clip:
     return Clip(1, clip.seed, things, clip.clock, first_second=second + clip.first_second)
 
 
+def shift_clock(clip: Clip, generator: np.random.Generator) -> Clip:
+    """The same clip, whose clock starts at any second that lets it end at the latest second there is."""
+    return replace(clip, first_second=int(generator.integers(MAX_SECONDS + 1 - clip.seconds + 1)))
+
+
 def slow_down(clip: Clip, factor: int) -> Clip:
     """The same clip, in which everything takes `factor` times as long, up to the last whole second's frame."""
     things = tuple(

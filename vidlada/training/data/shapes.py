@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from vidlada.errors import InputError
 from vidlada.shapes.questions import BENCHMARK_FAMILIES, FAMILIES, questions_for
 from vidlada.shapes.render import render_frames
-from vidlada.shapes.world import MAX_SECONDS, MAX_THINGS, MIN_SECONDS, Clip, clip_for, slow_down, still
+from vidlada.shapes.world import MAX_SECONDS, MAX_THINGS, MIN_SECONDS, Clip, clip_for, shift_clock, slow_down, still
 from vidlada.training.data.event_labels import frame_events, question_events
 from vidlada.training.data.samples import STRICT, Item, OneOrMore, Sample, Share
 from vidlada.training.settings import hint
@@ -161,5 +161,5 @@ class ShapesSource:
         else:
             times = [frame / rate for frame in range(int(clip.seconds * rate))]
         if self.shifted_share and generator.random() < self.shifted_share:
-            clip = replace(clip, first_second=int(generator.integers(MAX_SECONDS + 1 - clip.seconds + 1)))
+            clip = shift_clock(clip, generator)
         return clip, times
