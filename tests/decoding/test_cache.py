@@ -184,7 +184,7 @@ def test_anchors_are_what_the_sampled_queries_look_at():
 
 
 def test_the_schedule_of_mars():
-    policy, layers = Mars(text=2, ratio=2, group=4, pyramid=2), 12
+    policy, layers = Mars(text=2, ratio=2, group=4, pyramid=2, text_pyramid=2), 12
     assert policy.entries(layers) == [4, 8]
     starts = [policy.plan(StepContext(step, 0, layers)).start for step in range(1, 17)]
     assert [plan.get("text") for plan in starts] == [None, 8, None, 4, None, 8, None, 0] * 2
@@ -192,6 +192,9 @@ def test_the_schedule_of_mars():
         None
     ] * 3 + [0]
     assert all(plan[segment] == 0 for plan in starts for segment in ("before", "block", "after"))
+    flat = [Mars(text=2, ratio=2, group=4, pyramid=2).plan(StepContext(step, 0, layers)).start for step in range(1, 17)]
+    assert [plan.get("text") for plan in flat] == [None, 0] * 8
+    assert [plan.get("visual") for plan in flat] == [plan.get("visual") for plan in starts]
 
 
 @given(policy=st.builds(Mars, st.integers(1, 5), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3)))
@@ -199,7 +202,7 @@ def test_a_shallow_refresh_includes_the_deeper_groups(policy):
     """Whatever is due at a group is due at every deeper one."""
     for step in range(1, 60):
         for interval in (policy.text, policy.text * policy.ratio):
-            due = policy._due_groups(16, step, interval)
+            due = policy._due_groups(16, step, interval, policy.pyramid)
             firsts = [0, *policy.entries(16)]
             assert due == list(reversed(firsts[len(firsts) - len(due) :]))
 

@@ -23,8 +23,8 @@ CACHES = {
 }  # fmt: skip
 ABLATION = {
     "without anchors": f"{PAPER},anchors=0", "without chunk attention": f"{PAPER},window=-1",
-    "without the pyramid": f"{PAPER},pyramid=1", "R = 1": f"{PAPER},ratio=1", "R = 4": f"{PAPER},ratio=4",
-    "R = 8": f"{PAPER},ratio=8", "128 anchor queries": f"{PAPER},queries=128",
+    "without the pyramid": f"{PAPER},pyramid=1,text_pyramid=1", "R = 1": f"{PAPER},ratio=1",
+    "R = 4": f"{PAPER},ratio=4", "R = 8": f"{PAPER},ratio=8", "128 anchor queries": f"{PAPER},queries=128",
 }  # fmt: skip
 ROWS = CACHES | ABLATION
 

@@ -34,14 +34,15 @@ class Mars(SegmentPolicy):
     """MARS-Cache (VidLaDA, arXiv 2601.17868): text and frames refreshed at their own intervals, deep layers more often.
 
     Layers form groups. The deepest is refreshed every `text` steps (frames: every `ratio` times as many); going down,
-    each group's interval is `pyramid` times that of the group above it. A refresh that is due for a group starts at
-    its entry and runs to the top, so it includes all deeper groups.
+    each group's interval is `pyramid` times that of the group above it, or `text_pyramid` times for text. A refresh
+    that is due for a group starts at its entry and runs to the top, so it includes all deeper groups.
 
     Args:
         text: steps between refreshes of text in the deepest group (τ_t).
         ratio: frames are refreshed `ratio` times less often (R = τ_v / τ_t).
         group: layers in a group.
         pyramid: ratio of a group's interval to the next deeper one's; 1 refreshes all layers together.
+        text_pyramid: the same ratio for text, which is cheaper to refresh than frames.
         window: chunk attention: neighbouring frames on either side that a visual query attends to in a refresh; -1 for
             full attention.
         anchors: with a window, visual tokens that all visual queries attend to as well; 0 for none. By default 64, or
@@ -62,12 +63,13 @@ class Mars(SegmentPolicy):
     name: ClassVar[str] = "mars"
     presets: ClassVar[dict[str, dict[str, int]]] = {
         # What the paper gives; the text interval and the number of anchors, which it does not give, are our own.
-        "paper": {"text": 4, "ratio": 2, "group": 4, "pyramid": 2, "window": 1, "queries": 32}
+        "paper": {"text": 4, "ratio": 2, "group": 4, "pyramid": 2, "text_pyramid": 2, "window": 1, "queries": 32}
     }
     text: int = setting(4, "Steps between refreshes of text in the deepest group.", minimum=1, maximum=MAX_STEPS)
     ratio: int = setting(8, "Frames are refreshed so many times less often.", minimum=1, maximum=MAX_STEPS)
     group: int = setting(4, "Layers in a group.", minimum=1, maximum=1024)
     pyramid: int = setting(2, "A group's interval over the next deeper one's.", minimum=1, maximum=MAX_STEPS)
+    text_pyramid: int = setting(1, "The same for text.", minimum=1, maximum=MAX_STEPS)
     window: int = setting(-1, "Frames on either side that a visual query sees; -1: all.", minimum=-1, maximum=2**16)
     anchors: int | None = setting(None, "Visual tokens that all visual queries see.", minimum=0, maximum=2**20)
     queries: int = setting(32, "Visual queries sampled in the search for anchors.", minimum=1, maximum=2**20)
@@ -101,11 +103,12 @@ class Mars(SegmentPolicy):
             chunked, search = self.chunk_first and self.chunks, self.anchors != 0 and self.chunks
             return Plan(EVERYTHING, chunked=chunked, search=search, probes=probes)
         start = dict(ANSWER)
-        for segment, interval in (("text", self.text), ("visual", self.text * self.ratio)):
+        schedules = (("text", self.text, self.text_pyramid), ("visual", self.text * self.ratio, self.pyramid))
+        for segment, interval, pyramid in schedules:
             if self.drift:
                 due = self._drifted_groups(context, segment)
             else:
-                due = self._due_groups(context.layers, context.step, interval)
+                due = self._due_groups(context.layers, context.step, interval, pyramid)
             if due:
                 start[segment] = min(due)
         return Plan(start, chunked=self.chunks, probes=probes)
@@ -140,13 +143,13 @@ class Mars(SegmentPolicy):
         drifts = context.drift.get(segment, [0.0] * len(entries))
         return [entry for entry, drift in zip(entries, drifts, strict=True) if drift > self.drift]
 
-    def _due_groups(self, layers: int, step: int, interval: int) -> list[int]:
+    def _due_groups(self, layers: int, step: int, interval: int, pyramid: int) -> list[int]:
         """Entries of the groups that are due at a step."""
         firsts = [0, *self.entries(layers)]
         return [
             first
             for depth, first in enumerate(reversed(firsts))  # 0 is the deepest
-            if step % (interval * self.pyramid**depth) == 0
+            if step % (interval * pyramid**depth) == 0
         ]
 
 
