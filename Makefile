@@ -27,7 +27,7 @@ test: $(VENV)/ready-dev
 # All tests, with DeepSpeed, trackers, SmolLM2 and Triton, which are else skipped; those of torch.compile and of Triton
 # need a C++ compiler.
 test-all: $(VENV)/ready-all
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --durations 10 -rs
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10 -rs
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

@@ -21,6 +21,19 @@ SMALL = {
     "generation": {"gen_length": 32, "block_length": 8},
 }  # fmt: skip
 
+# Minutes each. They start first, so that no worker is left alone with one at the end (--dist loadfile).
+LONGEST = [
+    "evaluation/test_lmms_runs.py", "training/test_trainer.py", "training/test_parallel.py", "bench/test_decoding.py",
+    "bench/test_serve.py", "bench/test_gpu.py", "training/test_adapt.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, then the others with slow tests."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(item.path, len(LONGEST)), item.path not in slow))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible():
