@@ -1,7 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# modules are compiled when they are first imported: most never are
+# modules are compiled when they are first imported (most never are), and kept, whatever the environment says: else every
+# process that starts compiles them again
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 # beside the project: by itself it would replace torch and pull torchvision in
 LMMS_EVAL = $(INSTALL) --no-deps lmms-eval==0.7.3
