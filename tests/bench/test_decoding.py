@@ -78,7 +78,7 @@ def test_scaling():
 
 def test_weights():
     kinds = [Weights("float32"), Weights("float32", "int8"), Weights("bfloat16", "int8-dynamic")]
-    figures = weights_figures("mid", frames=1, kinds=kinds, repeats=1)
+    figures = weights_figures("tiny", frames=2, kinds=kinds, repeats=1)
     assert [row["weights"] for row in figures["rows"]] == ["float32", "float32, int8", "bfloat16, int8-dynamic"]
     assert figures["rows"][0]["cached_times_faster"] == 1
     assert weights_table(figures).count("\n| ") == 4

@@ -7,7 +7,6 @@ from click.testing import CliRunner
 
 from vidlada.bench.roofline import plan_figures, steps_of
 from vidlada.cli import main
-from vidlada.decoding.memory import PROMPT_TOKENS
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.model.config import VidLaDAConfig
@@ -20,9 +19,8 @@ def test_the_arithmetic_is_what_is_counted(cache):
 
     _, counted = count_work("8b", cache, frames=4, steps=6)
     settings = GenerationSettings(gen_length=128, block_length=32, cache=cache)
-    # as many positions as were counted: there is more room for text in the prediction
-    visual = 4 * 210 + 2 * TEXT_TOKENS - PROMPT_TOKENS
-    for work, step in zip(counted, steps_of(VidLaDAConfig(), visual, settings, 1), strict=False):
+    steps = steps_of(VidLaDAConfig(), 4 * 210, settings, 1, text_tokens=2 * TEXT_TOKENS)
+    for work, step in zip(counted, steps, strict=False):
         assert step.operations == pytest.approx(work.flops, rel=0.05)
 
 

@@ -310,9 +310,9 @@ def test_answers_are_kept_across_commits(tmp_path, monkeypatch):
 
 def test_two_processes_give_the_answers_of_one(finished, tmp_path):
     output, _, options = finished
-    vidlada_eval("--tasks", "shapes,lvbench", "--output", tmp_path / "two", "--processes", 2, *options)
+    vidlada_eval("--tasks", "shapes", "--output", tmp_path / "two", "--processes", 2, *options)
     one, two = read_run(output).samples, read_run(tmp_path / "two").samples
-    assert len(two) == 12 and {path.name for path in (tmp_path / "two/lmms-eval").glob("record-*")} == {
+    assert len(two) == 8 and {path.name for path in (tmp_path / "two/lmms-eval").glob("record-*")} == {
         "record-0.jsonl", "record-1.jsonl"}  # fmt: skip
     for key, sample in two.items():
         expected = one[key]
@@ -320,7 +320,7 @@ def test_two_processes_give_the_answers_of_one(finished, tmp_path):
         assert Path(sample.video).name == Path(expected.video).name
         assert sample.answer != expected.answer or sample.points == expected.points
     # other shapes round differently; answers that went to others' questions would differ everywhere
-    assert sum(sample.answer == one[key].answer for key, sample in two.items()) > 8
+    assert sum(sample.answer == one[key].answer for key, sample in two.items()) > 5
 
 
 def test_a_run_with_an_adapter(root, small_folder, adapter, tmp_path):
