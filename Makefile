@@ -47,6 +47,7 @@ $(VENV)/ready-docs: $(VENV)/ready pyproject.toml constraints.txt
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(f"vidlada needs Python 3.11 or newer, this is {sys.version}" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip  # an old one takes a minute longer to choose versions
 
 $(VENV)/ready: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(INSTALL) --editable .
