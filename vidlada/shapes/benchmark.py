@@ -91,13 +91,8 @@ class Report:
 
     def rows(self) -> dict[str, Score]:
         """Scores in the order they are shown."""
-        rows = {
-            **self.families,
-            "all short answers": self.short,
-            ALL: self.all,
-            **self.unseen,
-            LETTER: self.letters,
-        }
+        together = {"all short answers": self.short, ALL: self.all}
+        rows = {**self.families, **together, **self.unseen, LETTER: self.letters}
         return {name: score for name, score in rows.items() if score.points}
 
     def to_markdown(self) -> str:

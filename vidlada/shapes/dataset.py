@@ -90,6 +90,7 @@ def write_dataset(
         raise InputError("a clock that is left out cannot start at another second; give one of the two")
     short = [family for family in families if family not in LONG_FAMILIES]
     long = [family for family in families if family in LONG_FAMILIES]
+    ending = "-shifted-clock" * shifted_clock + "-no-clock" * (not clock)
     videos = Path(folder) / "videos"
     try:
         videos.mkdir(parents=True, exist_ok=True)
@@ -102,8 +103,7 @@ def write_dataset(
             clip = replace(clip, clock=False)
         if shifted_clock:
             clip = shift_clock(clip, np.random.default_rng([SPLITS[split], index, 2]))
-        clock_name = "-shifted-clock" if shifted_clock else "" if clock else "-no-clock"
-        name = f"{split}-{index:06d}-{clip.seconds:02d}s{clock_name}.mp4"
+        name = f"{split}-{index:06d}-{clip.seconds:02d}s{ending}.mp4"
         if not (videos / name).exists():
             write_mp4(clip, videos / name, size=size, fps=fps)
         questions_of_clip = clip_questions(clip, split, index, questions, short)
