@@ -28,8 +28,8 @@ def copy_on_cpu(states: Tensor) -> Tensor:
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a layer's weight is one tensor: those that are smaller, or lie on several devices, are tensors of
-    tensors."""
-    return type(linear) is nn.Linear and not hasattr(linear.weight, "__tensor_flatten__")
+    tensors, by their type (torch.compile does not see attributes of the weight itself)."""
+    return type(linear) is nn.Linear and not hasattr(type(linear.weight), "__tensor_flatten__")
 
 
 def add_product(residual: Tensor, linear: nn.Module, states: Tensor) -> Tensor:
