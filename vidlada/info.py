@@ -185,7 +185,7 @@ def machine_facts() -> dict[str, Any]:
         {
             "name": torch.cuda.get_device_name(number),
             "memory_gib": round(torch.cuda.get_device_properties(number).total_memory / GIB, 1),
-            "bfloat16": torch.cuda.is_bf16_supported(),
+            "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
         }
         for number in range(torch.cuda.device_count())
     ]
