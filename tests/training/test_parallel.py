@@ -371,10 +371,12 @@ def test_adapters_under_fsdp_follow_the_curve_of_one_process(base, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler, for torch.compile on CPUs")
-def test_compiled_layers_under_fsdp_follow_the_curve_of_one_process(one, tmp_path):
-    """As the 8B model's configurations combine them."""
+def test_compiled_layers_under_fsdp_follow_the_curve_of_one_process(tmp_path):
+    """As the 8B model's configurations combine them. One stage: what is frozen in another is compiled once more."""
+    stages = (Stage("a", 1e-2, DATA, 6),)
+    expected = alone(config(tmp_path / "one", stages=stages))
     changes = {"parallel": "fsdp", "compile": True, "gradient_checkpointing": True, "checkpoint_every": 6}
-    follows(*launched(config(tmp_path / "run", **changes), tmp_path), one)
+    follows(*launched(config(tmp_path / "run", stages=stages, **changes), tmp_path), expected)
 
 
 def test_under_fsdp_one_process_reads_the_checkpoint(base, tmp_path):
