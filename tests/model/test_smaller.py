@@ -45,6 +45,21 @@ def test_states_stay_near(model, kind, tolerance):
     assert weight.numel() * 1.2 * WEIGHT_BYTES[kind] > sum(part.nbytes for part in _parts(weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["int8", "float8", "int4"])
+def test_an_output_without_weights_stays_zero(kind, dtype):
+    """As of a head that training has emptied, whose scale would be 0 / 0."""
+    if (kind, dtype) == ("int4", torch.float16):
+        pytest.skip("torchao's int4 products take no float16 on a CPU")
+    linear = torch.nn.Linear(64, 16, bias=False, dtype=dtype)
+    linear.weight.data[3] = 0
+    quantize(linear, kind)
+    with torch.inference_mode():
+        found = linear(torch.randn(2, 64, dtype=dtype))
+    assert found.isfinite().all()
+    assert found[:, 3].abs().max() < 1e-5 < found[:, 4].abs().min()
+
+
 def _parts(weight):
     """Plain tensors inside a quantised one."""
     names, _ = weight.__tensor_flatten__()

@@ -13,6 +13,7 @@ Quantization = Literal["int8", "int8-dynamic", "float8", "float8-dynamic", "int4
 WEIGHT_BYTES: dict[str, float] = {"int8": 1, "int8-dynamic": 1, "float8": 1, "float8-dynamic": 1, "int4": 0.5}
 GROUPS = (128, 64, 32)  # inputs that share an int4 scale, the preferred size first
 FLOAT8_PRODUCTS = (8, 9)  # compute capability from which a GPU multiplies in float8
+ALMOST_ZERO = 1e-20  # in place of the zeros of an output channel that has nothing else, whose scale would be 0 / 0
 
 
 def check_quantization(kind: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -91,6 +92,10 @@ def quantize(module: nn.Module, kind: Quantization) -> None:
     group = next((size for size in GROUPS if all(width % size == 0 for width in widths)), None)
     if kind == "int4" and group is None:
         raise InputError(f"int4 needs widths that are multiples of {GROUPS[-1]}, not {', '.join(map(str, widths))}")
+    for linear in linears:
+        least = max(ALMOST_ZERO, torch.finfo(linear.weight.dtype).smallest_normal / 2**10)
+        unused = linear.weight.detach().abs().amax(1, keepdim=True) == 0
+        linear.weight.data.masked_fill_(unused, least)
     quantize_(
         module,
         torchao_config(kind, weight.device, group or GROUPS[0]),
