@@ -7,7 +7,7 @@ from media import write_video
 
 import vidlada
 from vidlada import video as video_module
-from vidlada.errors import InputError
+from vidlada.errors import InputError, VidLaDAError
 from vidlada.model.vision import FRAMES_PER_PASS, Vision
 from vidlada.video import Sampling, sample_frames
 
@@ -175,3 +175,11 @@ def test_frames_pass_the_tower_while_the_next_are_decoded(small, tmp_path, monke
     frames = sample_frames(path, Sampling(max_frames=40), small.processor.image_size)
     (whole,) = small.model.encode_media(small.processor.pixel_values(frames.images), [40])
     torch.testing.assert_close(encoded.visual_tokens, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": "mars"}, {"choices": ["yes", "no"]}])
+def test_predictions_that_are_not_numbers_are_no_answer(small_folder, options):
+    damaged = vidlada.load(small_folder)
+    damaged.model.language_model.norm.weight.data[0] = float("nan")
+    with pytest.raises(VidLaDAError, match=r"predictions are not numbers \(NaN\)"):
+        damaged.ask(None, "is it red ?", **FAST, **options)

@@ -1,13 +1,16 @@
 """The engine: answers as alone, joining and leaving between steps, places freed at once."""
 
 import asyncio
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from engines import INFO, alone, answer, engine_of, frames_of, job_of, turns_of
 from processes import wait_for
 
+from vidlada.decoding.sampler import Denoiser
 from vidlada.engine.feature_store import LRUCache
 from vidlada.engine.requests import EngineRequest, MediaInput
 from vidlada.errors import InputError, VidLaDAError
@@ -157,6 +160,27 @@ def test_a_failing_model_fails_its_requests_and_no_more(small, monkeypatch, capl
     with engine_of(small) as engine:
         assert asyncio.run(run(engine)).stable.finish_reason
         assert engine.alive
+
+
+def test_predictions_that_are_not_numbers_fail_their_request_alone(small, monkeypatch):
+    block_logits = Denoiser.block_logits
+
+    def spoilt(self, rows, guided=False):
+        parts = self.split(rows, block_logits(self, rows, guided))
+        return torch.cat(
+            [part * (math.nan if row.settings.gen_length == 16 else 1) for row, part in zip(rows, parts, strict=True)]
+        )
+
+    async def run(engine):
+        good = asyncio.ensure_future(answer(engine, job_of(small, gen_length=32)))
+        with pytest.raises(VidLaDAError, match=r"predictions are not numbers \(NaN\)"):
+            await answer(engine, job_of(small, gen_length=16))
+        return await good
+
+    monkeypatch.setattr(Denoiser, "block_logits", spoilt)
+    with engine_of(small) as engine:
+        assert asyncio.run(run(engine)).stable.text == alone(small, "is it red ?", gen_length=32).text
+        assert (engine.totals.finished, engine.totals.failed) == (1, 1)
 
 
 def test_deadline(small):

@@ -8,7 +8,24 @@ from typing import Any
 from torch import Tensor
 
 from vidlada.decoding.cache import VisualCache
+from vidlada.errors import VidLaDAError
 from vidlada.generation import GenerationSettings
+
+
+def check_predictions(values: Tensor) -> None:
+    """Refuse predictions that are not numbers: their tokens would mean nothing.
+
+    Args:
+        values: probabilities or scores of one request, on the CPU.
+
+    Raises:
+        VidLaDAError: one is NaN.
+    """
+    if bool(values.isnan().any()):
+        raise VidLaDAError(
+            "the model's predictions are not numbers (NaN): its weights are damaged, or overflow in their type; try "
+            "another one (dtype bfloat16 or float32, no quantization)"
+        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vidlada.decoding.attention import upload
+from vidlada.decoding.request import check_predictions
 from vidlada.errors import InputError
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
@@ -31,6 +32,7 @@ def score_answers(
 
     Raises:
         InputError: there is nothing to choose between, an answer is empty, or all are too long for the model.
+        VidLaDAError: the predictions are not numbers.
     """
     if not answers or not all(answers):
         raise InputError(f"give at least one answer to score, none of them empty, not {list(map(list, answers))}")
@@ -50,4 +52,6 @@ def score_answers(
     suppressed = np.array([token for token in config.suppressed_token_ids if token not in end], dtype=np.int64)
     logits.index_fill_(-1, upload({"": suppressed}, logits.device)[""], -torch.inf)
     log_probabilities = logits.log_softmax(-1).cpu()
-    return torch.stack([log_probabilities[range(len(ids)), ids].sum() for ids in closed])
+    scores = torch.stack([log_probabilities[range(len(ids)), ids].sum() for ids in closed])
+    check_predictions(scores)
+    return scores

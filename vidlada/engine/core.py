@@ -24,6 +24,7 @@ from typing import TypeVar
 import torch
 
 from vidlada.decoding.memory import is_out_of_memory
+from vidlada.decoding.request import check_predictions
 from vidlada.decoding.sampler import Denoiser, State, Statistics
 from vidlada.decoding.thinking import Turn
 from vidlada.engine.choosing import ChoosingTurn
@@ -235,6 +236,7 @@ class EngineCore:
 
     def _deliver(self, number: int, state: State) -> None:
         """Send a state on; free the place of an answer that is complete."""
+        check_predictions(state.confidence)
         entry = self.decoding[number]
         turn = entry.turn
         assert isinstance(turn, Turn | FormTurn)
