@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serve.inside import running_app
 
+import vidlada
 from vidlada.engine.forms import FormTurn, Hole, form_slots
-from vidlada.errors import InputError
+from vidlada.errors import InputError, VidLaDAError
 from vidlada.serve.errors import RequestError
 from vidlada.serve.json_schema import form_of, schema_of
 
@@ -108,6 +109,15 @@ def test_the_likeliest_value_is_chosen(small):
     turn.step()
     assert turn.form[1] == max(scores, key=scores.get)
     assert not turn.choosing and len(turn.request.initial_ids) == turn.request.settings.gen_length
+
+
+def test_a_choice_by_predictions_that_are_not_numbers_is_refused(small_folder):
+    damaged = vidlada.load(small_folder)
+    damaged.model.language_model.norm.weight.data[0] = float("nan")
+    form, _ = form_of({"type": "object", "properties": {"color": SCENE["$defs"]["Color"]}})
+    request = damaged.chat(None).request("is it red ?")
+    with pytest.raises(VidLaDAError, match=r"predictions are not numbers \(NaN\)"):
+        FormTurn(damaged.model, damaged.processor, request, form).step()
 
 
 def test_an_integer_that_is_none_is_an_error_by_name(small):

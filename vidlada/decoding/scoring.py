@@ -51,7 +51,23 @@ def score_answers(
     logits = model.lm_head(model.language_model(sequence, wanted=wanted)[0]).float()
     suppressed = np.array([token for token in config.suppressed_token_ids if token not in end], dtype=np.int64)
     logits.index_fill_(-1, upload({"": suppressed}, logits.device)[""], -torch.inf)
+    return sum_log_probabilities(logits, closed)
+
+
+def sum_log_probabilities(logits: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
+    """Log-likelihood of each answer, its slots predicted independently.
+
+    Args:
+        logits: (slots, vocabulary) float32, at least as many slots as the longest answer has tokens.
+        answers: token ids of each.
+
+    Returns:
+        (answers,) float32 on the CPU.
+
+    Raises:
+        VidLaDAError: the predictions are not numbers.
+    """
     log_probabilities = logits.log_softmax(-1).cpu()
-    scores = torch.stack([log_probabilities[range(len(ids)), ids].sum() for ids in closed])
+    scores = torch.stack([log_probabilities[range(len(ids)), ids].sum() for ids in answers])
     check_predictions(scores)
     return scores

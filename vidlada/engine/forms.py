@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vidlada.decoding.sampler import Request, State, Statistics
+from vidlada.decoding.scoring import sum_log_probabilities
 from vidlada.decoding.streaming import StableText
 from vidlada.errors import InputError
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
@@ -145,9 +146,8 @@ class FormTurn:
         start = len(self.request.prompt) + len(first)
         sequence = torch.cat((self.request.prompt.to(embedded.dtype), embedded))[None]
         hidden = model.language_model(sequence, wanted=slice(start, start + longest))[0]
-        scores = model.lm_head(hidden).float().log_softmax(-1).cpu()
-        sums = [float(scores[range(len(choice)), choice].sum()) for choice in closed]
-        return hole.choices[sums.index(max(sums))]
+        scores = sum_log_probabilities(model.lm_head(hidden).float(), closed).tolist()
+        return hole.choices[scores.index(max(scores))]
 
     def take(self, state: State) -> tuple[State, StableText]:
         """A state after a step, and the text once it is complete.
