@@ -92,10 +92,10 @@ def quantize(module: nn.Module, kind: Quantization) -> None:
     group = next((size for size in GROUPS if all(width % size == 0 for width in widths)), None)
     if kind == "int4" and group is None:
         raise InputError(f"int4 needs widths that are multiples of {GROUPS[-1]}, not {', '.join(map(str, widths))}")
-    for linear in linears:
-        least = max(ALMOST_ZERO, torch.finfo(linear.weight.dtype).smallest_normal / 2**10)
-        unused = linear.weight.detach().abs().amax(1, keepdim=True) == 0
-        linear.weight.data.masked_fill_(unused, least)
+    if kind.startswith("float8"):  # the others give such an output a scale above 0
+        least = max(ALMOST_ZERO, torch.finfo(weight.dtype).smallest_normal / 2**10)
+        for linear in linears:
+            linear.weight.data.masked_fill_(linear.weight.data.abs().amax(1, keepdim=True) == 0, least)
     quantize_(
         module,
         torchao_config(kind, weight.device, group or GROUPS[0]),
