@@ -35,8 +35,6 @@ pytestmark = pytest.mark.slow
 FRAMES = 4
 BROKEN, MISSING = "videomme/data/clip0000001.mp4", "lvbench/clip1.mp4"
 ALL = ",".join(BENCHMARKS)
-
-
 TASKS = {"_task_utils", "egoschema", "longvideobench", "lvbench", "mlvu", "mvbench", "videomme", "videommmu"}
 
 
