@@ -22,7 +22,7 @@ from vidlada.training.objective import IGNORED
 
 DATA = {"kind": "shapes", "seconds": [5, 8], "frames_per_batch": 24, "questions": 4, "choice_share": 0.0,
         "families": ["at", "quiet", "order"], "shifted_share": 0.5, "rates": [1, 2, 0.5]}  # fmt: skip
-SETTINGS = EventSupervision(frame_layers=(0,), question_layers=(0,))
+SETTINGS = EventSupervision(frame_layers=(0,), question_layers=(0,), neighbour_layers=(0,))
 
 
 def words_of(labels):
@@ -68,6 +68,13 @@ def test_tokens_are_those_of_frames_and_of_the_moment_asked_about():
         assert place.tolist() == [
             start + n * tokens for start, number in zip(starts, frames, strict=True) for n in range(number)
         ]
+        frames_of = [batch["frame_events"][row == n] for n in range(len(samples))]
+        eventful = [labels[labels[:, 2] > 0] for labels in frames_of]
+        nothing = torch.tensor([[0, IGNORED, IGNORED, IGNORED]])
+        before = torch.cat([torch.cat([nothing, labels[:-1, 2:]]) for labels in eventful if len(labels)])
+        after = torch.cat([torch.cat([labels[1:, 2:], nothing]) for labels in eventful if len(labels)])
+        for name, labels in (("previous_events", before), ("next_events", after)):
+            assert batch[name].tolist() == torch.cat([torch.cat(eventful)[:, :2], labels], 1).tolist()
         questions = [question for sample in samples for question, _ in sample.exchanges]
         for row, place, *_ in batch["question_events"].tolist():
             question = questions[owner[row, place]]
@@ -77,21 +84,30 @@ def test_tokens_are_those_of_frames_and_of_the_moment_asked_about():
     assert seconds > 5 and marks > 2
 
 
+def cross_entropy(reader, states, events, quiet):
+    """Label by label; of tokens at which nothing happens `quiet` times as much."""
+    losses, weights = 0.0, 0.0
+    for row, place, *labels in events.tolist():
+        weight = quiet if labels[0] == 0 else 1.0
+        weights += weight
+        for label, read in zip(labels, reader(states[row, place][None]), strict=True):
+            if label != IGNORED:
+                losses += weight * F.cross_entropy(read, torch.tensor([label])).item()
+    return losses / weights
+
+
 def test_the_loss_is_cross_entropy_over_labels():
     model, _ = new_model(MODEL, 0)
     language_model = model.language_model
-    loss = EventLoss(SETTINGS, language_model)
+    settings = EventSupervision((0,), (0,), (0,), frame_weight=0.3, question_weight=0.5, neighbour_weight=0.2)
+    loss = EventLoss(settings, language_model)
     states = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
-    language_model(states)
-    known = loss.states[0]
     events = torch.tensor([[0, 3, 2, 1, 4, IGNORED], [1, 5, 0, IGNORED, IGNORED, IGNORED], [1, 8, 3, 0, 0, 7]])
-    total = 0.0
-    for row, place, *labels in events.tolist():
-        for label, read in zip(labels, loss.readers["frame0"](known[row, place][None]), strict=True):
-            if label != IGNORED:
-                weight = 0.25 if labels[0] == 0 else 1
-                total += weight * F.cross_entropy(read, torch.tensor([label])).item()
-    torch.testing.assert_close(loss({"frame_events": events}).item(), 0.3 * total / 2.25, rtol=1e-4, atol=1e-5)
+    weights = {"frame": (0.3, 0.25), "question": (0.5, 0.5), "previous": (0.1, 0.5), "next": (0.1, 0.5)}
+    for kind, (weight, quiet) in weights.items():
+        language_model(states)
+        expected = weight * cross_entropy(loss.readers[f"{kind}0"], loss.states[0], events, quiet)
+        torch.testing.assert_close(loss({f"{kind}_events": events}).item(), expected, rtol=1e-4, atol=1e-5)
     assert [part.out_features for part in loss.readers["frame0"].maps] == list(CLASSES)
 
 

@@ -177,6 +177,17 @@ def order(clip: Clip, generator: Generator) -> Asked | None:
     return f"does the {asked_event(clip, events[later])} before the {words[earlier]} ?", "no", []
 
 
+def neighbour(clip: Clip, generator: Generator) -> Asked | None:
+    """What happens before or after an event, of three or more (training only)."""
+    words = [event_words(clip, event) for event in clip.events]
+    if len(words) < 3:
+        return None
+    place = int(generator.integers(len(words) - 1))
+    if generator.integers(2):
+        return f"what happens after the {words[place]} ?", words[place + 1], []
+    return f"what happens before the {words[place + 1]} ?", words[place], []
+
+
 def at_second(clip: Clip, generator: Generator) -> Asked | None:
     """What happens at a second."""
     events = clip.events
@@ -303,7 +314,7 @@ BENCHMARK_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
 LONG_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {"caption": caption, "timeline": timeline}
 TRAINING_FAMILIES: dict[str, Callable[[Clip, Generator], Asked | None]] = {
     "inventory": inventory, "picture": picture, "where": where, "spot": spot, "path": path, "clock": clock,
-    "quiet": quiet, "everything": everything,
+    "quiet": quiet, "everything": everything, "neighbour": neighbour,
 }  # fmt: skip
 FAMILIES = BENCHMARK_FAMILIES | LONG_FAMILIES | TRAINING_FAMILIES
 

@@ -195,14 +195,18 @@ class EventSupervision:
         frame_layers: whose output must know, in the first token of every frame, what happens in it.
         question_layers: whose output must know, in a question of what happens at a second or before or after another
             event, the event in question: in the token of the second, or in that of the question mark.
-        frame_weight, question_weight: of the losses, each a mean over layers.
+        neighbour_layers: whose output must know, in the first token of every frame with an event, the events before
+            and after it.
+        frame_weight, question_weight, neighbour_weight: of the losses, each a mean over layers.
         learning_rate: of the linear maps, by Adam.
     """
 
     frame_layers: tuple[NonNegativeInt, ...] = ()
     question_layers: tuple[NonNegativeInt, ...] = ()
+    neighbour_layers: tuple[NonNegativeInt, ...] = ()
     frame_weight: PositiveFloat = 0.3
     question_weight: PositiveFloat = 0.4
+    neighbour_weight: PositiveFloat = 0.2
     learning_rate: PositiveFloat = 2e-3
 
 

@@ -13,7 +13,8 @@ from vidlada.training.data.event_labels import CLASSES
 from vidlada.training.objective import IGNORED
 
 # Of the kind of event where nothing happens: frames with an event are few
-QUIET_FRAME, QUIET_QUESTION = 0.25, 0.5
+QUIET_FRAME, QUIET = 0.25, 0.5
+NEIGHBOURS = ("previous", "next")  # of an event
 BETAS = (0.9, 0.99)
 
 
@@ -43,7 +44,7 @@ class EventLoss:
 
     def __init__(self, settings: EventSupervision, language_model: LanguageModel):
         layers = language_model.layers
-        numbers = {*settings.frame_layers, *settings.question_layers}
+        numbers = {*settings.frame_layers, *settings.question_layers, *settings.neighbour_layers}
         if any(number >= len(layers) - 1 for number in numbers):
             raise InputError(f"event_supervision: layers {sorted(numbers)}, but it takes 0 to {len(layers) - 2}")
         self.settings = settings
@@ -52,6 +53,7 @@ class EventLoss:
         self.readers = nn.ModuleDict(
             {f"frame{number}": EventReader(width) for number in settings.frame_layers}
             | {f"question{number}": EventReader(width) for number in settings.question_layers}
+            | {f"{kind}{number}": EventReader(width) for kind in NEIGHBOURS for number in settings.neighbour_layers}
         )
         self.readers.to(language_model.devices[0])
         self.optimizer = torch.optim.Adam(self.readers.parameters(), lr=settings.learning_rate, betas=BETAS)
@@ -68,14 +70,16 @@ class EventLoss:
         """The weighted loss on the states of the forward pass that has just been; 0 where the batch knows no event."""
         settings = self.settings
         loss = next(self.readers.parameters()).new_zeros(())
-        kinds = (
-            ("frame", "frame_events", settings.frame_layers, settings.frame_weight, QUIET_FRAME),
-            ("question", "question_events", settings.question_layers, settings.question_weight, QUIET_QUESTION),
-        )
-        for kind, name, layers, weight, quiet in kinds:
-            if name in batch:
+        kinds = [
+            ("frame", settings.frame_layers, settings.frame_weight, QUIET_FRAME),
+            ("question", settings.question_layers, settings.question_weight, QUIET),
+            *[(kind, settings.neighbour_layers, settings.neighbour_weight / len(NEIGHBOURS), QUIET)
+              for kind in NEIGHBOURS],
+        ]  # fmt: skip
+        for kind, layers, weight, quiet in kinds:
+            if f"{kind}_events" in batch:
                 for number in layers:
-                    part = self._loss_of(f"{kind}{number}", self.states[number], batch[name], quiet)
+                    part = self._loss_of(f"{kind}{number}", self.states[number], batch[f"{kind}_events"], quiet)
                     loss = loss + weight / len(layers) * part
         self.states.clear()
         return loss

@@ -1,9 +1,10 @@
 """Clips of the shapes world at other rates, starting times and with single frames between them."""
 
+import numpy as np
 import pytest
 
 from vidlada.errors import InputError
-from vidlada.shapes.captions import NOTHING
+from vidlada.shapes.captions import NOTHING, event_words
 from vidlada.training.data.shapes import ShapesSource
 
 
@@ -64,6 +65,25 @@ def test_nothing_happens_at_a_quiet_second():
             assert answer == NOTHING and second not in events
             beside += bool({second - 1, second + 1} & events)
     assert beside > 20
+
+
+def test_neighbours_of_an_event_are_those_of_its_clip():
+    asked = 0
+    for item in plan_of(families=("neighbour", "count"), choice_share=0.0):
+        words = [event_words(item.media[0], event) for event in item.media[0].events]
+        for question, answer in item.exchanges:
+            if question.startswith("what happens"):
+                _, _, side, _, *event = question.removesuffix(" ?").split()
+                place = words.index(" ".join(event)) + (1 if side == "after" else -1)
+                assert len(words) >= 3 and answer == words[place]
+                asked += 1
+    assert asked > 20
+
+
+def test_clips_with_the_most_events_of_several_draws():
+    events = [len(item.media[0].events) for item in plan_of(families=("count",))]
+    of_four = [len(item.media[0].events) for item in plan_of(families=("count",), draws=4)]
+    assert np.mean(of_four) > np.mean(events) + 1
 
 
 @pytest.mark.parametrize("rates", [(), (0.3,), (1.5,)])

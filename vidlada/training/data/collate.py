@@ -16,6 +16,7 @@ from vidlada.model.masks import PackedMask, RowMask, SharedPrefixMask
 from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import ImageShape, MediaShape
 from vidlada.training.config import CollateSettings
+from vidlada.training.data.event_labels import EventLabels
 from vidlada.training.data.samples import Item, Sample, Source
 from vidlada.training.objective import IGNORED, conversation_mask
 
@@ -71,8 +72,8 @@ class Collator:
             or (batch, 1, tokens, tokens), or of rows that share a prefix or are packed, or None when nothing is padded
             or separate; `force` (samples,); `sample_weight` (samples,) where samples are weighed; with videos
             `pixel_values` and `media_shapes`; `stands_in` where they are only a stand-in. With events:
-            `frame_events` and `question_events` (events, 6), the row and position of a token and the labels it should
-            know.
+            `frame_events`, `question_events`, `previous_events` and `next_events` (events, 6), the row and position of
+            a token and the labels it should know.
         """
         samples = [self.cut(sample) for sample in samples]
         counts = [len(sample.exchanges) if sample.separate else 1 for sample in samples]
@@ -125,14 +126,22 @@ class Collator:
         return batch
 
     def _events(self, samples: Sequence[Sample], starts: Sequence[int], batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Tokens that should know an event: the first of each frame, and the word in a question that means a moment."""
+        """Tokens that should know an event: the first of each frame, which should know the events before and after its
+        own too, and the word in a question that means a moment."""
         frames: list[tuple[int, ...]] = []
         questions: list[tuple[int, ...]] = []
+        previous: list[tuple[int, ...]] = []
+        following: list[tuple[int, ...]] = []
         for row, (sample, first) in enumerate(zip(samples, starts, strict=True)):
             ids, owner = batch["input_ids"][row], batch["sample_index"][row]
             places = (ids == self.processor.video_token_id).nonzero()[:, 0].tolist()
             tokens = len(places) // max(1, len(sample.frame_events))
             frames += [(row, places[n * tokens], *labels) for n, labels in enumerate(sample.frame_events)]
+            eventful = [n for n, labels in enumerate(sample.frame_events) if labels.kind]
+            known = [EventLabels(), *(sample.frame_events[n] for n in eventful), EventLabels()]
+            for number, n in enumerate(eventful):
+                previous.append((row, places[n * tokens], *known[number]))
+                following.append((row, places[n * tokens], *known[number + 2]))
             for event in sample.question_events:
                 token = self.processor.tokenizer.convert_tokens_to_ids(event.word)
                 number = first + event.exchange if sample.separate else first
@@ -140,7 +149,9 @@ class Collator:
                     (row, place, *event.labels)
                     for place in ((owner == number) & (ids == token)).nonzero()[:1, 0].tolist()
                 ]
-        found = {"frame_events": frames, "question_events": questions}
+        found = {
+            "frame_events": frames, "question_events": questions, "previous_events": previous, "next_events": following,
+        }  # fmt: skip
         return {name: torch.tensor(events) for name, events in found.items() if events}
 
     def rows(self, samples: Sequence[Sample], generator: np.random.Generator) -> list[tuple[int, dict[str, Any]]]:

@@ -44,6 +44,7 @@ class ShapesSource:
             are k times as slow, so that every event still falls on a frame.
         shifted_share: share of clips whose clock does not start at 0; seconds are what the clock shows.
         no_clock_share: share of clips without a clock, whose frames are a second apart and counted from 0.
+        draws: each clip is the one with the most events of so many that are drawn.
     """
 
     seed: NonNegativeInt = 0
@@ -62,6 +63,7 @@ class ShapesSource:
     rates: tuple[PositiveFloat, ...] = (1.0,)
     shifted_share: Share = 0.0
     no_clock_share: Share = 0.0
+    draws: PositiveInt = 1
 
     def __post_init__(self) -> None:
         unknown = [family for family in (*self.families, *self.picture_families) if family not in FAMILIES]
@@ -138,7 +140,11 @@ class ShapesSource:
         raise InputError("clips of the shapes world never repeat; give steps instead of epochs")
 
     def _clip(self, generator: np.random.Generator, seconds: int | None) -> Clip:
-        return clip_for(self.split, int(generator.integers(2**62)), seconds=seconds, max_things=self.max_things)
+        clips = [
+            clip_for(self.split, int(generator.integers(2**62)), seconds=seconds, max_things=self.max_things)
+            for _ in range(self.draws)
+        ]
+        return max(clips, key=lambda clip: len(clip.events))
 
     def _item(self, clip: Clip, questions: int, rate: float, generator: np.random.Generator) -> Item:
         times: list[float]
