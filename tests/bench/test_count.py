@@ -79,7 +79,15 @@ def test_a_batch_of_every_policy_and_pace(dtype):
 
 @pytest.mark.parametrize(
     ("cache", "kernels"),
-    [("dual", 440), ("frozen", 440), ("interval", 450), ("dkv", 450), ("mars", 450), ("sparse", 440)],
+    [
+        ("dual", 440),
+        ("frozen", 440),
+        ("interval", 450),
+        ("dkv", 450),
+        ("mars", 440),
+        ("sparse", 440),
+        ("mars:drift=0.02", 450),
+    ],
 )
 def test_a_cached_step_at_the_shape_of_8b(cache, kernels):
     joining, steps = count_work("8b", cache, frames=2, steps=4)

@@ -75,9 +75,9 @@ def follow(
         for cache, predicted in zip(caches, found, strict=True):
             distances[cache].add(logits[open_slots][:, allowed], predicted[open_slots][:, allowed])
         for own in (own for follower in followers for own in follower.caches):
-            drift = own.measure_drift()
-            if drift is not None:
-                own.take_drift(drift.tolist())
+            moved = own.compare_probes()
+            if moved is not None:
+                own.take_drift(moved)
         (proposals,) = denoiser.predict([leader], [logits])
         leader.commit(proposals, 1, layers)
         leader.next_block()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -96,7 +97,8 @@ class RequestCache:
         # of policies that refresh by measured drift
         self.probed: dict[str, Tensor] = {}
         self.refreshed_from: dict[str, int] = {}
-        self.references: dict[str, Tensor] = {}
+        self.probes = torch.empty(0, dtype=torch.long)
+        self.references: Tensor | None = None
         self.drift: dict[str, list[float]] = {}
         self.reuse = min(reuse, config.num_hidden_layers)
         self.entries = sorted({*policy.entries(config.num_hidden_layers), self.reuse} - {0, config.num_hidden_layers})
@@ -183,7 +185,8 @@ class RequestCache:
         answers_first = sorted(plan.start.items(), key=lambda item: item[0] in self.refreshes)
         for segment, start in answers_first:
             joins.setdefault(start, []).append(self.segment(segment))
-        wanted = self.wanted_positions(plan, joins)
+        # to leave a few probes out of the last layer would take longer than to let them through
+        wanted = None if self.refreshes.keys().isdisjoint(plan.start) else self.wanted_positions(plan, joins)
         self.add_probes(plan, joins)
         self.attention.begin_pass(plan, self.segment("block"))
         self.attention.joins = {start: concatenate(positions) for start, positions in joins.items()}
@@ -195,6 +198,7 @@ class RequestCache:
             (answer, slice(self.first, self.first + len(answer))),
             self.attention.compact,
             wanted,
+            plan.store_states,
         )
 
     def wanted_positions(self, plan: Plan, joins: dict[int, list[Tensor]]) -> int | None:
@@ -258,47 +262,62 @@ class RequestCache:
         self.arrange(self.index[places], int((places < self.first).sum()), len(self.answer))
         self.attention.prune(self.frames, numbers)
         self.probed.clear()
-        self.references.clear()
+        self.references = None
 
     def add_probes(self, plan: Plan, joins: dict[int, list[Tensor]]) -> None:
         """Recompute a few positions of the segments that are not refreshed, to measure how far they moved."""
         self.refreshed_from = {segment: plan.start[segment] for segment in self.refreshes if segment in plan.start}
-        for segment in self.refreshes if plan.probes else ():
-            positions = self.segment(segment)
-            if segment not in self.probed:
+        if not plan.probes:
+            return
+        if not self.probed:
+            for segment in self.refreshes:
+                positions = self.segment(segment)
                 spread = torch.linspace(0, len(positions) - 1, min(plan.probes, len(positions)))
                 self.probed[segment] = positions[upload({"": spread.long().numpy()}, positions.device)[""]]
+            self.probes = torch.cat(list(self.probed.values()))
+        for segment, positions in self.probed.items():
             if segment not in self.refreshed_from:
-                joins.setdefault(0, []).append(self.probed[segment])
+                joins.setdefault(0, []).append(positions)
 
-    def measure_drift(self) -> Tensor | None:
+    def compare_probes(self) -> Tensor | None:
         """Compare the probed values of the pass that just ran with those of their last refresh, at every entry.
 
         Returns:
-            (probed segments × entries,) float64, for `take_drift`; None if nothing is probed.
+            1 - cosine of each, (entries × probes,) float64, for `take_drift`; None if nothing is probed.
         """
         if not self.probed:
             return None
         assert self.kv_cache is not None
-        entries, drifts = [0, *self.policy.entries(self.config.num_hidden_layers)], []
-        for segment, positions in self.probed.items():
-            # (entries, probes, key/value heads × head_dim)
-            values = torch.stack([self.kv_cache.select(entry, positions).chunk(2)[1] for entry in entries])
-            values = values.transpose(1, 2).flatten(2).float()
-            if segment in self.refreshed_from or segment not in self.references:
+        entries, parts = [0, *self.policy.entries(self.config.num_hidden_layers)], []
+        for entry in entries:
+            states = self.kv_cache.select(entry, self.probes.to(self.kv_cache.devices[entry]))
+            parts.append(states.chunk(2)[1].transpose(0, 1).to(self.probes.device))
+        values = torch.stack(parts).flatten(2).float()  # (entries, probes, key/value heads × head_dim)
+        if self.references is None:
+            self.references = values
+        for segment, probes in self._probes_of_segments():
+            if segment in self.refreshed_from:
                 # a refresh from some layer up leaves what lies below as the earlier one left it
-                kept = sum(entry < self.refreshed_from.get(segment, 0) for entry in entries)
-                self.references[segment] = torch.cat((self.references.get(segment, values)[:kept], values[kept:]))
-            similarity = F.cosine_similarity(values, self.references[segment], dim=-1)  # (entries, probes)
-            drifts.append(1 - similarity.mean(1))
-        return torch.cat(drifts).double()
+                kept = sum(entry < self.refreshed_from[segment] for entry in entries)
+                self.references[kept:, probes] = values[kept:, probes]
+        return (1 - F.cosine_similarity(values, self.references, dim=-1)).flatten().double()
 
-    def take_drift(self, drifts: list[float]) -> None:
-        """Note what `measure_drift` found, for the next plan."""
-        size = len(drifts) // len(self.probed)
-        self.drift = {
-            segment: drifts[number * size : (number + 1) * size] for number, segment in enumerate(self.probed)
-        }
+    def take_drift(self, distances: Tensor) -> None:
+        """Note what `compare_probes` found, for the next plan.
+
+        Args:
+            distances: (entries × probes,).
+        """
+        drifts = distances.unflatten(0, (-1, len(self.probes)))  # (entries, probes)
+        self.drift = {segment: drifts[:, probes].mean(1).tolist() for segment, probes in self._probes_of_segments()}
+
+    def _probes_of_segments(self) -> list[tuple[str, slice]]:
+        """Every probed segment with the part of `probes` that is its own."""
+        ends = list(accumulate(map(len, self.probed.values())))
+        return [
+            (segment, slice(end - len(positions), end))
+            for (segment, positions), end in zip(self.probed.items(), ends, strict=True)
+        ]
 
     def block_states(self, block: slice) -> Tensor:
         """Final normed states of the block's positions: (block, width)."""

@@ -154,6 +154,7 @@ class PartialPass:
             those of the pass's own positions, which are written here alone.
         wanted: so many of the positions, those that are active first, whose states leave the last layer; None for all.
             There the others leave keys and values only.
+        store_states: keep the states that enter those layers where positions may join.
     """
 
     kv_cache: KVCache
@@ -163,6 +164,7 @@ class PartialPass:
     answer: tuple[Tensor, slice] | None = None
     compact: Mapping[int, Tensor] = field(default_factory=dict)
     wanted: int | None = None
+    store_states: bool = True
 
 
 @torch.inference_mode()
@@ -237,7 +239,7 @@ def _join(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor, n
     parts, before = [], sum(map(len, active))
     for place, (each, states) in enumerate(zip(passes, hidden.split([len(a) for a in active]), strict=True)):
         entering = each.kv_cache.hidden.get(number)
-        if entering is not None and len(states):
+        if entering is not None and each.store_states and len(states):
             entering.index_copy_(0, active[place], states)
         joining = each.joins.get(number)
         if joining is not None and len(joining):

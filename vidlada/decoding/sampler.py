@@ -154,7 +154,7 @@ class Denoiser:
                     [empty if own is None else own for own, empty in zip(found, nothing, strict=True)]
                 )
         caches = [cache for row in rows for cache in row.caches]
-        drifts = [cache.measure_drift() for cache in caches]
+        drifts = [cache.compare_probes() for cache in caches]
         packed = torch.cat(
             [*columns.values(), *(drift for drift in drifts if drift is not None)]
         ).cpu()  # it waits here
@@ -162,7 +162,7 @@ class Denoiser:
         for cache, drift in zip(caches, drifts, strict=True):
             if drift is not None:
                 own, rest = rest.tensor_split([len(drift)])
-                cache.take_drift(own.tolist())
+                cache.take_drift(own)
         split = {name: self.split(rows, column) for name, column in zip(columns, values, strict=True)}
         return [
             Prediction(

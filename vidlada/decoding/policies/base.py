@@ -38,6 +38,8 @@ class Plan:
         layerwise: share of the answer that its own pass recomputes in every layer, after the common one (`dllm`).
         narrow: share of the answer's positions that go on after the first layer, those whose values changed most.
         probes: positions of each segment of the prompt that are recomputed just to see how far they moved.
+        store_states: keep the states that enter the policy's `entries`. Only of positions that are always recomputed
+            from the first layer on may they be left out.
     """
 
     start: dict[str, int]
@@ -47,6 +49,7 @@ class Plan:
     narrow: float | None = None
     probes: int = 0
     layerwise: float | None = None
+    store_states: bool = True
 
 
 @dataclass(frozen=True)

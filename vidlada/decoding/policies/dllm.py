@@ -76,16 +76,16 @@ class LayerwiseUpdate(AttentionPattern):
         rotation = table.index_select(1, kv_cache.rotary_positions(answer))
         if self.added is None:
             self.added = hidden.new_zeros(config.num_hidden_layers, *hidden.shape)
-        count = max(1, round(self.share * len(answer)))
+        count, every = max(1, round(self.share * len(answer))), torch.arange(len(answer), device=answer.device)
         for number, layer in enumerate(language_model.layers):
             assert isinstance(layer, Layer)
             queries, states = language_model.enter(layer, hidden, rotation)
-            chosen = torch.arange(len(answer), device=answer.device)
+            chosen = every
             if count < len(answer):
                 stored = kv_cache.read(number)[1].index_select(1, answer)
                 values = states[len(stored) :]
                 similarity = F.cosine_similarity(values.transpose(0, 1).flatten(1), stored.transpose(0, 1).flatten(1))
-                chosen = similarity.topk(count, largest=False).indices.sort().values
+                chosen = similarity.topk(count, largest=False, sorted=False).indices
             kv_cache.write(number, answer.index_select(0, chosen), states.index_select(1, chosen))
             asking, entering = queries.index_select(1, chosen), hidden.index_select(0, chosen)
             mixed = attend_grouped(asking, *kv_cache.read(number))

@@ -111,7 +111,7 @@ class Mars(SegmentPolicy):
                 due = self._due_groups(context.layers, context.step, interval, pyramid)
             if due:
                 start[segment] = min(due)
-        return Plan(start, chunked=self.chunks, probes=probes)
+        return Plan(start, chunked=self.chunks, probes=probes, store_states=start != ANSWER)
 
     def attention(self, frames: FrameMap, prompt: Tensor) -> AttentionPattern:
         """Chunk attention where there are several frames and a window; else full attention.
