@@ -119,6 +119,13 @@ def test_the_last_layer_works_for_the_answer():
         assert step.flops == expected
 
 
+def test_the_last_layer_works_for_the_block_where_others_join_midway():
+    """Elastic-Cache: what joins in the second layer leaves only keys and values in the last one."""
+    _, (first, second) = count_work("8b", "elastic", frames=8, steps=2)
+    whole_layer = first.flops / 31  # of 32, the last of which works for the answer
+    assert second.flops / whole_layer < 30.5  # 31 if the last one were whole too
+
+
 def test_requests_share_one_wait():
     _, alone = count_work("mid", "dual", frames=2, steps=3)
     _, together = count_work("mid", "dual", frames=2, steps=3, rows=4)

@@ -185,8 +185,9 @@ class RequestCache:
         answers_first = sorted(plan.start.items(), key=lambda item: item[0] in self.refreshes)
         for segment, start in answers_first:
             joins.setdefault(start, []).append(self.segment(segment))
-        # to leave a few probes out of the last layer would take longer than to let them through
-        wanted = None if self.refreshes.keys().isdisjoint(plan.start) else self.wanted_positions(plan, joins)
+        wanted = self.wanted_positions(plan, joins)
+        if plan.probes and self.refreshes.keys().isdisjoint(plan.start):
+            wanted = None  # to leave a few probes out of the last layer would take longer than to let them through
         self.add_probes(plan, joins)
         self.attention.begin_pass(plan, self.segment("block"))
         self.attention.joins = {start: concatenate(positions) for start, positions in joins.items()}
