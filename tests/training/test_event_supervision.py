@@ -68,13 +68,15 @@ def test_tokens_are_those_of_frames_and_of_the_moment_asked_about():
         assert place.tolist() == [
             start + n * tokens for start, number in zip(starts, frames, strict=True) for n in range(number)
         ]
-        frames_of = [batch["frame_events"][row == n] for n in range(len(samples))]
-        eventful = [labels[labels[:, 2] > 0] for labels in frames_of]
-        nothing = torch.tensor([[0, IGNORED, IGNORED, IGNORED]])
-        before = torch.cat([torch.cat([nothing, labels[:-1, 2:]]) for labels in eventful if len(labels)])
-        after = torch.cat([torch.cat([labels[1:, 2:], nothing]) for labels in eventful if len(labels)])
-        for name, labels in (("previous_events", before), ("next_events", after)):
-            assert batch[name].tolist() == torch.cat([torch.cat(eventful)[:, :2], labels], 1).tolist()
+        kinds = batch["frame_events"][:, 2:]
+        for name, past in (("previous_events", True), ("next_events", False)):
+            neighbours = {(row, place): labels for row, place, *labels in batch[name].tolist()}
+            for n, (row, place, *_) in enumerate(batch["frame_events"].tolist()):
+                same_clip = (batch["frame_events"][:, 0] == row) & (kinds[:, 0] > 0)
+                (found,) = (same_clip[:n] if past else same_clip[n + 1 :]).nonzero(as_tuple=True)
+                others = kinds[found if past else found + n + 1].tolist()
+                nearest = others[-1 if past else 0] if others else [0, IGNORED, IGNORED, IGNORED]
+                assert neighbours[row, place] == nearest
         questions = [question for sample in samples for question, _ in sample.exchanges]
         for row, place, *_ in batch["question_events"].tolist():
             question = questions[owner[row, place]]

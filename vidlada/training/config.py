@@ -195,8 +195,8 @@ class EventSupervision:
         frame_layers: whose output must know, in the first token of every frame, what happens in it.
         question_layers: whose output must know, in a question of what happens at a second or before or after another
             event, the event in question: in the token of the second, or in that of the question mark.
-        neighbour_layers: whose output must know, in the first token of every frame with an event, the events before
-            and after it.
+        neighbour_layers: whose output must know, in the first token of every frame, the last event before it and the
+            next after it.
         frame_weight, question_weight, neighbour_weight: of the losses, each a mean over layers.
         learning_rate: of the linear maps, by Adam.
     """

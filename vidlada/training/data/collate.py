@@ -126,8 +126,8 @@ class Collator:
         return batch
 
     def _events(self, samples: Sequence[Sample], starts: Sequence[int], batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Tokens that should know an event: the first of each frame, which should know the events before and after its
-        own too, and the word in a question that means a moment."""
+        """Tokens that should know an event: the first of each frame, which should know the last event before it and
+        the next after it too, and the word in a question that means a moment."""
         frames: list[tuple[int, ...]] = []
         questions: list[tuple[int, ...]] = []
         previous: list[tuple[int, ...]] = []
@@ -135,13 +135,14 @@ class Collator:
         for row, (sample, first) in enumerate(zip(samples, starts, strict=True)):
             ids, owner = batch["input_ids"][row], batch["sample_index"][row]
             places = (ids == self.processor.video_token_id).nonzero()[:, 0].tolist()
-            tokens = len(places) // max(1, len(sample.frame_events))
+            count = len(sample.frame_events)
+            tokens = len(places) // max(1, count)
             frames += [(row, places[n * tokens], *labels) for n, labels in enumerate(sample.frame_events)]
-            eventful = [n for n, labels in enumerate(sample.frame_events) if labels.kind]
-            known = [EventLabels(), *(sample.frame_events[n] for n in eventful), EventLabels()]
-            for number, n in enumerate(eventful):
-                previous.append((row, places[n * tokens], *known[number]))
-                following.append((row, places[n * tokens], *known[number + 2]))
+            for labelled, numbers in ((previous, range(count)), (following, reversed(range(count)))):
+                latest = EventLabels()
+                for n in numbers:
+                    labelled.append((row, places[n * tokens], *latest))
+                    latest = sample.frame_events[n] if sample.frame_events[n].kind else latest
             for event in sample.question_events:
                 token = self.processor.tokenizer.convert_tokens_to_ids(event.word)
                 number = first + event.exchange if sample.separate else first
