@@ -12,8 +12,8 @@ Remasking = Literal["low_confidence", "random"]
 # Cache and commit rule of each speed, from what `vidlada bench quality` measured (docs/benchmarks.md)
 SPEEDS: dict[str, dict[str, str | None]] = {
     "exact": {"cache": "none", "commit": None},
-    "balanced": {"cache": "mars", "commit": "entropy:bound=0.1"},
-    "fast": {"cache": "dual", "commit": "threshold:confidence=0.9"},
+    "balanced": {"cache": "mars", "commit": "credit:confidence=0.9"},
+    "fast": {"cache": "dual", "commit": "credit:confidence=0.9"},
 }
 PACES = ("commit", "threshold", "factor", "steps")  # settings that replace each other
 Noise = Literal["auto", "torch", "counter"]
