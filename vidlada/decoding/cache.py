@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -95,9 +94,9 @@ class RequestCache:
         self.attention = policy.attention(self.frames, prompt)
         self.repeatable = True  # the last pass would do the same if it ran again
         # of policies that refresh by measured drift
-        self.probed: dict[str, Tensor] = {}
+        self.probes = torch.empty(0, dtype=torch.long)  # positions
+        self.probed: dict[str, slice] = {}  # segment → its part of them
         self.refreshed_from: dict[str, int] = {}
-        self.probes = torch.empty(0, dtype=torch.long)
         self.references: Tensor | None = None
         self.drift: dict[str, list[float]] = {}
         self.reuse = min(reuse, config.num_hidden_layers)
@@ -186,8 +185,6 @@ class RequestCache:
         for segment, start in answers_first:
             joins.setdefault(start, []).append(self.segment(segment))
         wanted = self.wanted_positions(plan, joins)
-        if plan.probes and self.refreshes.keys().isdisjoint(plan.start):
-            wanted = None  # to leave a few probes out of the last layer would take longer than to let them through
         self.add_probes(plan, joins)
         self.attention.begin_pass(plan, self.segment("block"))
         self.attention.joins = {start: concatenate(positions) for start, positions in joins.items()}
@@ -204,7 +201,10 @@ class RequestCache:
 
     def wanted_positions(self, plan: Plan, joins: dict[int, list[Tensor]]) -> int | None:
         """How many of a pass's positions, the first ones, are the answer's: nobody reads what leaves the last layer of
-        the others. None where the answer does not come first, or only a part of it goes on."""
+        the others. None where the answer does not come first, or only a part of it goes on, and where the others are a
+        few probes: to leave them out would take longer than to let them through."""
+        if plan.probes and self.refreshes.keys().isdisjoint(plan.start):
+            return None
         starts = [start for segment, start in plan.start.items() if segment not in self.refreshes]
         if self.attention.whole or plan.narrow is not None or not starts or set(starts) != {min(plan.start.values())}:
             return None
@@ -271,14 +271,16 @@ class RequestCache:
         if not plan.probes:
             return
         if not self.probed:
+            parts: list[Tensor] = []
             for segment in self.refreshes:
-                positions = self.segment(segment)
+                positions, first = self.segment(segment), sum(map(len, parts))
                 spread = torch.linspace(0, len(positions) - 1, min(plan.probes, len(positions)))
-                self.probed[segment] = positions[upload({"": spread.long().numpy()}, positions.device)[""]]
-            self.probes = torch.cat(list(self.probed.values()))
-        for segment, positions in self.probed.items():
+                parts.append(positions[upload({"": spread.long().numpy()}, positions.device)[""]])
+                self.probed[segment] = slice(first, first + len(spread))
+            self.probes = torch.cat(parts)
+        for segment, own in self.probed.items():
             if segment not in self.refreshed_from:
-                joins.setdefault(0, []).append(positions)
+                joins.setdefault(0, []).append(self.probes[own])
 
     def compare_probes(self) -> Tensor | None:
         """Compare the probed values of the pass that just ran with those of their last refresh, at every entry.
@@ -296,11 +298,11 @@ class RequestCache:
         values = torch.stack(parts).flatten(2).float()  # (entries, probes, key/value heads × head_dim)
         if self.references is None:
             self.references = values
-        for segment, probes in self._probes_of_segments():
+        for segment, own in self.probed.items():
             if segment in self.refreshed_from:
                 # a refresh from some layer up leaves what lies below as the earlier one left it
                 kept = sum(entry < self.refreshed_from[segment] for entry in entries)
-                self.references[kept:, probes] = values[kept:, probes]
+                self.references[kept:, own] = values[kept:, own]
         return (1 - F.cosine_similarity(values, self.references, dim=-1)).flatten().double()
 
     def take_drift(self, distances: Tensor) -> None:
@@ -310,15 +312,7 @@ class RequestCache:
             distances: (entries × probes,).
         """
         drifts = distances.unflatten(0, (-1, len(self.probes)))  # (entries, probes)
-        self.drift = {segment: drifts[:, probes].mean(1).tolist() for segment, probes in self._probes_of_segments()}
-
-    def _probes_of_segments(self) -> list[tuple[str, slice]]:
-        """Every probed segment with the part of `probes` that is its own."""
-        ends = list(accumulate(map(len, self.probed.values())))
-        return [
-            (segment, slice(end - len(positions), end))
-            for (segment, positions), end in zip(self.probed.items(), ends, strict=True)
-        ]
+        self.drift = {segment: drifts[:, own].mean(1).tolist() for segment, own in self.probed.items()}
 
     def block_states(self, block: slice) -> Tensor:
         """Final normed states of the block's positions: (block, width)."""

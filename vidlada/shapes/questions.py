@@ -167,10 +167,8 @@ def order(clip: Clip, generator: Generator) -> Asked | None:
     if kind == 1:
         return "what happens last ?", words[-1], words[:-1]
     place = int(generator.integers(len(events) - 1))
-    if kind == 2:
-        return f"what happens after the {words[place]} ?", words[place + 1], words
-    if kind == 3:
-        return f"what happens before the {words[place + 1]} ?", words[place], words
+    if kind in (2, 3):
+        return *_beside(words, place, after=kind == 2), words
     earlier, later = sorted(generator.choice(len(events), 2, replace=False))
     if generator.integers(2):
         return f"does the {asked_event(clip, events[earlier])} before the {words[later]} ?", "yes", []
@@ -183,9 +181,14 @@ def neighbour(clip: Clip, generator: Generator) -> Asked | None:
     if len(words) < 3:
         return None
     place = int(generator.integers(len(words) - 1))
-    if generator.integers(2):
-        return f"what happens after the {words[place]} ?", words[place + 1], []
-    return f"what happens before the {words[place + 1]} ?", words[place], []
+    return *_beside(words, place, after=bool(generator.integers(2))), []
+
+
+def _beside(words: Sequence[str], place: int, after: bool) -> tuple[str, str]:
+    """Question and answer about two events in a row, the first of them at `place`."""
+    if after:
+        return f"what happens after the {words[place]} ?", words[place + 1]
+    return f"what happens before the {words[place + 1]} ?", words[place]
 
 
 def at_second(clip: Clip, generator: Generator) -> Asked | None:

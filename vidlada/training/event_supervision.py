@@ -14,7 +14,6 @@ from vidlada.training.objective import IGNORED
 
 # Of the kind of event where nothing happens: frames with an event are few
 QUIET_FRAME, QUIET = 0.25, 0.5
-NEIGHBOURS = ("previous", "next")  # of an event
 BETAS = (0.9, 0.99)
 
 
@@ -44,16 +43,20 @@ class EventLoss:
 
     def __init__(self, settings: EventSupervision, language_model: LanguageModel):
         layers = language_model.layers
-        numbers = {*settings.frame_layers, *settings.question_layers, *settings.neighbour_layers}
+        neighbours = settings.neighbour_layers, settings.neighbour_weight / 2, QUIET
+        self.kinds = {  # layers, weight, and weight of tokens at which nothing happens
+            "frame": (settings.frame_layers, settings.frame_weight, QUIET_FRAME),
+            "question": (settings.question_layers, settings.question_weight, QUIET),
+            "previous": neighbours,
+            "next": neighbours,
+        }
+        numbers = {number for numbers, *_ in self.kinds.values() for number in numbers}
         if any(number >= len(layers) - 1 for number in numbers):
             raise InputError(f"event_supervision: layers {sorted(numbers)}, but it takes 0 to {len(layers) - 2}")
-        self.settings = settings
         self.states: dict[int, Tensor] = {}  # (batch, tokens, width) that layers put out last
         width = language_model.config.hidden_size
         self.readers = nn.ModuleDict(
-            {f"frame{number}": EventReader(width) for number in settings.frame_layers}
-            | {f"question{number}": EventReader(width) for number in settings.question_layers}
-            | {f"{kind}{number}": EventReader(width) for kind in NEIGHBOURS for number in settings.neighbour_layers}
+            {f"{kind}{number}": EventReader(width) for kind, (own, *_) in self.kinds.items() for number in own}
         )
         self.readers.to(language_model.devices[0])
         self.optimizer = torch.optim.Adam(self.readers.parameters(), lr=settings.learning_rate, betas=BETAS)
@@ -68,15 +71,8 @@ class EventLoss:
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
         """The weighted loss on the states of the forward pass that has just been; 0 where the batch knows no event."""
-        settings = self.settings
         loss = next(self.readers.parameters()).new_zeros(())
-        kinds = [
-            ("frame", settings.frame_layers, settings.frame_weight, QUIET_FRAME),
-            ("question", settings.question_layers, settings.question_weight, QUIET),
-            *[(kind, settings.neighbour_layers, settings.neighbour_weight / len(NEIGHBOURS), QUIET)
-              for kind in NEIGHBOURS],
-        ]  # fmt: skip
-        for kind, layers, weight, quiet in kinds:
+        for kind, (layers, weight, quiet) in self.kinds.items():
             if f"{kind}_events" in batch:
                 for number in layers:
                     part = self._loss_of(f"{kind}{number}", self.states[number], batch[f"{kind}_events"], quiet)

@@ -1,6 +1,7 @@
 """How the samples of a step become tensors."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, zip_longest
@@ -16,7 +17,7 @@ from vidlada.model.masks import PackedMask, RowMask, SharedPrefixMask
 from vidlada.processor import VidLaDAProcessor
 from vidlada.tiling import ImageShape, MediaShape
 from vidlada.training.config import CollateSettings
-from vidlada.training.data.event_labels import EventLabels
+from vidlada.training.data.event_labels import latest_events
 from vidlada.training.data.samples import Item, Sample, Source
 from vidlada.training.objective import IGNORED, conversation_mask
 
@@ -128,31 +129,22 @@ class Collator:
     def _events(self, samples: Sequence[Sample], starts: Sequence[int], batch: dict[str, Any]) -> dict[str, Tensor]:
         """Tokens that should know an event: the first of each frame, which should know the last event before it and
         the next after it too, and the word in a question that means a moment."""
-        frames: list[tuple[int, ...]] = []
-        questions: list[tuple[int, ...]] = []
-        previous: list[tuple[int, ...]] = []
-        following: list[tuple[int, ...]] = []
+        found: dict[str, list[tuple[int, ...]]] = defaultdict(list)
         for row, (sample, first) in enumerate(zip(samples, starts, strict=True)):
             ids, owner = batch["input_ids"][row], batch["sample_index"][row]
             places = (ids == self.processor.video_token_id).nonzero()[:, 0].tolist()
-            count = len(sample.frame_events)
-            tokens = len(places) // max(1, count)
-            frames += [(row, places[n * tokens], *labels) for n, labels in enumerate(sample.frame_events)]
-            for labelled, numbers in ((previous, range(count)), (following, reversed(range(count)))):
-                latest = EventLabels()
-                for n in numbers:
-                    labelled.append((row, places[n * tokens], *latest))
-                    latest = sample.frame_events[n] if sample.frame_events[n].kind else latest
+            own = list(sample.frame_events)
+            firsts = places[:: len(places) // len(own)] if own else []  # tokens of the frames
+            kinds = {"frame": own, "previous": latest_events(own), "next": latest_events(own[::-1])[::-1]}
+            for kind, events in kinds.items():
+                found[f"{kind}_events"] += [(row, place, *labels) for place, labels in zip(firsts, events, strict=True)]
             for event in sample.question_events:
                 token = self.processor.tokenizer.convert_tokens_to_ids(event.word)
                 number = first + event.exchange if sample.separate else first
-                questions += [
+                found["question_events"] += [
                     (row, place, *event.labels)
                     for place in ((owner == number) & (ids == token)).nonzero()[:1, 0].tolist()
                 ]
-        found = {
-            "frame_events": frames, "question_events": questions, "previous_events": previous, "next_events": following,
-        }  # fmt: skip
         return {name: torch.tensor(events) for name, events in found.items() if events}
 
     def rows(self, samples: Sequence[Sample], generator: np.random.Generator) -> list[tuple[int, dict[str, Any]]]:

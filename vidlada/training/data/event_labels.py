@@ -52,6 +52,15 @@ def frame_events(clip: Clip, times: Sequence[float]) -> list[EventLabels]:
     return [labels_of(clip, events.get(time)) for time in times]
 
 
+def latest_events(events: Sequence[EventLabels]) -> list[EventLabels]:
+    """The last event before each of some frames, from what happens in them; nothing where there was none."""
+    latest, found = EventLabels(), []
+    for labels in events:
+        found.append(latest)
+        latest = labels if labels.kind else latest
+    return found
+
+
 def question_events(clip: Clip, exchanges: Sequence[tuple[str, str]]) -> list[QuestionEvent]:
     """The events that answer questions of what happens, at a second or before or after another event."""
     events: dict[str, Event | None] = {NOTHING: None, **{event_words(clip, event): event for event in clip.events}}
