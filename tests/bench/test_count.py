@@ -119,11 +119,15 @@ def test_the_last_layer_works_for_the_answer():
         assert step.flops == expected
 
 
-def test_the_last_layer_works_for_the_block_where_others_join_midway():
-    """Elastic-Cache: what joins in the second layer leaves only keys and values in the last one."""
-    _, (first, second) = count_work("8b", "elastic", frames=8, steps=2)
-    whole_layer = first.flops / 31  # of 32, the last of which works for the answer
-    assert second.flops / whole_layer < 30.5  # 31 if the last one were whole too
+def test_the_last_layer_works_for_the_answer_where_others_join_midway():
+    """Frames join in the seventeenth layer; in the last one they and the text leave only keys and values."""
+    _, (_, step) = count_work("8b", "mars:text=1,ratio=1,group=16", frames=8, steps=2)
+    text, answer = 2 * 32, 128
+    tokens = 8 * 210 + text + answer
+    layer, kept = 2 * (4 * 4096**2 + 3 * 4096 * 12288), 4 * 4096**2
+    full = layer + 4 * 4096 * tokens  # of one position
+    expected = 16 * (text + answer) * full + 15 * tokens * full + tokens * kept + answer * (full - kept)
+    assert step.flops == expected + 2 * 32 * 4096 * 126464
 
 
 def test_requests_share_one_wait():

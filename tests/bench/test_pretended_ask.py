@@ -32,9 +32,9 @@ FEW = ("none", "dual", "elastic", "mars", "chunks")  # of every kind, for what a
 QUESTION_WAITS = {"engine/prompts.py tensor of host data": 1, "model/video_model.py _local_scalar_dense": 1}
 # Of every step: the one copy of its proposals.
 STEP_WAITS = {"decoding/sampler.py cpu": 1}
-# What a cache's method cannot do without: whether a layer's attention moved; where scenes begin, once a request.
+# What a cache's method cannot do without: in which layer attention changed; where scenes begin, once a request.
 OF_CACHES = {
-    "elastic": {"decoding/policies/elastic.py _local_scalar_dense": 16},
+    "elastic": {"decoding/policies/elastic.py tolist": 6},  # of eight steps, two of which begin a block
     "scenes": {"decoding/attention.py cpu": 1},
 }
 

@@ -328,7 +328,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.to, Tensor.cuda), _to),
     **dict.fromkeys((Tensor.cpu, Tensor.tolist, Tensor.numpy), _to_host),
     **dict.fromkeys((torch.where, Tensor.where), _where),
-    **dict.fromkeys((F.scaled_dot_product_attention, torch.rms_norm, F.rms_norm, F.cosine_similarity), _one_kernel),
+    **dict.fromkeys((F.scaled_dot_product_attention, torch.rms_norm, F.rms_norm), _one_kernel),
     Tensor.new_tensor: _new_tensor,
 }  # fmt: skip
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vidlada.decoding.kv_cache import attend_grouped
+from vidlada.decoding.kv_cache import attend_grouped, cosine
 
 
 def upload(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[str, Tensor]:
@@ -145,7 +144,7 @@ def scenes_of(frame_embeddings: Tensor, sizes: Sequence[int], threshold: float) 
     numbers = torch.arange(sum(sizes), device=frame_embeddings.device)
     if threshold == 0:
         return (numbers,)
-    similarity = F.cosine_similarity(frame_embeddings[1:].float(), frame_embeddings[:-1].float(), dim=-1)
+    similarity = cosine(frame_embeddings[1:], frame_embeddings[:-1], -1)
     ends = np.cumsum(sizes)[:-1]
     return numbers.tensor_split(ends[(1 - similarity > threshold).cpu().numpy()].tolist())
 

@@ -58,6 +58,7 @@ class RequestCache:
         observe: find out in the first pass what the masked answer attends to, for `prune`.
         kv_dtype: as in `GenerationSettings`.
         heads: of keys and values in this process; the model's by default.
+        spare: as of `KVCache`.
 
     Raises:
         InputError: the policy does not fit this request, or not a model that is spread over devices.
@@ -77,7 +78,9 @@ class RequestCache:
         observe: bool = False,
         kv_dtype: str = "auto",
         heads: int | None = None,
+        spare: int = 0,
     ):
+        self.spare = spare
         self.config, self.policy, self.prompt, self.devices, self.kv_dtype = config, policy, prompt, devices, kv_dtype
         index = np.full(tokens, -1)
         index[: len(frame_index)] = frame_index
@@ -169,7 +172,9 @@ class RequestCache:
         if self.kv_cache is None:
             after = embed(torch.cat((answer, suffix)))
             embeddings = torch.cat((self.prompt.to(after.dtype), after))
-            self.kv_cache = kv_cache_of(self.kv_dtype)(self.config, embeddings, self.entries, self.devices, self.heads)
+            self.kv_cache = kv_cache_of(self.kv_dtype)(
+                self.config, embeddings, self.entries, self.devices, self.heads, spare=self.spare
+            )
             plan = replace(plan, start=self.reuse_visual(self.kv_cache), narrow=None)
             if self.observe:
                 asking = upload({"": masked.nonzero()[:, 0].numpy() + self.first}, self.answer.device)[""]
@@ -297,13 +302,14 @@ class RequestCache:
             parts.append(states.chunk(2)[1].transpose(0, 1).to(self.probes.device))
         values = torch.stack(parts).flatten(2).float()  # (entries, probes, key/value heads × head_dim)
         if self.references is None:
-            self.references = values
+            self.references = F.normalize(values, dim=-1)
         for segment, own in self.probed.items():
             if segment in self.refreshed_from:
                 # a refresh from some layer up leaves what lies below as the earlier one left it
                 kept = sum(entry < self.refreshed_from[segment] for entry in entries)
-                self.references[kept:, own] = values[kept:, own]
-        return (1 - F.cosine_similarity(values, self.references, dim=-1)).flatten().double()
+                self.references[kept:, own] = F.normalize(values[kept:, own], dim=-1)
+        lengths = torch.linalg.vector_norm(values, dim=-1).clamp_min_(torch.finfo(values.dtype).tiny)
+        return (1 - (values * self.references).sum(-1) / lengths).flatten().double()
 
     def take_drift(self, distances: Tensor) -> None:
         """Note what `compare_probes` found, for the next plan.

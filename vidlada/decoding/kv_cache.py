@@ -53,7 +53,7 @@ def backends(queries: int) -> list[SDPBackend]:
 
 
 def attention_kernels(device: torch.device, queries: int) -> AbstractContextManager[None]:
-    """Choose the kernels once for all layers of a pass; elsewhere than on a GPU PyTorch has one."""
+    """Choose the kernels of what runs inside by its number of queries; elsewhere than on a GPU PyTorch has one."""
     return sdpa_kernel(backends(queries), set_priority=True) if device.type == "cuda" else nullcontext()
 
 
@@ -71,11 +71,13 @@ class KVCache:
         entries: layers at which positions may join later than layer 0. Hidden states are kept at their entries.
         devices: of the layers, where a model is spread over several; the embeddings' by default.
         heads: of keys and values, where they are not all here (tensor parallelism); the model's by default.
+        spare: rows of each layer after those of the sequence, for `read_with`.
 
     Attributes:
         tokens: of the whole sequence, those that were dropped later included.
         position_ids: of what is left once positions were dropped; None before, where they count from 0.
-        layers: for each layer, on its device, (2 × key/value heads, tokens, head_dim): keys, and below them values.
+        layers: for each layer, on its device, (2 × key/value heads, tokens + spare, head_dim): keys, and below them
+            values.
         keys, values: views of them, (key/value heads, tokens, head_dim) for each layer.
         hidden: entry layer → (tokens, width) states entering it; the number of layers → states leaving the top.
         computed: positions computed so far in each layer.
@@ -88,14 +90,16 @@ class KVCache:
         entries: Sequence[int] = (),
         devices: Sequence[torch.device] | None = None,
         heads: int | None = None,
+        spare: int = 0,
     ):
         self.tokens, width = embeddings.shape
+        self.spare = spare
         self.position_ids: Tensor | None = None
         top, self.heads = config.num_hidden_layers, heads or config.num_key_value_heads
         self.devices = list(devices or [embeddings.device] * top)
-        shape = (2 * self.heads, self.tokens, config.head_dim)
+        shape = (2 * self.heads, self.tokens + spare, config.head_dim)
         self.layers = [self.allocate(embeddings, shape, device) for device in self.devices]
-        self._divide()
+        self._divide(self.tokens)
         self.hidden = {0: embeddings.to(self.devices[0], copy=True)}
         for layer in sorted({*entries, top} - {0}):
             device = self.devices[min(layer, top - 1)]
@@ -106,9 +110,9 @@ class KVCache:
         """Room for the keys and values of one layer."""
         return like.new_empty(shape, device=device)
 
-    def _divide(self) -> None:
-        self.keys = [states[: self.heads] for states in self.layers]
-        self.values = [states[self.heads :] for states in self.layers]
+    def _divide(self, rows: int) -> None:
+        self.keys = [states[: self.heads, :rows] for states in self.layers]
+        self.values = [states[self.heads :, :rows] for states in self.layers]
 
     def write(self, layer: int, positions: Tensor, states: Tensor) -> None:
         """Put in (2 × key/value heads, positions, head_dim) keys, and below them values."""
@@ -117,6 +121,21 @@ class KVCache:
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all positions, each (key/value heads, tokens, head_dim)."""
         return self.keys[layer], self.values[layer]
+
+    def read_with(self, layer: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions, and after them those of further rows, which nothing else will see.
+
+        Args:
+            layer: number of the layer.
+            states: (2 × key/value heads, rows, head_dim) of the further rows, at most `spare`.
+
+        Returns:
+            Two of (key/value heads, tokens + rows, head_dim).
+        """
+        rows, further = self.keys[layer].shape[1], states.shape[1]
+        self.layers[layer][:, rows : rows + further].copy_(states)
+        keys, values = self.layers[layer][:, : rows + further].split(self.heads)
+        return keys, values
 
     def select(self, layer: int, positions: Tensor) -> Tensor:
         """Keys, and below them values, of some positions."""
@@ -129,8 +148,11 @@ class KVCache:
     def keep(self, places: Tensor) -> None:
         """Drop all rows but those at the ascending `places`; what is left keeps its position ids."""
         self.position_ids = self.rotary_positions(places)
-        self.layers = [states.index_select(1, places.to(states.device)) for states in self.layers]
-        self._divide()
+        self.keys, self.values = [], []
+        rows = torch.cat((places, places[:1].expand(self.spare)))
+        for number, states in enumerate(self.layers):  # layer by layer, so that no two copies of all lie in memory
+            self.layers[number] = states.index_select(1, rows.to(states.device))
+        self._divide(len(places))
         for layer, states in self.hidden.items():
             self.hidden[layer] = states.index_select(0, places.to(states.device))
 
@@ -175,12 +197,13 @@ def refresh(language_model: LanguageModel, passes: Sequence[PartialPass]) -> Non
         language_model: whose layers run.
         passes: one a request; each is computed as if it were alone.
     """
-    queries = sum(len(positions) for each in passes for positions in each.joins.values())
-    with attention_kernels(passes[0].kv_cache.hidden[0].device, queries):
-        _refresh(language_model, passes)
+    queries = [sum(map(len, each.joins.values())) for each in passes]
+    mixed = min(queries) <= FEW_QUERIES < max(queries)
+    with attention_kernels(passes[0].kv_cache.hidden[0].device, min(queries)):
+        _refresh(language_model, passes, mixed)
 
 
-def _refresh(language_model: LanguageModel, passes: Sequence[PartialPass]) -> None:
+def _refresh(language_model: LanguageModel, passes: Sequence[PartialPass], mixed: bool) -> None:
     caches = [each.kv_cache for each in passes]
     devices, longest = caches[0].devices, max(kv_cache.tokens for kv_cache in caches)
     for each in passes:
@@ -222,7 +245,7 @@ def _refresh(language_model: LanguageModel, passes: Sequence[PartialPass]) -> No
         if number == 0:
             changed = [_changes(each, positions, fresh) for each, positions, _, fresh in parts]
         hidden = language_model.leave(
-            layer, hidden, concatenate([_attend(part[0], number, *part[1:]) for part in parts])
+            layer, hidden, concatenate([_attend(part[0], number, *part[1:], mixed) for part in parts])
         )
     normed = language_model.norm(hidden).split(asking)
     for kv_cache, positions, states in zip(caches, active, normed, strict=True):
@@ -256,9 +279,15 @@ def _changes(each: PartialPass, active: Tensor, keys_values: Tensor) -> Tensor:
     if each.narrow is None:
         return keys_values.new_empty(0)
     stored = each.kv_cache.read(0)[1].index_select(1, active)
-    values = keys_values[len(stored) :]
-    similarity = F.cosine_similarity(values.transpose(0, 1).flatten(1), stored.transpose(0, 1).flatten(1), dim=-1)
-    return 1 - similarity
+    return 1 - cosine(keys_values[len(stored) :], stored, (-3, -1))
+
+
+def cosine(first: Tensor, second: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Cosine similarity along some dimensions, counted from the last, in float32: in bfloat16 what hardly changed would
+    tie. In half as many kernels as `F.cosine_similarity`."""
+    pair = torch.stack((first, second)).float()
+    lengths = torch.linalg.vector_norm(pair, dim=dim)
+    return (pair[0] * pair[1]).sum(dim) / (lengths[0] * lengths[1]).clamp_min_(torch.finfo(torch.float32).tiny)
 
 
 def _narrow(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor, changed: list[Tensor]) -> Tensor:
@@ -272,9 +301,12 @@ def _narrow(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor,
     return concatenate(parts)
 
 
-def _attend(each: PartialPass, layer: int, active: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:
+def _attend(
+    each: PartialPass, layer: int, active: Tensor, queries: Tensor, keys_values: Tensor, mixed: bool
+) -> Tensor:
     """Write one request's fresh keys and values, then let its queries look, in the last layer those of the first
-    positions only: (queries, heads × head_dim)."""
+    positions only: (queries, heads × head_dim). In a pass of requests with few and with many queries, each has kernels
+    of its own."""
     kv_cache, compact = each.kv_cache, each.compact.get(layer)
     kv_cache.computed[layer] += len(active)
     if compact is None:
@@ -285,5 +317,6 @@ def _attend(each: PartialPass, layer: int, active: Tensor, queries: Tensor, keys
         keys, values = compact.chunk(2)
     # patterns remember what they found out about a set of positions, by the tensor
     asking = active if queries.shape[1] == len(active) else active[: queries.shape[1]]
-    mixed = each.attention(queries, keys, values, layer, asking)
-    return mixed.transpose(0, 1).flatten(1)
+    with attention_kernels(queries.device, queries.shape[1]) if mixed else nullcontext():
+        seen = each.attention(queries, keys, values, layer, asking)
+    return seen.transpose(0, 1).flatten(1)

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap
-from vidlada.decoding.kv_cache import KVCache, attend_grouped
+from vidlada.decoding.kv_cache import KVCache, attend_grouped, cosine
 from vidlada.decoding.policies.base import EVERYTHING, MAX_STEPS, AttentionPattern, Plan, SegmentPolicy, StepContext
 from vidlada.generation import GenerationSettings
 from vidlada.model.config import VidLaDATextConfig
@@ -83,14 +82,13 @@ class LayerwiseUpdate(AttentionPattern):
             chosen = every
             if count < len(answer):
                 stored = kv_cache.read(number)[1].index_select(1, answer)
-                values = states[len(stored) :]
-                similarity = F.cosine_similarity(values.transpose(0, 1).flatten(1), stored.transpose(0, 1).flatten(1))
+                similarity = cosine(states[len(stored) :], stored, (-3, -1))  # (slots,)
                 chosen = similarity.topk(count, largest=False, sorted=False).indices
             kv_cache.write(number, answer.index_select(0, chosen), states.index_select(1, chosen))
             asking, entering = queries.index_select(1, chosen), hidden.index_select(0, chosen)
             mixed = attend_grouped(asking, *kv_cache.read(number))
             fresh = language_model.leave(layer, entering, mixed.transpose(0, 1).flatten(1))
             self.added[number].index_copy_(0, chosen, fresh - entering)
-            hidden = (hidden + self.added[number]).index_copy(0, chosen, fresh)
+            hidden = (hidden + self.added[number]).index_copy_(0, chosen, fresh)
             kv_cache.computed[number] += len(chosen)
         kv_cache.hidden[config.num_hidden_layers].index_copy_(0, answer, language_model.norm(hidden))

@@ -5,12 +5,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vidlada.decoding.attention import FrameMap
-from vidlada.decoding.kv_cache import attend_grouped
+from vidlada.decoding.kv_cache import KVCache, PartialPass, attend_grouped, cosine, refresh
 from vidlada.decoding.policies.base import ANSWER, EVERYTHING, AttentionPattern, Plan, SegmentPolicy, StepContext
+from vidlada.model.language_model import LanguageModel
 from vidlada.settings import setting
 
 
@@ -44,53 +44,83 @@ class Elastic(SegmentPolicy):
 class ElasticPattern(AttentionPattern):
     """Full attention that compares, layer by layer, how the block attends to the token it attended to most.
 
+    Layers are compared after the pass, all at once: the host waits once, and where attention changed, everything above
+    is computed again.
+
     Args:
-        similarity: cosine below which the rest of the sequence joins at the next layer.
+        similarity: cosine below which all above is recomputed.
 
     Attributes:
-        watched: layer → (1,) the token outside the block that the block attended to most, and how each query did,
-            (block,).
+        weights: layer → (block, tokens) the block's attention in the pass that runs, mean of the heads.
+        watched: of each layer the token outside the block that the block attended to most, (layers,), and how each
+            query did, (layers, block); None where the next pass has nothing to be compared with.
     """
 
     def __init__(self, similarity: float):
         super().__init__()
         self.similarity = similarity
-        self.watched: dict[int, tuple[Tensor, Tensor]] = {}
-        self.testing = False
+        self.weights: dict[int, Tensor] = {}
+        self.watched: tuple[Tensor, Tensor] | None = None
+        self.leading = False  # the block's are the first of the pass's positions
         self.placed: tuple[Tensor, Tensor] | None = None
 
     def prune(self, frames: FrameMap, numbers: np.ndarray) -> None:
         """The watched tokens have moved, or are gone: the next pass finds them anew."""
         super().prune(frames, numbers)
-        self.watched.clear()
+        self.watched = None
 
     def begin_pass(self, plan: Plan, block: Tensor) -> None:
-        """Only passes over the block alone are tested; others begin anew."""
-        self.block, self.testing = block, plan.start.keys() == {"block"}
-        if not self.testing:
-            self.watched.clear()
+        """Only passes over the block alone are compared; others begin anew."""
+        self.block, self.leading = block, plan.start.keys() == {"block"}
+        if not self.leading:
+            self.watched = None
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, layer: int, active: Tensor) -> Tensor:
         """See `AttentionPattern`."""
-        block = self._places(active)
-        groups = len(queries) // len(keys)
-        asking = queries.index_select(1, block).unflatten(0, (-1, groups)).float()
-        scores = asking @ keys[:, None].float().transpose(-1, -2) * queries.shape[-1] ** -0.5
-        weights = scores.softmax(-1).mean((0, 1))  # (block, tokens)
-        if self.testing and layer in self.watched:
-            token, before = self.watched[layer]
-            similarity = F.cosine_similarity(weights.index_select(1, token)[:, 0], before, dim=0)
-            if float(similarity) < self.similarity:  # the host waits: which positions join is up to what was computed
-                is_active = torch.zeros(keys.shape[1], dtype=torch.int8, device=active.device)
-                order = is_active.index_fill_(0, active, 1).argsort(stable=True)
-                self.joins[layer + 1] = order[: keys.shape[1] - len(active)]
-                self.testing = False
-        best = weights.sum(0).index_fill(0, self.block, -torch.inf).argmax()[None]
-        self.watched[layer] = best, weights.index_select(1, best)[:, 0]
+        asking = queries[:, : len(self.block)] if self.leading else queries.index_select(1, self._places(active))
+        asking = asking.reshape(len(keys), -1, queries.shape[-1])  # (key/value heads, queries of a group, head_dim)
+        nothing, scale = keys.new_empty(1, 1, 1), queries.shape[-1] ** -0.5
+        scores = torch.baddbmm(nothing, asking, keys.transpose(-1, -2), beta=0, alpha=scale)
+        weights = scores.softmax(-1).unflatten(1, (-1, len(self.block)))
+        self.weights[layer] = weights.mean((0, 1), dtype=torch.float32)
         return attend_grouped(queries, keys, values)
+
+    @torch.inference_mode()
+    def finish_pass(self, language_model: LanguageModel, kv_cache: KVCache, answer: Tensor) -> None:
+        """Compute everything again above the first layer where attention changed; note what to watch next."""
+        weights = torch.stack(list(self.weights.values()))  # (layers, block, tokens)
+        changed = self._first_changed(weights)
+        if changed is not None and changed + 1 < len(weights):
+            in_block = torch.zeros(kv_cache.keys[0].shape[1], dtype=torch.int8, device=self.block.device)
+            block_first = in_block.index_fill_(0, self.block, 1).argsort(descending=True, stable=True)
+            joins = {changed + 1: block_first}
+            refresh(language_model, [PartialPass(kv_cache, joins, self, wanted=len(self.block))])
+            weights = torch.stack(list(self.weights.values()))
+        most = weights.sum(1).index_fill(1, self.block, -torch.inf).argmax(1)
+        self.watched = most, attention_to(weights, most)
+        self.weights.clear()
+
+    def _first_changed(self, weights: Tensor) -> int | None:
+        """The lowest layer in which attention to the watched token changed."""
+        if self.watched is None:
+            return None
+        most, before = self.watched
+        similarity = cosine(attention_to(weights, most), before, -1)
+        below = (similarity < self.similarity).tolist()  # the host waits: what is computed again is up to the values
+        return below.index(True) if True in below else None
 
     def _places(self, active: Tensor) -> Tensor:
         """Where the block's positions stand among the active ones; once for every set."""
         if self.placed is None or self.placed[0] is not active:
             self.placed = active, (active[:, None] == self.block).int().argmax(0)
         return self.placed[1]
+
+
+def attention_to(weights: Tensor, tokens: Tensor) -> Tensor:
+    """Each query's attention to one token a layer, (layers, block).
+
+    Args:
+        weights: (layers, block, tokens).
+        tokens: (layers,).
+    """
+    return weights.gather(2, tokens[:, None, None].expand(-1, weights.shape[1], 1))[..., 0]
