@@ -194,7 +194,7 @@ class VidLaDAProcessor(ProcessorMixin):
         scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
         values = torch.from_numpy((scaled - np.float32(self.pixel_mean)) / np.float32(self.pixel_std))  # of every byte
         both = values.to(dtype), torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        if torch.device(device).type == "cuda":
+        if torch.device(device).type != "cpu":
             both = both[0].pin_memory(), both[1].pin_memory()
         values, pixels = (tensor.to(device, non_blocking=True) for tensor in both)
         return values.index_select(0, pixels.flatten().int()).view(pixels.shape)

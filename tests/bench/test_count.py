@@ -1,14 +1,19 @@
 """A pretended GPU: nothing mixes devices or types, the host waits once a step, and no kernels come back."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
 
 from vidlada.bench.count import count_figures, count_table, count_work, typical_step
 from vidlada.bench.pretend import DEVICE, DeviceTensor, MixedDevicesError, move, pretended_device
 from vidlada.bench.sizes import random_model, random_request
+from vidlada.cli import main
 from vidlada.decoding.sampler import denoise
+from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 
 pytestmark = pytest.mark.slow
@@ -90,12 +95,20 @@ def test_a_batch_of_every_policy_and_pace(dtype):
     ],
 )
 def test_a_cached_step_at_the_shape_of_8b(cache, kernels):
+    """Without what combines attention to parts of the keys, a kernel of every layer."""
     joining, steps = count_work("8b", cache, frames=2, steps=4)
     step = typical_step(steps)
+    assert step.combining == 32
     assert joining.waits == 0
     assert joining.kernels <= 4
     assert [work.waits for work in steps] == [1] * 4
     assert step.kernels <= kernels
+
+
+def test_a_rule_that_looks_at_all_tokens_adds_few_kernels():
+    _, steps = count_work("8b", "mars", frames=2, steps=4, commit="credit")
+    assert [work.waits for work in steps] == [1] * 4
+    assert typical_step(steps).kernels <= 450
 
 
 @pytest.mark.parametrize(("rows", "launches"), [(1, 180), (4, 420)])
@@ -173,7 +186,84 @@ def test_what_cuda_would_refuse_is_refused():
         assert counts.promotions.total() == 1
 
 
+def test_what_the_host_waits_for():
+    """A copy from memory that is not pinned, and a size that is up to values; not a number among tensors."""
+    with pretended_device() as counts:
+        there, mask = torch.ones(3, device=DEVICE), torch.tensor([True, False, True], device=DEVICE)
+        counts.take()
+        pinned = torch.arange(3.0).pin_memory()
+        counts.take()  # what is pinned stays so
+        for source, waits in ((pinned, 0), (pinned[1:], 0), (torch.ones(4, pin_memory=True), 0), (torch.ones(3), 1)):
+            source.to(DEVICE, non_blocking=True)
+            there[: len(source)].copy_(source[:3], non_blocking=True)
+            taken = counts.take()
+            assert (taken.waits.total(), taken.uploads.total()) == (2 * waits, 2 - 2 * waits)
+        pinned.to(DEVICE)
+        assert counts.take().waits.total() == 1
+        twice = torch.full((3,), 2, device=DEVICE)
+        there.repeat_interleave(twice)
+        assert counts.take().waits.total() == 1
+        there.repeat_interleave(twice, output_size=6)
+        there.repeat_interleave(2)
+        assert torch.where(mask, there, 0.0).contents.tolist() == [1.0, 0.0, 1.0]
+        assert torch.where(mask, 1, 2).dtype == torch.int64
+        taken = counts.take()
+        assert not taken.waits
+        assert sum(number for (what, _), number in taken.kernels.items() if what == "full") == 3
+
+
+def test_what_is_more_than_one_kernel():
+    with pretended_device() as counts:
+        there, places = torch.ones(3, device=DEVICE), torch.zeros(1, dtype=torch.long, device=DEVICE)
+        for run, kernels in (
+            (lambda: there.index_fill(0, places, 2.0), 2),
+            (lambda: there.index_copy(0, places, there[:1]), 2),
+            (lambda: there.masked_fill(there > 1, 0.0), 3),
+            (lambda: there.index_fill_(0, places, 2.0), 1),
+        ):
+            counts.take()
+            run()
+            assert counts.take().kernels.total() == kernels
+        for dtype, keys, mask, combining in (
+            (torch.bfloat16, 512, False, 1),
+            (torch.bfloat16, 64, False, 0),
+            (torch.float32, 512, False, 0),
+            (torch.bfloat16, 512, True, 0),
+        ):
+            queries, states = (torch.ones(1, 2, size, 8, dtype=dtype, device=DEVICE) for size in (4, keys))
+            seen = torch.ones(4, keys, dtype=torch.bool, device=DEVICE) if mask else None
+            counts.take()
+            F.scaled_dot_product_attention(queries, states, states, attn_mask=seen)
+            taken = counts.take()
+            assert (taken.kernels.total(), taken.combining.total()) == (1, combining)
+        numbers = torch.ones(3, dtype=torch.int8, device=DEVICE)
+        counts.take()
+        torch.mul(numbers, there, out=torch.empty_like(there))
+        assert counts.take().read_written["mul"] == 3 + 12 + 12
+
+
 def test_the_table():
-    figures = count_figures("mid", frames=2, caches=["dual", "none"], gen_length=4, block_length=2, steps=4)
-    assert [row["cache"] for row in figures["rows"]] == ["dual", "none"]
-    assert count_table(figures).count("\n| ") == 3
+    ways = [{"cache": "dual"}, {"cache": "none"}, {"cache": "mars", "commit": "credit"}]
+    figures = count_figures("mid", frames=2, ways=ways, gen_length=6, block_length=6, steps=6)
+    assert [row["settings"] for row in figures["rows"]] == ways
+    text = count_table(figures)
+    assert text.count("\n| ") == 4
+    launches = {cells[1].strip(): cells[4].strip() for line in text.splitlines() if len(cells := line.split("|")) > 4}
+    assert launches["none"] == "–" != launches["dual"]  # no graph of it was ever replayed
+    assert "mars, commit credit" in launches
+    few = count_figures("mid", frames=2, ways=ways[:1], gen_length=4, block_length=4, steps=2)
+    assert "| – |" in count_table(few)
+    with pytest.raises(InputError, match="steps is the same in all rows"):
+        count_figures("mid", ways=[{"cache": "dual", "steps": 4}])
+    with pytest.raises(InputError, match="unknown"):
+        count_figures("mid", ways=[{"cache": "dual", "commit": "luck"}])
+
+
+def test_the_command():
+    options = ["--size", "mid", "--frames", "2", "--steps", "3", "--gen-length", "4", "--block-length", "4"]
+    asked = ["--cache", "mars", "--commit", "credit", "--also", "temperature=0.7"]
+    done = CliRunner().invoke(main, ["bench", "count", *options, *asked, "--json"])
+    assert done.exit_code == 0, done.output
+    settings = [row["settings"] for row in json.loads(done.stdout)["rows"]]
+    plain = {"cache": "mars", "commit": "credit"}
+    assert settings == [plain, {**plain, "temperature": 0.7}]

@@ -4,14 +4,15 @@ A tensor on the pretended device wraps a tensor of the CPU, or a meta tensor whe
 another device. Every operation is checked by CUDA's rules and counted: kernels, bytes they read and write, arithmetic,
 and the places where the host waits. Control flow is the real one, and so are answers where the values are real.
 
-What it cannot tell is how long anything takes; `vidlada.bench.roofline` predicts that from the counts.
+What it cannot tell is how long anything takes; `vidlada.bench.roofline` predicts that from the counts. What a library
+launches within an operation, as for sorting, counts as one kernel.
 """
 
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
+
+from vidlada.decoding.kv_cache import FEW_QUERIES
 
 PACKAGE = str(Path(__file__).parents[1])
 # A build without CUDA can make no tensor there; of the devices it knows, meta is the one that computes nothing.
@@ -40,6 +43,10 @@ WAITS = {
 GATHERS = {"index_select", "embedding", "gather", "index"}  # read as much as they write
 SCATTERS = {"index_copy_": 3, "index_copy": 3, "index_put_": 2, "scatter_": 3}  # write the tensor at this place
 INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}
+# A copy of the whole, and a kernel that writes into it.
+COPIES = {"index_fill", "index_copy", "index_put", "index_add", "masked_fill", "scatter", "scatter_add"}
+KEY_BLOCK = 256  # keys up to which FlashAttention has nothing to split
+HALVES = (torch.bfloat16, torch.float16)  # that it knows
 
 
 class MixedDevicesError(RuntimeError):
@@ -52,25 +59,42 @@ class Counts:
 
     Attributes:
         kernels: launches, by operation and place.
+        combining: further launches of attention: few queries leave most of a GPU idle unless FlashAttention splits the
+            keys, and then a second kernel combines the parts.
         waits: where the host waited for the device.
         uploads: copies to the device that the host did not wait for.
         promotions: operations on different floating-point types, whose result is wider than one of them.
         read_written: bytes that kernels moved in the device's memory, by operation.
         flops: of matrix products, attention and convolutions.
+        pinned: address → memory of the host that a GPU may read by itself, kept so that nothing else lies there.
     """
 
     kernels: Counter[Place] = field(default_factory=Counter)
+    combining: Counter[Place] = field(default_factory=Counter)
     waits: Counter[Place] = field(default_factory=Counter)
     uploads: Counter[Place] = field(default_factory=Counter)
     promotions: Counter[Place] = field(default_factory=Counter)
     read_written: Counter[str] = field(default_factory=Counter)
     flops: int = 0
+    pinned: dict[int, torch.UntypedStorage] = field(default_factory=dict)
 
     def take(self) -> "Counts":
         """The counts so far, starting anew."""
-        taken = Counts(self.kernels, self.waits, self.uploads, self.promotions, self.read_written, self.flops)
-        self.__init__()  # type: ignore[misc]
+        taken = replace(self)
+        self.__init__(pinned=self.pinned)  # type: ignore[misc]
         return taken
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """Note that a tensor of the host lies in pinned memory."""
+        storage = tensor.untyped_storage()
+        self.pinned[storage.data_ptr()] = storage
+        return tensor
+
+    def upload(self, source: Tensor, non_blocking: bool, what: str) -> None:
+        """Count a copy to the device: the host goes on only where the source is pinned."""
+        pinned = source.untyped_storage().data_ptr() in self.pinned
+        what += "" if pinned or not non_blocking else " from memory that is not pinned"
+        (self.uploads if pinned and non_blocking else self.waits)[place(what)] += 1
 
 
 def place(what: str) -> Place:
@@ -154,7 +178,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], counts: Counts) -> Any:
     if name == "copy_" and len({isinstance(tensor, DeviceTensor) for tensor in args[:2]}) == 2:
         return _copy_between(args[0], args[1], bool(kwargs.get("non_blocking", len(args) > 2 and args[2])), counts)
     _check_devices(name, func, args, tensors, counts)
-    if name in WAITS:
+    if name in WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         counts.waits[place(name)] += 1
         if name == "_local_scalar_dense" and args[0].contents.device.type == "meta":
             return 0
@@ -167,8 +191,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], counts: Counts) -> Any:
     inner_args, inner_kwargs = tree_map(inside, args), tree_map(inside, inner_kwargs)
     result = func(*inner_args, **inner_kwargs)
     if name not in VIEWS:
-        counts.kernels[place(name)] += 1
-        counts.read_written[name] += moved_bytes(name, args, tensors, result)
+        counts.kernels[place(name)] += 2 if name in COPIES else 1
+        counts.read_written[name] += moved_bytes(name, args, kwargs, result)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             counts.flops += formula(*inner_args, **inner_kwargs, out_val=result)
@@ -184,13 +208,13 @@ def _wrapped_result(func: Any, args: Any, kwargs: dict[str, Any], result: Any, c
 
 def _copy_between(target: Tensor, source: Tensor, non_blocking: bool, counts: Counts) -> Tensor:
     """`copy_` between host and device."""
-    up = isinstance(target, DeviceTensor)
-    (counts.uploads if up and non_blocking else counts.waits)[place("copy_ to the device" if up else "copy_")] += 1
-    if up:
+    if isinstance(target, DeviceTensor):
+        counts.upload(source, non_blocking, "copy_ to the device")
         contents = unwrap(target)
         if contents.device.type != "meta":
             contents.copy_(source)
         return target
+    counts.waits[place("copy_")] += 1
     return target.copy_(on_host(unwrap(source)))
 
 
@@ -213,17 +237,19 @@ def _check_devices(name: str, func: Any, args: Any, tensors: list[Tensor], count
         raise MixedDevicesError(f"{func}: tensors on the CPU, {shapes}, with others on the device, at {place('')[1]}")
 
 
-def moved_bytes(name: str, args: Any, tensors: list[Tensor], result: Any) -> int:
-    """Bytes a kernel reads and writes; gathers and scatters touch only what they move."""
+def moved_bytes(name: str, args: Any, kwargs: dict[str, Any], result: Any) -> int:
+    """Bytes an operation reads and writes; gathers and scatters touch only what they move."""
     results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     if name in GATHERS:
         return 2 * sum(tensor.nbytes for tensor in results)
     if name in SCATTERS:
         source = args[SCATTERS[name]]
-        return 2 * source.nbytes if isinstance(source, Tensor) else 0
+        moved = 2 * source.nbytes if isinstance(source, Tensor) else 0
+        return moved + (2 * args[0].nbytes if name in COPIES else 0)
     if name == "copy_":
         return 2 * args[0].nbytes
-    read = {id(tensor): tensor.nbytes for tensor in tensors}
+    given = {key: value for key, value in kwargs.items() if key != "out"}  # that is written only
+    read = {id(leaf): leaf.nbytes for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)}
     return sum(read.values()) + sum(tensor.nbytes for tensor in results)
 
 
@@ -244,7 +270,9 @@ class PretendedDevice(TorchFunctionMode):
 
 def _factory(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not on_device(kwargs.get("device")):
-        return func(*args, **kwargs)
+        pinned = kwargs.pop("pin_memory", False)
+        made = func(*args, **kwargs)
+        return counts.pin(made) if pinned else made
     generator = kwargs.get("generator")
     if generator is not None:
         raise MixedDevicesError(f"{func.__name__}: a generator on {generator.device}, at {place('')[1]}")
@@ -273,9 +301,13 @@ def _to(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         counts.waits[place("copy to the host")] += 1
         moved = on_host(source.contents)
         return moved if dtype is None else moved.to(dtype)
-    (counts.uploads if kwargs.get("non_blocking") else counts.waits)[place("copy to the device")] += 1
+    counts.upload(source, bool(kwargs.get("non_blocking")), "copy to the device")
     moved = DeviceTensor(source.clone(), counts)
     return moved if dtype in (None, source.dtype) else moved.to(dtype)
+
+
+def _pin_memory(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return counts.pin(args[0].clone())
 
 
 def _new_tensor(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -294,9 +326,14 @@ def _to_host(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> An
 
 
 def _where(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    if any(isinstance(value, DeviceTensor) for value in args) and any(isinstance(v, int | float) for v in args):
-        counts.waits[place("where: a number is copied to the device")] += 1
-    return func(*args, **kwargs)
+    """A kernel makes a tensor of a number."""
+    if not isinstance(args[0], DeviceTensor) or len(args) < 3:
+        return func(*args, **kwargs)
+    options = {"dtype": torch.result_type(*args[1:]), "device": DEVICE}
+    filled = [
+        value if isinstance(value, Tensor) else _factory(counts, torch.full, ((), value), options) for value in args[1:]
+    ]
+    return func(args[0], *filled, **kwargs)
 
 
 def _one_kernel(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -317,6 +354,8 @@ def _one_kernel(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) ->
         counts.flops += 4 * queries.numel() * keys.shape[-2]
         if kwargs.get("attn_mask") is not None:
             what += " with a mask"
+        elif queries.shape[-2] <= FEW_QUERIES and keys.shape[-2] > KEY_BLOCK and queries.dtype in HALVES:
+            counts.combining[place(what)] += 1
     counts.kernels[place(what)] += 1
     counts.read_written[what] += sum(tensor.nbytes for tensor in (*tensors, result))
     return DeviceTensor(result, counts)
@@ -330,6 +369,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.where, Tensor.where), _where),
     **dict.fromkeys((F.scaled_dot_product_attention, torch.rms_norm, F.rms_norm), _one_kernel),
     Tensor.new_tensor: _new_tensor,
+    Tensor.pin_memory: _pin_memory,
 }  # fmt: skip
 
 

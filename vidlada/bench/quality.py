@@ -14,7 +14,6 @@ from vidlada.shapes.benchmark import Asked, Report, Score, evaluate
 from vidlada.shapes.questions import LONG_FAMILIES
 
 REFERENCE = (BASELINE, TopK.name)
-RULES = ("topk", "threshold", "factor", "credit", "prophet", "entropy", "stable", "wino")
 
 
 @dataclass

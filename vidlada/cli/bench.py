@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,23 @@ caches_option = click.option("--cache", "caches", multiple=True,
 
 dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
                             show_default=True, help="Type of the weights.")  # fmt: skip
+
+
+also_option = click.option("--also", "changes", multiple=True, metavar="SETTING=VALUE",
+                           help="Once more with this setting, e.g. temperature=0.7; may be repeated.")  # fmt: skip
+
+
+def read_value(text: str) -> Any:
+    """A number, a truth value or, where it is neither, a text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def read_variations(changes: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each SETTING=VALUE the setting."""
+    return [{name: read_value(value)} for name, _, value in (change.partition("=") for change in changes)]
 
 
 def measuring(device: str | None, dtype: str | None = None) -> dict[str, Any]:
@@ -143,17 +160,33 @@ def bench_scaling(device: str | None, dtype: str, as_json: bool, **options: Any)
 @click.option("--size", type=click.Choice(["mid", "8b"]), default="8b", show_default=True, help="Shape of the model.")
 @click.option("--frames", type=click.IntRange(1), help="Of the video: 30 of 200 tokens (mid), 64 of 210 (8b).")
 @click.option("--cache", "caches", multiple=True, help="May be repeated; all policies by default.")
+@click.option("--commit", "commits", multiple=True, help="Commit rule; may be repeated, topk by default.")
+@also_option
 @click.option("--gen-length", type=click.IntRange(1), default=128, show_default=True, help="Answer tokens.")
 @click.option("--block-length", type=click.IntRange(1), default=32, show_default=True, help="Decoded together.")
 @click.option("--steps", type=click.IntRange(2), default=40, show_default=True, help="Counted of each answer.")
 @click.option("--requests", "rows", type=click.IntRange(1), default=1, show_default=True, help="That run together.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @one_line_errors
-def bench_count(caches: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Kernels, host waits, bytes and arithmetic of a step on a GPU, counted on a machine without one."""
+def bench_count(
+    caches: tuple[str, ...], commits: tuple[str, ...], changes: tuple[str, ...], as_json: bool, **options: Any
+) -> None:
+    """Kernels, host waits, bytes and arithmetic of a step on a GPU, counted on a machine without one.
+
+    By default every cache; and with mars commit rules that need more of a step than topk, and sampling.
+    """
     from vidlada.bench.count import CACHES, count_figures, count_table
 
-    figures = count_figures(caches=caches or CACHES, progress=lambda what: click.echo(what, err=True), **options)
+    if caches or commits or changes:
+        rules = [{"commit": commit} for commit in commits] or [{}]
+        variations = read_variations(changes)
+        options["ways"] = [
+            {"cache": cache, **rule, **variation}
+            for cache in caches or CACHES
+            for rule in rules
+            for variation in ({}, *variations)
+        ]
+    figures = count_figures(progress=lambda what: click.echo(what, err=True), **options)
     click.echo(json.dumps(figures) if as_json else count_table(figures))
 
 
@@ -215,21 +248,10 @@ def print_figures_of_questions(
     click.echo(json.dumps(figures) if as_json else table(figures))
 
 
-def read_value(text: str) -> Any:
-    """A number, a truth value or, where it is neither, a text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 @bench.command("quality")
 @click.option("--rule", "commits", multiple=True, help="Commit rule; may be repeated, topk by default.")
 @click.option("--all-rules", is_flag=True, help="Every commit rule with its defaults.")
-@click.option(
-    "--also", "changes", multiple=True, metavar="SETTING=VALUE",
-    help="Once more with this setting, e.g. visual_keep=0.5; may be repeated.",
-)  # fmt: skip
+@also_option
 @questions_options
 def bench_quality(commits: tuple[str, ...], all_rules: bool, changes: tuple[str, ...], **options: Any) -> None:
     """What every cache and commit rule costs in right answers to QUESTIONS (from `vidlada shapes write`), and saves in
@@ -237,11 +259,11 @@ def bench_quality(commits: tuple[str, ...], all_rules: bool, changes: tuple[str,
     """
     from functools import partial
 
-    from vidlada.bench.quality import RULES, quality_figures, quality_table
+    from vidlada.bench.quality import quality_figures, quality_table
+    from vidlada.decoding.commit import RULES, TopK
 
-    rules = commits or (RULES if all_rules else RULES[:1])
-    variations = [{name: read_value(value)} for name, _, value in (change.partition("=") for change in changes)]
-    figures_of = partial(quality_figures, commits=rules, variations=variations)
+    rules = commits or (tuple(RULES) if all_rules else (TopK.name,))
+    figures_of = partial(quality_figures, commits=rules, variations=read_variations(changes))
     print_figures_of_questions(figures_of, quality_table, **options)
 
 

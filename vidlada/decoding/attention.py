@@ -18,7 +18,7 @@ def upload(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[st
     """Arrays of whole numbers onto a device, in one copy that the host does not wait for."""
     sizes = [array.size for array in arrays.values()]
     host = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays.values()]).astype(np.int64))
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type != "cpu":
         host = host.pin_memory()
     parts = host.to(device, non_blocking=True).split(sizes)
     return {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
