@@ -62,7 +62,7 @@ class RunningRequest:
         initial = request.initial_ids if request.initial_ids is not None else [self.mask_id] * settings.gen_length
         if len(initial) != settings.gen_length:
             raise InputError(f"{len(initial)} initial ids were given for gen_length {settings.gen_length} answer slots")
-        self.ids = torch.tensor(initial, pin_memory=device.type == "cuda")  # (gen_length,)
+        self.ids = torch.tensor(initial, pin_memory=device.type != "cpu")  # (gen_length,)
         self.masked = self.ids == self.mask_id
         self.revocable = torch.zeros_like(self.masked)  # committed in the current block by a rule that may regret it
         self.rule = commit_rule(settings)
