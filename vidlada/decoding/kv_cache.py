@@ -301,9 +301,7 @@ def _narrow(passes: Sequence[PartialPass], active: list[Tensor], hidden: Tensor,
     return concatenate(parts)
 
 
-def _attend(
-    each: PartialPass, layer: int, active: Tensor, queries: Tensor, keys_values: Tensor, mixed: bool
-) -> Tensor:
+def _attend(each: PartialPass, layer: int, active: Tensor, queries: Tensor, keys_values: Tensor, mixed: bool) -> Tensor:
     """Write one request's fresh keys and values, then let its queries look, in the last layer those of the first
     positions only: (queries, heads × head_dim). In a pass of requests with few and with many queries, each has kernels
     of its own."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vidlada.decoding.attention import upload
 from vidlada.decoding.commit import CommitRule, compute_measure
-from vidlada.decoding.kv_cache import concatenate, refresh
+from vidlada.decoding.kv_cache import attention_kernels, concatenate, refresh
 from vidlada.decoding.memory import is_out_of_memory
 from vidlada.decoding.request import Request, State, Statistics
 from vidlada.decoding.running import Prediction, RunningRequest
@@ -182,7 +182,7 @@ class Denoiser:
                 states = self.cached_states(chosen, guided) if cached else self.plain_states(chosen, guided)
                 sizes = [row.settings.block_length for row in chosen]
                 hidden.update(zip((row.number for row in chosen), states.split(sizes), strict=True))
-        return self.model.lm_head(torch.cat([hidden[row.number] for row in rows])).float()
+        return self.model.lm_head(concatenate([hidden[row.number] for row in rows])).float()
 
     def cached_states(self, rows: Sequence[RunningRequest], guided: bool) -> Tensor:
         """Normed states of the rows' blocks, (blocks, width), recomputing what their policies say."""
@@ -194,7 +194,8 @@ class Denoiser:
         ]
         refresh(self.model.language_model, passes)
         for each, cache in zip(passes, caches, strict=True):
-            cache.attention.finish_pass(self.model.language_model, each.kv_cache, cache.answer)
+            with attention_kernels(cache.answer.device, len(cache.answer)):
+                cache.attention.finish_pass(self.model.language_model, each.kv_cache, cache.answer)
         return concatenate([cache.block_states(row.slots) for cache, row in zip(caches, rows, strict=True)])
 
     def plain_states(self, rows: Sequence[RunningRequest], guided: bool) -> Tensor:
@@ -208,7 +209,8 @@ class Denoiser:
             starts = [len(row.request.prompt) + row.slots.start for row in alike]
             sizes = [row.settings.block_length for row in alike]
             first, last = min(starts), max(start + size for start, size in zip(starts, sizes, strict=True))
-            found = self.model.language_model(batch, wanted=slice(first, last))
+            with attention_kernels(batch.device, length):
+                found = self.model.language_model(batch, wanted=slice(first, last))
             for row, hidden, start, size in zip(alike, found, starts, sizes, strict=True):
                 states[row] = hidden[start - first : start - first + size]
         return concatenate([states[row] for row in rows])
