@@ -1,6 +1,8 @@
 """Passes over fixed buffers give what eager ones give, whatever the policy, the batch and who joins or leaves."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from vectors import load_reference_model
 
 from vidlada.decoding.sampler import Denoiser, Request
-from vidlada.decoding.static_step import GRAPHS, MAX_ROWS, LayerGraphs, graphs_of
+from vidlada.decoding.static_step import GRAPHS, MAX_ROWS, GraphCapture, LayerGraphs, graphs_of
 from vidlada.generation import GenerationSettings
 
 CACHES = [
@@ -152,3 +154,56 @@ def test_the_layers_own_functions_come_back_after_an_error(small):
         assert language_model.enter is not plain[0]
         raise ZeroDivisionError
     assert (language_model.enter, language_model.leave) == plain
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Stands for what a capture asks of CUDA; the error, if any, is raised by the first capture's end."""
+    calls = SimpleNamespace(begun=0, error=None)
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            calls.begun += 1
+            assert capture_error_mode == "thread_local"
+
+        def capture_end(self):
+            if calls.error:
+                raise calls.error
+
+        def replay(self):
+            pass
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    fakes = {
+        "CUDAGraph": Graph, "Stream": lambda device: Stream(), "current_stream": lambda device: Stream(),
+        "stream": lambda stream: nullcontext(), "graph_pool_handle": lambda: (0, 1),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return calls
+
+
+def test_after_a_failed_capture_parts_run_eagerly(fake_cuda, caplog):
+    """With one warning, not one for each part."""
+    capture, runs = GraphCapture(torch.device("cuda", 1)), []
+    capture(lambda: runs.append(1))
+    assert runs == [1]
+    fake_cuda.error = RuntimeError("operation not permitted when stream is capturing")
+
+    def run():
+        runs.append(2)
+
+    with caplog.at_level("WARNING"):
+        assert capture(run) is run and capture(run) is run
+    assert fake_cuda.begun == 2 and len(caplog.records) == 1 and "not permitted" in caplog.text
+
+
+def test_running_out_of_memory_in_a_capture_is_not_a_failed_capture(fake_cuda):
+    capture = GraphCapture(torch.device("cuda"))
+    fake_cuda.error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        capture(lambda: None)
+    assert not capture.failed

@@ -103,7 +103,7 @@ class LayerGraphs:
         """Forget all graphs, and free their memory."""
         self.sizes.clear()
         if isinstance(self.capture, GraphCapture):
-            self.capture.pool = None
+            self.capture.clear()
 
     def enter(self, layer: nn.Module, hidden: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """See `vidlada.model.language_model.Layer.enter_rows`; the result is valid up to the next call."""
@@ -159,30 +159,54 @@ class LayerGraphs:
 
 
 class GraphCapture:
-    """Captures functions as CUDA graphs, all in one memory pool."""
+    """Captures functions as CUDA graphs, all in one memory pool. `torch.cuda.graph` would wait for the GPU and give the
+    allocator's memory back at every capture, of which a step has one for each part of a layer.
 
-    def __init__(self) -> None:
-        self.pool: Any = None
+    Args:
+        device: on which they run.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream, self.failed = device, torch.cuda.Stream(device), False
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:
-        """A replay of the function, or the function itself where it cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # other threads may use the GPU meanwhile: a server encodes videos
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                run()
-        except RuntimeError as error:
-            log.warning("a part of a layer could not be captured as a CUDA graph and runs eagerly: %s", error)
+        """A replay of the function; the function itself once a capture has failed.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for the graph.
+        """
+        if self.failed:
             return run
-        self.pool = self.pool or graph.pool()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self.stream):
+                # other threads may use the GPU meanwhile: a server encodes videos
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    graph.capture_end()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.failed = True
+            log.warning("CUDA graphs are off, steps run eagerly: a part of a layer could not be captured: %s", error)
+            return run
+        current.wait_stream(self.stream)
         return graph.replay
+
+    def clear(self) -> None:
+        """Begin a new pool, once the graphs of the last one are gone."""
+        self.pool = torch.cuda.graph_pool_handle()
 
 
 def _identity(layer: nn.Module) -> Hashable:
     """What changes when a layer's weights are moved, or replaced by smaller ones."""
     assert isinstance(layer, Layer)
     norm = layer.input_layernorm.weight
-    return id(layer.self_attn.o_proj.weight), norm.device, norm.dtype, norm.data_ptr()
+    return id(layer.self_attn.o_proj.weight), layer.mlp.packed, norm.device, norm.dtype, norm.data_ptr()
 
 
 GRAPHS: WeakKeyDictionary[LanguageModel, LayerGraphs] = WeakKeyDictionary()
@@ -193,7 +217,8 @@ def graphs_of(language_model: LanguageModel) -> LayerGraphs | None:
     devices = set(language_model.devices)
     if len(devices) > 1:
         return None
-    on_gpu = devices.pop().type == "cuda"
+    device = devices.pop()
     if language_model not in GRAPHS:  # elsewhere than on a GPU products of other shapes may round differently
-        GRAPHS[language_model] = LayerGraphs(MULTIPLE, GraphCapture()) if on_gpu else LayerGraphs(1)
+        on_gpu = device.type == "cuda"
+        GRAPHS[language_model] = LayerGraphs(MULTIPLE, GraphCapture(device)) if on_gpu else LayerGraphs(1)
     return GRAPHS[language_model]
