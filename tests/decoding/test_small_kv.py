@@ -55,6 +55,19 @@ def test_dropped_rows_take_their_scales_along(kind):
 
 
 @pytest.mark.parametrize("kind", ["auto", "int8", "float8"])
+def test_further_rows_are_seen_and_not_kept(kind):
+    """As WINO's masks are: after all others, and gone with the next ones; also once rows were dropped."""
+    cache, further = kv_cache_of(kind)(CONFIG, torch.zeros(10, 64), spare=3), torch.randn(4, 2, 16)
+    cache.write(0, torch.arange(10), torch.randn(4, 10, 16))
+    for count in (10, 4):
+        before = torch.cat(cache.read(0))
+        found = torch.cat(cache.read_with(0, further))
+        assert torch.equal(found[:, :count], before) and torch.equal(found[:, count:], further)
+        assert torch.equal(torch.cat(cache.read(0)), before)
+        cache.keep(torch.arange(0, count, 3))
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8", "float8"])
 def test_memory_is_what_is_said(kind):
     cache = kv_cache_of(kind)(CONFIG, torch.zeros(50, 64, dtype=torch.bfloat16))
     hidden = sum(states.nbytes for states in cache.hidden.values())

@@ -115,6 +115,7 @@ class RunningRequest:
                 observe=observe,
                 kv_dtype=settings.kv_dtype,
                 heads=model.language_model.key_value_heads,
+                spare=settings.block_length if self.rule.revokes else 0,
             )
             for each, visual, observe in inputs
         ]

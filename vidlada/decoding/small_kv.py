@@ -22,12 +22,11 @@ class Int8KVCache(KVCache):
         scales: for each layer, (2 × key/value heads, tokens, 1) float32.
     """
 
-    stored: torch.dtype = torch.int8
     largest = 127.0
 
     def __init__(self, *arguments: Any, **options: Any):
         self.scales: list[Tensor] = []
-        super().__init__(*arguments, **options)
+        super().__init__(*arguments, **{**options, "spare": 0})  # `read_with` widens all there is
 
     def allocate(self, like: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """See `KVCache`; a scale beside every row."""
@@ -48,6 +47,12 @@ class Int8KVCache(KVCache):
         keys, values = self.widen(self.layers[layer], self.scales[layer]).split(self.heads)
         return keys, values
 
+    def read_with(self, layer: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """See `KVCache`; in the wide type."""
+        wide = self.widen(self.layers[layer], self.scales[layer])
+        keys, values = torch.cat((wide, states), dim=1).split(self.heads)
+        return keys, values
+
     def select(self, layer: int, positions: Tensor) -> Tensor:
         """See `KVCache`; in the wide type."""
         return self.widen(self.layers[layer].index_select(1, positions), self.scales[layer].index_select(1, positions))
@@ -55,7 +60,8 @@ class Int8KVCache(KVCache):
     def keep(self, places: Tensor) -> None:
         """See `KVCache`."""
         super().keep(places)
-        self.scales = [scales.index_select(1, places.to(scales.device)) for scales in self.scales]
+        for number, scales in enumerate(self.scales):
+            self.scales[number] = scales.index_select(1, places.to(scales.device))
 
     def nbytes(self) -> int:
         """See `KVCache`."""
@@ -67,18 +73,21 @@ class Int8KVCache(KVCache):
 
     def widen(self, stored: Tensor, scales: Tensor) -> Tensor:
         """From bytes."""
-        return stored.view(self.stored).to(self.wide).mul_(scales)
+        return torch.mul(stored, scales, out=torch.empty_like(stored, dtype=self.wide))
 
 
 class Float8KVCache(Int8KVCache):
     """Keys and values as float8 (e4m3), and their scales."""
 
-    stored = torch.float8_e4m3fn
     largest = 448.0
 
     def narrow(self, states: Tensor) -> Tensor:
         """See `Int8KVCache`."""
-        return states.clamp(-self.largest, self.largest).to(self.stored).view(torch.int8)
+        return states.clamp(-self.largest, self.largest).to(torch.float8_e4m3fn).view(torch.int8)
+
+    def widen(self, stored: Tensor, scales: Tensor) -> Tensor:
+        """See `Int8KVCache`."""
+        return stored.view(torch.float8_e4m3fn).to(self.wide).mul_(scales)
 
 
 KV_CACHES = {"auto": KVCache, "int8": Int8KVCache, "float8": Float8KVCache}

@@ -7,7 +7,7 @@ Nothing sees it, so the masks run after a step's pass and read the keys and valu
 import torch
 from torch import Tensor
 
-from vidlada.decoding.kv_cache import KVCache, attend_grouped
+from vidlada.decoding.kv_cache import KVCache, attend_grouped, attention_kernels
 from vidlada.model.language_model import Layer
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
@@ -40,9 +40,8 @@ def verify(
         hidden, mask, places = hidden.to(device), mask.to(device), places.to(device)
         rotation = language_model.rotation(kv_cache.tokens, hidden.dtype, device).index_select(1, places)
         queries, fresh = language_model.enter(layer, hidden, rotation)
-        stored = zip(kv_cache.read(number), fresh.chunk(2), strict=True)
-        keys, values = (torch.cat(states, dim=1) for states in stored)
-        mixed = attend_grouped(queries, keys, values, mask)
+        with attention_kernels(device, count):
+            mixed = attend_grouped(queries, *kv_cache.read_with(number, fresh), mask)
         hidden = language_model.leave(layer, hidden, mixed.transpose(0, 1).flatten(1))
         kv_cache.computed[number] += count
     logits = model.lm_head(language_model.norm(hidden)).float()
