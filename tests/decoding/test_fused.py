@@ -135,3 +135,10 @@ def test_too_many_shapes_fall_back_to_gathered_blocks(monkeypatch):
 
     monkeypatch.setattr(fused_module, "compiled_flex_attention", lambda dynamic: refuse)
     assert answer("true") == answer("false")
+
+
+def test_the_limit_of_graphs_is_its_own(monkeypatch):
+    before = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda: torch._dynamo.config.recompile_limit)
+    assert fused_module.compiled_flex_attention.__wrapped__(False)() == fused_module.MAX_GRAPHS != before
+    assert torch._dynamo.config.recompile_limit == before

@@ -27,10 +27,9 @@ def compiled_flex_attention(dynamic: bool) -> Any:
     Args:
         dynamic: once for sequences of all lengths. On a CPU PyTorch 2.13 fails at that, and compiles for every length.
     """
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_GRAPHS)
     # beyond the limit PyTorch would run the unfused function, which builds all scores; with `fullgraph` it raises
-    return torch.compile(flex_attention, dynamic=dynamic, fullgraph=True)
+    compiled = torch.compile(flex_attention, dynamic=dynamic, fullgraph=True)
+    return torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS)(compiled)  # others keep theirs
 
 
 def can_fuse(device: torch.device) -> bool:
