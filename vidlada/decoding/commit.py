@@ -82,6 +82,10 @@ class CommitRule:
         """
         return torch.zeros_like(drafted)
 
+    def kept_bytes(self, block: int, vocabulary: int) -> int:
+        """Memory of what the rule keeps between steps, for a block of so many slots."""
+        return 0
+
 
 def spread(masked: int, steps: int, step: int) -> int:
     """Tokens to commit in one step of a block: as even as possible, the first steps take the remainder.
@@ -208,6 +212,10 @@ class Credit(CommitRule):
         earned = logits.softmax(-1).gather(-1, best) ** self.power
         self.credit = (self.credit * self.decay).scatter_add_(-1, best, earned)  # not in place: see `rollback`
         return logits + self.strength * self.credit.log1p()
+
+    def kept_bytes(self, block: int, vocabulary: int) -> int:
+        """The float32 credits, and those of the step before, from which a step that fails is repeated."""
+        return 2 * block * vocabulary * 4
 
     def choose(self, proposals: Proposals) -> Tensor:
         """See `CommitRule`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vidlada.decoding.choices import policy_of
+from vidlada.decoding.commit import commit_rule
 from vidlada.decoding.kv_cache import key_value_bytes
 from vidlada.decoding.small_kv import stored_bytes
 from vidlada.generation import GenerationSettings
@@ -25,7 +26,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def kept_bytes(
-    config: VidLaDATextConfig, tokens: int, visual: int, settings: GenerationSettings, value_bytes: int
+    config: VidLaDATextConfig,
+    tokens: int,
+    visual: int,
+    settings: GenerationSettings,
+    value_bytes: int,
+    processes: int = 1,
 ) -> int:
     """Return what a request keeps between its steps, and leaves for a further question.
 
@@ -35,24 +41,40 @@ def kept_bytes(
         visual: how many of them are visual.
         settings: of the request.
         value_bytes: bytes a value in the type it runs in.
+        processes: that every layer's heads are divided among; the result is of one of them.
     """
-    policy, layers, width = policy_of(settings), config.num_hidden_layers, config.hidden_size
+    policy, rule = policy_of(settings), commit_rule(settings)
+    of_rule = rule.kept_bytes(settings.block_length, config.vocab_size)
     if policy is None:
-        return 0
-    reuse = min(settings.reuse, layers)
-    entries = {*policy.entries(layers), reuse} - {0, layers}
-    states = 2 + len(entries)  # entering the first layer, leaving the last
-    kept = stored_bytes(config, tokens, value_bytes, settings.kv_dtype) + states * tokens * width * value_bytes
+        return of_rule
+    states = 2 + len(joining_layers(config, settings))  # entering the first layer, leaving the last
+    spare = settings.block_length if rule.revokes and settings.kv_dtype == "auto" else 0
+    kept = stored_bytes(config, tokens + spare, value_bytes, settings.kv_dtype) // processes
+    kept += states * tokens * config.hidden_size * value_bytes
     kept += policy.pattern_bytes(config, tokens, settings, value_bytes)
     if settings.cfg_scale > 0:
         kept *= 2
-    if reuse:
-        exported = len([layer for layer in entries if layer <= reuse])
-        kept += key_value_bytes(config, visual, value_bytes) * reuse // layers + exported * visual * width * value_bytes
-    return kept
+    return kept + of_rule + reused_bytes(config, visual, settings, value_bytes, processes)
 
 
-def pass_bytes(config: VidLaDATextConfig, tokens: int, blocks: int, value_bytes: int) -> int:
+def joining_layers(config: VidLaDATextConfig, settings: GenerationSettings) -> set[int]:
+    """Return the layers between the first and the last at whose entry hidden states are kept."""
+    policy, layers = policy_of(settings), config.num_hidden_layers
+    return set() if policy is None else {*policy.entries(layers), min(settings.reuse, layers)} - {0, layers}
+
+
+def reused_bytes(
+    config: VidLaDATextConfig, visual: int, settings: GenerationSettings, value_bytes: int, processes: int = 1
+) -> int:
+    """Return what a request leaves for a further question about its frames; the arguments are those of `kept_bytes`."""
+    layers = config.num_hidden_layers
+    reuse = min(settings.reuse, layers)
+    states = len([layer for layer in joining_layers(config, settings) if layer <= reuse])
+    keys_values = key_value_bytes(config, visual, value_bytes) * reuse // layers // processes
+    return keys_values + states * visual * config.hidden_size * value_bytes
+
+
+def pass_bytes(config: VidLaDATextConfig, tokens: int, blocks: int, value_bytes: int, processes: int = 1) -> int:
     """Return the largest activations of a pass over every position.
 
     Counted are the tensors alive at once in the widest place of a layer: the residual stream, its normed copy, and
@@ -63,9 +85,11 @@ def pass_bytes(config: VidLaDATextConfig, tokens: int, blocks: int, value_bytes:
         tokens: of all sequences.
         blocks: slots of all current blocks.
         value_bytes: bytes a value in the type it runs in.
+        processes: that every layer's heads and features are divided among.
     """
     width = config.hidden_size
-    layer = max(4 * width, 3 * config.intermediate_size) * value_bytes + 2 * width * value_bytes + 4 * width
+    divided = max(4 * width, 3 * config.intermediate_size) // processes
+    layer = divided * value_bytes + 2 * width * value_bytes + 4 * width
     return tokens * layer + blocks * config.vocab_size * (4 + 8)  # float32, and float64 for the probabilities
 
 
@@ -88,7 +112,10 @@ class DecodingBytes:
 
 
 def decoding_bytes(
-    config: VidLaDATextConfig, shapes: Sequence[tuple[int, int, GenerationSettings]], value_bytes: int
+    config: VidLaDATextConfig,
+    shapes: Sequence[tuple[int, int, GenerationSettings]],
+    value_bytes: int,
+    processes: int = 1,
 ) -> DecodingBytes:
     """Return what sequences that are decoded together take.
 
@@ -96,11 +123,14 @@ def decoding_bytes(
         config: of the language model.
         shapes: of each sequence its tokens, answer slots included, how many of them are visual, and its settings.
         value_bytes: bytes a value in the type they run in.
+        processes: as for `kept_bytes`.
     """
-    kept = sum(kept_bytes(config, tokens, visual, settings, value_bytes) for tokens, visual, settings in shapes)
+    kept = sum(
+        kept_bytes(config, tokens, visual, settings, value_bytes, processes) for tokens, visual, settings in shapes
+    )
     tokens = sum(tokens for tokens, _, _ in shapes)
     blocks = sum(settings.block_length for _, _, settings in shapes)
-    return DecodingBytes(kept, pass_bytes(config, tokens, blocks, value_bytes))
+    return DecodingBytes(kept, pass_bytes(config, tokens, blocks, value_bytes, processes))
 
 
 def merged_shape(tokens: int, visual: int, settings: GenerationSettings) -> tuple[int, int, GenerationSettings]:

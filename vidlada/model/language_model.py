@@ -315,6 +315,11 @@ class LanguageModel(nn.Module):
         return self.layers[0].self_attn.heads_of[1]  # type: ignore[union-attr, index, return-value]
 
     @property
+    def processes(self) -> int:
+        """That every layer is divided among (`vidlada.model.parallel`); 1 where it is whole."""
+        return self.config.num_key_value_heads // self.key_value_heads
+
+    @property
     def devices(self) -> list[torch.device]:
         """Of the layers; more than one where the model is spread over several."""
         return [layer.input_layernorm.weight.device for layer in self.layers]  # type: ignore[union-attr, misc]
