@@ -14,6 +14,7 @@ from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.machine import GIB, free_memory, processor
 from vidlada.model.config import VidLaDAConfig, VidLaDATextConfig
+from vidlada.model.free_memory import DeviceMemory
 from vidlada.model.quantization import WEIGHT_BYTES
 from vidlada.model.vision import FRAMES_PER_PASS
 from vidlada.tiling import MediaShape, pictures_of
@@ -44,6 +45,10 @@ class MemoryNeed:
         """Peak bytes besides the weights; the two phases do not overlap."""
         return max(self.vision, self.denoising + self.cache)
 
+    def on(self, memory: DeviceMemory) -> int:
+        """The same on one of the devices that the layers lie on."""
+        return max(self.vision, memory.need(self.cache, self.denoising))
+
     @property
     def total(self) -> int:
         """Peak bytes."""
@@ -56,6 +61,7 @@ def memory_need(
     media: int | Sequence[MediaShape],
     settings: GenerationSettings,
     value_bytes: int,
+    processes: int = 1,
 ) -> MemoryNeed:
     """Estimate the memory of answering about videos and images, which pass the tower one after another.
 
@@ -65,6 +71,7 @@ def memory_need(
         media: frames of each video, shape of each image; or frames of the only video.
         settings: of decoding.
         value_bytes: bytes a value in the type it runs in.
+        processes: that the layers are divided among; what decoding takes is of one of them.
     """
     text, vision = config.text, config.vision
     width = text.hidden_size
@@ -75,7 +82,7 @@ def memory_need(
     tower_width, tower_mlp = vision.hidden_size, vision.intermediate_size
     tower = max(4 * tower_width, 2 * tower_mlp, 2 * width) * value_bytes + 2 * tower_width * value_bytes
     through = min(pictures, FRAMES_PER_PASS) * cells * tower + pictures * cells * width * value_bytes
-    decoding = decoding_bytes(text, [shape], value_bytes)
+    decoding = decoding_bytes(text, [shape], value_bytes, processes)
     return MemoryNeed(shape[0], parameters * value_bytes, through, decoding.working, decoding.kept)
 
 
@@ -92,7 +99,13 @@ def check_memory(need: int, device: torch.device, what: str, instead: str) -> No
         InputError: less is free.
     """
     free = free_memory(device)
-    if free is not None and need > free:
+    if free is not None:
+        check_free(need, free, device, what, instead)
+
+
+def check_free(need: int, free: int, device: torch.device, what: str, instead: str) -> None:
+    """The same where it is known how many bytes are free; the other arguments are those of `check_memory`."""
+    if need > free:
         raise InputError(
             f"{what} needs about {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free on {device}; {instead}"
         )

@@ -3,10 +3,12 @@
 import asyncio
 
 import pytest
+import torch
 from engine.test_engine import answer, engine_of, job_of
 
 from vidlada.engine.limits import EngineLimits
 from vidlada.engine.scheduler import EXTRA, Scheduler, Task
+from vidlada.model.free_memory import DeviceMemory
 
 LIMITS = EngineLimits()
 
@@ -177,15 +179,42 @@ def test_a_text_question_is_answered_while_a_long_video_is_encoded(small):
         assert engine.totals.frames_encoded == 60
 
 
+def free_on(*sizes):
+    """Free memory of devices with as many layers each."""
+    return [DeviceMemory(torch.device("cuda", number), 1 / len(sizes), size) for number, size in enumerate(sizes)]
+
+
 def test_requests_wait_for_memory():
     free = [1000]
-    scheduler = Scheduler(EngineLimits(max_running=8), lambda: free[0])
-    first, second, third = (task_of(64, bytes=600) for _ in range(3))
+    scheduler = Scheduler(EngineLimits(max_running=8), lambda: free_on(free[0]))
+    first, second, third = (task_of(64, kept=500, working=100) for _ in range(3))
     assert scheduler.admit([first], []) is first
     assert scheduler.admit([second], [first]) is None  # the first has not taken its memory yet
     first.update(1, 4, 100.0)
-    free[0] = 400  # now it has
+    free[0] = 500  # now it has
     assert scheduler.admit([second], [first]) is None
     assert scheduler.admit([second], []) is second  # alone, it may try
+    free[0] = 699
+    assert scheduler.admit([third], [first]) is None  # both may recompute everything in one step
     free[0] = 700
     assert scheduler.admit([third], [first]) is third
+
+
+def test_the_next_refresh_of_all_has_room():
+    """Between refreshes nothing of their working memory is in use, and none of it is free for others."""
+    total, running = 1000, [task_of(64, kept=40, working=60)]
+    scheduler = Scheduler(
+        EngineLimits(max_running=64), lambda: free_on(total - sum(t.kept for t in running if t.steps))
+    )
+    while (task := scheduler.admit([task_of(64, kept=40, working=60)], running)) is not None:
+        running.append(task)
+        for each in running:
+            each.update(each.steps + 1, each.decided + 1, each.computed + 10)
+    assert len(running) == 10 == total // running[0].bytes
+
+
+def test_a_model_on_several_devices():
+    task, other = (task_of(64, kept=600, working=100) for _ in range(2))
+    for free, admitted in (((800, 799), False), ((799, 800), False), ((800, 800), True)):
+        scheduler = Scheduler(EngineLimits(max_running=8), lambda free=free: free_on(*free))
+        assert (scheduler.admit([task], [other]) is task) is admitted

@@ -12,9 +12,11 @@ from media import write_video
 import vidlada
 from vidlada.decoding.cache import RequestCache
 from vidlada.decoding.policies import parse_policy
-from vidlada.errors import InputError
+from vidlada.decoding.sampler import Denoiser
+from vidlada.errors import InputError, VidLaDAError
 from vidlada.model.config import VidLaDATextConfig
-from vidlada.model.parallel import check_shares, launch
+from vidlada.model.language_model import LanguageModel
+from vidlada.model.parallel import check_devices, check_shares, launch
 
 OPTIONS = [
     {"cache": "none"}, {"cache": "dual"}, {"cache": "mars:text=2,ratio=1"}, {"cache": "frozen", "commit": "wino"},
@@ -40,12 +42,53 @@ local = [weight.to_local() if hasattr(weight, "to_local") else weight for weight
 with open(sys.argv[3] + str(torch.distributed.get_rank() if processes > 1 else 0), "w") as file:
     json.dump({"ids": found, "chosen": chosen, "refused": refused, "values": sum(part.numel() for part in local)}, file)
 """
+UNEQUAL = """
+import json, os, sys
+import torch
+import vidlada
+from vidlada.decoding.memory import decoding_bytes, kept_bytes
+from vidlada.engine import core
+from vidlada.model import free_memory
+torch.set_num_threads(1)
+processes, rank = int(sys.argv[1]), int(os.environ.get("RANK", "0"))
+model = vidlada.load(tensor_parallel=processes)
+settings = model.settings(gen_length=16, cache="dual")
+text = model.model.config.text
+kept = []  # of every answer: what is said, and what it is
+
+class Rows(core.Denoiser):
+    most, now = 0, []
+    def step(self):
+        Rows.now = self.rows
+        found = super().step()
+        Rows.most = max(Rows.most, len(self.rows))
+        for row in self.rows:
+            cache = row.caches[0].kv_cache
+            kept.append([kept_bytes(text, cache.tokens, 0, settings, 4, processes), cache.nbytes()])
+        return found
+
+core.Denoiser = Rows
+tokens = len(model.chat(None).request("is it red ?").prompt) + 16
+each = decoding_bytes(text, [(tokens, 0, settings)], 4, processes).peak
+room = {0: 3.5, 1: 2.5}[rank] * each
+taken = lambda: sum(row.caches[0].kv_cache.nbytes() for row in Rows.now if row.caches[0].kv_cache)
+free_memory.free_memory = lambda device: int(room - taken())
+model._check_memory = lambda *arguments: None  # it has room for a longer question
+found = model.ask_many([(None, "is it red ?")] * 4, gen_length=16, cache="dual")
+free_memory.free_memory = lambda device: 2**24 + rank * 2**20
+frames = model.frames_that_fit([], 1, settings)
+free_memory.free_memory = lambda device: None if rank else 5
+least = [each.free for each in free_memory.free_memory_of(model.model.language_model)]
+with open(sys.argv[3] + str(rank), "w") as file:
+    json.dump({"ids": [answer.token_ids for answer in found], "frames": frames, "least": least,
+               "rows": Rows.most, "kept": kept}, file)
+"""
 
 
-def ask_in(processes, folder):
+def ask_in(processes, folder, text=SCRIPT):
     """What each process of a launch found."""
     script = folder / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     start = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [str(script), str(processes), json.dumps(OPTIONS), str(folder / f"of{processes}-")]
     subprocess.run(
@@ -63,6 +106,59 @@ def test_two_processes_give_the_ids_of_one(tmp_path):
     assert all(alone["ids"]) and not alone["refused"]
     assert first["refused"].startswith("cache sparse decides by the heads of all processes")
     assert first["values"] < 0.75 * alone["values"]  # norms, embeddings and tower are whole
+
+
+@pytest.mark.slow
+def test_processes_with_unequal_memory_decide_alike(tmp_path):
+    (alone,) = ask_in(1, tmp_path, UNEQUAL)
+    first, second = ask_in(2, tmp_path, UNEQUAL)
+    assert first == second
+    assert first["ids"] == alone["ids"]
+    assert (first["rows"], alone["rows"]) == (2, 3)
+    assert first["frames"] > 0
+    assert first["least"] == [5] == alone["least"]
+    for said, kept in first["kept"] + alone["kept"]:
+        assert kept <= said <= 1.1 * kept
+
+
+def test_running_out_of_memory_in_one_process_ends_all(small, monkeypatch):
+    """The others may be in a later pass: nothing could be repeated together with them."""
+    steps = []
+
+    def fail(self):
+        steps.append(len(self.rows))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(LanguageModel, "processes", 2)
+    monkeypatch.setattr("vidlada.model.free_memory.least_of_processes", lambda layer, number: number)
+    monkeypatch.setattr(Denoiser, "step", fail)
+    with pytest.raises(VidLaDAError, match="ran out of memory.*with tensor parallelism no step can be repeated"):
+        small.ask_many([(None, "is it red ?")] * 2, gen_length=8, cache="dual")
+    assert steps == [2]
+
+
+@pytest.mark.parametrize(("said", "shown"), [
+    ("error: no room here\\n[W] a warning\\n", "no room here"), ("Traceback\\nValueError: odd", "ValueError: odd"),
+    ("", "ended with 3"),
+])  # fmt: skip
+def test_another_process_that_fails_is_heard(said, shown, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("vidlada.model.parallel.SECONDS_TO_FAIL", 0.1)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    failing = f"import os, sys, time\nif os.environ['RANK'] == '0': time.sleep(60)\nsys.stderr.write('{said}')\n"
+    (tmp_path / "sitecustomize.py").write_text(f"{failing}sys.stderr.flush()\nos._exit(3)\n")
+    assert launch(["--help"], 2) == 3
+    assert capfd.readouterr().err == f"error: process 1: {shown}\n"
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for device in (None, "cuda", "cuda:0"):
+        check_devices(1, device)
+        with pytest.raises(InputError, match="over 2 processes needs a GPU for each, and there are 1"):
+            check_devices(2, device)
+    check_devices(2, "cpu")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    check_devices(2, None)
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def ask(
     if show and choices:
         raise click.UsageError("--choices and --show exclude each other: choosing decodes nothing")
     if tensor_parallel > 1:
-        in_processes(tensor_parallel)
+        in_processes(tensor_parallel, source.device)
     vidlada, conversation = watch(media, source, options, tensor_parallel)
     if show:
         show_drafts(conversation, question)
@@ -67,11 +67,12 @@ def ask(
         click.echo(answer.text)
 
 
-def in_processes(count: int) -> None:
+def in_processes(count: int, device: str | None) -> None:
     """Run this command in several processes and exit; within one of them, go on, silent in all but the first."""
-    from vidlada.model.parallel import is_main_process, launch, world_size
+    from vidlada.model.parallel import check_devices, is_main_process, launch, world_size
 
     if world_size() == 1:
+        check_devices(count, device)
         sys.exit(launch(sys.argv[1:], count))
     if not is_main_process():
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends

@@ -33,7 +33,7 @@ from vidlada.engine.forms import FormTurn
 from vidlada.engine.limits import EngineLimits
 from vidlada.engine.scheduler import Scheduler
 from vidlada.errors import VidLaDAError
-from vidlada.machine import free_memory
+from vidlada.model.free_memory import free_memory_of
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 
 Result = TypeVar("Result")
@@ -78,7 +78,7 @@ class EngineCore:
         self.joining: dict[Entry, Iterator[None]] = {}  # being prepared, in order of their places
         self.decoding: dict[int, Entry] = {}  # by their numbers in the denoiser
         self.choosing: list[Entry] = []  # to be answered without denoising
-        self.scheduler = Scheduler(limits, partial(free_memory, model.device))
+        self.scheduler = Scheduler(limits, partial(free_memory_of, model.language_model))
 
     @property
     def running(self) -> list[Entry]:
@@ -278,6 +278,10 @@ class EngineCore:
             self._fail(error, failed)
             return
         taken = list(dict.fromkeys([*self.running, *self.joining, *failed]))
+        if self.model.language_model.processes > 1:  # another may have had enough, and be in a later pass
+            advice = "with tensor parallelism no step can be repeated; ask about fewer frames, or less at a time"
+            self._fail(MemoryExhaustedError(f"{error}; {advice}"), taken)
+            return
         released = self.release()
         if len(taken) == 1 and (not released or taken[0].retried):
             advice = "though nothing else was running; use fewer frames, a smaller gen_length or a smaller type"

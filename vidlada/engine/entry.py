@@ -64,7 +64,8 @@ class Entry(ABC):
         chooses: bool = False,
     ):
         self.settings, self.tokens, self.frames, self.chooses = settings, tokens, frames, chooses
-        self.bytes = decoding_bytes(model.config.text, [(tokens, visual, settings)], model.dtype.itemsize).peak
+        processes = model.language_model.processes
+        self.memory = decoding_bytes(model.config.text, [(tokens, visual, settings)], model.dtype.itemsize, processes)
         self.cancelled = False
         self.retried = False  # after it had run out of memory alone
         self.seconds: dict[str, float] = {}
@@ -89,7 +90,8 @@ class Entry(ABC):
             pace=settings.slots if self.chooses else pace,
             passes=2 if settings.cfg_scale > 0 else 1,
             frames=self.frames,
-            bytes=self.bytes,
+            kept=self.memory.kept,
+            working=self.memory.working,
         )
         self.turn: AnyTurn | None = None  # while it runs
         self.begin_decoding()

@@ -11,8 +11,10 @@ Work is counted in tokens computed, not in seconds, so that the order does not d
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from vidlada.engine.limits import EngineLimits
+from vidlada.model.free_memory import DeviceMemory, fits
 
 PEERS = 1.25  # rows whose steps cost the same to within this factor are stepped together
 GROWTH = 17 / 16  # of the memory budget with every answer that is finished
@@ -29,7 +31,8 @@ class Task:
         pace: slots that a step is planned to decide.
         passes: through the model in a step.
         frames: still to be encoded before it can join.
-        bytes: of memory that it takes at its peak.
+        kept: bytes of memory that it takes between its steps, from the first on.
+        working: bytes that a step takes besides, which recomputes all.
         steps: done.
         decided: slots decided in them.
         computed: tokens computed in them.
@@ -42,7 +45,8 @@ class Task:
     pace: float = 1.0
     passes: int = 1
     frames: int = 0
-    bytes: int = 0
+    kept: int = 0
+    working: int = 0
     steps: int = 0
     decided: int = 0
     computed: float = 0.0
@@ -51,6 +55,11 @@ class Task:
 
     def __post_init__(self) -> None:
         self.work = self.remaining
+
+    @property
+    def bytes(self) -> int:
+        """Of memory that it takes at its peak."""
+        return self.kept + self.working
 
     @property
     def step_tokens(self) -> float:
@@ -79,15 +88,16 @@ class Scheduler:
 
     Args:
         limits: `max_running`, `max_running_tokens` and `max_step_tokens` count here.
-        free: gives the free bytes of memory on the model's device; None where that is not known.
+        free: gives the free memory of the model's devices.
     """
 
-    def __init__(self, limits: EngineLimits, free: Callable[[], int | None] = lambda: None):
+    def __init__(self, limits: EngineLimits, free: Callable[[], Sequence[DeviceMemory]] = lambda: ()):
         self.limits, self.free = limits, free
         self.turns = self.admissions = self.preparations = 0
         self.lead = 0.0  # tokens by which the shortest have had more than the oldest
         self.by_age = False  # how this turn's were chosen
         self.budget: float | None = None  # bytes that may run together; known once memory has run out
+        self.failed = inf  # fewest bytes that ran together when it did
 
     def admit(self, waiting: Sequence[Task], running: Sequence[Task]) -> Task | None:
         """The request that gets a place now, if there is one for it.
@@ -124,11 +134,13 @@ class Scheduler:
         )
 
     def has_memory(self, task: Task, running: Sequence[Task]) -> bool:
-        """Whether a request fits into memory beside those that have not taken theirs yet, as far as is known."""
-        if self.budget is not None and task.bytes + sum(other.bytes for other in running) > self.budget:
+        """Whether a request fits into memory beside the others, as far as is known: what those keep that have not taken
+        it yet, and the working memory of all, which may recompute everything in the same step."""
+        together = [task, *running]
+        if self.budget is not None and sum(each.bytes for each in together) > self.budget:
             return False
-        free = self.free()
-        return free is None or task.bytes + sum(other.bytes for other in running if not other.steps) <= free
+        kept = sum(each.kept for each in together if not each.steps)
+        return fits(self.free(), kept, sum(each.working for each in together))
 
     def shrink_budget(self, running: Sequence[Task], preempted: Sequence[Task]) -> None:
         """Take note that memory ran out: fewer may run together from now on.
@@ -139,12 +151,14 @@ class Scheduler:
         """
         # if all are, all but one of them may have fitted
         gone = preempted if len(preempted) < len(running) else preempted[:1]
-        self.budget = float(sum(task.bytes for task in running) - sum(task.bytes for task in gone))
+        together = sum(task.bytes for task in running)
+        self.failed = min(self.failed, together)
+        self.budget = float(together - sum(task.bytes for task in gone))
 
     def grow_budget(self) -> None:
-        """Take note that an answer is complete: a little more may run together, until memory runs out again."""
+        """Take note that an answer is complete: a little more may run together, never again as much as failed."""
         if self.budget is not None:
-            self.budget *= GROWTH
+            self.budget = min(self.budget * GROWTH, self.failed - 1)
 
     def prepare(self, tasks: Sequence[Task]) -> Task:
         """The request to prepare next: in turns the one with the fewest frames left and the first that came."""

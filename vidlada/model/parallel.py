@@ -9,13 +9,16 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from vidlada.errors import InputError
@@ -28,6 +31,7 @@ PLAN: dict[str, type[ParallelStyle]] = {
     "mlp.down_proj": RowwiseParallel,
 }  # fmt: skip
 POLL_SECONDS = 0.1  # between looks whether one of the processes has ended
+SECONDS_TO_FAIL = 10  # that the first has to end after another
 
 
 def world_size() -> int:
@@ -88,6 +92,16 @@ def shard(layer: nn.Module, mesh: DeviceMesh) -> None:
     layer.self_attn.heads_of = queries, keys, values
 
 
+def least_of_processes(layer: nn.Module, number: int) -> int:
+    """The least of the numbers that the processes give which have a share of a layer; all must call this."""
+    assert isinstance(layer, Layer)
+    weight = layer.self_attn.q_proj.weight
+    assert isinstance(weight, DTensor)
+    found = torch.tensor(number, device=weight.device)
+    distributed.all_reduce(found, distributed.ReduceOp.MIN, group=weight.device_mesh.get_group())
+    return int(found)
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on, where processes of a launch may meet."""
     with socket.socket() as free:
@@ -95,8 +109,28 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def check_devices(processes: int, device: str | None) -> None:
+    """Refuse, before anything is started, more processes than this machine has GPUs.
+
+    Args:
+        processes: that are asked for.
+        device: as `vidlada.load` takes it.
+
+    Raises:
+        InputError: they are more.
+    """
+    gpus = torch.cuda.device_count()
+    on_gpu = gpus > 0 if device is None else device.startswith("cuda")
+    if on_gpu and processes > gpus:
+        raise InputError(
+            f"tensor parallelism over {processes} processes needs a GPU for each, and there are {gpus}; use fewer "
+            f"processes, or device cpu"
+        )
+
+
 def launch(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m vidlada` with the same arguments in several processes of this machine, the first of which prints.
+    Of another that fails before it the last line is printed, unless the first has refused the same input.
 
     Returns:
         The first's exit code, or that of another that failed before it.
@@ -104,23 +138,34 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     common = {
         **os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
-    running = []
-    for rank in range(processes):
-        silent: dict[str, Any] = {} if rank == 0 else {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        running.append(subprocess.Popen([sys.executable, "-m", "vidlada", *arguments], env=environment, **silent))
-    try:
+    with ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
+        running: list[subprocess.Popen[bytes]] = []
+        stack.callback(end, running)
+        for rank in range(processes):
+            silent: dict[str, Any] = {} if rank == 0 else {"stdout": subprocess.DEVNULL, "stderr": said[rank]}
+            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            running.append(subprocess.Popen([sys.executable, "-m", "vidlada", *arguments], env=environment, **silent))
         while running[0].poll() is None and not any(each.poll() for each in running):
             time.sleep(POLL_SECONDS)
-        if running[0].poll() is None:  # the first may be about to say why it failed too
-            try:
-                running[0].wait(10)
-            except subprocess.TimeoutExpired:
-                return next(code for each in running if (code := each.poll()))
-        return running[0].returncode
-    finally:
-        for each in running:
-            if each.poll() is None:
-                each.terminate()
-        for each in running:
-            each.wait()
+        failed = next((rank for rank, each in enumerate(running) if rank and each.poll()), None)
+        with suppress(subprocess.TimeoutExpired):  # the first may be about to say why it failed too
+            running[0].wait(SECONDS_TO_FAIL)
+        code = running[0].returncode
+        if failed is None or code in (0, InputError.exit_code):
+            return code
+        said[failed].seek(0)
+        lines = [line for line in said[failed].read().decode(errors="replace").splitlines() if line.strip()]
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        line = [f"ended with {running[failed].returncode}", *lines[-1:], *errors][-1]
+        print(f"error: process {failed}: {line}", file=sys.stderr)
+        return code or running[failed].returncode
+
+
+def end(running: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes that still run, and wait for all."""
+    for each in running:
+        if each.poll() is None:
+            each.terminate()
+    for each in running:
+        each.wait()
