@@ -23,10 +23,10 @@ from vidlada.engine.offline import decode
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.fetch import Fetching, Progress
 from vidlada.generation import GenerationSettings, PromptSettings
-from vidlada.info import MemoryNeed, check_memory, memory_need
-from vidlada.machine import free_memory
+from vidlada.info import MemoryNeed, check_free, memory_need
 from vidlada.media import FrameEncoder, Pictures, is_image, local, media_list, read_image, read_video
 from vidlada.messages import THINK, Message, pieces_of
+from vidlada.model.free_memory import free_memory_of
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import VidLaDAProcessor
 from vidlada.settings import settings_of
@@ -169,11 +169,11 @@ class VidLaDA:
         room = config.max_length - text - sum(map(config.visual_tokens, others))
         each = config.tokens_per_frame() + (TOKENS_OF_A_TIME if prompt.time_instruction else 0)
         context = room // (videos * each)
-        free = free_memory(self.model.device)
+        memory = free_memory_of(self.model.language_model)
 
         def fits(frames: int) -> bool:
             need = self._memory_need([*others, *[frames] * videos], settings)
-            return free is None or need.working <= free
+            return all(need.on(each) <= each.free for each in memory)
 
         most = bisect_left(range(1, max(0, context) + 1), True, key=lambda frames: not fits(frames))
         if most < 1:
@@ -223,14 +223,16 @@ class VidLaDA:
 
     def _memory_need(self, media: Sequence[MediaShape], settings: GenerationSettings) -> MemoryNeed:
         """Estimate what an answer takes besides the weights."""
-        return memory_need(self.model.config, 0, media, settings, self.model.dtype.itemsize)
+        processes = self.model.language_model.processes
+        return memory_need(self.model.config, 0, media, settings, self.model.dtype.itemsize, processes)
 
     def _check_memory(self, media: Sequence[MediaShape], settings: GenerationSettings) -> None:
         """Refuse a run that cannot fit."""
         need = self._memory_need(media, settings)
         instead = "use fewer frames, a smaller gen_length or a smaller type"
         what = f"answering about {sum(map(pictures_of, media))} frames"
-        check_memory(need.working, self.model.device, what, instead)
+        for each in free_memory_of(self.model.language_model):
+            check_free(need.on(each), each.free, each.device, what, instead)
 
     def settings(self, **generation: Any) -> GenerationSettings:
         """Return this checkpoint's generation settings with the given ones changed."""
@@ -307,15 +309,16 @@ class VidLaDA:
             if id(media) not in encoded:
                 encoded[id(media)] = self.encode_media(media, sampling, settings, prompt, fetching)
         chats = [Conversation(self, encoded[id(media)], settings, prompt) for media, _ in questions]
+        messages = [chat.message(question) for chat, (_, question) in zip(chats, questions, strict=True)]
         if choices is not None and (isinstance(choices, str) or len(choices) != len(questions)):
             raise InputError(f"choices must be a list for each of the {len(questions)} questions, or None for one")
         given = [as_choices(own) for own in choices or [None] * len(questions)]
-        entries = [
-            chat.entry(chat.message(question), own)
-            for chat, (_, question), own in zip(chats, questions, given, strict=True)
-        ]
+        for chat in chats:
+            chat.check_memory()
+        # made as there is room for them: every prompt takes memory
+        entries = (chat.entry(message, own) for chat, message, own in zip(chats, messages, given, strict=True))
         answers = dict[int, Answer]()
-        for place, update in decode(self.model, entries, together=len(entries)):
+        for place, update in decode(self.model, entries, together=len(chats)):
             if isinstance(update, VidLaDAError):
                 raise update
             if update.stable.finish_reason is not None:

@@ -140,14 +140,26 @@ class Conversation:
 
     def request(self, question: str) -> Request:
         """Build the decoding request for the next question."""
+        self.check_memory()
         return self.request_for(self.message(question))
+
+    @property
+    def shapes(self) -> list[MediaShape]:
+        """Of the media, in order."""
+        return [medium.shape for medium in self.media]
+
+    def check_memory(self) -> None:
+        """Refuse a question that cannot fit into what memory is free now.
+
+        Raises:
+            InputError: that is so.
+        """
+        self.vidlada._check_memory(self.shapes, self.settings)
 
     def request_for(self, message: Message) -> Request:
         """Build the decoding request for a user message with content parts."""
-        shapes = [medium.shape for medium in self.media]
-        self.vidlada._check_memory(shapes, self.settings)
         messages = with_think_mode([*self.messages, message], self.settings.think)
-        encoded = self.vidlada.processor.encode(messages, shapes)
+        encoded = self.vidlada.processor.encode(messages, self.shapes)
         model = self.vidlada.model
         empty = torch.empty(0, model.language_model.config.hidden_size, device=model.device, dtype=model.dtype)
         tokens = torch.cat([empty, *(medium.visual_tokens for medium in self.media)])
@@ -155,7 +167,10 @@ class Conversation:
         return replace(request, visual=self.visual)
 
     def entry(self, message: Message, choices: Sequence[str] | None = None) -> ReadyEntry:
-        """The engine's request for a user message, answered with the likeliest of `choices` where there are any."""
+        """The engine's request for a user message, answered with the likeliest of `choices` where there are any.
+
+        It may be made while others are decoded: whether it fits beside them is for the engine to say.
+        """
         request, model, processor = self.request_for(message), self.vidlada.model, self.vidlada.processor
         if choices is None:
             return ReadyEntry(request, model, partial(Turn, request, processor, model))
@@ -198,6 +213,7 @@ class Conversation:
         """Answer a message without adding it to the history: the state and certain text after every step. Drafts
         cost time; where nobody sees them, none are built."""
         choices = as_choices(choices)
+        self.check_memory()
         for _, update in decode(self.vidlada.model, [self.entry(message, choices)]):
             if isinstance(update, VidLaDAError):
                 raise update

@@ -1,13 +1,14 @@
 """Answering requests in the caller's thread: what `ask`, `ask_many`, evaluation and the trainer's score are made of."""
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 
 from vidlada.engine.core import EngineCore
 from vidlada.engine.entry import ReadyEntry, Update
 from vidlada.engine.limits import EngineLimits
 from vidlada.errors import VidLaDAError
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
+
+MOST_WAITING = 2  # requests, whose prompts take memory, that are made before there is room for them
 
 
 def decode(
@@ -29,9 +30,15 @@ def decode(
     source = enumerate(entries)
     taken: dict[int, ReadyEntry] = {}
     while True:
-        for number, entry in islice(source, core.limits.max_running - len(taken)):
+        while len(taken) < core.limits.max_running and len(core.waiting) < MOST_WAITING:
+            following = next(source, None)
+            if following is None:
+                break
+            number, entry = following
             taken[number] = entry
             core.waiting.append(entry)
+            while core.prepare():
+                pass
         if not taken:
             return
         while core.prepare():
