@@ -7,6 +7,7 @@ import pytest
 import torch
 from engines import alone, answer, engine_of, job_of, turns_of
 
+from vidlada.decoding.cache import RequestCache
 from vidlada.decoding.sampler import Denoiser
 from vidlada.engine.limits import EngineLimits
 from vidlada.engine.scheduler import Scheduler, Task
@@ -143,17 +144,17 @@ def test_the_vision_tower_runs_out_of_memory(small, monkeypatch, others):
 
 def test_admission_learns():
     scheduler = Scheduler(EngineLimits())
-    tasks = [Task(100, 16, bytes=10) for _ in range(4)]
+    tasks = [Task(100, 16, kept=8, working=2) for _ in range(4)]
     assert scheduler.fits(tasks[3], tasks[:3])
     scheduler.shrink_budget(tasks, tasks[3:])
     assert scheduler.fits(tasks[2], tasks[:2])
     assert not scheduler.fits(tasks[3], tasks[:3])
     assert not scheduler.fits(tasks[3], tasks[:3], 4)
-    finished = 0
-    while not scheduler.fits(tasks[3], tasks[:3]):
+    for _ in range(20):
         scheduler.grow_budget()
-        finished += 1
-    assert 2 < finished < 10
+    assert not scheduler.fits(tasks[3], tasks[:3])  # so many have failed
+    smaller = Task(100, 16, kept=6, working=2)
+    assert scheduler.fits(smaller, tasks[:3])
     scheduler.shrink_budget(tasks, tasks)
     assert scheduler.fits(tasks[0], [])
     assert scheduler.fits(tasks[0], tasks[1:3])
@@ -172,7 +173,10 @@ def test_a_repeated_answer_that_differs_is_not_put_behind_what_was_sent():
         reply.delta(0, update("a dog"))
 
 
-def test_what_is_too_large_to_be_kept_is_said_once(small, caplog):
+def test_what_is_too_large_to_be_kept_is_not_copied_and_said_once(small, caplog, monkeypatch):
+    copies, export = [], RequestCache.export_visual
+    monkeypatch.setattr(RequestCache, "export_visual", lambda self: copies.append(self) or export(self))
+
     async def run(engine):
         engine.visual.max_bytes = 10
         for question in ("count", "is it red ?"):
@@ -181,6 +185,14 @@ def test_what_is_too_large_to_be_kept_is_said_once(small, caplog):
 
     with engine_of(small) as engine:
         assert asyncio.run(run(engine)) == 0
+    assert not copies
     assert [record.message for record in caplog.records].count(
-        "reuse: the frames' keys and values take 1 MiB, visual_store_mb is 1"
+        "reuse: the frames' keys and values take more than the 1 MiB of visual_store_mb"
     ) == 1
+
+
+def test_the_size_of_the_store_of_keys_and_values(small, monkeypatch):
+    for free, given, expected in ((2**33, None, 2**30), (2**33, 5, 5 * 2**20), (None, None, 2**30)):
+        monkeypatch.setattr("vidlada.model.free_memory.free_memory", lambda device, free=free: free)
+        with engine_of(small, visual_store_mb=given) as engine:
+            assert engine.visual.max_bytes == expected

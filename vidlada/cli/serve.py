@@ -24,7 +24,7 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """One option for every limit."""
     for entry in reversed(fields(Limits)):
         name = f"--{entry.name.replace('_', '-')}"
-        kind = type(entry.default)
+        kind = int if entry.default is None else type(entry.default)
         command = click.option(
             name, type=kind, default=entry.default, show_default=True, help=entry.metadata["help"],
             cls=GroupedOption, group="Limits",

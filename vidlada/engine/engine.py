@@ -29,9 +29,12 @@ from vidlada.engine.prompts import build_request
 from vidlada.engine.requests import EngineClosedError, EngineRequest, MediaInput, RequestHandle
 from vidlada.errors import VidLaDAError
 from vidlada.machine import MEBI
+from vidlada.model.free_memory import free_memory_of
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import VidLaDAProcessor
 
+VISUAL_STORE_SHARE = 1 / 8  # of the memory that is free at the start
+VISUAL_STORE_MB = 1024  # where that is not known
 FRAMES_PER_TURN = 8  # through the vision tower between two steps; always the same, so that features are too
 
 log = logging.getLogger("vidlada.engine")
@@ -50,7 +53,7 @@ class Engine(EngineCore):
         super().__init__(model, limits)
         self.processor = processor
         self.features: LRUCache[Tensor] = LRUCache(limits.feature_store_mb * MEBI)
-        self.visual: LRUCache[VisualCache] = LRUCache(limits.visual_store_mb * MEBI)
+        self.visual: LRUCache[VisualCache] = LRUCache(self._visual_store_bytes())
         self.warned = self.closing = False
         self.arrived: deque[RequestHandle] = deque()
         self.parts: dict[Hashable, list[Tensor]] = {}  # features of videos being encoded, shared by who waits for them
@@ -59,9 +62,22 @@ class Engine(EngineCore):
         self.thread = threading.Thread(target=self._run, name="vidlada-engine", daemon=True)
         self.thread.start()
 
+    def _visual_store_bytes(self) -> int:
+        """Most bytes of frames' keys and values to keep; each device holds those of its layers."""
+        given = self.limits.visual_store_mb
+        memory = free_memory_of(self.model.language_model)
+        if given is not None or not memory:
+            return (given or VISUAL_STORE_MB) * MEBI
+        return int(VISUAL_STORE_SHARE * min(each.free / each.share for each in memory))
+
     def submit(self, job: EngineRequest) -> RequestHandle:
         """Queue a job; to be called in the event loop that reads the handle."""
-        handle = RequestHandle(job, self.model, asyncio.get_running_loop(), self._join, self._keep_visual)
+        loop = asyncio.get_running_loop()
+        handle = RequestHandle(job, self.model, loop, self._join, self._keep_visual, self.visual.max_bytes)
+        if handle.settings.reuse < job.settings.reuse and not self.warned:
+            self.warned = True
+            most = -(-self.visual.max_bytes // MEBI)
+            log.warning("reuse: the frames' keys and values take more than the %d MiB of visual_store_mb", most)
         with self.condition:
             if self.closing:
                 raise EngineClosedError
@@ -153,8 +169,8 @@ class Engine(EngineCore):
         width = model.language_model.config.hidden_size
         tokens = torch.cat(visual) if visual else torch.empty(0, width, device=model.device)
         job = handle.job
-        known = self.visual.get(job.visual_key) if job.settings.reuse else None
-        request = build_request(model, self.processor, job.encoded, tokens, job.settings)
+        known = self.visual.get(job.visual_key) if handle.settings.reuse else None
+        request = build_request(model, self.processor, job.encoded, tokens, handle.settings)
         request = replace(request, visual=known)
         if job.form:
             handle.turn = FormTurn(model, self.processor, request, job.form)
@@ -164,11 +180,7 @@ class Engine(EngineCore):
             handle.turn = Turn(request, self.processor, model, job.max_tokens)
 
     def _keep_visual(self, job: EngineRequest, visual: VisualCache) -> None:
-        """Keep what a further question about a video reuses, or say once that there is no room for it."""
-        if visual.nbytes > self.visual.max_bytes and not self.warned:
-            self.warned = True
-            sizes = (-(-size // MEBI) for size in (visual.nbytes, self.visual.max_bytes))
-            log.warning("reuse: the frames' keys and values take %d MiB, visual_store_mb is %d", *sizes)
+        """Keep what a further question about a video reuses."""
         self.visual.put(job.visual_key, visual, visual.nbytes)
 
     def release(self) -> bool:

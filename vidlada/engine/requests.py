@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequenc
 from dataclasses import dataclass, replace
 
 from vidlada.decoding.cache import VisualCache
-from vidlada.decoding.memory import merged_shape
+from vidlada.decoding.memory import merged_shape, reused_bytes
 from vidlada.engine.entry import Entry, Update
 from vidlada.engine.forms import Form
 from vidlada.errors import VidLaDAError
@@ -93,6 +93,7 @@ class RequestHandle(Entry):
         loop: that reads the updates.
         join: prepares the request, which it is given.
         keep: takes what a further question about the videos may reuse.
+        most_kept: bytes that it can take; where there would be more, nothing is left for a further question.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class RequestHandle(Entry):
         loop: asyncio.AbstractEventLoop,
         join: Callable[["RequestHandle"], Iterator[None]],
         keep: Callable[[EngineRequest, VisualCache], None],
+        most_kept: int,
     ):
         self.job, self.loop, self.join, self.keep = job, loop, join, keep
         self.updated = self.seen = 0  # updates since it began, and the most before it had to begin again
@@ -110,6 +112,9 @@ class RequestHandle(Entry):
         visual = sum(frame >= 0 for frame in job.encoded.frame_index)
         frames = sum(len(shown.frames.times) for shown in job.videos)
         tokens, visual, settings = merged_shape(job.tokens, visual, job.settings)
+        text, processes = model.config.text, model.language_model.processes
+        if settings.reuse and reused_bytes(text, visual, settings, model.dtype.itemsize, processes) > most_kept:
+            settings = settings.replace(reuse=0)  # the answer is the same, without a copy that nobody could keep
         super().__init__(settings, tokens, visual, model, frames, chooses=bool(job.choices))
 
     def prepare(self) -> Iterator[None]:
