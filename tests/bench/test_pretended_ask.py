@@ -28,9 +28,7 @@ CACHES = {
     "drift": "mars:drift=0.0001,probes=4,group=1",
 }
 FEW = ("none", "dual", "elastic", "mars", "chunks")  # of every kind, for what a cache has no part in
-# Where the host may wait, and how often. Of every question: its ids go up, and its places are counted.
-QUESTION_WAITS = {"engine/prompts.py tensor of host data": 1, "model/video_model.py _local_scalar_dense": 1}
-# Of every step: the one copy of its proposals.
+# Where the host may wait, and how often. For every step: the one copy of its proposals. For a question, nowhere.
 STEP_WAITS = {"decoding/sampler.py cpu": 1}
 # What a cache's method cannot do without: in which layer attention changed; where scenes begin, once a request.
 OF_CACHES = {
@@ -56,20 +54,18 @@ def waits(counts):
     return found
 
 
-def check(counts, answers, passes=1, **more):
+def check(counts, passes=1, **more):
     """No type is widened, and the host waits only where it may.
 
     Args:
         counts: of what was asked.
-        answers: to how many questions.
         passes: of the longest.
         more: further waits of all.
     """
     taken = counts.take()
     assert not taken.promotions
     found = waits(taken)
-    allowed = Counter({where: number * answers for where, number in QUESTION_WAITS.items()})
-    allowed.update({where: number * passes for where, number in STEP_WAITS.items()})
+    allowed = Counter({where: number * passes for where, number in STEP_WAITS.items()})
     allowed.update(more)
     assert not found - allowed, found - allowed
 
@@ -79,7 +75,7 @@ def same(there, small, counts, media=FRAMES, allowed=(), **options):
     options = {**COMMON, **options}
     counts.take()
     found = there.ask(media, QUESTION, **options)
-    check(counts, 1, found.statistics.steps, **dict(allowed))
+    check(counts, found.statistics.steps, **dict(allowed))
     expected = small.ask(media, QUESTION, **options)
     assert found.token_ids == expected.token_ids
     assert found.statistics.layer_tokens == expected.statistics.layer_tokens
@@ -120,7 +116,7 @@ def test_a_batch(pretended, small, name):
     counts.take()
     found = there.ask_many(questions, **options)
     allowed = {where: len(questions) * number for where, number in OF_CACHES.get(name, {}).items()}
-    check(counts, len(questions), max(answer.statistics.steps for answer in found), **allowed)
+    check(counts, max(answer.statistics.steps for answer in found), **allowed)
     expected = small.ask_many(questions, **options)
     assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
 
@@ -135,7 +131,7 @@ def test_a_further_question_about_the_same_video(pretended, small, name):
         texts.append([chat.ask(QUESTION).token_ids, chat.ask("is it red ?").token_ids])
         if model is there:
             allowed = {where: 2 * number for where, number in OF_CACHES.get(name, {}).items()}
-            check(counts, 2, 16, **allowed)
+            check(counts, 16, **allowed)
     assert texts[0] == texts[1]
 
 
@@ -156,4 +152,4 @@ def test_bfloat16(pretended, name):
         counts.take()
         answer = found.ask(FRAMES, QUESTION, **COMMON, cache=CACHES[name], **options)
         allowed = {where: 2 * number for where, number in OF_CACHES.get(name, {}).items()}
-        check(counts, 1, answer.statistics.steps, **allowed)
+        check(counts, answer.statistics.steps, **allowed)

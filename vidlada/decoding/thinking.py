@@ -128,7 +128,7 @@ class Turn:
     @torch.inference_mode()
     def _behind(self, request: Request, ids: list[int]) -> Request:
         """A request whose prompt goes on with these tokens."""
-        more = self.model.embed(torch.tensor([ids], device=request.prompt.device))[0].to(request.prompt.dtype)
+        more = self.model.embed(torch.tensor([ids]))[0].to(request.prompt.dtype)
         known = request.frame_index
         frame_index = None if known is None else [*known, *[-1] * len(ids)]
         return replace(request, prompt=torch.cat((request.prompt, more)), frame_index=frame_index)

@@ -27,9 +27,8 @@ def build_request(
     """
     if settings.visual_keep < 1:
         encoded, visual_tokens = reduce_visual(encoded, visual_tokens, settings.visual_keep)
-    ids = torch.tensor([encoded.input_ids], device=model.device)
     with torch.inference_mode():
-        prompt = model.embed(ids, visual_tokens)[0]
+        prompt = model.embed(torch.tensor([encoded.input_ids]), visual_tokens)[0]
     words = [tuple(processor.text_ids(word)) for word in settings.stop]
     return Request(
         prompt=prompt,

@@ -89,7 +89,8 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
         """Embeddings of a prompt, visual tokens in the places of the video stand-ins.
 
         Args:
-            input_ids: (batch, tokens); every place of `config.video_token_id` takes one visual token.
+            input_ids: (batch, tokens), on the model's device or, so that nothing waits for it, on the host; every place
+                of `config.video_token_id` takes one visual token.
             visual_tokens: (visual tokens of the whole batch in order, width).
 
         Returns:
@@ -98,11 +99,14 @@ class VidLaDAForMaskedDiffusion(PreTrainedModel):
         Raises:
             InputError: the number of places differs from the number of visual tokens.
         """
-        is_video = input_ids == self.config.video_token_id
-        embeddings = self.language_model.embed_tokens(input_ids.masked_fill(is_video, 0))
-        places, given = int(is_video.sum()), 0 if visual_tokens is None else visual_tokens.shape[0]
+        places = int((input_ids == self.config.video_token_id).sum())
+        given = 0 if visual_tokens is None else visual_tokens.shape[0]
         if places != given:
             raise InputError(f"the prompt has places for {places} visual tokens, but {given} were given")
+        if input_ids.device.type == "cpu" != self.device.type:
+            input_ids = input_ids.pin_memory().to(self.device, non_blocking=True)
+        is_video = input_ids == self.config.video_token_id
+        embeddings = self.language_model.embed_tokens(input_ids.masked_fill(is_video, 0))
         if visual_tokens is None or places == 0:
             return embeddings
         return embeddings.masked_scatter(is_video[..., None], visual_tokens.to(embeddings.dtype))
