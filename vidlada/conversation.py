@@ -20,6 +20,7 @@ from vidlada.engine.prompts import build_request
 from vidlada.errors import InputError, VidLaDAError
 from vidlada.generation import GenerationSettings, PromptSettings
 from vidlada.messages import Message, place_media, time_instruction, with_think_mode
+from vidlada.model.parallel import least_of_processes
 from vidlada.settings import check_unicode
 from vidlada.tiling import MediaShape
 from vidlada.video import VideoInfo
@@ -220,8 +221,15 @@ class Conversation:
             if update.stable.finish_reason is not None:
                 self.last = self.answer(update, choices)
                 if choices is None:
-                    self.visual = update.state.visual
+                    self.visual = self._kept_by_all(update.state.visual)
             yield update.state, update.stable
+
+    def _kept_by_all(self, visual: VisualCache | None) -> VisualCache | None:
+        """What the next question may reuse: with tensor parallelism nothing, where a process had no memory for it."""
+        model = self.vidlada.model.language_model
+        if self.settings.reuse and model.processes > 1 and not least_of_processes(model.layers[0], visual is not None):
+            return None
+        return visual
 
     def complete(self, message: Message, choices: Sequence[str] | None = None) -> Answer:
         """Answer a message without adding it to the history."""

@@ -44,9 +44,10 @@ with open(sys.argv[3] + str(torch.distributed.get_rank() if processes > 1 else 0
 """
 UNEQUAL = """
 import json, os, sys
-import torch
+import numpy as np, torch
 import vidlada
 from vidlada.decoding.memory import decoding_bytes, kept_bytes
+from vidlada.decoding.running import RunningRequest
 from vidlada.engine import core
 from vidlada.model import free_memory
 torch.set_num_threads(1)
@@ -79,9 +80,16 @@ free_memory.free_memory = lambda device: 2**24 + rank * 2**20
 frames = model.frames_that_fit([], 1, settings)
 free_memory.free_memory = lambda device: None if rank else 5
 least = [each.free for each in free_memory.free_memory_of(model.model.language_model)]
+free_memory.free_memory, compared = lambda device: None, list(kept)
+if rank:
+    RunningRequest.export_visual = lambda self: None  # had no memory for a copy
+chat = model.chat(np.random.default_rng(0).integers(0, 256, (4, 84, 84, 3), dtype=np.uint8), gen_length=16,
+                  cache="dual", reuse=2)
+turns = [chat.ask("is it red ?").token_ids for _ in range(2)]
 with open(sys.argv[3] + str(rank), "w") as file:
-    json.dump({"ids": [answer.token_ids for answer in found], "frames": frames, "least": least,
-               "rows": Rows.most, "kept": kept}, file)
+    json.dump({"ids": [answer.token_ids for answer in found], "turns": turns, "reused": chat.visual is not None,
+               "frames": frames, "least": least,
+               "rows": Rows.most, "kept": compared}, file)
 """
 
 
@@ -114,6 +122,7 @@ def test_processes_with_unequal_memory_decide_alike(tmp_path):
     first, second = ask_in(2, tmp_path, UNEQUAL)
     assert first == second
     assert first["ids"] == alone["ids"]
+    assert (first["reused"], alone["reused"]) == (False, True)
     assert (first["rows"], alone["rows"]) == (2, 3)
     assert first["frames"] > 0
     assert first["least"] == [5] == alone["least"]
