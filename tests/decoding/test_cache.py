@@ -350,14 +350,14 @@ def test_what_does_not_fit_is_not_reused():
 def test_the_paper_is_a_preset_of_mars():
     paper = parse_policy("mars:paper")
     assert (paper.ratio, paper.queries, paper.window, paper.group) == (2, 32, 1, 4)
-    assert parse_policy("mars:paper,ratio=3") == replace(paper, ratio=3)
+    assert parse_policy("mars:paper,ratio=3") == parse_policy("mars:ratio=3,paper") == replace(paper, ratio=3)
     assert parse_policy(policy_text(paper)) == paper
 
 
 def test_dllm_cache_chooses_everything_when_all_is_due():
     """Refreshing prompt and answer in every step is full recompute, and any share of 1 is the frozen prompt."""
     model, index = load_reference_model("gqa"), layout(2, [4, 4], 3)
-    for cache, like in (("dllm:prompt=1", "full"), ("dllm:prompt=999,share=1", "frozen")):
+    for cache, like in (("dllm:prompt=1,response=1", "full"), ("dllm:prompt=999,share=1", "frozen")):
         found, expected = decode(
             model, random_request(model, index, cache=cache), random_request(model, index, cache=like)
         )
@@ -366,10 +366,25 @@ def test_dllm_cache_chooses_everything_when_all_is_due():
 
 def test_dllm_cache_computes_a_share_of_the_answer_in_every_layer(small):
     index = layout(2, [6] * 4, 4)
-    (state,) = decode(small.model, random_request(small.model, index, cache="dllm:prompt=8,response=4"))
-    everything = len(index) + 16
-    # an answer refresh takes 16 positions (beside the full pass too), the other steps a quarter of them
-    assert state.statistics.layer_tokens == (2 * everything + 4 * 16 + 12 * 4,) * 2
+    (state,) = decode(small.model, random_request(small.model, index, cache="dllm:prompt=5,response=3"))
+    both, prompt, response, neither = 2 * (len(index) + 2 * 16), 2 * (len(index) + 4), 4 * 16, 8 * 4  # of 16 steps
+    # where both are due, the answer is in the full pass too
+    assert state.statistics.layer_tokens == (both + prompt + response + neither,) * 2
+
+
+def test_dllm_cache_keeps_values_of_all_slots_and_keys_of_the_chosen(small):
+    index = layout(2, [6] * 4, 4)
+    denoiser = Denoiser(small.model)
+    denoiser.add(random_request(small.model, index, cache="dllm:share=0.1", block_length=16, steps=4))
+    for _ in range(3):
+        denoiser.step()
+    (cache,), language_model = denoiser.rows[0].caches, small.model.language_model
+    kv_cache, answer = cache.kv_cache, cache.answer
+    rotation = language_model.rotation(kv_cache.tokens, torch.float32, answer.device)[:, answer]
+    with torch.inference_mode():
+        _, fresh = language_model.enter(language_model.layers[0], kv_cache.hidden[0][answer], rotation)
+    same = torch.isclose(kv_cache.select(0, answer), fresh, atol=1e-6).all(-1).view(2, -1, 16).all(1)
+    assert same[1].all() and not same[0].all()
 
 
 def test_dkv_cache_computes_what_was_open_in_the_step_before(small):

@@ -32,7 +32,7 @@ def parse_named(what: str, text: str, table: Mapping[str, type], others: Sequenc
     for pair in filter(None, rest.split(",")):
         key, equals, value = pair.partition("=")
         if not equals and key in presets:
-            settings |= presets[key]
+            settings = presets[key] | settings  # wherever it stands, what is set by name counts
         elif key in known:
             settings[key] = parse_value(f"{what} {name}: {key}", value, kinds[key])
         else:

@@ -33,9 +33,9 @@ class DLLM(SegmentPolicy):
 
     def plan(self, context: StepContext) -> Plan:
         """Whatever is due; the answer is left to `LayerwiseUpdate`."""
-        whole = context.step % self.prompt == 0 or context.step % self.response == 0
-        start = EVERYTHING if context.step % self.prompt == 0 else {}
-        return Plan(start, layerwise=1.0 if whole else self.share)
+        prompt, response = context.step % self.prompt == 0, context.step % self.response == 0
+        start = (EVERYTHING if response else dict.fromkeys(("text", "visual"), 0)) if prompt else {}
+        return Plan(start, layerwise=1.0 if response else self.share)
 
     def attention(self, frames: FrameMap, prompt: Tensor) -> "LayerwiseUpdate":
         """Full attention, and the answer's own pass after it."""
@@ -50,7 +50,7 @@ class DLLM(SegmentPolicy):
 
 class LayerwiseUpdate(AttentionPattern):
     """Updates the answer after the pass: each layer recomputes the positions whose values changed most, and adds to the
-    others what it added when it last computed them.
+    others what it added when it last computed them. Values are kept of all positions, keys of those recomputed.
 
     Attributes:
         added: (layers, slots, width) what each layer last added to each slot's states.
@@ -75,16 +75,19 @@ class LayerwiseUpdate(AttentionPattern):
         rotation = table.index_select(1, kv_cache.rotary_positions(answer))
         if self.added is None:
             self.added = hidden.new_zeros(config.num_hidden_layers, *hidden.shape)
-        count, every = max(1, round(self.share * len(answer))), torch.arange(len(answer), device=answer.device)
+        count, every = max(1, int(self.share * len(answer))), torch.arange(len(answer), device=answer.device)
         for number, layer in enumerate(language_model.layers):
             assert isinstance(layer, Layer)
             queries, states = language_model.enter(layer, hidden, rotation)
-            chosen = every
+            chosen, heads = every, kv_cache.heads
             if count < len(answer):
-                stored = kv_cache.read(number)[1].index_select(1, answer)
-                similarity = cosine(states[len(stored) :], stored, (-3, -1))  # (slots,)
+                stored = kv_cache.select(number, answer)
+                similarity = cosine(states[heads:], stored[heads:], (-3, -1))  # (slots,)
                 chosen = similarity.topk(count, largest=False, sorted=False).indices
-            kv_cache.write(number, answer.index_select(0, chosen), states.index_select(1, chosen))
+                # values of all, keys of the chosen
+                keys = stored[:heads].index_copy_(1, chosen, states[:heads].index_select(1, chosen))
+                states = torch.cat((keys, states[heads:]))
+            kv_cache.write(number, answer, states)
             asking, entering = queries.index_select(1, chosen), hidden.index_select(0, chosen)
             mixed = attend_grouped(asking, *kv_cache.read(number))
             fresh = language_model.leave(layer, entering, mixed.transpose(0, 1).flatten(1))
