@@ -90,11 +90,11 @@ def watch(
     tensor_parallel: int = 1,
     several: bool = False,
 ) -> tuple[Any, Any]:
-    """Load the model and encode the media; `several` questions reuse half of the layers by default."""
+    """Load the model and encode the media; `several` questions reuse a third of the layers by default."""
     given = given_options(options)
     vidlada = source.load(tensor_parallel)
     if several and "reuse" not in given and vidlada.settings(**generation_options(given)).cache != "none":
-        given["reuse"] = vidlada.model.config.text.num_hidden_layers // 2
+        given["reuse"] = vidlada.model.config.text.num_hidden_layers // 3
     with download_progress() as vidlada.progress, progress(f"watching {', '.join(media)}"):
         return vidlada, vidlada.chat(list(media), **given)
 
