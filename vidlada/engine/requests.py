@@ -76,6 +76,7 @@ class EngineRequest:
             self.settings.cache,
             self.settings.reuse,
             self.settings.visual_keep,
+            self.settings.kv_dtype,
         )
 
     @property
