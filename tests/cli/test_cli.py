@@ -211,7 +211,7 @@ def test_every_command_has_help_and_no_option_twice(words):
 @pytest.mark.parametrize(
     ("given", "expected"), [((), 0), (("--cache", "mars"), 1), (("--cache", "mars", "--reuse", 0), 0)]
 )
-def test_chat_with_a_cache_reuses_half_of_the_layers(clip, small_folder, monkeypatch, given, expected):
+def test_chat_with_a_cache_reuses_a_third_of_the_layers(clip, small_folder, monkeypatch, given, expected):
     depths = []
     answer = Conversation.ask
     monkeypatch.setattr(

@@ -94,7 +94,7 @@ def watch(
     given = given_options(options)
     vidlada = source.load(tensor_parallel)
     if several and "reuse" not in given and vidlada.settings(**generation_options(given)).cache != "none":
-        given["reuse"] = vidlada.model.config.text.num_hidden_layers // 3
+        given["reuse"] = max(1, vidlada.model.config.text.num_hidden_layers // 3)
     with download_progress() as vidlada.progress, progress(f"watching {', '.join(media)}"):
         return vidlada, vidlada.chat(list(media), **given)
 
