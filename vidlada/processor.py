@@ -40,6 +40,7 @@ class EncodedConversation:
         is_answer: True for what the assistant says, its end-of-turn token included.
         is_control: True for bos, header marks and end-of-turn tokens, and for the whole header of an answer.
         turn: number of the user turn a position belongs to (the system message belongs to the first).
+        media: shape of each video and image, in order.
     """
 
     input_ids: list[int] = field(default_factory=list)
@@ -47,6 +48,7 @@ class EncodedConversation:
     is_answer: list[bool] = field(default_factory=list)
     is_control: list[bool] = field(default_factory=list)
     turn: list[int] = field(default_factory=list)
+    media: list[MediaShape] = field(default_factory=list)
 
     def append(self, ids: Sequence[int], turn: int, *, answer: bool = False, control: bool = False) -> None:
         """Add text tokens."""
@@ -56,8 +58,9 @@ class EncodedConversation:
         self.is_control.extend([control] * len(ids))
         self.turn.extend([turn] * len(ids))
 
-    def append_medium(self, stand_in: int, frame_index: Sequence[int], turn: int) -> None:
+    def append_medium(self, stand_in: int, frame_index: Sequence[int], turn: int, shape: MediaShape) -> None:
         """Add the places of the visual tokens of a video or an image."""
+        self.media.append(shape)
         self.append([stand_in] * len(frame_index), turn)
         self.frame_index[len(self.frame_index) - len(frame_index) :] = frame_index
 
@@ -274,7 +277,7 @@ class VidLaDAProcessor(ProcessorMixin):
                 if shape is None:
                     raise InputError(f"the conversation has more videos and images than the {len(media)} given")
                 index = [first_frame + number for number in self.media_frame_index(shape)]
-                encoded.append_medium(self.video_token_id, index, here)
+                encoded.append_medium(self.video_token_id, index, here, shape)
                 first_frame += 1 if isinstance(shape, ImageShape) else shape
             encoded.append([end_of_turn], here, answer=is_answer, control=True)
         if next(shapes, None) is not None:

@@ -174,14 +174,18 @@ class Tiling:
 
     def tokens(self, shape: ImageShape) -> int:
         """Visual tokens of an image."""
-        whole = self.patches**2
+        return len(self.newlines(shape))
+
+    def newlines(self, shape: ImageShape) -> list[bool]:
+        """Which of the visual tokens of an image, in reading order, are newlines."""
+        whole = [False] * self.patches**2
         if self.merge_type != "spatial_unpad":
             return whole * shape.tiles
         if shape.tiles == 1:
-            return whole + 1
+            return [*whole, True]
         rows, columns = (part.stop - part.start for part in self.content_region(shape))
         rows, columns = self.shrunk_size(rows, columns)
-        return whole + rows * (columns + 1)
+        return whole + ([False] * columns + [True]) * rows
 
 
 def _middle(total: int, kept: int) -> slice:

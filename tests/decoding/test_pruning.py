@@ -15,7 +15,7 @@ from vidlada.decoding.cache import RequestCache
 from vidlada.decoding.kv_cache import attend_grouped
 from vidlada.decoding.memory import kept_bytes
 from vidlada.decoding.policies.base import AttentionPattern
-from vidlada.decoding.token_reduction import parse_pruning
+from vidlada.decoding.pruning import parse_pruning
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.model.rotary import rotary_angles

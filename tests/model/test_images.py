@@ -78,8 +78,10 @@ def test_tokens_are_counted_as_they_are_laid_out(merge_type, height, width, alon
     small_config = config(image_size=42, **settings)
     shape = small_config.tiling.shape_of(height, width, alone)
     vision = Vision(small_config)
+    torch.nn.init.constant_(vision.newline, 7)
     tokens = vision.lay_out_image(torch.randn(shape.tiles, 9, 64), shape)
     assert len(tokens) == small_config.visual_tokens(shape)
+    assert (tokens == 7).all(-1).tolist() == small_config.newlines(shape)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (383, 385), (2, 3000)])

@@ -133,8 +133,11 @@ def test_videos_of_different_length_are_encoded_as_alone(small):
 def test_layouts_of_visual_tokens(small, position, mode, count):
     config = VidLaDAConfig(**{**small.model.config.to_dict(), "newline_position": position, "spatial_pool_mode": mode})
     model = VidLaDAForMaskedDiffusion(config)
-    (visual,) = model.encode_media(torch.zeros(2, 3, 36, 36), [2])
+    with torch.no_grad():
+        model.vision.newline.fill_(7)
+        (visual,) = model.encode_media(torch.zeros(2, 3, 36, 36), [2])
     assert len(visual) == config.visual_tokens(2) == count
+    assert (visual == 7).all(-1).tolist() == config.newlines(2)
 
 
 def test_auto_classes_and_round_trip(small, small_folder, tmp_path):

@@ -75,6 +75,14 @@ def test_the_answer_is_the_command_lines_however_the_video_comes(client, clip, e
         ask(client, text(), video(upload.id))
 
 
+def test_usage_counts_what_is_left_of_merged_tokens(client, clip):
+    whole, half = (
+        ask(client, text(), video(f"file://{clip}"), n=2, extra={"visual_keep": keep}).usage for keep in (1.0, 0.5)
+    )
+    assert half.prompt_tokens_details.visual_tokens == 4 * 12 // 2
+    assert whole.prompt_tokens - half.prompt_tokens == 4 * 12 // 2
+
+
 def test_a_stream_tells_the_same_and_takes_nothing_back(client, clip, expected):
     chunks = list(
         ask(client, text(), video(f"file://{clip}"), stream=True, stream_options={"include_usage": True})

@@ -150,7 +150,7 @@ class Answerer:
             "answer": last.stable.text + submitted.handle.job.settings.suffix,
             **({"reasoning": last.stable.reasoning} if last.stable.reasoning else {}),
             "finish_reason": last.stable.finish_reason,
-            "prompt_tokens": submitted.prompt_tokens,
+            "prompt_tokens": submitted.prompt_tokens(statistics),
             "completion_tokens": last.stable.tokens,
             "statistics": statistics.to_dict(),
         }

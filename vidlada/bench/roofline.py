@@ -14,8 +14,8 @@ from vidlada.decoding.kv_cache import FEW_QUERIES, key_value_bytes
 from vidlada.decoding.memory import PROMPT_TOKENS, decoding_bytes, merged_shape
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.policies.base import EVERYTHING, StepContext
+from vidlada.decoding.pruning import parse_pruning
 from vidlada.decoding.small_kv import stored_bytes
-from vidlada.decoding.token_reduction import parse_pruning
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
 from vidlada.machine import GIB

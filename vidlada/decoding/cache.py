@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from vidlada.decoding.attention import FrameMap, upload
 from vidlada.decoding.kv_cache import KVCache, PartialPass, concatenate
 from vidlada.decoding.policies.base import EVERYTHING, AttentionPattern, Plan, Policy, StepContext
+from vidlada.decoding.pruning import ObservedAttention
 from vidlada.decoding.small_kv import kv_cache_of
-from vidlada.decoding.token_reduction import ObservedAttention
 from vidlada.errors import InputError
 from vidlada.model.config import VidLaDATextConfig
 

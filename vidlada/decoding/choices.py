@@ -4,7 +4,7 @@ from vidlada.decoding.commit import commit_rule
 from vidlada.decoding.policies import parse_policy
 from vidlada.decoding.policies.base import Policy
 from vidlada.decoding.policies.blockwise import Full
-from vidlada.decoding.token_reduction import parse_pruning
+from vidlada.decoding.pruning import parse_pruning
 from vidlada.generation import GenerationSettings
 
 

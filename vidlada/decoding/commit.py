@@ -135,11 +135,11 @@ class TopK(CommitRule):
 
     def begin_block(self, masked: int, steps: int) -> None:
         """See `CommitRule`."""
-        self.masked, self.steps, self.step = masked, steps, 0
+        steps = min(steps, masked) if self.tokens is None else -(-masked // self.tokens)
+        self.masked, self.steps, self.step = masked, max(1, steps), 0
 
     def choose(self, proposals: Proposals) -> Tensor:
         """See `CommitRule`."""
-        # steps left without a token to place (fewer masks than steps) would change nothing, so they are not taken
         count = self.tokens or max(1, spread(self.masked, self.steps, self.step))
         self.step += 1
         return most_confident(proposals.confidence, proposals.open, count)
@@ -242,7 +242,7 @@ class Prophet(TopK):
     def choose(self, proposals: Proposals) -> Tensor:
         """See `CommitRule`."""
         assert proposals.measured is not None
-        third = min(2, 3 * self.step // max(1, min(self.steps, self.masked)))
+        third = min(2, 3 * self.step // self.steps)
         if float(proposals.measured[proposals.open].mean()) >= (self.early, self.middle, self.late)[third]:
             return proposals.open
         return super().choose(proposals)
@@ -352,6 +352,8 @@ def commit_rule(settings: GenerationSettings) -> CommitRule:
         rule = TopK()
     if settings.steps is not None and not rule.paced:
         raise InputError(f"steps is fixed in advance; it cannot be combined with commit {rule.name}")
+    if settings.steps is not None and getattr(rule, "tokens", None) is not None:
+        raise InputError(f"commit {settings.commit} and steps {settings.steps} both set the pace; give one of them")
     if settings.remasking == "random" and type(rule) is not TopK:
         raise InputError(f"commit {rule.name} compares probabilities; it needs remasking low_confidence")
     if settings.cfg_scale > 0 and rule.revokes:

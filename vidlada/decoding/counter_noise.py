@@ -36,4 +36,4 @@ def uniform(seed: int, draw: int, rows: int, columns: int, device: torch.device)
     offset = int(mix_bits(start + torch.tensor([draw]) * GAMMA))  # on the host: a plain number for the kernel
     counters = torch.arange(rows * columns, device=device).view(rows, columns)
     bits = _shift_right(mix_bits((counters + offset) * GAMMA), 11)  # 53 of them, as many as a float64 holds
-    return (bits.double() + 0.5) * 2.0**-53
+    return ((bits.double() + 0.5) * 2.0**-53).clamp_(max=1 - 2.0**-53)  # with all bits set it rounds to 1

@@ -41,6 +41,7 @@ class Request:
         frame_index: frame of each position of the prompt, -1 for text; none are frames by default. Only caches that
             tell frames from text need it.
         visual: what an earlier request about the same video left (`State.visual`); needs a cache.
+        given_frame_index: `frame_index` before visual tokens were merged; the same by default.
     """
 
     prompt: Tensor
@@ -50,6 +51,23 @@ class Request:
     initial_ids: Sequence[int] | None = None
     frame_index: Sequence[int] | None = None
     visual: VisualCache | None = None
+    given_frame_index: Sequence[int] | None = None
+
+    @property
+    def given_frames(self) -> list[int]:
+        """Frame of each visual token of the videos and images as they were given."""
+        given = self.frame_index if self.given_frame_index is None else self.given_frame_index
+        return [frame for frame in given or () if frame >= 0]
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of the prompt."""
+        return sum(frame >= 0 for frame in self.frame_index or ())
+
+    @property
+    def merged(self) -> int:
+        """Visual tokens that are no longer there because alike ones were merged."""
+        return len(self.given_frames) - self.visual_tokens
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,9 @@ class Statistics:
         forward_passes: passes through the model; guidance takes two a step.
         tokens: slots committed.
         layer_tokens: positions computed, by layer.
-        pruned: visual tokens dropped after the first step.
+        visual_tokens: of the prompt, as the first step sees it.
+        merged: visual tokens that were merged into these before it.
+        pruned: of these, dropped after the first step.
         refreshes: how often the prompt's text and frames were recomputed; empty without a cache, where every pass does.
         seconds: by phase; `denoising` is the wall time the request spent in the loop.
     """
@@ -72,6 +92,8 @@ class Statistics:
     layer_tokens: tuple[int, ...] = ()
     refreshes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    visual_tokens: int = 0
+    merged: int = 0
     pruned: int = 0
 
     @property
@@ -84,7 +106,7 @@ class Statistics:
         return replace(self, seconds={**seconds, **self.seconds})
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        """What both cost together."""
+        """What both parts of an answer cost together; they see the same videos."""
         names = {*self.refreshes, *other.refreshes}
         phases = [*self.seconds, *(phase for phase in other.seconds if phase not in self.seconds)]
         return Statistics(
@@ -94,7 +116,9 @@ class Statistics:
             tuple(sum(counts) for counts in zip_longest(self.layer_tokens, other.layer_tokens, fillvalue=0)),
             {name: self.refreshes.get(name, 0) + other.refreshes.get(name, 0) for name in sorted(names)},
             {phase: self.seconds.get(phase, 0.0) + other.seconds.get(phase, 0.0) for phase in phases},
-            self.pruned + other.pruned,
+            max(self.visual_tokens, other.visual_tokens),
+            max(self.merged, other.merged),
+            max(self.pruned, other.pruned),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,6 +130,8 @@ class Statistics:
             "tokens_per_forward": round(self.tokens_per_forward, 4),
             "layer_tokens": list(self.layer_tokens),
             "refreshes": self.refreshes,
+            "visual_tokens": self.visual_tokens,
+            "merged": self.merged,
             "pruned": self.pruned,
             "seconds": {phase: round(seconds, 4) for phase, seconds in self.seconds.items()},
         }

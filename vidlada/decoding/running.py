@@ -16,8 +16,8 @@ from vidlada.decoding.choices import policy_of
 from vidlada.decoding.commit import Proposals, commit_rule, within_nucleus
 from vidlada.decoding.counter_noise import uniform
 from vidlada.decoding.memory import is_out_of_memory
+from vidlada.decoding.pruning import parse_pruning
 from vidlada.decoding.request import Request, State, Statistics
-from vidlada.decoding.token_reduction import parse_pruning
 from vidlada.decoding.verify import verify
 from vidlada.errors import InputError
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
@@ -76,6 +76,7 @@ class RunningRequest:
             )
         self.counter = settings.noise == "counter" or (settings.noise == "auto" and device.type != "cpu")
         self.pruning, self.pruned = parse_pruning(settings.visual_prune), 0  # visual tokens
+        self.visual_tokens, self.merged = request.visual_tokens, request.merged
         self.draws = 0  # of the counter-based generator
         self.generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same numbers on every device
         self.caches = self.make_caches(model)
@@ -91,6 +92,8 @@ class RunningRequest:
         if policy is None:
             return []
         prompt, config = self.request.prompt, model.language_model.config
+        given = self.request.given_frames
+        policy.check(len(set(given)), len(given))
         frame_index = self.request.frame_index if self.request.frame_index is not None else [-1] * len(prompt)
         if len(frame_index) != len(prompt):
             raise InputError(f"frame_index has {len(frame_index)} entries for a prompt of {len(prompt)} tokens")
@@ -216,6 +219,8 @@ class RunningRequest:
             layer_tokens=self.layer_tokens(layers),
             refreshes=dict(self.caches[0].refreshes) if self.caches else {},
             seconds={"denoising": time.perf_counter() - self.started},
+            visual_tokens=self.visual_tokens,
+            merged=self.merged,
             pruned=self.pruned,
         )
         if self.statistics.steps == 1 and not self.done:

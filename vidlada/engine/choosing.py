@@ -69,6 +69,8 @@ class ChoosingTurn:
             tokens=len(answer),
             layer_tokens=(len(request.prompt) + max(request.settings.gen_length, len(answer)),) * layers,
             seconds={"denoising": time.perf_counter() - started},
+            visual_tokens=request.visual_tokens,
+            merged=request.merged,
         )
         committed = torch.ones(len(answer), dtype=torch.bool)
         confidence = torch.full((len(answer),), float(scores[best].exp()))

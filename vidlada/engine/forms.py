@@ -91,7 +91,7 @@ class FormTurn:
         form: Form,
     ):
         self.model, self.processor, self.request, self.form = model, processor, request, list(form)
-        self.statistics = Statistics()
+        self.statistics = Statistics(visual_tokens=request.visual_tokens, merged=request.merged)
         if not self.choosing:
             self.begin_decoding()
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from vidlada.decoding.merging import merge_visual
 from vidlada.decoding.request import Request
-from vidlada.decoding.token_reduction import reduce_visual
 from vidlada.generation import GenerationSettings
 from vidlada.model.video_model import VidLaDAForMaskedDiffusion
 from vidlada.processor import EncodedConversation, VidLaDAProcessor
@@ -25,9 +25,10 @@ def build_request(
         visual_tokens: (visual tokens, width) of all its videos, in order.
         settings: of decoding.
     """
-    if settings.visual_keep < 1:
-        encoded, visual_tokens = reduce_visual(encoded, visual_tokens, settings.visual_keep)
+    given_frame_index = encoded.frame_index
     with torch.inference_mode():
+        if settings.visual_keep < 1:
+            encoded, visual_tokens = merge_visual(encoded, visual_tokens, settings.visual_keep, model.config)
         prompt = model.embed(torch.tensor([encoded.input_ids]), visual_tokens)[0]
     words = [tuple(processor.text_ids(word)) for word in settings.stop]
     return Request(
@@ -36,4 +37,5 @@ def build_request(
         stop_sequences=(*words, *((token,) for token in model.config.stop_token_ids)),
         suffix_ids=tuple(processor.text_ids(settings.suffix)) if settings.suffix else (),
         frame_index=encoded.frame_index,
+        given_frame_index=given_frame_index,
     )

@@ -177,3 +177,11 @@ class VidLaDAConfig(PreTrainedConfig):
         if isinstance(shape, ImageShape):
             return self.tiling.tokens(shape)
         return shape * self.tokens_per_frame() + (self.newline_position == "one_token")
+
+    def newlines(self, shape: MediaShape) -> list[bool]:
+        """Which of the visual tokens of an image, or of a video of so many frames, are newline vectors."""
+        if isinstance(shape, ImageShape):
+            return self.tiling.newlines(shape)
+        row = [False] * self.pooled_per_side + [True] * (self.newline_position == "grid")
+        frame = row * self.pooled_per_side + [True] * (self.newline_position == "frame")
+        return frame * shape + [True] * (self.newline_position == "one_token")

@@ -96,8 +96,9 @@ class Reply:
     def usage(self) -> Usage:
         """Token counts; visual tokens are part of the prompt's, which counts once for all its answers, and those of a
         thought part of the completion's."""
-        each = self.submitted[:: self.order.n]
-        prompt = sum(submitted.prompt_tokens for submitted in each)
+        seen = [update.state.statistics for update in self.finished]
+        prompts = list(zip(self.submitted, seen, strict=True))[:: self.order.n]
+        prompt = sum(submitted.prompt_tokens(statistics) for submitted, statistics in prompts)
         reasoning = sum(update.stable.reasoning_tokens for update in self.finished)
         completion = sum(update.stable.tokens for update in self.finished) + reasoning
         return {
@@ -106,7 +107,7 @@ class Reply:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {
                 "cached_tokens": 0,
-                "visual_tokens": sum(submitted.visual_tokens for submitted in each),
+                "visual_tokens": sum(statistics.visual_tokens for _, statistics in prompts),
             },
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         }

@@ -163,8 +163,9 @@ class Server:
         total = time.perf_counter() - started
         for number, update in enumerate(reply.finished):
             self.metrics.observe({**reply.seconds(number, update), "total": total})
+            prompt = reply.submitted[number].prompt_tokens(update.state.statistics)
             line = (
-                f"{reply.id} prompt={reply.submitted[number].prompt_tokens} completion={update.stable.tokens} "
+                f"{reply.id} prompt={prompt} completion={update.stable.tokens} "
                 f"steps={update.state.step} finish={update.stable.finish_reason} seconds={total:.3f}"
             )
             if self.settings.log_content:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from vidlada.api import VidLaDA
 from vidlada.decoding.choices import check_choices
+from vidlada.decoding.request import Statistics
 from vidlada.engine.engine import Engine
 from vidlada.engine.forms import Form, form_slots
 from vidlada.engine.requests import EngineRequest, RequestHandle
@@ -47,15 +48,13 @@ class Submitted:
     handle: RequestHandle
     seconds: dict[str, float]
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt, visual ones included."""
-        return len(self.handle.job.encoded.input_ids)
+    def prompt_tokens(self, statistics: Statistics) -> int:
+        """Tokens of the prompt as the model saw it, visual ones included.
 
-    @property
-    def visual_tokens(self) -> int:
-        """Visual tokens of the prompt."""
-        return sum(index >= 0 for index in self.handle.job.encoded.frame_index)
+        Args:
+            statistics: of the answer.
+        """
+        return len(self.handle.job.encoded.input_ids) - statistics.merged
 
 
 class Service:

@@ -141,6 +141,17 @@ class Policy(Protocol):
     def plan(self, context: StepContext) -> Plan:
         """The plan of a step."""
 
+    def check(self, frames: int, visual: int) -> None:
+        """Refuse videos and images that the settings do not fit.
+
+        Args:
+            frames: of all together, as they were given; fewer may be left once alike tokens are merged.
+            visual: their visual tokens, likewise.
+
+        Raises:
+            InputError: they do not fit.
+        """
+
     def entries(self, layers: int) -> list[int]:
         """Layers above 0 at which segments may join."""
 
@@ -166,6 +177,9 @@ class SegmentPolicy:
 
     def __post_init__(self) -> None:
         check_named("cache", self)
+
+    def check(self, frames: int, visual: int) -> None:  # noqa: B027
+        """Anything fits."""
 
     def entries(self, layers: int) -> list[int]:
         """None."""

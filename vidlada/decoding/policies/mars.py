@@ -113,29 +113,28 @@ class Mars(SegmentPolicy):
                 start[segment] = min(due)
         return Plan(start, chunked=self.chunks, probes=probes, store_states=start != ANSWER)
 
-    def attention(self, frames: FrameMap, prompt: Tensor) -> AttentionPattern:
-        """Chunk attention where there are several frames and a window; else full attention.
-
-        Raises:
-            InputError: more anchors than visual tokens, or a window larger than a video of several frames.
-        """
-        sizes = frames.sizes
-        visual, count = sum(sizes), len(sizes)
-        if not self.chunks or not count:
-            return AttentionPattern()
-        anchors = min(DEFAULT_ANCHORS, visual) if self.anchors is None else self.anchors
-        if anchors > visual:
-            raise InputError(f"cache mars: {anchors} anchors are more than the {visual} visual tokens; use fewer")
-        if count == 1:  # a single image: its queries see all of it with any window
-            return AttentionPattern()
-        if self.window >= count:
+    def check(self, frames: int, visual: int) -> None:
+        """Refuse more anchors than visual tokens, and a window larger than a video of several frames."""
+        if not self.chunks or not frames:
+            return
+        if self.anchors is not None and self.anchors > visual:
+            raise InputError(f"cache mars: {self.anchors} anchors are more than the {visual} visual tokens; use fewer")
+        if 1 < frames <= self.window:  # a single image may have any: its queries see all of it
             raise InputError(
-                f"cache mars: a window of {self.window} is larger than the video of {count} frames; "
+                f"cache mars: a window of {self.window} is larger than the video of {frames} frames; "
                 f"use a smaller one, or -1 for full attention"
             )
+
+    def attention(self, frames: FrameMap, prompt: Tensor) -> AttentionPattern:
+        """Chunk attention where there are several frames and a window; else full attention."""
+        sizes = frames.sizes
+        if not self.chunks or len(sizes) < 2:
+            return AttentionPattern()
+        window = min(self.window, len(sizes) - 1)
+        anchors = min(DEFAULT_ANCHORS if self.anchors is None else self.anchors, sum(sizes))
         scenes = scenes_of(_frame_means(frames, prompt) if self.scene else prompt, sizes, self.scene)
         fused = can_fuse(prompt.device) if self.fused is None else self.fused
-        return ChunkPattern(frames, self.window, anchors, self.queries, self.per_head, scenes, fused)
+        return ChunkPattern(frames, window, anchors, self.queries, self.per_head, scenes, fused)
 
     def _drifted_groups(self, context: StepContext, segment: str) -> list[int]:
         """Entries of the groups where a segment has drifted too far."""
