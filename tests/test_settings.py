@@ -64,6 +64,13 @@ def test_a_speed_chooses_cache_and_commit_rule(speed):
     assert GenerationSettings.from_dict(chosen.to_dict()) == chosen
 
 
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_a_speed_counts_in_the_constructor_too(speed):
+    assert GenerationSettings(speed=speed) == GenerationSettings().replace(speed=speed)
+    assert GenerationSettings(speed=speed, cache="prefix").commit == SPEEDS[speed]["commit"]
+    assert GenerationSettings(speed=speed, steps=4).commit is None
+
+
 def test_what_is_given_beside_a_speed_counts():
     settings = GenerationSettings().replace(speed="fast", cache="none", threshold=0.7)
     assert (settings.cache, settings.commit, settings.threshold) == ("none", None, 0.7)

@@ -82,7 +82,7 @@ class GenerationSettings:
     )
     threshold: float | None = setting(
         None,
-        "Commit every token at least this confident, at least one a step, e.g. 0.9 (Fast-dLLM).",
+        "Commit every token more confident than this, at least one a step, e.g. 0.9 (Fast-dLLM).",
         above=0,
         maximum=1,
         essential=True,
@@ -134,7 +134,7 @@ class GenerationSettings:
     reuse: int = setting(
         0,
         "Layers, from the lowest, whose keys and values of the frames a further question about a video reuses; 0 is "
-        "off. Needs a cache; vidlada chat with a cache takes half of the layers by default.",
+        "off. Needs a cache; vidlada chat with a cache takes a third of the layers by default.",
         minimum=0,
         maximum=1024,
         metavar="LAYERS",
@@ -187,6 +187,11 @@ class GenerationSettings:
                 f"steps {self.steps} is not a multiple of the {self.num_blocks} blocks "
                 f"(gen_length {self.gen_length} / block_length {self.block_length})"
             )
+        if self.speed is not None and all(getattr(self, name) is None for name in PACES):  # not made by `replace`
+            preset = SPEEDS[self.speed]
+            object.__setattr__(self, "commit", preset["commit"])
+            if self.cache == "none":
+                object.__setattr__(self, "cache", preset["cache"])
         paces = [name for name in ("threshold", "factor", "commit") if getattr(self, name) is not None]
         if len(paces) > 1:
             raise InputError(f"{' and '.join(paces)} exclude each other; give one of them")

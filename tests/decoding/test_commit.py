@@ -143,6 +143,25 @@ def test_prophet_commits_all_or_follows_the_schedule(block, step, gap):
     assert rule.choose(found).sum() == (found.open.sum() if everything else 1)
 
 
+def test_prophet_s_progress_is_that_of_its_own_steps():
+    """Four tokens a step fill 32 slots in eight steps, whose last third begins with the seventh."""
+    rule = Prophet(tokens=4, early=9e5, middle=9e5, late=0)
+    rule.begin_block(32, 32)
+    figures, is_open, taken = torch.ones(32, dtype=torch.float64), torch.ones(32, dtype=torch.bool), []
+    for _ in range(7):
+        chosen = rule.choose(Proposals(torch.arange(32), figures, is_open, figures))
+        is_open = is_open & ~chosen
+        taken.append(int(chosen.sum()))
+    assert taken == [4] * 6 + [8]
+
+
+@pytest.mark.parametrize("commit", ["topk:tokens=2", "prophet:tokens=2"])
+def test_a_pace_in_tokens_and_one_in_steps_exclude_each_other(commit):
+    settings = GenerationSettings(gen_length=8, block_length=8, steps=2, commit=commit)
+    with pytest.raises(InputError, match=f"commit {commit} and steps 2 both set the pace"):
+        commit_rule(settings)
+
+
 @given(st.lists(st.lists(st.integers(0, 2), min_size=4, max_size=4), min_size=1, max_size=8), st.integers(1, 4))
 def test_history_stable_against_a_naive_history(history, steps):
     rule = HistoryStable(steps=steps, confidence=0.0)

@@ -2,6 +2,7 @@
 
 import torch
 
+from vidlada.decoding import counter_noise
 from vidlada.decoding.counter_noise import mix_bits, uniform
 
 CPU = torch.device("cpu")
@@ -25,6 +26,12 @@ def test_uniform():
     assert len(numbers.unique()) == numbers.numel()
     neighbours = torch.stack((numbers[:, :-1].flatten(), numbers[:, 1:].flatten()))
     assert abs(torch.corrcoef(neighbours)[0, 1]) < 0.01
+
+
+def test_the_largest_number_is_below_one(monkeypatch):
+    """Or Gumbel noise would divide by the logarithm of 1."""
+    monkeypatch.setattr(counter_noise, "mix_bits", lambda numbers: torch.full_like(numbers, -1))
+    assert 0.999 < uniform(0, 1, 1, 1, CPU) < 1
 
 
 def test_seeds_and_draws_differ():

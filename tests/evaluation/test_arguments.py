@@ -83,6 +83,21 @@ def test_a_model_argument_is_not_displaced_unseen():
     assert generation_settings(defaults, two, given).threshold == 0.9
 
 
+@pytest.mark.parametrize("given", [{"cache": "mars"}, {"commit": "wino"}])
+def test_a_speed_does_not_replace_a_model_argument_unseen(given):
+    defaults = GenerationSettings().replace(**given)
+    with pytest.raises(InputError, match=r"has no effect beside speed 'fast'; leave one of them out"):
+        generation_settings(defaults, {"speed": "fast"}, given)
+    assert generation_settings(defaults, {"speed": "fast", **given}, given).speed == "fast"
+
+
+def test_settings_of_a_rule_are_separated_as_those_of_a_cache():
+    two = "credit:decay=0.8;confidence=0.7"
+    expected = "credit:decay=0.8,confidence=0.7"
+    assert generation_settings(DEFAULTS, {"commit": two}).commit == expected
+    assert ModelArguments.from_dict({"commit": two, "speed": "fast"}).decoding == {"commit": expected, "speed": "fast"}
+
+
 def test_model_arguments_of_published_scripts():
     arguments = ModelArguments.from_dict(
         {"pretrained": "there", "conv_template": "llava_llada", "model_name": "llava_vidlada", "max_frames_num": 64,

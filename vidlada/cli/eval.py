@@ -9,6 +9,7 @@ import click
 
 from vidlada.cli.options import GroupedCommand, GroupedOption, ModelSource, model_option, one_line_errors
 from vidlada.errors import InputError
+from vidlada.generation import SPEEDS
 from vidlada.video import Sampling
 
 SHAPES_CLIPS = 24
@@ -102,8 +103,11 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ("Prompt", ("--time-instruction/--no-time-instruction",),
          {"default": None, "help": "Tell the model when its frames were taken; by default to MVBench only."}),
         ("Decoding", ("--cache",), {"help": "Reuse between steps: none, dual, mars …, settings after a colon."}),
+        ("Decoding", ("--commit",), {"help": "Which proposals become final in a step, e.g. credit:decay=0.8."}),
+        ("Decoding", ("--speed",),
+         {"type": click.Choice(list(SPEEDS)), "help": "Chooses cache and commit rule where they are not given."}),
         ("Decoding", ("--threshold",),
-         {"type": float, "help": "Commit every token at least this confident, instead of fixed steps."}),
+         {"type": float, "help": "Commit every token more confident than this, instead of fixed steps."}),
         ("Decoding", ("--gen", "generation"),
          {"multiple": True, "metavar": "NAME=VALUE",
           "help": "Any other generation argument, e.g. gen_length=32; may be repeated."}),
@@ -172,7 +176,8 @@ def run_settings(source: ModelSource, adapter: Path | None, options: dict[str, A
         "adapter": None if adapter is None else str(model_folder(adapter, what="adapter").absolute()),
         "max_frames_num": options["frames"], "video_fps": options["fps"],
         "force_sample": options["force_sample"] or None, "add_time_instruction": options["time_instruction"],
-        "cache": options["cache"], "threshold": options["threshold"], "device": source.device,
+        "cache": options["cache"], "commit": options["commit"], "speed": options["speed"],
+        "threshold": options["threshold"], "device": source.device,
         "dtype": None if source.dtype == "auto" else source.dtype, "quantization": source.quantization,
         "compiled": source.compiled or None,
     }  # fmt: skip

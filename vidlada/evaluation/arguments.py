@@ -13,6 +13,7 @@ from vidlada.video import Sampling
 
 ThinkMode = Literal["no_think", "think"]
 DECODING = (
+    "speed",
     "cache",
     "commit",
     "threshold",
@@ -22,7 +23,8 @@ DECODING = (
     "visual_prune",
     "kv_dtype",
 )  # generation settings that model arguments may give for all tasks
-PACES = ("steps", "gen_steps", "threshold", "factor", "commit")  # how many tokens a step commits; one replaces another
+# how many tokens a step commits; one replaces another
+PACES = ("steps", "gen_steps", "threshold", "factor", "commit", "speed")
 RENAMED = {"torch_dtype": "dtype", "peft": "adapter"}
 GENERATION_NAMES = {name: name for name in settings_of(GenerationSettings) if name != "stop"} | {
     "gen_steps": "steps", "cfg": "cfg_scale",
@@ -50,7 +52,7 @@ class ModelArguments:
             what follows it counts.
         system_prompt: instead of the checkpoint's system message.
         dtype, device, quantization, compiled: as `vidlada.load` takes them.
-        cache, commit, threshold, factor, reuse, visual_keep, visual_prune, kv_dtype: of `GenerationSettings`;
+        speed, cache, commit, threshold, factor, reuse, visual_keep, visual_prune, kv_dtype: of `GenerationSettings`;
             `--gen_kwargs` come after. The settings of a cache or rule are separated by `;`, because lmms-eval splits at
             commas: `cache=mars:text=8;ratio=2`.
         mc_num: Monte Carlo samples of a likelihood.
@@ -73,6 +75,7 @@ class ModelArguments:
     device: str | None = None
     quantization: Quantization | None = None
     compiled: bool = False
+    speed: str | None = None
     cache: str | None = None
     commit: str | None = None
     threshold: float | None = None
@@ -171,8 +174,8 @@ def generation_settings(
                 raise InputError(f"{name} {left[name]!r} contradicts {ours} {changes[ours]!r}")
             changes[ours] = left[name]
         left.pop(name, None)
-    if "cache" in changes:
-        changes["cache"] = str(changes["cache"]).replace(";", ",")
+    for name in {"cache", "commit"} & changes.keys():
+        changes[name] = str(changes[name]).replace(";", ",")
     for name in ("max_new_tokens", "max_gen_toks"):
         limit = left.pop(name, None)
         if limit is not None:
@@ -196,7 +199,7 @@ def generation_settings(
     settings = defaults.replace(**{name: value for name, value in changes.items() if name != "stop"})
     check_choices(settings)  # an unknown policy or rule stops the run, not every sample
     for name, value in (decoding or {}).items():
-        if name not in changes and getattr(settings, name) is None:
+        if name not in changes and getattr(settings, name) != value:
             raise InputError(f"{name} {value!r} has no effect beside {_pace(arguments)}; leave one of them out")
     return replace(settings, stop=changes["stop"])
 
