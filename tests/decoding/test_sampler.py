@@ -1,9 +1,13 @@
 """The loop beyond the recorded vectors: batches, stops, pace, seeds, bad requests."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from random_requests import decode
 
+from vidlada.decoding.running import first_occurrence
 from vidlada.decoding.sampler import Denoiser, Request, denoise
 from vidlada.errors import InputError
 from vidlada.generation import GenerationSettings
@@ -28,6 +32,18 @@ MIXED = [
     settings(remasking="random", seed=9),
     settings(block_length=16, steps=5),
 ]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=12),
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=3),
+)
+def test_the_first_stop_sequence_against_a_naive_search(tokens, sequences):
+    ids = [token if is_known else None for token, is_known in tokens]
+    naive = [n for n in range(len(ids)) if any(ids[n : n + len(each)] == each for each in sequences)]
+    numbers = np.array([token for token, _ in tokens], dtype=np.int64)
+    known = np.array([is_known for _, is_known in tokens], dtype=bool)
+    assert first_occurrence(numbers, known, sequences) == next(iter(naive), None)
 
 
 def test_a_request_in_a_batch_gives_the_answer_it_gives_alone(small):

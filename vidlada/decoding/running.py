@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -292,10 +292,7 @@ class RunningRequest:
         The published loop lets the first listed sequence win and forgets the others after a first hit; here the
         earliest occurrence of any of them counts, whatever their order.
         """
-        ids = [None if masked else token for token, masked in zip(self.ids.tolist(), self.masked.tolist(), strict=True)]
-        stops = [list(sequence) for sequence in self.request.stop_sequences]
-        places = (place for place in range(len(ids)) if any(ids[place : place + len(stop)] == stop for stop in stops))
-        return next(places, None)
+        return first_occurrence(self.ids.numpy(), ~self.masked.numpy(), self.request.stop_sequences)
 
     def snapshot(self, slots: slice, proposed: Tensor, probability: Tensor) -> State:
         """The state after a step; `proposed` and `probability` are of the block at `slots`."""
@@ -323,6 +320,24 @@ class RunningRequest:
                 raise
             log.warning("no memory to keep a video's keys and values: a further question computes them again")
             return None
+
+
+def first_occurrence(ids: np.ndarray, known: np.ndarray, sequences: Sequence[Sequence[int]]) -> int | None:
+    """Where the first of some sequences begins.
+
+    Args:
+        ids: (tokens,).
+        known: boolean (tokens,); a sequence stands only where all of its tokens are known.
+        sequences: of ids.
+    """
+    places = []
+    for sequence in sequences:
+        starts = np.ones(max(0, len(ids) - len(sequence) + 1), dtype=bool)
+        for offset, token in enumerate(sequence):
+            here = slice(offset, offset + len(starts))
+            starts &= known[here] & (ids[here] == token)
+        places.extend(starts.nonzero()[0][:1].tolist())
+    return min(places, default=None)
 
 
 def shallow_copy(value: Any) -> Any:

@@ -56,7 +56,7 @@ def stable_text(
     cut = max_tokens is not None and run >= max_tokens and not (stopped and run == max_tokens)
     if cut:
         run, stopped = max_tokens or 0, False
-    ids = [int(token) for token in state.proposed[:run]]
+    ids = state.proposed[:run].tolist()
     complete = cut or stopped or run == len(committed)
     if not complete:
         ids = ids[: len(ids) - overlap(ids, stop_sequences)]

@@ -5,6 +5,7 @@ opening tag is given, the thought is decoded until its closing tag or the end of
 behind it. A thought that nobody asked for is found in the text all the same.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -68,6 +69,7 @@ class Turn:
         self.final, self.processor, self.model, self.max_tokens = request, processor, model, max_tokens
         self.request, self.spoken = request, ""
         self.thought_tokens, self.earlier = 0, Statistics()
+        self.decoded: tuple[list[int], str] = ([], "")  # the last that was asked for
         if not request.settings.think:
             return
         tags = [len(processor.answer_ids(tag)) for tag in (THINK, f"{END_OF_THINK}\n")]
@@ -100,7 +102,7 @@ class Turn:
         """
         stops = ENDS if self.thinks else self.request.settings.stop
         most = None if self.thinks else self.max_tokens
-        stable = stable_text(state, self.processor.decode, self.request.stop_sequences, stops, most)
+        stable = stable_text(state, self._decode, self.request.stop_sequences, stops, most)
         complete = stable.finish_reason is not None and not self.thinks
         thought, text = split_thought(self.spoken + stable.text, complete)
         whole = replace(state, step=self.earlier.steps + state.step, statistics=self.earlier + state.statistics)
@@ -109,6 +111,12 @@ class Turn:
         if stable.finish_reason is not None:
             self._answer(state, stable)
         return replace(whole, done=False), StableText("", 0, None, thought, stable.tokens, thinking=True)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        """Text of the settled tokens, which most steps leave as they are."""
+        if self.decoded[0] != list(ids):
+            self.decoded = list(ids), self.processor.decode(ids)
+        return self.decoded[1]
 
     def _answer(self, state: State, stable: StableText) -> None:
         """Go on with the answer, behind the thought."""
