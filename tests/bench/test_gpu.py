@@ -92,6 +92,7 @@ def test_results_are_kept_and_failures_tried_again(tmp_path, monkeypatch):
     again = run_stage("vision", session, tmp_path)
     assert [row["measured"] for row in again.rows] == [3.0]
     assert again.errors == first.errors
+    assert Results.read(tmp_path / "vision.json").errors == first.errors  # for the report of a run of other stages
     (tmp_path / "other").mkdir()
     late = run_stage("vision", session, tmp_path / "other", minutes=-1)
     assert late.left == ["good", "bad"]
@@ -110,6 +111,17 @@ def test_what_cannot_be_run_is_said_in_a_line(tmp_path):
     assert shown.exit_code == 2
     assert "unknown stage flights" in shown.output
     assert Results.read(tmp_path / "nothing.json").rows == []
+    (tmp_path / "empty.json").write_text("{}")
+    with pytest.raises(InputError, match="empty.json holds no results of a stage"):
+        Results.read(tmp_path / "empty.json")
+    for options, message in (
+        ({"frames": -3}, "at least 1 frame, not -3"),
+        ({"frames": 0}, "at least 1 frame, not 0"),
+        ({"device": "abacus"}, "unknown device 'abacus'"),
+        ({"out": tmp_path / "empty.json"}, "empty.json cannot be used as a folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            bench_gpu(**{"out": tmp_path / "new", "device": "cpu", "size": "tiny", **options})
 
 
 def test_budgets_fit_into_forty_minutes():

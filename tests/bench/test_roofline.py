@@ -1,6 +1,7 @@
 """Predictions, against what a pretended GPU counts."""
 
 import json
+import math
 
 import pytest
 from click.testing import CliRunner
@@ -44,6 +45,28 @@ def test_more_answers_take_longer_together_and_less_each():
     assert crowd["concurrency"] < 16
     with pytest.raises(InputError, match="unknown device"):
         plan_figures(config, 1, "abacus", 1, 1, settings)
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_the_bytes_are_what_is_counted(kind):
+    """Of keys and values in 8 bits: read, written wide, read again."""
+    from vidlada.bench.count import TEXT_TOKENS, count_work
+
+    settings = GenerationSettings(gen_length=128, block_length=32, cache="frozen", kv_dtype=kind)
+    *_, counted = count_work("8b", "frozen", frames=64, steps=3, kv_dtype=kind)[1]
+    *_, step = steps_of(VidLaDAConfig(), 64 * 210, settings, 1, text_tokens=2 * TEXT_TOKENS)
+    assert step.weights + step.keys_values + step.states == pytest.approx(counted.read_written, rel=0.1)
+
+
+def test_what_cannot_be_is_not_planned():
+    config, settings = VidLaDAConfig(), GenerationSettings(cache="mars")
+    crowded = plan_figures(config, 8_400_000_000, "rtx4090", 64, 1, settings, questions_per_hour=1000)
+    assert not crowded["fits"] and crowded["gpus"] is None and "over 2 devices" in crowded["advice"]
+    with pytest.raises(InputError, match="200 frames and 128 slots take 42256 tokens, more than the model's 32768"):
+        plan_figures(config, 8_400_000_000, "h200", 200, 1, settings)
+    for number in (math.inf, math.nan):
+        with pytest.raises(InputError, match="questions_per_hour must be a number above 0"):
+            plan_figures(config, 8_400_000_000, "h200", 64, 1, settings, questions_per_hour=number)
 
 
 def test_the_command(small_folder):

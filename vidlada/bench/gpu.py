@@ -52,8 +52,16 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """What an earlier run left; what failed then is tried again."""
-        return cls(path, read_json(path)["rows"] if path.exists() else [])
+        """What an earlier run left.
+
+        Raises:
+            InputError: the file holds something else.
+        """
+        kept = read_json(path) if path.exists() else {"rows": [], "errors": {}, "left": []}
+        try:
+            return cls(path, kept["rows"], kept["errors"], kept["left"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} holds no results of a stage; delete it, or give an empty folder") from error
 
     @property
     def cases(self) -> set[str]:
@@ -66,7 +74,7 @@ class Results:
 
 
 def run_stage(name: str, session: Session, folder: Path, minutes: float | None = None) -> Results:
-    """Run the cases of a stage that have no figures yet.
+    """Run the cases of a stage that have no figures yet, those that failed before among them.
 
     Args:
         name: a key of `STAGES`.
@@ -75,6 +83,7 @@ def run_stage(name: str, session: Session, folder: Path, minutes: float | None =
         minutes: that it may take; its own budget by default.
     """
     stage, results = STAGES[name], Results.read(folder / f"{name}.json")
+    results.errors, results.left = {}, []
     ends = time.monotonic() + 60 * (stage.minutes if minutes is None else minutes)
     for case, figures in stage.cases(session):
         if case in results.cases:
@@ -159,15 +168,25 @@ def bench_gpu(
         The report.
 
     Raises:
-        InputError: an unknown stage, size or device, or results of another machine in the folder.
+        InputError: an unknown stage, size or device, no frames, or a folder that cannot be used or has results of
+            another machine.
     """
     unknown = [name for name in stages if name not in STAGES]
     if unknown:
         raise InputError(f"unknown stage {', '.join(unknown)}; known: {', '.join(STAGES)}")
+    if frames is not None and frames < 1:
+        raise InputError(f"a video has at least 1 frame, not {frames}")
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {device!r}; use cuda, cuda:1 or cpu") from error
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {device!r} cannot be used here; try the command with --device cpu --size {TINY}")
     session = Session.of(device, size, frames, vectors or Path(__file__).parents[2] / "tests")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be used as a folder ({error.strerror})") from error
     facts = environment(session)
     report = out / "report.json"
     if report.exists():

@@ -5,6 +5,7 @@ their data sheets; those of a CPU are measured on it (`vidlada.bench.calibration
 arithmetic or its bytes, whichever is more; the host launches the next ones meanwhile, unless it is the device itself.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,16 +127,14 @@ def steps_of(config: VidLaDAConfig, visual: int, settings: GenerationSettings, r
         active = [sum(sizes[name] for name, first in start.items() if first <= layer) for layer in range(layers)]
         if policy is not None and step and plan.narrow is not None:
             active[1:] = [max(1, round(plan.narrow * settings.gen_length))] * (layers - 1)
-        if (
-            share is not None
-        ):  # a pass of its own; each layer's keys are those of all positions, but its attention is not
-            active = [count + max(1, round(share * settings.gen_length)) for count in active]
+        if share is not None:  # a pass of its own, whose keys and values are those of all of the answer
+            active = [count + max(1, int(share * settings.gen_length)) for count in active]
         # the last layer's queries are those of the positions whose states are wanted; the others leave keys and values
         asking = [*active[:-1], min(active[-1], block if policy is None else settings.gen_length)]
         products, attention = [0.0, 0.0], [0.0, 0.0]  # of layers where few positions are computed, and of the others
         for count, queries in zip(active, asking, strict=True):
             products[requests * count > FEW_QUERIES] += kept * count + (per_layer - kept) * queries
-            attention[requests * queries > FEW_QUERIES] += queries
+            attention[queries > FEW_QUERIES] += queries
         found.append(
             StepWork(
                 requests * 2.0 * products[True],
@@ -179,9 +178,12 @@ def plan_figures(
         quantization: of the layers' weights. Products are taken to be as fast as without; only bytes become fewer.
 
     Raises:
-        InputError: an unknown device or quantisation, or a quantisation on a CPU, where its rates are not measured.
+        InputError: an unknown device or quantisation, a quantisation on a CPU, where its rates are not measured, more
+            tokens than the model has positions, or a number of questions that is none.
     """
     text = config.text
+    if questions_per_hour is not None and not 0 < questions_per_hour < math.inf:
+        raise InputError(f"questions_per_hour must be a number above 0, not {questions_per_hour}")
     if gpu not in DEVICES:
         raise InputError(f"unknown device {gpu!r}; use {', '.join(DEVICES)}")
     if device is None and gpu == CPU:
@@ -193,9 +195,17 @@ def plan_figures(
     weight_bytes = size if quantization is None else WEIGHT_BYTES[quantization]
     visual = config.visual_tokens(frames) if visual is None else visual
     shape = tokens, visual, _ = merged_shape(visual + PROMPT_TOKENS + settings.gen_length, visual, settings)
+    if tokens > config.max_length:
+        raise InputError(
+            f"{frames} frames and {settings.gen_length} slots take {tokens} tokens, more than the model's "
+            f"{config.max_length}; use fewer frames, or visual_keep"
+        )
     each = decoding_bytes(text, [shape], size)
     weights = size * parameters - (size - weight_bytes) * text.num_hidden_layers * layer_weights(text)
     room = int((device.memory - weights) // each.peak)
+    heads = text.num_key_value_heads
+    divisors = (count for count in range(1, heads + 1) if heads % count == 0)
+    cards = next((count for count in divisors if (weights + each.peak) / count <= device.memory), None)
     together = min(concurrency, max(1, room))
     alone, batch = (
         steps_of(config, visual, settings, count, size, weight_bytes=weight_bytes) for count in (1, together)
@@ -213,8 +223,8 @@ def plan_figures(
         sorted(step.seconds(device, layers) for step in alone)[len(alone) // 2], "latency_s": latency,
         "tokens_per_second_alone": settings.gen_length / latency, "batch_s": total,
         "tokens_per_second": together * settings.gen_length / total, "questions_per_hour": an_hour,
-        "limited_by": bottleneck(batch, device, layers), "advice": advice(room, concurrency),
-        "gpus": None if questions_per_hour is None else -int(-questions_per_hour // an_hour),
+        "limited_by": bottleneck(batch, device, layers), "advice": advice(room, concurrency, cards),
+        "gpus": None if questions_per_hour is None or room < 1 else -int(-questions_per_hour // an_hour),
     }  # fmt: skip
 
 
@@ -228,10 +238,17 @@ def bottleneck(steps: Sequence[StepWork], device: Device, layers: int) -> str:
     return max(spent, key=lambda name: spent[name])
 
 
-def advice(room: int, concurrency: int) -> str:
-    """Return how to place the model, where the memory of one device has room for so many answers."""
+def advice(room: int, concurrency: int, cards: int | None) -> str:
+    """Return how to place the model.
+
+    Args:
+        room: answers that the memory of one device has room for.
+        concurrency: answers that are to be decoded together.
+        cards: devices that one answer needs, where they divide the model's heads; None where no number is enough.
+    """
     if room < 1:
-        return "one answer does not fit on one device: fewer frames, smaller weights, or tensor parallelism"
+        divided = "" if cards is None else f", or tensor parallelism over {cards} devices"
+        return f"one answer does not fit on one device: fewer frames, smaller weights{divided}"
     if room < concurrency:
         return f"memory holds {room} answers of {concurrency}: one model on each of several devices"
     return "it fits on one device; for more questions put a model on each of several, not one over several"
