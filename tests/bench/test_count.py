@@ -111,6 +111,17 @@ def test_a_rule_that_looks_at_all_tokens_adds_few_kernels():
     assert typical_step(steps).kernels <= 450
 
 
+@pytest.mark.parametrize(
+    ("options", "kernels"), [({"commit": "credit"}, 450), ({"temperature": 0.7}, 460), ({"commit": "wino"}, 900)]
+)
+def test_a_step_of_rules_and_sampling_at_the_shape_of_8b(options, kernels):
+    """WINO's masks pass through all layers once more, over the keys and values that are there, not over a copy."""
+    (_, usual), (_, steps) = (count_work("8b", "dual", frames=64, steps=3, **given) for given in ({}, options))
+    assert [work.waits for work in steps] == [1] * 3
+    assert typical_step(steps).kernels <= kernels
+    assert steps[-1].read_written < 2.1 * usual[-1].read_written
+
+
 @pytest.mark.parametrize(("rows", "launches"), [(1, 180), (4, 420)])
 def test_a_replayed_step_at_the_shape_of_8b(rows, launches):
     """A layer is two graphs, and between them what every request needs for itself."""
